@@ -1,0 +1,42 @@
+# Every target sets up .venv by itself. On a fresh machine with Python 3.11+ and make: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check format bench clean
+
+demo: $(READY)
+	$(BIN)/ssl-seg pretrain squares --out runs/demo/pretrained
+	$(BIN)/ssl-seg finetune squares_labelled --out runs/demo/scratch
+	$(BIN)/ssl-seg finetune squares_labelled init=runs/demo/pretrained --out runs/demo/encoder
+	$(BIN)/ssl-seg finetune squares_labelled init=runs/demo/pretrained transfer=encoder+denoise --out runs/demo/encoder+decoder
+	$(BIN)/ssl-seg compare runs/demo/scratch runs/demo/encoder runs/demo/encoder+decoder
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest tests/test_imports.py
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python -m pytest tests/benchmarks -s -m slow
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssl_seg needs Python 3.11 or newer; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $(READY)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache

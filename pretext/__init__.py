@@ -1,0 +1,1 @@
+"""The pretext tasks, one a file: `tasks: {denoise: {}}` finds denoise.py here."""

@@ -1,0 +1,217 @@
+"""The command line: words in, one of the stages' functions called, a few lines out.
+
+Errors of the user are one line on stderr and exit code 2; a traceback is for our bugs only. Heavy libraries are
+imported inside the commands, after the words have been looked at, so `--help` and a wrong file name answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
+
+if TYPE_CHECKING:
+    from ssl_seg.metrics import SegmentationScores
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Pretrain an encoder on unlabelled images, fine-tune it for segmentation, and see whether it helped.",
+)
+
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="FILE.yaml|key=value ...", help="Config files and keys; later ones win.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="One batch through every head; prints, writes nothing.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the folder's last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")]
+Allow = Annotated[
+    list[str] | None, typer.Option("--allow-changed", metavar="KEY", help="Resume although this key has changed.")
+]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", metavar="MODULE", help="A module or .py file with plug-ins.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
+
+
+@app.command("pretrain")
+def pretrain_command(
+    words: Words = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    allow_changed: Allow = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train one encoder with pretext tasks on unlabelled images."""
+    values = _values(words, plugin)
+    from ssl_seg import pretrain
+
+    config = load(pretrain.PretrainConfig, values)
+    if dry_run:
+        _print_lines(pretrain.try_out(config).lines())
+        return
+    result = pretrain.pretrain(config, _options(out, resume, overwrite, allow_changed, quiet))
+    _print_lines([f"{name}: {value:.4f}" for name, value in result.scores.items()])
+    _print_lines([f"encoder: {result.encoder}"])
+
+
+@app.command("finetune")
+def finetune_command(
+    words: Words = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    allow_changed: Allow = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Learn segmentation from labelled images: from scratch, or from a pretrained encoder."""
+    values = _values(words, plugin)
+    from ssl_seg import finetune
+
+    config = load(finetune.FinetuneConfig, values)
+    if dry_run:
+        _print_lines(finetune.try_out(config).lines())
+        return
+    result = finetune.finetune(config, _options(out, resume, overwrite, allow_changed, quiet))
+    for part, scores in (("val", result.val), ("test", result.test)):
+        if scores is not None:
+            _print_lines(_score_lines(part, scores, result.class_names))
+    _print_lines([f"model: {result.model} (weights of step {result.selected_step})"])
+
+
+@app.command("evaluate")
+def evaluate_command(words: Words = None, out: Out = None, plugin: Plugins = None) -> None:
+    """Score a fine-tuned model on a labelled data set."""
+    values = _values(words, plugin)
+    from ssl_seg import evaluate
+
+    result = evaluate.evaluate(load(evaluate.EvaluateConfig, values), out)
+    _print_lines(_score_lines("test", result.scores, result.class_names))
+
+
+@app.command("predict")
+def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None) -> None:
+    """Write a mask for every image."""
+    values = _values(words, plugin)
+    from ssl_seg import predict
+
+    result = predict.predict(load(predict.PredictConfig, values), _needed(out))
+    _print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+
+
+@app.command("compare")
+def compare_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN ...")]) -> None:
+    """Print the scores of runs beside only the config keys in which they differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssl_seg import compare
+
+    found = compare.compare(runs)
+    table = Table("", *found.runs)
+    for name, values in found.scores.items():
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+    table.add_section()
+    for key, values in found.differing.items():
+        table.add_row(key, *(str(value) for value in values))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command("synth")
+def synth_command(
+    kind: Annotated[str, typer.Argument(help="The world to draw, such as squares.")],
+    out: Out = None,
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 500,
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")] = "512x512",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pixels.")] = 0,
+) -> None:
+    """Draw synthetic images with exact masks."""
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise UserError(f"--size {size}: not WIDTHxHEIGHT; write it as 480x360")
+    folder = _needed(out)
+    from ssl_seg import synth
+
+    drawn = synth.synth(kind, count, (int(height), int(width)), folder, seed)
+    _print_lines([f"{drawn.count} images and masks: {drawn.out} (look at {drawn.out / 'sheet.png'})"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 something the user can mend, 128 + n stopped by signal n."""
+    sys.exit(run(lambda: app(args=arguments, prog_name="ssl-seg", standalone_mode=False)))
+
+
+def run(command: Callable[[], Any]) -> int:
+    """The exit code of a command; what the user must know goes to stderr in one line."""
+    try:
+        return command() or 0
+    except click.ClickException as error:
+        return _complain(error.format_message())
+    except UserError as error:
+        return _complain(str(error))
+    except click.exceptions.Abort:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
+        return 0
+    except Interrupted as error:
+        print(f"ssl-seg: {error}", file=sys.stderr)
+        return 128 + error.signum
+
+
+def _complain(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"ssl-seg: {line}", file=sys.stderr)
+    return 2
+
+
+def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any]:
+    """The merged words; files and their YAML are looked at before a heavy library is imported."""
+    for word in words or []:
+        if "=" not in word:
+            find_recipe(word)
+    for plugin in plugins or []:
+        use_plugin(plugin)
+    return read_words(words or [])
+
+
+def _options(out: Path | None, resume: bool, overwrite: bool, allow_changed: list[str] | None, quiet: bool) -> Any:
+    from ssl_seg.stage import Options
+
+    folder = _needed(out)
+    if not resume and not overwrite and folder.exists():
+        raise UserError(f"--no-resume: {folder} exists already; add --overwrite or name a new folder")
+    return Options(folder, overwrite, tuple(allow_changed or ()), quiet)
+
+
+def _needed(out: Path | None) -> Path:
+    if out is None:
+        raise UserError("--out: missing; name the folder to write, such as --out runs/first")
+    return out
+
+
+def _score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str]) -> list[str]:
+    width = max(len(name) for name in class_names)
+    rows = [f"  {name:<{width}} {iou:.4f}" for name, iou in zip(class_names, scores.iou.tolist(), strict=True)]
+    return [f"{part} mIoU {scores.miou:.4f}, pixel accuracy {scores.accuracy:.4f}", *rows]
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    # Under torchrun every process computes the result; one of them tells it.
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))

@@ -1,0 +1,333 @@
+"""Configuration is the object: YAML files and `dotted.key=value` words become frozen pydantic objects.
+
+OmegaConf parses (it reads `1e-3` as a number and refuses a key given twice, PyYAML does neither), pydantic validates.
+Ours is what neither has: the merge that replaces a mapping whose `type` changes, the choice of a plug-in class by
+`type`, and errors of one line that say what to do next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import re
+import signal
+import sys
+from abc import ABC
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Self, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+from pydantic_core import PydanticCustomError
+from yaml import YAMLError
+
+C = TypeVar("C", bound="Config")
+RECIPES = "ssl_seg.configs"
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class UserError(Exception):
+    """Something the user can mend: one line with what is wrong, where, and what to do next. The CLI exits with 2."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and its state is saved. The CLI exits with 128 + `signum`."""
+
+    def __init__(self, signum: int, text: str) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: {text}")
+        self.signum = signum
+
+
+class Config(BaseModel):
+    """A frozen mapping of known keys. `dump()` and `load()` are inverse to each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError("unknown_key", "{text}", {"text": _unknown("key", key, cls.model_fields)})
+        return value
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without what `cached_property` remembered: it belongs to the old values."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in set(vars(copied)) - set(type(copied).model_fields):
+            del vars(copied)[name]
+        return copied
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON types, every default written out."""
+        return self.model_dump(mode="json", serialize_as_any=True)
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.dump()))
+
+
+class Plugin(Config, ABC):
+    """A class chosen by `type`; its fields are its YAML.
+
+    `type` names, in this order: a file in the family's package (`jigsaw` is `pretext/jigsaw.py`), an entry point of the
+    family's group, or a class (in snake_case) of a module given by `--plugin`. In Python one passes the object.
+    """
+
+    package: ClassVar[str]
+    group: ClassVar[str]
+    extra_modules: ClassVar[list[ModuleType]] = []  # those given by --plugin, for every family
+
+    @computed_field
+    @property
+    def type(self) -> str:
+        return type(self).plugin_name()
+
+    @classmethod
+    def plugin_name(cls) -> str:
+        """The word that finds this class again."""
+        package, _, file = cls.__module__.rpartition(".")
+        if package == cls.package and _plugins_in(importlib.import_module(cls.__module__), cls) == [cls]:
+            return file
+        for point in entry_points(group=cls.group):
+            if point.value == f"{cls.__module__}:{cls.__qualname__}":
+                return point.name
+        return _snake(cls.__name__)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Every `type` there is for this family (an entry point is listed without being imported)."""
+        package = importlib.import_module(cls.package)
+        files = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
+        points = [point.name for point in entry_points(group=cls.group)]
+        extra = [_snake(found.__name__) for module in cls.extra_modules for found in _plugins_in(module, cls)]
+        return sorted({*files, *points, *extra})
+
+    @classmethod
+    def choose(cls, name: str) -> builtin_type[Self]:
+        """The class that `type: name` means. Raises ValueError with the known names."""
+        for module in cls.extra_modules:
+            for found in _plugins_in(module, cls):
+                if _snake(found.__name__) == name:
+                    return found
+        if NAME.fullmatch(name) and importlib.util.find_spec(f"{cls.package}.{name}"):
+            found = _plugins_in(importlib.import_module(f"{cls.package}.{name}"), cls)
+            if len(found) == 1:
+                return found[0]
+        for point in entry_points(group=cls.group):
+            if point.name == name:
+                return _from_entry_point(point, cls)
+        raise ValueError(_unknown("type", name, cls.names()))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _by_type(cls, value: Any, handler: Any) -> Self:
+        if not isinstance(value, Mapping):
+            return handler(value)
+        rest = dict(value)
+        name = rest.pop("type", None)
+        if name is None:
+            if inspect.isabstract(cls) or ABC in cls.__bases__:
+                raise ValueError(f"no 'type' given; choose one of: {', '.join(cls.names())}")
+            return handler(rest)
+        if not isinstance(name, str):
+            raise ValueError(f"'type' is a word, not {name!r}; choose one of: {', '.join(cls.names())}")
+        if not inspect.isabstract(cls) and name == cls.plugin_name():
+            return handler(rest)
+        chosen = cls.choose(name)
+        if not issubclass(chosen, cls):
+            raise ValueError(f"type '{name}' is {chosen.__name__}, and only {cls.__name__} fits here; leave 'type' out")
+        return chosen.model_validate(rest)
+
+
+builtin_type = type  # `Plugin.type` hides the builtin inside the class
+
+
+def use_plugin(name: str) -> None:
+    """Import a module or a .py file so that its plug-in classes can be named by `type` (the CLI's `--plugin`)."""
+    try:
+        module = _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+    except (ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--plugin {name}: cannot be imported ({_first_line(error)}); give a module on the path or a .py file"
+        ) from error
+    if module not in Plugin.extra_modules:
+        Plugin.extra_modules.append(module)
+
+
+def read_words(words: Sequence[str]) -> dict[str, Any]:
+    """Merge YAML files, names of shipped recipes and `dotted.key=value` words, later ones over earlier ones."""
+    OmegaConf.clear_resolver("oc.env")  # a config from a stranger must not read the environment
+    files = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = merge(merged, _read_yaml(find_recipe(file)))
+    for override in overrides:
+        merged = merge(merged, _read_override(override))
+    try:
+        return OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {_first_line(error)}; interpolations may name keys of the config only") from error
+
+
+def load(cls: type[C], words: Sequence[str] | Mapping[str, Any]) -> C:
+    """The config object of a stage from its words, or from a plain mapping. Raises UserError with one line."""
+    values = words if isinstance(words, Mapping) else read_words(words)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error)) from error
+
+
+def explain(error: ValidationError) -> str:
+    """One line for the first thing that is wrong: the key, the value and what to do."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "config"
+    message = first["msg"].removeprefix("Value error, ")
+    others = error.error_count() - 1
+    more = f" (and {others} more)" if others else ""
+    if first["type"] == "missing":
+        return f"{key}: missing; give it in a YAML file or as {key}=VALUE{more}"
+    if first["type"] in ("unknown_key", "value_error"):
+        return f"{key}: {message}{more}"
+    return f"{key}: {message}, not {_short(first['input'])}{more}"
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping; one whose `type` changes is replaced, for its keys are the type's."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not _type_changes(key, old, value):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two dumped configs differ, with both values (None where a key is absent)."""
+    flat_a, flat_b = flatten(a), flatten(b)
+    keys = dict.fromkeys([*flat_a, *flat_b])
+    return {key: (flat_a.get(key), flat_b.get(key)) for key in keys if flat_a.get(key) != flat_b.get(key)}
+
+
+def find_recipe(name: str) -> Path:
+    """A YAML file by its path, or a recipe that ships with the package by its name (`camvid`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    spec = importlib.util.find_spec(RECIPES)
+    folders = [Path(folder) for folder in spec.submodule_search_locations] if spec else []
+    for folder in folders:
+        shipped = folder / f"{name}.yaml"
+        if NAME.fullmatch(name) and shipped.is_file():
+            return shipped
+    known = sorted(file.stem for folder in folders for file in folder.glob("*.yaml"))
+    raise UserError(f"{name}: no such file or recipe; give a YAML file, key=value, or one of: {', '.join(known)}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no mapping of keys; write lines such as 'train: {{steps: 1000}}'")
+    return values
+
+
+def _read_override(word: str) -> dict[str, Any]:
+    key = word.partition("=")[0]
+    if not re.fullmatch(r"\w+(\.[\w-]+)*", key):
+        raise UserError(f"{word}: not a key=value word; write it as train.lr=1e-3")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{word}: the value is not YAML: {_first_line(error)}") from error
+
+
+def _type_changes(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    # A task's `type` may be left out: then it is the task's name.
+    return "type" in new and new["type"] != old.get("type", key)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module of a file, executed once; its name holds the path, so two files of one name are two modules."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    name = f"plugin_{path.stem}_{digest[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs: pydantic looks annotations up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _plugins_in(module: ModuleType, family: type) -> list[type]:
+    """The concrete plug-in classes that a module defines itself (not those it imports)."""
+    found = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Plugin)]
+    root = _root(family)
+    own = [value for value in found if value.__module__ == module.__name__ and issubclass(value, root)]
+    return [value for value in own if value is not root and not inspect.isabstract(value)]
+
+
+def _root(family: type) -> type:
+    """The family's abstract base: the topmost class that names its own package."""
+    roots = [base for base in family.__mro__ if "package" in vars(base)]
+    return roots[-1] if roots else family
+
+
+def _from_entry_point(point: EntryPoint, family: type) -> type:
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"entry point {point.name} = {point.value} does not load ({_first_line(error)})") from error
+    if not (inspect.isclass(found) and issubclass(found, family)):
+        raise ValueError(f"entry point {point.name} = {point.value} is no {family.__name__}; name another type")
+    return found
+
+
+def _unknown(what: str, name: Any, known: Iterable[str]) -> str:
+    close = get_close_matches(str(name), list(known), n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    return f"unknown {what} '{name}'; {hint}"
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,239 @@
+"""Scores: segmentation from one accumulated confusion matrix, pretext tasks from fixed views of held-out images.
+
+Each process takes the images `rank::world`, without padding, so no image counts twice; sums are shared once at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_seg import images, pictures, store
+from ssl_seg.config import Config, UserError
+from ssl_seg.data import Augment, Examples, Views, Whole, loader
+from ssl_seg.datasets import Dataset
+from ssl_seg.metrics import ConfusionMatrix, SegmentationScores
+from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.tasks import MultiTask, Task, evaluating, make_views
+from ssl_seg.train import Processes
+
+NUM_PICTURES = 4
+Size = tuple[int, int]
+
+
+def score_segmentation(
+    model: nn.Module,
+    examples: Examples,
+    resize: Size | None = None,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> SegmentationScores:
+    """Scores of `model` (RGB in [0, 1] to logits) on labelled examples, at each label's own resolution.
+
+    Images are brought to `resize` (H, W) first, where given, and logits brought back bilinearly. One image at a time:
+    a data set may hold images of many sizes.
+    """
+    matrix = ConfusionMatrix(len(examples.class_names))
+    rank, world, device = _place(model, processes)
+    mine = [[index] for index in range(rank, len(examples), world)]
+    with evaluating(model):
+        for packed in loader(Whole(examples, resize), mine, workers):
+            if packed.label is None:
+                raise UserError(f"{packed.names[0]}: has no mask, so it cannot be scored; name a labelled data set")
+            ids = predict_ids(model, packed.to(device).image, packed.label.shape[-2:])
+            matrix.update(packed.label, ids.cpu())
+    if processes is None:
+        return matrix.scores()
+    counts = processes.sum(torch.as_tensor(matrix.counts).to(device))
+    return SegmentationScores.from_confusion(counts.cpu())
+
+
+def predict_ids(model: nn.Module, image: Tensor, size: Size) -> Tensor:
+    """Class ids `(B, *size)` int64 for images `(B, 3, H, W)` in [0, 1]."""
+    logits = model(image)
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits.argmax(dim=1)
+
+
+def score_tasks(
+    module: MultiTask,
+    examples: Examples,
+    augment: Augment,
+    resize: Size | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> dict[str, float]:
+    """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops, always the same noise."""
+    tasks = _pretext(module)
+    rank, world, device = _place(module, processes)
+    indices = list(range(rank, len(examples), world))
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    sums: dict[str, Tensor] = {}
+    with evaluating(module):
+        for packed in loader(Views(examples, augment, resize), batches, workers):
+            views = make_views(tasks, {"pool": packed.to(device)})
+            predictions = module.predict(views)
+            for name, view in views.items():
+                prediction = predictions[name].float()
+                figures = {"loss": tasks[name].loss(prediction, view), **tasks[name].metrics(prediction, view)}
+                for figure, values in figures.items():
+                    key = f"{name}/{figure}"
+                    sums[key] = sums.get(key, torch.zeros(2, device=device)) + _sum_and_count(values)
+    if processes is not None:
+        # A process without an image knows no figures; the names come from rank 0, which has the first image.
+        keys = processes.from_first(list(sums))
+        mine = torch.stack([sums.get(key, torch.zeros(2, device=device)) for key in keys])
+        sums = dict(zip(keys, processes.sum(mine), strict=True))
+    return {key: (total / count).item() for key, (total, count) in sums.items()}
+
+
+def task_pictures(
+    module: MultiTask, examples: Examples, augment: Augment, resize: Size | None = None, count: int = NUM_PICTURES
+) -> dict[str, np.ndarray]:
+    """A sheet per task that can be drawn, uint8 `(H, W, 3)`: a row per image of input | prediction | target."""
+    tasks = _pretext(module)
+    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
+    sheets = {}
+    with evaluating(module):
+        packed = next(loader(Views(examples, augment, resize), [chosen], 0))
+        views = make_views(tasks, {"pool": packed.to(_device(module))})
+        predictions = module.predict(views)
+        for name, view in views.items():
+            drawn = tasks[name].render(predictions[name].float(), view)
+            target = tasks[name].render_target(view)
+            columns = [pictures.to_uint8(panel) for panel in (view.input, drawn, target) if panel is not None]
+            if drawn is not None:
+                sheets[name] = pictures.grid([[column[row] for column in columns] for row in range(len(chosen))])
+    return sheets
+
+
+def prediction_panel(
+    model: nn.Module, examples: Examples, resize: Size | None = None, count: int = NUM_PICTURES
+) -> np.ndarray:
+    """A row per image of image | prediction | truth, uint8 `(H, W, 3)`."""
+    colours = pictures.palette(len(examples.class_names))
+    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
+    rows = []
+    with evaluating(model):
+        for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
+            image = pictures.to_uint8(packed.image.float() / 255)[0]
+            ids = predict_ids(model, packed.to(_device(model)).image, image.shape[:2])[0]
+            truth = images.resize_mask(packed.label[0].numpy(), image.shape[:2])
+            rows.append([image, colours[ids.cpu().numpy()], colours[truth]])
+    return pictures.grid(rows)
+
+
+def build_model(config: ModelConfig, class_names: tuple[str, ...]) -> SegmentationModel:
+    """A segmentation model with fresh weights."""
+    encoder = config.build_encoder()
+    head = config.spec(encoder).dense(len(class_names))
+    return SegmentationModel(encoder, head, class_names)
+
+
+def load_model(path: str | Path) -> tuple[SegmentationModel, Size | None]:
+    """A fine-tuned model from a run folder or its `model/`, in evaluation mode, and the size (H, W) it wants images in.
+
+    The model eats RGB in [0, 1], `(B, 3, H, W)` at any size. Its weights come with a receipt: all of them, or UserError.
+    """
+    info = store.read_model_info(path)
+    config = ModelConfig.model_validate(info["config"])
+    model = build_model(config.without_pretrained(), tuple(info["class_names"]))
+    store.load_model_weights(model, path)
+    resize = tuple(info["resize"]) if info.get("resize") else None
+    return model.eval(), resize
+
+
+class EvaluateData(Config):
+    test: SerializeAsAny[Dataset]
+
+
+class EvaluateConfig(Config):
+    """`ssl-seg evaluate model=runs/a data.test.type=camvid ...`"""
+
+    model: str  # a run folder or its model/
+    data: EvaluateData
+    workers: int = Field(default=2, ge=0)
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate` gives back and writes to its folder."""
+
+    scores: SegmentationScores
+    class_names: tuple[str, ...]
+    out: Path | None
+
+
+def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated:
+    """Score a fine-tuned model on a labelled data set; `out` receives scores.json, confusion.json and a picture."""
+    model, resize = load_model(config.model)
+    model = model.to(choose_device(config.device))
+    data = config.data.test
+    if data.class_names != model.class_names:
+        raise UserError(
+            f"data.test: has the classes {', '.join(data.class_names) or '(none)'}, "
+            f"the model of {config.model} has {', '.join(model.class_names)}; name the model's classes in that order"
+        )
+    if out is not None and Path(out).exists():
+        raise UserError(f"--out {out}: exists already; name a new folder")
+    scores = score_segmentation(model, data, resize, config.workers)
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        write_scores(folder, scores, model.class_names)
+        images.write_image(folder / "predictions.png", prediction_panel(model, data, resize))
+    return Evaluated(scores, model.class_names, None if out is None else Path(out))
+
+
+def write_scores(folder: Path, scores: SegmentationScores, class_names: tuple[str, ...]) -> None:
+    """scores.json for a reader, confusion.json from which every score can be computed again."""
+    (folder / "scores.json").write_text(json.dumps(named_scores(scores, class_names), indent=1))
+    confusion = {"classes": class_names, "confusion": scores.confusion.tolist(), "axes": "confusion[truth][prediction]"}
+    (folder / "confusion.json").write_text(json.dumps(confusion))
+
+
+def named_scores(scores: SegmentationScores, class_names: tuple[str, ...]) -> dict[str, float | None]:
+    """`miou`, `accuracy` and `iou/<class>`; None for a class that occurs neither in truth nor in prediction."""
+    named: dict[str, float | None] = {"miou": float(scores.miou), "accuracy": float(scores.accuracy)}
+    for name, iou in zip(class_names, scores.iou.tolist(), strict=True):
+        named[f"iou/{name}"] = None if np.isnan(iou) else iou
+    return named
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _pretext(module: MultiTask) -> Mapping[str, Task]:
+    return {name: task for name, task in module.tasks.items() if task.stream == "pool"}
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _place(module: nn.Module, processes: Processes | None) -> tuple[int, int, torch.device]:
+    if processes is None:
+        return 0, 1, _device(module)
+    return processes.rank, processes.world, processes.device
+
+
+def _sum_and_count(values: Tensor) -> Tensor:
+    """A perfect reconstruction has no finite PSNR; such a sample is left out rather than making the mean infinite."""
+    finite = values.isfinite()
+    return torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().float()])

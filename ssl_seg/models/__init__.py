@@ -1,0 +1,181 @@
+"""The contracts of the network: what an encoder gives, what a decoder takes, and how the two become a model.
+
+One architecture a file beside this one; every encoder delivers the same five maps, so any decoder fits any encoder or
+refuses it in one line.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field, SerializeAsAny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_seg.config import Config, Plugin
+from ssl_seg.norm import Kind, convert_norm, has_batch_norm
+
+Features = list[Tensor]  # five maps, fine to coarse: (B, C_i, h_i, w_i); C_i = 0 where the encoder has no such map
+NUM_LEVELS = 5
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1], as every torchvision and timm model assumes
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class EncoderNet(nn.Module):
+    """RGB in [0, 1] of any size in, five maps at strides 2 to 32 out; it normalizes and pads inside.
+
+    `backbone(x)` takes normalized images whose sides `multiple` divides, and returns the five maps.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: Sequence[int],
+        strides: Sequence[int] = (2, 4, 8, 16, 32),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        multiple: int = 32,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = tuple(channels)
+        self.strides = tuple(strides)
+        self.multiple = multiple
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Features:
+        normal = (image - self.mean) / self.std
+        height, width = normal.shape[-2:]
+        # Zero is the mean colour here, so the padding adds no edge brighter or darker than the images are.
+        padded = F.pad(normal, (0, -width % self.multiple, 0, -height % self.multiple))
+        return self.backbone(padded)
+
+
+class DecoderNet(nn.Module, ABC):
+    """`Features` in, one map `(B, out_channels, h, w)` out, at a resolution that is a whole fraction of the input's."""
+
+    out_channels: int
+
+    @abstractmethod
+    def forward(self, features: Features) -> Tensor: ...
+
+
+class DenseHead(nn.Module):
+    """A decoder with a last layer: one prediction a pixel. Carrying `decoder` to another task keeps all but `last`."""
+
+    def __init__(self, decoder: DecoderNet, out_channels: int, strides: Sequence[int], stride: int = 1) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
+        # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random picture.
+        nn.init.normal_(self.last.weight, std=0.01)
+        nn.init.zeros_(self.last.bias)
+        self.level_stride = strides[-1]
+        self.stride = stride
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """`(B, out_channels, ceil(H / stride), ceil(W / stride))` for an input of `size` (H, W)."""
+        decoded = self.last(self.decoder(features))  # (B, C, h, w) of the padded input
+        padded = [side * self.level_stride for side in features[-1].shape[-2:]]
+        at_stride = [side // self.stride for side in padded]
+        if list(decoded.shape[-2:]) != at_stride:
+            decoded = F.interpolate(decoded, size=at_stride, mode="bilinear", align_corners=False)
+        height, width = (-(-side // self.stride) for side in size)
+        return decoded[..., :height, :width]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What a task may know of the encoder when it builds its head."""
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    dense: Callable[
+        ..., nn.Module
+    ]  # dense(out_channels, stride=1): the segmentation model's own decoder, fresh weights
+
+
+class Encoder(Plugin, ABC):
+    """A family of backbones; its fields are the options of `model.encoder`."""
+
+    package: ClassVar[str] = "ssl_seg.models"
+    group: ClassVar[str] = "ssl_seg.models"
+
+    @abstractmethod
+    def build(self, output_stride: int = 32) -> EncoderNet:
+        """A fresh network with random or (where `pretrained` says so) published weights.
+
+        `output_stride` 16 or 8 asks for dilation in place of the last strides; an encoder that cannot raises UserError.
+        """
+
+
+class Decoder(Plugin, ABC):
+    """A family of decoders; its fields are the options of `model.decoder`."""
+
+    package: ClassVar[str] = "ssl_seg.models"
+    group: ClassVar[str] = "ssl_seg.models"
+
+    @property
+    def output_stride(self) -> int:
+        """The coarsest stride this decoder wants from the encoder."""
+        return 32
+
+    @abstractmethod
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        """A fresh decoder for an encoder's maps. Raises UserError with one line for an encoder that does not fit."""
+
+
+class ModelConfig(Config):
+    """The network that pretraining and fine-tuning share."""
+
+    encoder: SerializeAsAny[Encoder] = Field(default={"type": "timm", "name": "resnet18"})
+    decoder: SerializeAsAny[Decoder] = Field(default={"type": "unet"})
+    # keep: the layers as the architecture has them. group is the one whose result does not depend on the batch: every
+    # batch norm layer of encoder and decoders is converted (swin + unet: the decoder's; swin has layer norm only).
+    norm: Kind = "keep"
+
+    def without_pretrained(self) -> ModelConfig:
+        """The same network, starting from random weights: for one whose weights come from elsewhere."""
+        if "pretrained" not in type(self.encoder).model_fields:
+            return self
+        return self.model_copy(update={"encoder": self.encoder.model_copy(update={"pretrained": False})})
+
+    def build_encoder(self) -> EncoderNet:
+        """Raises UserError where `norm` asks for a conversion and neither encoder nor decoder has batch norm."""
+        encoder = self.encoder.build(self.decoder.output_stride)
+        if has_batch_norm(encoder):
+            convert_norm(encoder, self.norm)
+        elif self.norm != "keep":
+            # The whole network is asked before it is refused; the random numbers of this decoder are given back.
+            with torch.random.fork_rng(devices=[]):
+                convert_norm(self.decoder.build(encoder.channels, encoder.strides), self.norm)
+        return encoder
+
+    def spec(self, encoder: EncoderNet) -> EncoderSpec:
+        """What heads may know of `encoder`; `dense` builds this config's decoder with fresh weights."""
+
+        def dense(out_channels: int, stride: int = 1) -> nn.Module:
+            decoder = self.decoder.build(encoder.channels, encoder.strides)
+            if has_batch_norm(decoder):  # fpn has none, whatever the encoder has
+                convert_norm(decoder, self.norm)
+            return DenseHead(decoder, out_channels, encoder.strides, stride)
+
+        return EncoderSpec(encoder.channels, encoder.strides, dense)
+
+
+class SegmentationModel(nn.Module):
+    """Encoder and segmentation head: RGB in [0, 1], `(B, 3, H, W)`, to logits `(B, K, H, W)` at any size."""
+
+    def __init__(self, encoder: EncoderNet, head: nn.Module, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.class_names = tuple(class_names)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.encoder(image), image.shape[-2:])

@@ -1,0 +1,202 @@
+"""Decoders from segmentation_models_pytorch (smp): unet, unetplusplus, fpn, deeplabv3plus, upernet and segformer.
+
+The only user of smp, whose decoder classes are semi-public: what it may change is mended here. Its decoders want one
+more map, of stride 1, in front (the image); most only look at its size, so it is given without channels. Weights start
+as smp starts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from segmentation_models_pytorch.base.initialization import initialize_decoder
+from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from torch import Tensor, nn
+
+from ssl_seg.config import UserError
+from ssl_seg.models import Decoder, DecoderNet, Features
+from ssl_seg.norm import has_batch_norm
+
+HALVING = (2, 4, 8, 16, 32)
+IMAGE_CHANNELS = 3  # of the stride-1 map that smp's encoders put in front; its decoders never use them
+SQUEEZE = 16  # smp's scse attention divides the channels by this
+FPN_GROUPS = 32  # smp's FPN has group norm with this many groups
+Five = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+
+
+class SmpNet(DecoderNet):
+    """A decoder of smp behind the contract; its map has stride `stride`."""
+
+    def __init__(self, decoder: nn.Module, out_channels: int, stride: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.out_channels = out_channels
+        self.stride = stride
+        self.level_stride = strides[-1]
+
+    def forward(self, features: Features) -> Tensor:
+        last = features[-1]
+        height, width = (side * self.level_stride for side in last.shape[-2:])
+        image = last.new_empty(len(last), 0, height, width)
+        return self.decoder([image, *features])
+
+
+class PoolingNet(SmpNet):
+    """One that pools the whole image to a single value a channel."""
+
+    def forward(self, features: Features) -> Tensor:
+        if self.training and len(features[-1]) == 1 and has_batch_norm(self.decoder):
+            raise UserError(
+                "this decoder's batch norm needs 2 images or more a process; raise train.batch_size or use norm: group"
+            )
+        return super().forward(features)
+
+
+class Unet(Decoder):
+    """U-Net (Ronneberger et al., MICCAI 2015): every map joins again, coarse to fine. Output at stride 1."""
+
+    channels: Five = (256, 128, 64, 32, 16)  # smp's, at strides 16 to 1
+    attention: Literal["scse"] | None = None  # squeeze and excitation, Roy et al., MICCAI 2018
+    interpolation: Literal["nearest", "bilinear"] = "nearest"  # smp's
+    # Two more convolutions at the coarsest map; smp adds them for VGG, whose last map is a bare pool.
+    center: bool = False
+
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        _require_wide(self, self.channels, self.attention)
+        decoder = UnetDecoder(
+            encoder_channels=(IMAGE_CHANNELS, *channels),
+            decoder_channels=self.channels,
+            attention_type=self.attention,
+            interpolation_mode=self.interpolation,
+            add_center_block=self.center,
+        )
+        decoder.blocks[-1].attention1 = nn.Identity()  # smp uses it on skips only, and this block has none
+        initialize_decoder(decoder)
+        return SmpNet(decoder, self.channels[-1], 1, strides)
+
+
+class UnetPlusPlus(Decoder):
+    """U-Net++ (Zhou et al., DLMIA 2018): U-Net with nested dense skips. Output at stride 1; every map half the next."""
+
+    channels: Five = (256, 128, 64, 32, 16)  # smp's, at strides 16 to 1
+    attention: Literal["scse"] | None = None  # as in Unet
+    interpolation: Literal["nearest", "bilinear"] = "nearest"  # smp's
+
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        _require_halving(self, strides)
+        _require_wide(self, [*channels, *self.channels], self.attention)
+        decoder = UnetPlusPlusDecoder(
+            encoder_channels=(IMAGE_CHANNELS, *channels),
+            decoder_channels=self.channels,
+            attention_type=self.attention,
+            interpolation_mode=self.interpolation,
+        )
+        decoder.blocks[f"x_0_{decoder.depth}"].attention1 = nn.Identity()  # as in Unet
+        initialize_decoder(decoder)
+        return SmpNet(decoder, self.channels[-1], 1, strides)
+
+
+class FPN(Decoder):
+    """Feature pyramid (Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019). Output at stride 4.
+
+    It has group norm throughout; stride 2 is not used.
+    """
+
+    pyramid_channels: PositiveInt = 256  # the paper's
+    channels: PositiveInt = Field(default=128, multiple_of=FPN_GROUPS)  # the paper's
+    merge: Literal["add", "cat"] = "add"  # the paper's
+    dropout: float = Field(default=0.2, ge=0, lt=1)  # smp's, of whole channels
+    interpolation: Literal["nearest", "bilinear"] = "nearest"  # smp's, top-down
+
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        _require_halving(self, strides)
+        decoder = FPNDecoder(
+            encoder_channels=(IMAGE_CHANNELS, *channels),
+            pyramid_channels=self.pyramid_channels,
+            segmentation_channels=self.channels,
+            merge_policy=self.merge,
+            dropout=self.dropout,
+            interpolation_mode=self.interpolation,
+        )
+        for layer in list(decoder.modules()):
+            if getattr(layer, "upsample", False):
+                # smp aligns corners here, which moves the coarse maps by an amount that depends on the image's size.
+                layer.upsample = False
+                layer.block.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+        initialize_decoder(decoder)
+        return SmpNet(decoder, decoder.out_channels, 4, strides)
+
+
+class DeepLabV3Plus(Decoder):
+    """DeepLabV3+ (Chen et al., ECCV 2018): atrous pyramid on a dilated encoder, one skip. Output at stride 4.
+
+    Only the map of stride 4 and the last are used.
+    """
+
+    encoder_stride: Literal[8, 16, 32] = 16  # the paper's; 32 is for encoders that cannot be dilated
+    channels: PositiveInt = 256  # the paper's
+    atrous_rates: tuple[PositiveInt, PositiveInt, PositiveInt] = (12, 24, 36)  # smp's; the paper has 6, 12, 18 at 16
+    separable: bool = True  # the paper's
+    dropout: float = Field(default=0.5, ge=0, lt=1)  # smp's
+
+    @property
+    def output_stride(self) -> int:
+        return self.encoder_stride
+
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        if strides[1] != 4 or strides[-1] != self.encoder_stride:
+            raise UserError(
+                f"deeplabv3plus: wants strides 4 and {self.encoder_stride}, not {tuple(strides)}; set encoder_stride"
+            )
+        decoder = DeepLabV3PlusDecoder(
+            encoder_channels=(IMAGE_CHANNELS, *channels),
+            encoder_depth=len(channels),
+            out_channels=self.channels,
+            atrous_rates=self.atrous_rates,
+            output_stride=16,
+            aspp_separable=self.separable,
+            aspp_dropout=self.dropout,
+        )
+        # smp aligns corners here, which moves the coarse map by an amount that depends on the image's size.
+        decoder.up = nn.Upsample(scale_factor=self.encoder_stride // 4, mode="bilinear")
+        return PoolingNet(decoder, self.channels, 4, strides)
+
+
+class UPerNet(Decoder):
+    """UPerNet (Xiao et al., ECCV 2018): pyramid pooling on a feature pyramid. Output at stride 4; stride 2 not used."""
+
+    channels: PositiveInt = 256  # smp's; the paper has 512
+
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        decoder = UPerNetDecoder(encoder_channels=(IMAGE_CHANNELS, *channels), decoder_channels=self.channels)
+        initialize_decoder(decoder)
+        return PoolingNet(decoder, self.channels, 4, strides)
+
+
+class Segformer(Decoder):
+    """SegFormer's head (Xie et al., NeurIPS 2021): one linear layer a map, fused. Output at stride 4."""
+
+    channels: PositiveInt = 256  # the paper's for its small networks
+
+    def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        decoder = SegformerDecoder(encoder_channels=(IMAGE_CHANNELS, *channels), segmentation_channels=self.channels)
+        initialize_decoder(decoder)
+        return SmpNet(decoder, self.channels, 4, strides)
+
+
+def _require_halving(config: Decoder, strides: Sequence[int]) -> None:
+    if tuple(strides) != HALVING:
+        raise UserError(f"{config.type}: wants maps at strides {HALVING}, not {tuple(strides)}; use unet or upernet")
+
+
+def _require_wide(config: Decoder, channels: Sequence[int], attention: str | None) -> None:
+    narrow = [width for width in channels if 0 < width < SQUEEZE]
+    if attention and narrow:
+        raise UserError(f"{config.type}: attention: {attention} needs {SQUEEZE} channels or more, not {narrow[0]}")

@@ -1,0 +1,286 @@
+"""Encoders from timm: any of its networks that can give maps at strides 4, 8, 16 and 32, and plain vision transformers.
+
+The only user of timm. Ours is what its `features_only` leaves open: always the same five maps (channels first, exactly
+side / stride, a map without channels where a network has no stride 2), any input size, a pyramid for transformers that
+have a single stride, and errors of one line (its own attempt at missing weights takes 46 s without a network).
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from pydantic import Field, JsonValue, field_validator, model_validator
+from timm.layers import Format, LayerNorm2d
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_seg.config import UserError
+from ssl_seg.models import NUM_LEVELS, Encoder, EncoderNet, Features
+
+MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; attention windows are padded inside
+PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+HUB_TIMEOUT = 5.0  # seconds to wait for the first answer of the hub
+RESERVED = ("features_only", "in_chans", "output_stride", "pretrained", "drop_path_rate", "out_indices")
+# How timm's families are told to take any input size: plain transformers, windowed ones, and networks that always do.
+ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+# What timm's constructors raise for an argument or a use they do not have.
+REFUSALS = (TypeError, AssertionError, RuntimeError, ValueError, AttributeError)
+
+
+class Timm(Encoder):
+    """A network of timm's registry, without its classifier."""
+
+    name: str = "resnet18"  # trains on a laptop, and most self-supervision papers report it or its bigger sister
+    # False: random weights. True: timm's default ones. A word: those of that tag. A path: those of a local file.
+    pretrained: bool | str = False
+    drop_path: float = Field(default=0.0, ge=0, lt=1)  # off, as in timm; 0.1 is usual for swin and convnext
+    options: dict[str, JsonValue] = Field(default_factory=dict)  # further arguments of the network's constructor
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if not timm.is_model(name):
+            close = get_close_matches(name, timm.list_models(), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
+            raise ValueError(f"unknown timm model '{name}'; {hint}")
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _not_reserved(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for key in RESERVED:
+            if key in options:
+                raise ValueError(f"'{key}' is set by the encoder itself; remove it from options")
+        return options
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        architecture, _, tag = self._full_name.partition(".")
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+        if tag and tag not in tags:
+            raise ValueError(f"timm has no weights '{tag}' for {architecture}; it has: {', '.join(tags) or 'none'}")
+        if self.pretrained is True and not timm.models.is_model_pretrained(self.name):
+            raise ValueError(
+                f"timm has no weights for {self.name}; use pretrained: false or the path of a weights file"
+            )
+        return self
+
+    @property
+    def _weights_file(self) -> Path | None:
+        is_file = isinstance(self.pretrained, str) and Path(self.pretrained).suffix in WEIGHT_FILES
+        return Path(self.pretrained) if is_file else None
+
+    @property
+    def _full_name(self) -> str:
+        has_tag = isinstance(self.pretrained, str) and not self._weights_file
+        return f"{self.name}.{self.pretrained}" if has_tag else self.name
+
+    @property
+    def _has_fixed_size(self) -> bool:
+        cfg = get_pretrained_cfg(self.name)
+        return bool(cfg and cfg.fixed_input_size)
+
+    def build(self, output_stride: int = 32) -> EncoderNet:
+        """The network with its five maps, at strides `min(s, output_stride)` for s in 2 to 32.
+
+        Raises UserError if timm's network cannot be dilated to `output_stride`, has no such maps, refuses an option, or
+        if its weights can be neither found nor fetched.
+        """
+        network, shapes = self._create(output_stride)
+        plain = _is_plain(shapes)
+        backbone = Pyramid(network, shapes[-1].channels, output_stride) if plain else Maps(network, shapes)
+        strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
+        if backbone.strides != strides:
+            raise UserError(
+                f"encoder {self.name}: has maps at strides {backbone.strides}, not {strides}; choose another"
+            )
+        cfg = network.pretrained_cfg
+        return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], MULTIPLE)
+
+    def _create(self, output_stride: int) -> tuple[nn.Module, list[MapShape]]:
+        weights = self._weights()
+        if output_stride == 32:
+            return self._attempt(weights)
+        try:
+            return self._attempt(weights, output_stride=output_stride)
+        except UserError as error:
+            if output_stride == 16 and self._has_fixed_size:
+                # Plain transformers know no output stride, but their pyramid needs none to end at 16.
+                network, shapes = self._attempt(weights)
+                if _is_plain(shapes):
+                    return network, shapes
+            reason = _one_line(error.__cause__ or error)
+            raise UserError(
+                f"encoder {self.name}: cannot be dilated to output stride {output_stride} ({reason}); take a resnet or "
+                f"convnext, or a decoder for stride 32 (unet, fpn, upernet; deeplabv3plus with encoder_stride: 32)"
+            ) from error
+
+    def _attempt(self, weights: dict[str, Any], **extra: Any) -> tuple[nn.Module, list[MapShape]]:
+        if self.drop_path:
+            extra["drop_path_rate"] = self.drop_path
+        arguments = {"features_only": True, **weights, **extra, **self.options}
+        for any_size in ANY_SIZE if self._has_fixed_size else ANY_SIZE[-1:]:
+            try:
+                network = self._loaded(arguments | any_size)
+                return network, _measure(network)
+            except REFUSALS as error:
+                if not (any_size and next(iter(any_size)) in str(error)):
+                    raise UserError(f"encoder {self.name}: timm refuses: {_one_line(error)}; choose another") from error
+            except OSError as error:
+                raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
+        raise AssertionError("the last attempt returns or raises")
+
+    def _loaded(self, arguments: dict[str, Any]) -> nn.Module:
+        network = timm.create_model(self._full_name, **arguments)
+        if self._weights_file:
+            _require_all_loaded(network, timm.create_model(self.name, **arguments), self._weights_file)
+        return network
+
+    def _weights(self) -> dict[str, Any]:
+        """timm's arguments for the weights: a file wherever there is one, so that nothing waits for a network."""
+        if self.pretrained is False:
+            return {}
+        file = self._weights_file
+        if file is None:
+            return self._hub_weights(get_pretrained_cfg(self._full_name))
+        if not file.is_file():
+            raise UserError(
+                f"encoder {self.name}: pretrained: {file}: no such file; give a weights file or a tag of timm"
+            )
+        return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+
+    def _hub_weights(self, cfg: PretrainedCfg) -> dict[str, Any]:
+        if not cfg.hf_hub_id or cfg.custom_load:
+            return {"pretrained": True}
+        name = cfg.hf_hub_filename or "model.safetensors"
+        try:
+            cached = huggingface_hub.hf_hub_download(cfg.hf_hub_id, name, local_files_only=True)
+        except LocalEntryNotFoundError as error:
+            url = huggingface_hub.hf_hub_url(cfg.hf_hub_id, name)
+            if huggingface_hub.constants.HF_HUB_OFFLINE or not _answers(url):
+                raise UserError(f"encoder {self.name}: {_no_weights(f'no answer from {url}')}") from error
+            return {"pretrained": True}
+        return {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
+
+
+class MapShape(NamedTuple):
+    channels: int
+    stride: int
+
+
+class Maps(nn.Module):
+    """timm's maps as the contract wants them: one of stride 1 left out, a missing one of stride 2 without channels."""
+
+    def __init__(self, network: nn.Module, shapes: Sequence[MapShape]) -> None:
+        super().__init__()
+        kept = [shape for shape in shapes if shape.stride > 1]
+        self.network = network
+        self.num_skipped = len(shapes) - len(kept)
+        self.has_stride_2 = bool(kept) and kept[0].stride == 2
+        if not self.has_stride_2:
+            kept = [MapShape(0, 2), *kept]
+        self.channels = tuple(shape.channels for shape in kept)
+        self.strides = tuple(shape.stride for shape in kept)
+
+    def forward(self, image: Tensor) -> Features:
+        maps = _channels_first(self.network, image)[self.num_skipped :]
+        if self.has_stride_2:
+            return maps
+        return [_no_channels(maps[0], image), *maps]
+
+
+class Pyramid(nn.Module):
+    """Five maps from the last map of a plain vision transformer of patch size 16.
+
+    The simple feature pyramid of Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV
+    2022: transposed convolutions up to strides 8 and 4, max pooling down to 32. Theirs has a branch of its own for each
+    stride; here stride 4 goes on from stride 8, so that a decoder which uses stride 4 alone still trains every weight.
+    """
+
+    def __init__(self, network: nn.Module, width: int, output_stride: int) -> None:
+        super().__init__()
+        self.network = network
+        self.channels = (0, width // 4, width // 2, width, width)
+        self.strides = (2, 4, 8, 16, output_stride)
+        self.pooling = output_stride // 16
+        self.to_8 = nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
+        self.norm_8 = LayerNorm2d(width // 2)
+        self.to_4 = nn.ConvTranspose2d(width // 2, width // 4, kernel_size=2, stride=2)
+
+    def forward(self, image: Tensor) -> Features:
+        at_16 = _channels_first(self.network, image)[-1]
+        at_8 = self.norm_8(self.to_8(at_16))
+        at_4 = self.to_4(F.gelu(at_8))
+        last = F.max_pool2d(at_16, self.pooling) if self.pooling > 1 else at_16
+        return [_no_channels(at_16, image), at_4, at_8, at_16, last]
+
+
+def _channels_first(network: nn.Module, image: Tensor) -> Features:
+    maps = network(image)
+    if getattr(network, "output_fmt", Format.NCHW) == Format.NHWC:
+        return [level.permute(0, 3, 1, 2) for level in maps]  # (B, h, w, C) -> (B, C, h, w)
+    return list(maps)
+
+
+def _no_channels(like: Tensor, image: Tensor) -> Tensor:
+    # Of a map's own type: beside half-precision maps a float32 one would turn their concatenation into float32.
+    return like.new_empty(len(image), 0, image.shape[-2] // 2, image.shape[-1] // 2)
+
+
+def _measure(network: nn.Module) -> list[MapShape]:
+    """The maps of a small image: what networks say of themselves is not always so."""
+    network.eval()  # or the look would count in batch norm's running statistics
+    with torch.no_grad():
+        maps = _channels_first(network, torch.zeros(1, 3, *PROBE_SIZE))
+    network.train()
+    return [MapShape(level.shape[1], PROBE_SIZE[0] // level.shape[2]) for level in maps]
+
+
+def _is_plain(shapes: Sequence[MapShape]) -> bool:
+    return all(shape.stride == 16 for shape in shapes)
+
+
+def _answers(url: str) -> bool:
+    """Whether anything at all comes back from `url` (through a proxy, if one is set) in a few seconds."""
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except HTTPError:
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the hub is there; its library may know the certificate
+    except OSError:
+        return False
+    return True
+
+
+def _require_all_loaded(network: nn.Module, again: nn.Module, file: Path) -> None:
+    """timm loads what fits and keeps random weights for the rest: two loads of one file then differ in those."""
+    pairs = zip(network.named_parameters(), again.parameters(), strict=True)
+    random = [name for (name, first), second in pairs if not torch.equal(first, second)]
+    if random:
+        raise UserError(
+            f"{file}: holds no weights for {len(random)} tensors, {random[0]} first; give this network's own file"
+        )
+
+
+def _no_weights(reason: str) -> str:
+    return (
+        f"its weights are not in the cache and cannot be fetched ({reason}); fetch them once with a network, name a "
+        f"mirror by HF_ENDPOINT, give pretrained the path of a weights file, or use pretrained: false"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

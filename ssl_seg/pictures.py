@@ -1,0 +1,54 @@
+"""The pictures a person looks at: rows of panels, and class ids in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE_COLOUR = (224, 224, 224)
+GAP = 4  # white pixels between panels
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """One RGB colour a class, `(256, 3)` uint8, far apart in hue and lightness; ids without a class are light grey.
+
+    Colours step by the golden angle around the hue circle, so neighbouring ids differ for any number of classes.
+    """
+    table = np.full((256, 3), IGNORE_COLOUR, dtype=np.uint8)
+    index = np.arange(num_classes)
+    hue = (index * 137.508 / 2) % 180  # OpenCV's hues count half degrees
+    saturation = np.array([200, 130, 235])[index % 3]
+    value = np.array([200, 245, 140])[index // 3 % 3]
+    hsv = np.stack([hue, saturation, value], axis=-1).astype(np.uint8)[None]
+    table[:num_classes] = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]
+    return table
+
+
+def to_uint8(image: Tensor) -> np.ndarray:
+    """`(..., 3, H, W)` floats in [0, 1] as `(..., H, W, 3)` uint8."""
+    bytes_ = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return bytes_.movedim(-3, -1).cpu().numpy()
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Panels `(H, W, 3)` uint8 laid out in rows with a white gap; smaller panels are scaled to the largest, unsmoothed."""
+    height = max(panel.shape[0] for row in rows for panel in row)
+    width = max(panel.shape[1] for row in rows for panel in row)
+    columns = max(len(row) for row in rows)
+    sheet_size = (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3)
+    sheet = np.full(sheet_size, 255, dtype=np.uint8)
+    for y, row in enumerate(rows):
+        for x, panel in enumerate(row):
+            fitted = cv2.resize(panel, (width, height), interpolation=cv2.INTER_NEAREST)
+            top, left = y * (height + GAP), x * (width + GAP)
+            sheet[top : top + height, left : left + width] = fitted
+    return sheet
+
+
+def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Class colours laid half over an image; both `(H, W, ...)`, ids `(H, W)` uint8."""
+    return cv2.addWeighted(image, 0.4, colours[ids], 0.6, 0)

@@ -1,0 +1,358 @@
+"""What pretraining and fine-tuning share: open or resume the run, then log, evaluate and save when due.
+
+A stage is a choice of tasks, image streams and starting weights; this file turns the generator of steps into a run
+folder. Every decision that ends a run is taken from numbers all processes share, at a step all of them reach.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ssl_seg import images, rng, store
+from ssl_seg.config import Config, Interrupted
+from ssl_seg.data import Draws, Packed, Samples, check_batch_size, loader
+from ssl_seg.models import DenseHead, ModelConfig
+from ssl_seg.tasks import MultiTask, PretextTask, Stream, Task, seeded
+from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, backward, due, train
+
+SAVES_PER_RUN = 10
+NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
+SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a stage treats its folder; the command line's flags, with the same names and defaults in Python."""
+
+    out: str | Path
+    overwrite: bool = False
+    allow_changed: tuple[str, ...] = ()  # dotted config keys that may differ from those of the run that is resumed
+    quiet: bool = False
+
+
+class StopRule(Config):
+    """When fine-tuning ends before its last step; judged on the validation mIoU at each evaluation."""
+
+    patience: PositiveInt | None = None  # evaluations without a new best
+    target: float | None = Field(default=None, gt=0.0, le=1.0)  # a score that is good enough
+
+
+@dataclass
+class Progressed:
+    """What a resumed run must know besides weights: the best evaluation so far, and how long ago it was."""
+
+    best_score: float | None = None
+    best_step: int = 0
+    evaluations_since: int = 0
+
+    def better(self, step: int, score: float) -> bool:
+        """Take note of a score; says whether it is a new best."""
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.best_step, self.evaluations_since = score, step, 0
+            return True
+        self.evaluations_since += 1
+        return False
+
+
+@dataclass
+class Job:
+    """A stage's parts, ready to run."""
+
+    run: store.Run
+    learner: Learner
+    sources: Mapping[Stream, Samples]
+    seed: int
+    evaluate: Callable[[], dict[str, float]]  # on all processes; the figures of one evaluation, named val/...
+    pictures: Callable[[], dict[str, np.ndarray]]  # on the main process
+    score: str | None = None  # the figure whose best step is kept
+    stop: StopRule = field(default_factory=StopRule)
+    quiet: bool = False
+    progressed: Progressed = field(default_factory=Progressed)
+    start: int = 0
+
+    def resume(self) -> Self:
+        """Take up the newest whole checkpoint of the run folder, if there is one."""
+        state = self.run.resume()
+        if state is not None:
+            for skipped in state.skipped:
+                say(f"{skipped}: damaged, an older checkpoint is used", self.quiet)
+            self.learner.restore(state.tensors, state.data["learner"])
+            self.progressed = Progressed(**state.data["progressed"])
+            self.start = state.step
+            say(f"resuming after step {state.step}", self.quiet)
+        self.learner.processes.barrier()
+        return self
+
+    def save(self, step: int) -> None:
+        data = {"learner": self.learner.data(), "progressed": vars(self.progressed)}
+        keep = [self.progressed.best_step] if self.score else []
+        self.run.save_state(step, self.learner.tensors(), data, keep)
+        self.learner.processes.barrier()
+
+
+def fit(job: Job) -> int:
+    """Run the steps that are left; gives the number of the last one made."""
+    learner, config = job.learner, job.learner.config
+    save_every = config.save_every or max(1, config.steps // SAVES_PER_RUN)
+    streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
+    quiet = job.quiet or not learner.processes.is_main
+    last = job.start
+    with watch_signals() as asked, reporter(config.steps, job.start, config.batch_size, quiet) as report:
+        for step in train(learner, streams, job.start, job.seed, wants_stop=lambda: bool(asked)):
+            last = step.number
+            figures = {}
+            if due(last, config.log_every, config.steps):
+                figures.update(step.metrics)
+                figures["images_per_s"] = report.images_per_s(last)
+            new_best = False
+            if due(last, config.eval_every, config.steps):
+                evaluated = job.evaluate()
+                figures.update(evaluated)
+                new_best = job.score in evaluated and job.progressed.better(last, evaluated[job.score])
+                if learner.processes.is_main:
+                    for name, picture in job.pictures().items():
+                        images.write_image(job.run.picture_path(name, last), picture)
+            if figures:
+                job.run.metrics(last, figures)
+            report.step(last, {**step.metrics, **figures})
+            enough = should_stop(job)
+            if due(last, save_every, config.steps) or new_best or enough or step.stop:
+                job.save(last)
+            if step.stop and last < config.steps:
+                signum = asked[0] if asked else signal.SIGTERM
+                raise Interrupted(signum, f"state saved in {job.run.folder}; the same command continues")
+            if enough:
+                break
+    return last
+
+
+def should_stop(job: Job) -> bool:
+    """Whether the stop rule is met; every process holds the same scores."""
+    done = job.progressed
+    if job.stop.target is not None and done.best_score is not None and done.best_score >= job.stop.target:
+        return True
+    return job.stop.patience is not None and done.evaluations_since >= job.stop.patience
+
+
+@contextmanager
+def open_run(stage: str, config: Config, options: Options, processes: Processes) -> Iterator[store.Run]:
+    """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
+    flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
+    place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
+    with store.Run.open(options.out, stage, config, **flags, **place) as run:
+        processes.barrier()
+        try:
+            yield run
+        except Interrupted:
+            run.close("killed")
+            raise
+        except NonFiniteError as error:
+            run.write_json("nonfinite.json", {"images": error.names})
+            raise
+
+
+@contextmanager
+def watch_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT become entries of a list that the loop looks at, so that a step is never cut in half."""
+    asked: list[int] = []
+    former = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            former[number] = signal.signal(number, lambda signum, _: asked.append(signum))
+    except ValueError:
+        pass  # not in the main thread: Python delivers signals there only
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> MultiTask:
+    """Encoder and heads with first weights that depend on the seed and on each part's name alone."""
+    with seeded(rng.fold_in(rng.as_key(seed), "encoder")):
+        encoder = model.build_encoder()
+    return MultiTask(encoder, model.spec(encoder), tasks, seed)
+
+
+def pool_tasks(tasks: Mapping[str, Task]) -> int:
+    return sum(task.stream == "pool" for task in tasks.values())
+
+
+def open_streams(
+    sources: Mapping[Stream, Samples], config: TrainConfig, processes: Processes, num_pool_tasks: int, start: int
+) -> dict[Stream, Iterator[Packed]]:
+    """This process's micro-batches of each stream, from step `start` on."""
+    streams = {}
+    for stream, samples in sources.items():
+        deal = num_pool_tasks if stream == "pool" and config.views == "split" else 1
+        draws = Draws(config.batch_size, start, config.steps, processes.rank, processes.world, deal, config.accumulate)
+        streams[stream] = loader(samples, draws, config.workers, pin=processes.device.type == "cuda")
+    return streams
+
+
+def check_sizes(config: TrainConfig, processes: Processes, num_pool_tasks: int) -> None:
+    """Refuse a batch size that cannot be shared out, before any work is done."""
+    deal = max(1, num_pool_tasks) if config.views == "split" else 1
+    check_batch_size(config.batch_size, processes.world, deal, config.accumulate)
+
+
+def prepare_tasks(
+    tasks: Mapping[str, PretextTask], pool: Samples | None, recorded: Mapping[str, Any] | None
+) -> dict[str, PretextTask]:
+    """The tasks after `prepare`: read back from the run where it has them, else measured on a fixed sample."""
+    if recorded is not None:
+        return {name: type(task).model_validate(recorded[name]) for name, task in tasks.items()}
+    if all(type(task).prepare is PretextTask.prepare for task in tasks.values()):
+        return dict(tasks)  # no task measures anything: spare the reading
+    draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
+    batch = next(loader(pool, draws, 0)).to(torch.device("cpu"))
+    return {name: task.prepare(batch.image) for name, task in tasks.items()}
+
+
+def export_heads(run: store.Run, module: MultiTask) -> None:
+    """Every decoder of a dense head, so that fine-tuning can start from it."""
+    for name, head in module.heads.items():
+        if isinstance(head, DenseHead):
+            store.export_decoder(run.folder, name, head.decoder)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one batch through every head showed; nothing was written."""
+
+    parameters: dict[str, int]
+    shapes: dict[str, str]
+    seconds_per_step: float
+    peak_memory_mib: float
+
+    def lines(self) -> list[str]:
+        counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
+        shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
+        return [*counted, *shown, f"{self.seconds_per_step:.2f} s per step, peak {self.peak_memory_mib:.0f} MiB"]
+
+
+def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
+    """One batch forward and backward through every head, twice: the second is timed, the first warms up."""
+    module, config = learner.module, learner.config
+    streams = open_streams(
+        sources, config.model_copy(update={"workers": 0}), learner.processes, pool_tasks(module.tasks), 0
+    )
+    packed = {stream: next(batches) for stream, batches in streams.items()}
+    shapes: dict[str, str] = {}
+    hooks = [
+        head.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: _shapes(inputs, output)}))
+        for name, head in module.heads.items()
+    ]
+    for _ in range(2):
+        started = time.perf_counter()
+        learner.optimizer.zero_grad()
+        backward(learner, packed, last=True)
+        if learner.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) * config.accumulate
+    for hook in hooks:
+        hook.remove()
+    parameters = {"encoder": _count(module.encoder), **{name: _count(head) for name, head in module.heads.items()}}
+    return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Reporter:
+    """A progress bar on a terminal; elsewhere a line now and then with step, losses, images/s and time left."""
+
+    def __init__(self, steps: int, start: int, batch_size: int, quiet: bool) -> None:
+        self.steps = steps
+        self.start = start
+        self.batch_size = batch_size
+        self.quiet = quiet
+        self.started = time.monotonic()
+        self.said = float("-inf")
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=console)
+            self.line = self.bar.add_task("", total=steps, completed=start)
+
+    def images_per_s(self, step: int) -> float:
+        return (step - self.start) * self.batch_size / max(1e-9, time.monotonic() - self.started)
+
+    def step(self, number: int, figures: Mapping[str, float]) -> None:
+        losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in figures.items() if name.endswith("/loss")]
+        scores = [f"{name} {value:.4f}" for name, value in figures.items() if name == "val/miou"]
+        rate = self.images_per_s(number)
+        text = f"{', '.join([*losses, *scores])}, {rate:.1f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.line, completed=number, description=text)
+            return
+        now = time.monotonic()
+        if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scores):
+            self.said = now
+            left = (self.steps - number) * self.batch_size / max(rate, 1e-9)
+            print(f"step {number}/{self.steps}: {text}, {_clock(left)} left", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def reporter(steps: int, start: int, batch_size: int, quiet: bool) -> Iterator[Reporter]:
+    report = Reporter(steps, start, batch_size, quiet)
+    if report.bar is None:
+        yield report
+        return
+    with report.bar:
+        yield report
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A line for the person at the terminal; results go to stdout, this does not."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def task_mapping(value: Any) -> Any:
+    """`tasks:` as the files write it: the name is the type unless one is given, `null` removes, `{}` takes defaults."""
+    if not isinstance(value, Mapping):
+        return value
+    named = {}
+    for name, task in value.items():
+        if isinstance(task, Mapping) and "type" not in task:
+            named[name] = {"type": name, **task}
+        elif task is not None:
+            named[name] = task
+    return named
+
+
+def _shapes(inputs: Sequence[Any], output: Any) -> str:
+    features = ", ".join("x".join(str(side) for side in level.shape) for level in inputs[0])
+    return f"{features} -> {'x'.join(str(side) for side in output.shape)}"
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,79 @@
+"""A small but whole set-up: textured scenes, a narrow FPN on mobilenet, two tasks; a step takes some 50 ms.
+
+Also a plug-in module, so that commands can be tested on the same scenes: `--plugin tests/small.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ssl_seg.config import use_plugin
+from ssl_seg.datasets import Dataset, Example
+
+
+class Textured(Dataset):
+    """Waves with a disc of other waves on them. Textured, since norm layers divide by the spread of flat images."""
+
+    count: int = 12
+    size: tuple[int, int] = (80, 80)
+    seed: int = 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ("ground", "disc")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Example:
+        random = np.random.default_rng([self.seed, index])
+        rows, columns = np.mgrid[: self.size[0], : self.size[1]] / min(self.size)
+        label = (np.hypot(rows - random.uniform(0.3, 0.7), columns - random.uniform(0.3, 0.7)) < 0.3).astype(np.uint8)
+        frequency = random.uniform(3, 40, (2, 2, 3))
+        waves = [np.sin(rows[..., None] * f + columns[..., None] * g) for f, g in frequency]
+        image = np.where(label[..., None] == 1, *waves) * 100 + random.normal(128, 8, (*self.size, 3))
+        return Example(image.clip(0, 255).astype(np.uint8), label, self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"textured_{self.seed}_{index}"
+
+
+POOL = {"type": "textured"}
+# Group norm: its results do not depend on how a batch is cut. Dropout and drop path: what resuming must get right.
+MODEL = {
+    "encoder": {"type": "timm", "name": "mobilenetv2_035", "drop_path": 0.2},
+    "decoder": {"type": "fpn", "pyramid_channels": 32, "channels": 64, "dropout": 0.2},
+    "norm": "group",
+}
+TRAIN = {"steps": 6, "batch_size": 4, "warmup": 2, "workers": 0, "log_every": 1, "save_every": 1, "device": "cpu"}
+
+
+def pretraining(**train: Any) -> dict[str, Any]:
+    """The values of a PretrainConfig, with these keys of `train` changed."""
+    return {
+        "data": {"pool": POOL, "val": {**POOL, "count": 3, "seed": 9}},
+        "model": MODEL,
+        "augment": {"crop": [64, 64]},
+        "tasks": {"denoise": {}, "rotate": {"weight": 0.5}},
+        "train": {**TRAIN, **train},
+    }
+
+
+def finetuning(**train: Any) -> dict[str, Any]:
+    """The values of a FinetuneConfig, with these keys of `train` changed."""
+    return {
+        "data": {
+            "labelled": {**POOL, "count": 4, "seed": 5},
+            "val": {**POOL, "count": 3, "seed": 6},
+            "test": {**POOL, "count": 3, "seed": 7},
+        },
+        "model": MODEL,
+        "augment": {"crop": [64, 64]},
+        "train": {**TRAIN, **train},
+    }
+
+
+if "tests" in __name__:  # imported by a test; the commands name the file themselves
+    use_plugin(__name__)

@@ -1,0 +1,581 @@
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import ClassVar
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from ssl_seg.config import UserError, load
+from ssl_seg.datasets import Dataset, Example
+from ssl_seg.datasets.camvid import CLASSES, Camvid
+from ssl_seg.datasets.folder import Folder
+from ssl_seg.datasets.synthetic import KINDS, Synthetic
+from ssl_seg.images import write_image, write_mask
+from ssl_seg.testing import check_dataset
+
+SIZE = (6, 8)
+GENERATOR = np.random.default_rng(0)
+IDS = (np.arange(48, dtype=np.uint8) % 4).reshape(SIZE)
+
+
+def picture() -> np.ndarray:
+    return GENERATOR.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def put_images(folder: Path, *names: str) -> None:
+    for name in names:
+        write_image(folder / f"{name}.png", picture())
+
+
+def labelled(root: Path, mask: np.ndarray, **options) -> Folder:
+    """A data set of one image, `a b/é.png`, and its mask."""
+    put_images(root / "images", "a b/é")
+    write_image(root / "masks" / "a b" / "é.png", mask)
+    return Folder(images=str(root / "images"), masks=str(root / "masks"), **options)
+
+
+def coloured(ids: np.ndarray, colours: list[tuple[int, int, int]]) -> np.ndarray:
+    return np.array(colours, dtype=np.uint8)[ids]
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def config_refusal(**fields) -> str:
+    with pytest.raises(UserError) as caught:
+        load(Folder, fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- folder: which files
+
+
+def test_images_are_found_in_subfolders_in_order_and_hidden_ones_are_not(tmp_path):
+    put_images(tmp_path, "b", "a/z", "a/B", ".hidden", ".git/c", "leerer Raum/ü")
+    Image.fromarray(picture()).save(tmp_path / "LOUD.JPG")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    folder = Folder(images=str(tmp_path))
+    names = [folder.name(index) for index in range(len(folder))]
+    assert names == ["LOUD.JPG", "a/B.png", "a/z.png", "b.png", "leerer Raum/ü.png"]
+    assert [folder.sequence(index) for index in range(len(folder))] == ["", "a", "a", "", "leerer Raum"]
+    assert folder.class_names == ()
+    assert folder.read(0).label is None
+    check_dataset(folder)
+
+
+def test_links_list_each_image_once(tmp_path):
+    outside = tmp_path / "outside"
+    put_images(outside, "far")
+    root = tmp_path / "photos"
+    put_images(root, "a/one")
+    (root / "a" / "loop").symlink_to(root, target_is_directory=True)
+    (root / "a" / "again.png").symlink_to(root / "a" / "one.png")
+    (root / "far.png").symlink_to(outside / "far.png")
+    (root / "far_again.png").symlink_to(outside / "far.png")
+    folder = Folder(images=str(root))
+    assert [folder.name(index) for index in range(len(folder))] == ["a/one.png", "far.png"]
+
+
+def test_a_broken_link_is_named(tmp_path):
+    put_images(tmp_path, "a")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert "gone.png: a link to a file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+
+
+def test_a_missing_and_an_empty_folder_are_named(tmp_path):
+    assert f"{tmp_path}/none: no such folder" in refusal(len, Folder(images=f"{tmp_path}/none"))
+    assert f"{tmp_path}: no image in it" in refusal(len, Folder(images=str(tmp_path)))
+    put_images(tmp_path / "images", "a")
+    no_masks = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2)
+    assert f"{tmp_path}/masks: no such folder" in refusal(len, no_masks)
+
+
+def test_the_files_are_listed_once_and_travel_with_the_object(tmp_path):
+    put_images(tmp_path, "a", "b")
+    folder = Folder(images=str(tmp_path))
+    assert len(folder) == 2
+    put_images(tmp_path, "c")
+    assert len(folder) == 2
+    assert len(pickle.loads(pickle.dumps(folder))) == 2
+    assert len(Folder(images=str(tmp_path))) == 3
+
+
+def test_masks_are_found_by_stem_in_any_suffix_and_extra_masks_are_left_out(tmp_path):
+    put_images(tmp_path / "images", "x.v1", "sub/y")
+    (tmp_path / "masks" / "sub").mkdir(parents=True)
+    Image.fromarray(IDS).save(tmp_path / "masks" / "x.v1.BMP")
+    Image.fromarray(IDS + 1).save(tmp_path / "masks" / "sub" / "y.tif")
+    Image.fromarray(IDS).save(tmp_path / "masks" / "extra.png")
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=5)
+    assert [folder.name(index) for index in range(len(folder))] == ["sub/y.png", "x.v1.png"]
+    np.testing.assert_array_equal(folder.read(0).label, IDS + 1)
+    np.testing.assert_array_equal(folder.read(1).label, IDS)
+    check_dataset(folder)
+
+
+def test_masks_inside_the_image_folder_or_beside_the_images_are_no_images(tmp_path):
+    put_images(tmp_path / "nested", "a", "b")
+    for name in ("a", "b"):
+        write_mask(tmp_path / "nested" / "masks" / f"{name}.png", IDS)
+    nested = Folder(images=f"{tmp_path}/nested", masks=f"{tmp_path}/nested/masks", classes=4)
+    assert [nested.name(index) for index in range(len(nested))] == ["a.png", "b.png"]
+    beside = tmp_path / "beside"
+    write_mask(beside / "a.png", IDS)
+    Image.fromarray(picture()).save(beside / "a.jpg")
+    folder = Folder(images=str(beside), masks=f"{beside}/", classes=4)
+    assert [folder.name(index) for index in range(len(folder))] == ["a.jpg"]
+    np.testing.assert_array_equal(folder.read(0).label, IDS)
+
+
+def test_images_without_masks_are_counted_and_named(tmp_path):
+    put_images(tmp_path / "images", "a", "b", "c", "d", "e")
+    write_mask(tmp_path / "masks" / "c.png", IDS)
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    message = refusal(len, folder)
+    assert f"{tmp_path}/masks: no mask for 4 of the 5 images of {tmp_path}/images (a.png, b.png, d.png and 1" in message
+    assert "add them or remove the images" in message
+
+
+def test_lossy_masks_are_refused(tmp_path):
+    put_images(tmp_path / "images", "a")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(IDS).save(tmp_path / "masks" / "a.jpg")
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    assert f"{tmp_path}/masks/a.jpg: masks in a lossy format" in refusal(len, folder)
+    (tmp_path / "masks" / "a.jpg").rename(tmp_path / "masks" / "a.png")
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    assert "JPEG does not keep class ids" in refusal(folder.read, 0)
+
+
+def test_two_files_for_one_stem_are_refused_only_where_there_are_masks(tmp_path):
+    put_images(tmp_path / "images", "a")
+    Image.fromarray(picture()).save(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "masks" / "a.png", IDS)
+    assert len(Folder(images=f"{tmp_path}/images")) == 2
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    assert f"{tmp_path}/images: a.jpg and a.png differ by their suffix only" in refusal(len, folder)
+    (tmp_path / "images" / "a.jpg").unlink()
+    Image.fromarray(IDS).save(tmp_path / "masks" / "a.tif")
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    assert f"{tmp_path}/masks: a.png and a.tif differ by their suffix only" in refusal(len, folder)
+
+
+# ---- folder: what masks mean
+
+
+def test_ids_names_and_ignored_ids(tmp_path):
+    mask = IDS.copy()
+    mask[0, :3] = (7, 255, 9)
+    folder = labelled(tmp_path, mask, classes=("sky", "road", "tree", "car"), ignore=(7, 9))
+    example = folder.read(0)
+    expected = IDS.copy()
+    expected[0, :3] = 255
+    np.testing.assert_array_equal(example.label, expected)
+    assert example.name == "a b/é.png"
+    assert folder.class_names == ("sky", "road", "tree", "car")
+    check_dataset(folder)
+
+
+def test_a_count_names_the_classes(tmp_path):
+    assert labelled(tmp_path, IDS, classes=4).class_names == ("class_0", "class_1", "class_2", "class_3")
+
+
+def test_three_equal_channels_are_one(tmp_path):
+    folder = labelled(tmp_path, np.repeat(IDS[..., None], 3, axis=-1), classes=4)
+    np.testing.assert_array_equal(folder.read(0).label, IDS)
+
+
+def test_palette_masks_are_read_by_index(tmp_path):
+    folder = labelled(tmp_path, IDS, classes=4)
+    write_mask(tmp_path / "masks" / "a b" / "é.png", IDS, palette=[(9, 9, 9), (200, 0, 0), (0, 200, 0), (0, 0, 200)])
+    np.testing.assert_array_equal(folder.read(0).label, IDS)
+
+
+COLOURS = [(0, 0, 0), (255, 0, 0), (0, 128, 255), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"#000000": 0, "#FF0000": 1, "#0080ff": 2, "#010203": "ignore"},
+        {"0,0,0": "sky", "255, 0, 0": "road", "0,128,255": "2", "1,2,3": 255},
+    ],
+)
+def test_colours_are_mapped(tmp_path, mapping):
+    folder = labelled(tmp_path, coloured(IDS, COLOURS), classes=("sky", "road", "car"), mapping=mapping)
+    np.testing.assert_array_equal(folder.read(0).label, np.where(IDS == 3, 255, IDS))
+    check_dataset(folder)
+
+
+def test_a_black_mask_counts_as_a_colour_where_colours_are_mapped(tmp_path):
+    black = np.zeros((*SIZE, 3), dtype=np.uint8)
+    folder = labelled(tmp_path, black, classes=2, mapping={"#000000": 1, "#ffffff": 0})
+    assert (folder.read(0).label == 1).all()
+
+
+def test_colours_without_a_mapping_are_listed(tmp_path):
+    folder = labelled(tmp_path, coloured(IDS, COLOURS), classes=4)
+    message = refusal(folder.read, 0)
+    assert f"{tmp_path}/masks/a b/é.png (mask of {tmp_path}/images/a b/é.png)" in message
+    assert "#000000, #0080ff, #010203, #ff0000" in message
+    assert "mapping: {'#000000': 0, ...}" in message
+    partly = Folder(images=folder.images, masks=folder.masks, classes=4, mapping={"#000000": 0, "#ff0000": 1})
+    assert "colours #0080ff, #010203 are in no mapping" in refusal(partly.read, 0)
+
+
+def test_ids_where_only_colours_are_mapped_are_refused(tmp_path):
+    folder = labelled(tmp_path, IDS, classes=2, mapping={"#000000": 0})
+    assert "holds ids (0, 1, 2, 3), but mapping names colours only" in refusal(folder.read, 0)
+
+
+def test_ids_out_of_range_name_both_files(tmp_path):
+    mask = IDS.astype(np.uint16)
+    mask[0, :2] = (300, 17)
+    folder = labelled(tmp_path, mask, classes=4)
+    message = refusal(folder.read, 0)
+    assert f"{tmp_path}/masks/a b/é.png (mask of {tmp_path}/images/a b/é.png): ids 17, 300 are no class" in message
+    assert "mapping: {17: ignore}" in message
+    mended = Folder(images=folder.images, masks=folder.masks, classes=4, mapping={17: "ignore", 300: 2, 2: 2})
+    assert mended.read(0).label[0, :3].tolist() == [2, 255, 2]
+
+
+def test_a_mask_of_another_size_names_both_files_and_sizes(tmp_path):
+    folder = labelled(tmp_path, np.zeros((8, 6), dtype=np.uint8), classes=4)
+    message = refusal(folder.read, 0)
+    assert f"{tmp_path}/masks/a b/é.png: 8 x 6 pixels" in message
+    assert f"{tmp_path}/images/a b/é.png has 6 x 8" in message
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_0_and_255_for_two_classes_are_asked_about(tmp_path, channels):
+    two = (IDS > 1) * np.uint8(255)
+    mask = two if channels == 1 else np.repeat(two[..., None], 3, axis=-1)
+    folder = labelled(tmp_path, mask, classes=("ground", "crop"))
+    message = refusal(folder.read, 0)
+    assert "mapping: {255: 1} if 255 is 'crop'" in message
+    assert "mapping: {255: ignore}" in message
+    paths = {"images": folder.images, "masks": folder.masks, "classes": ("ground", "crop")}
+    np.testing.assert_array_equal(Folder(**paths, mapping={255: 1}).read(0).label, IDS > 1)
+    np.testing.assert_array_equal(Folder(**paths, mapping={255: "ignore"}).read(0).label, two)
+    np.testing.assert_array_equal(Folder(**paths, ignore=(255,)).read(0).label, two)
+
+
+def test_255_alone_is_asked_about_and_0_alone_is_not(tmp_path):
+    white = labelled(tmp_path / "white", np.full(SIZE, 255, dtype=np.uint8), classes=2)
+    assert "0 and 255" in refusal(white.read, 0)
+    black = labelled(tmp_path / "black", np.zeros(SIZE, dtype=np.uint8), classes=2)
+    assert not black.read(0).label.any()
+    three = labelled(tmp_path / "three", np.full(SIZE, 255, dtype=np.uint8), classes=3)
+    assert (three.read(0).label == 255).all()
+    mixed = labelled(tmp_path / "mixed", np.where(IDS == 3, 255, IDS % 2).astype(np.uint8), classes=2)
+    np.testing.assert_array_equal(mixed.read(0).label, np.where(IDS == 3, 255, IDS % 2))
+
+
+def test_an_id_whose_class_another_id_was_mapped_to_is_no_class(tmp_path):
+    folder = labelled(tmp_path, IDS, classes=2, mapping={1: 0, 2: 1, 3: "ignore"})
+    message = refusal(folder.read, 0)
+    assert "id 0 is not in mapping, which gives its class 'class_0' to another id" in message
+    assert "mapping: {0: 0}" in message
+    mended = Folder(images=folder.images, masks=folder.masks, classes=2, mapping={0: 0, 1: 0, 2: 1, 3: "ignore"})
+    np.testing.assert_array_equal(mended.read(0).label, np.array([0, 0, 1, 255])[IDS])
+
+
+@given(st.dictionaries(st.integers(0, 65535), st.integers(0, 9) | st.just("ignore"), min_size=1))
+def test_a_mapping_means_what_it_says_for_every_stored_id(mapping):
+    folder = Folder(images="i", masks="m", classes=10, mapping=mapping)
+    stored = np.array([list(mapping)], dtype=np.uint16)
+    expected = [255 if value == "ignore" else value for value in mapping.values()]
+    assert folder._label(stored).tolist() == [expected]
+
+
+def test_masks_without_classes_say_what_they_hold(tmp_path):
+    many = labelled(tmp_path / "ids", IDS)
+    assert f"{tmp_path}/ids/masks: classes is missing; 1 of 1 masks hold ids 0, 1, 2, 3: write classes: 4" in refusal(
+        len, many
+    )
+    assert "write classes: 4" in refusal(lambda: many.class_names)
+    two = labelled(tmp_path / "two", (IDS > 1) * np.uint8(255))
+    assert "write classes: 2 and mapping: {255: 1}" in refusal(two.read, 0)
+    colours = labelled(tmp_path / "colours", coloured(IDS, COLOURS))
+    assert "colours #000000, #0080ff, #010203, #ff0000: write classes and mapping" in refusal(colours.read, 0)
+
+
+# ---- folder: configuration
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"classes": 3}, "classes is given without masks"),
+        ({"mapping": {1: 0}}, "mapping is given without masks"),
+        ({"masks": "m", "classes": 0}, "give 1 to 255 different names"),
+        ({"masks": "m", "classes": 256}, "give 1 to 255 different names"),
+        ({"masks": "m", "classes": "road"}, "give 1 to 255 different names"),
+        ({"masks": "m", "classes": ["a", "a"]}, "give 1 to 255 different names"),
+        ({"masks": "m", "classes": 3, "mapping": {"red": 1}}, "key 'red' is no stored value"),
+        ({"masks": "m", "classes": 3, "mapping": {"256,0,0": 1}}, "key '256,0,0' is no stored value"),
+        ({"masks": "m", "classes": 3, "mapping": {65536: 1}}, "key 65536 is no stored value"),
+        ({"masks": "m", "classes": 3, "mapping": {"#ff0000": 0, "255,0,0": 1}}, "two keys mean the same"),
+        ({"masks": "m", "classes": 3, "mapping": {7: 3}}, "mapping 7: 3 is no class; write 0 to 2"),
+        ({"masks": "m", "classes": 3, "mapping": {7: "roda"}}, "mapping 7: 'roda' is no class"),
+        ({"masks": "m", "classes": 3, "mapping": {7: 1}, "ignore": [7]}, "id 7 is in ignore and in mapping"),
+        ({"masks": "m", "classes": 3, "ignore": [-1]}, "ignore.0"),
+        ({"masks": "m", "classes": 3, "colours": {}}, "unknown key 'colours'"),
+        ({}, "images: missing"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(fields, words):
+    given_images = {"images": "i"} if fields else {}
+    assert words in config_refusal(**given_images, **fields)
+
+
+def test_a_mapping_written_in_yaml_arrives(tmp_path):
+    recipe = tmp_path / "data.yaml"
+    recipe.write_text(
+        "type: folder\nimages: i\nmasks: m\nclasses: [a, b]\nmapping: {255: b, '#ff0000': ignore, '1,2,3': 0}"
+    )
+    folder = load(Dataset, [str(recipe)])
+    assert folder.mapping == {"255": "b", "#ff0000": "ignore", "#010203": 0}
+    again = tmp_path / "again.yaml"
+    again.write_text(folder.to_yaml())
+    assert load(Dataset, [str(again)]) == folder
+    assert load(Dataset, [str(recipe), "mapping={255: 0}"]).mapping["255"] == 0
+
+
+# ---- camvid
+
+
+def put_camvid(root: Path, images: str, masks: str, **frames: list[str]) -> None:
+    for split, names in frames.items():
+        for name in names:
+            put_images(root / images.format(split), name)
+            write_mask(root / masks.format(split) / f"{name}.png", np.where(IDS == 3, 11, IDS).astype(np.uint8))
+
+
+FRAMES = {"train": ["0001TP_0", "0001TP_1", "0016E5_0"], "val": ["0016E5_1"]}
+
+
+@pytest.mark.parametrize("layout", [("images/{0}", "masks/{0}"), ("{0}", "{0}annot")])
+def test_camvid_reads_both_layouts(tmp_path, layout):
+    put_camvid(tmp_path, *layout, **FRAMES)
+    train = Camvid(root=str(tmp_path))
+    assert [train.name(index) for index in range(len(train))] == [f"train/{name}.png" for name in FRAMES["train"]]
+    assert [train.sequence(index) for index in range(len(train))] == ["0001TP", "0001TP", "0016E5"]
+    assert train.class_names == CLASSES
+    assert len(CLASSES) == 11
+    np.testing.assert_array_equal(train.read(2).label, np.where(IDS == 3, 255, IDS))
+    both = Camvid(root=str(tmp_path), split="all")
+    assert len(both) == 4
+    assert both.name(3) == "val/0016E5_1.png"
+    for dataset in (train, both):
+        check_dataset(dataset)
+
+
+def test_camvid_keeps_chosen_drives(tmp_path):
+    put_camvid(tmp_path, "{0}", "{0}annot", **FRAMES)
+    chosen = Camvid(root=str(tmp_path), split="all", drives=("0016E5",))
+    assert [chosen.name(index) for index in range(len(chosen))] == ["train/0016E5_0.png", "val/0016E5_1.png"]
+    check_dataset(chosen)
+    message = refusal(len, Camvid(root=str(tmp_path), split="val", drives=("0001TP",)))
+    assert "no drive '0001TP' in split 'val'; known: 0016E5" in message
+
+
+def test_camvid_understands_the_drive_that_yaml_reads_as_a_number():
+    dataset = load(Dataset, ["type=camvid", "root=r", "drives=[0001TP, 0016E5]"])
+    assert dataset.drives == ("0001TP", "0016E5")
+
+
+def test_camvid_names_a_missing_split(tmp_path):
+    put_camvid(tmp_path, "{0}", "{0}annot", **FRAMES)
+    message = refusal(len, Camvid(root=str(tmp_path), split="test"))
+    assert f"{tmp_path}: no split 'test' of CamVid" in message
+    assert "testannot" in message
+    assert "no split 'all'" in refusal(len, Camvid(root=f"{tmp_path}/none", split="all"))
+
+
+# ---- synthetic
+
+
+def test_squares_hold_one_flat_box_of_the_stated_size():
+    dataset = Synthetic(count=40)
+    places = set()
+    for index in range(len(dataset)):
+        example = dataset.read(index)
+        assert example.image.shape == (512, 512, 3)
+        count, _, stats, _ = cv2.connectedComponentsWithStats(example.label)
+        left, top, width, height, area = stats[1].tolist()
+        assert count == 2
+        assert 90 <= width <= 100
+        assert 90 <= height <= 100
+        assert area == width * height
+        inside = example.image[example.label == 1].astype(int)
+        outside = example.image[example.label == 0].astype(int)
+        assert (inside == inside[0]).all()
+        assert (outside == outside[0]).all()
+        assert np.abs(inside[0] - outside[0]).min() >= 64
+        places.add((left, top, width, height))
+    assert len(places) == 40
+    assert dataset.class_names == ("background", "square")
+    assert dataset.name(12) == "squares_000012"
+
+
+def test_sides_and_places_reach_both_ends():
+    dataset = Synthetic(count=600, size=(16, 16))  # sides are 3 px
+    boxes = [cv2.boundingRect(dataset.read(index).label) for index in range(len(dataset))]
+    assert {size for _, _, *sizes in boxes for size in sizes} == {3}
+    assert {left for left, _, _, _ in boxes} == set(range(14))
+    assert {top for _, top, _, _ in boxes} == set(range(14))
+    sides = [cv2.boundingRect(Synthetic(count=200).read(index).label)[2] for index in range(200)]
+    assert {min(sides), max(sides)} == {90, 100}
+
+
+@given(st.integers(2, 70), st.integers(2, 70), st.integers(0, 2**62))
+def test_the_box_is_inside_whatever_the_size(height, width, seed):
+    example = Synthetic(count=1, size=(height, width), seed=seed).read(0)
+    left, top, box_width, box_height = cv2.boundingRect(example.label)
+    short = min(height, width)
+    low, high = max(2, 90 * short / 512 - 0.5), max(2, 100 * short / 512 + 0.5)
+    assert low <= box_height <= high
+    assert low <= box_width <= high
+    assert example.label.sum() == box_width * box_height
+    assert left + box_width <= width
+    assert top + box_height <= height
+
+
+def test_squares_are_the_same_in_another_process_and_differ_by_seed_and_number():
+    script = (
+        "from hashlib import sha256; from ssl_seg.datasets.synthetic import Synthetic; "
+        "print(sha256(Synthetic(seed=3).read(7).image.tobytes()).hexdigest())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    digests = [
+        sha256(Synthetic(seed=seed).read(index).image.tobytes()).hexdigest() for seed in (3, 4) for index in (7, 8)
+    ]
+    assert result.stdout.strip() == digests[0]
+    assert len(set(digests)) == 4
+
+
+def test_a_picture_does_not_depend_on_how_many_there_are():
+    np.testing.assert_array_equal(Synthetic(count=3).read(2).image, Synthetic(count=500).read(2).image)
+    with pytest.raises(IndexError):
+        Synthetic(count=3).read(3)
+
+
+def test_every_kind_can_be_chosen_and_conforms():
+    for kind in KINDS:
+        check_dataset(Synthetic(kind=kind, count=12, size=(40, 56)))
+    with pytest.raises(ValidationError):
+        Synthetic(kind="circles")
+    with pytest.raises(ValidationError):
+        Synthetic(count=0)
+
+
+# ---- the conformance test itself
+
+
+class Fake(Dataset):
+    """A data set that conforms until a field breaks it."""
+
+    package: ClassVar[str] = "ssl_seg.datasets"
+    fault: str = ""
+    cached_image: ClassVar[np.ndarray] = np.zeros((4, 5, 3), np.uint8)
+    cached_label: ClassVar[np.ndarray] = np.zeros((4, 5), np.uint8)
+    reads: ClassVar[list[int]] = []
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return {"twins": ("a", "a"), "unlabelled": (), "list": ["a", "b"]}.get(self.fault, ("a", "b"))
+
+    def __len__(self) -> int:
+        return 0 if self.fault == "empty" else 3
+
+    def name(self, index: int) -> str:
+        return "same" if self.fault == "names" else f"fake_{index}"
+
+    def sequence(self, index: int) -> str:
+        return None if self.fault == "sequence" else ""
+
+    def read(self, index: int) -> Example:
+        self.reads.append(index)
+        image = np.full((4, 5, 3), index, dtype=np.uint8)
+        label = np.full((4, 5), index % 2, dtype=np.uint8)
+        good = Example(image, label, self.name(index))
+        frozen = image.copy()
+        frozen.setflags(write=False)
+        broken = {
+            "other name": replace(good, name="other"),
+            "float": replace(good, image=image / 255),
+            "chw": replace(good, image=image.transpose(2, 0, 1)),
+            "read-only": replace(good, image=frozen),
+            "no label": replace(good, label=None),
+            "int64": replace(good, label=label.astype(np.int64)),
+            "size": replace(good, label=label[:2]),
+            "ids": replace(good, label=label + np.uint8(2)),
+            "random": replace(good, image=image + np.uint8(len(self.reads) % 251)),
+            "shared image": replace(good, image=self.cached_image),
+            "shared label": replace(good, label=self.cached_label),
+        }
+        return broken.get(self.fault, good)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if self.fault == "pickle":
+            state["__dict__"] = {**state["__dict__"], "fault": "empty"}
+        return state
+
+    def dump(self):
+        dumped = super().dump()
+        return {**dumped, "fault": "x"} if self.fault == "dump" else dumped
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("empty", "is empty"),
+        ("twins", "holds a name twice"),
+        ("list", "not a tuple"),
+        ("unlabelled", "has a label, but class_names is empty"),
+        ("names", "3 images are named 'same'"),
+        ("sequence", "not a str"),
+        ("other name", r"named 'other', but name\(0\) is 'fake_0'"),
+        ("float", "float64, not uint8"),
+        ("chw", r"not \(H, W, 3\)"),
+        ("read-only", "read-only"),
+        ("no label", "has no label"),
+        ("int64", "int64, not uint8"),
+        ("size", "for an image"),
+        ("ids", r"holds \[2\]"),
+        ("random", "not pure"),
+        ("shared image", "written to, gives another image"),
+        ("shared label", "written to, gives another label"),
+        ("pickle", "after pickling"),
+        ("dump", "another data set"),
+    ],
+)
+def test_check_dataset_names_each_fault(fault, words):
+    with pytest.raises(AssertionError, match=words):
+        check_dataset(Fake(fault=fault))
+
+
+def test_check_dataset_passes_what_conforms():
+    check_dataset(Fake())

@@ -1,0 +1,47 @@
+"""Two gloo processes against one: the same gradients, losses and scores in every mode, and commands under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.two_processes import MODES, evaluate, record
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes saw; all modes in one start, which is what takes the time."""
+    out = tmp_path_factory.mktemp("ddp") / "seen.pt"
+    done = torchrun("-m", "tests.two_processes", "compare_modes", str(out))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize(("views", "encode"), MODES)
+def test_two_processes_learn_what_one_does(two: dict[str, Any], views: str, encode: str) -> None:
+    alone, both = record(views, encode), two[f"{views}-{encode}"]
+    assert (alone["world"], both["world"]) == (1, 2)
+    for name, gradient in alone["gradients"].items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(both["gradients"][name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    assert both["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert both["scores"] == pytest.approx(alone["scores"], rel=1e-2)
+
+
+def test_each_image_is_scored_once(two: dict[str, Any]) -> None:
+    assert torch.equal(two["confusion"], evaluate())
+    assert two["confusion"].sum() == 3 * 80 * 80

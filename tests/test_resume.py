@@ -1,0 +1,193 @@
+"""A run that stops and goes on ends in the same bits: after every step, after kill -9, on 1 and 2 processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ssl_seg import store
+from ssl_seg.config import UserError, load
+from ssl_seg.finetune import FinetuneConfig, finetune
+from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.stage import Options
+from tests.small import finetuning, pretraining
+from tests.test_ddp import torchrun
+from tests.two_processes import cut_after, resume_after_every_step
+
+ROOT = Path(__file__).parent.parent
+SMALL = ROOT / "tests" / "small.py"
+STAGES = {"pretrain": (pretraining, PretrainConfig, pretrain), "finetune": (finetuning, FinetuneConfig, finetune)}
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = store.read_metrics(folder)
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+def last_state(folder: Path) -> dict[str, torch.Tensor]:
+    return store.load_state(folder).tensors
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert figures(a) == figures(b)
+    torch.testing.assert_close(last_state(a), last_state(b), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "changed"),
+    [("pretrain", 0, {}), ("pretrain", 2, {"encode": "in_turn"}), ("finetune", 0, {"eval_every": 2})],
+)
+def test_resuming_after_every_step_gives_the_same_bits(
+    stage: str, workers: int, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    values, config_class, run = STAGES[stage]
+    config = load(config_class, values(workers=workers, **changed))
+    resume_after_every_step(lambda folder: run(config, Options(folder, quiet=True)), tmp_path, config.train.steps)
+    assert_all_the_same(tmp_path)
+
+
+def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) -> None:
+    for encode, workers in (("together", 0), ("in_turn", 2)):
+        folder = tmp_path / encode
+        done = torchrun("-m", "tests.two_processes", "resume", str(folder), encode, str(workers))
+        assert done.returncode == 0, done.stderr
+        assert_all_the_same(folder)
+
+
+def assert_all_the_same(folder: Path) -> None:
+    """The whole run and those resumed after each of its steps, as `resume_after_every_step` leaves them."""
+    whole = folder / "whole"
+    parts = sorted(folder.glob("after_*"))
+    assert len(parts) == 5
+    for part in parts:
+        assert figures(whole) == figures(part)
+        torch.testing.assert_close(last_state(part), last_state(whole), rtol=0, atol=0)
+        for exported in ("encoder/encoder.safetensors", "model/model.safetensors"):
+            if (whole / exported).exists():
+                torch.testing.assert_close(load_file(part / exported), load_file(whole / exported), rtol=0, atol=0)
+
+
+def words(values: dict[str, Any], folder: Path) -> list[str]:
+    """The values as a YAML file for a command."""
+    path = folder / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return [str(path), "--plugin", str(SMALL)]
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def start(stage: str, config: list[str], out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ssl_seg", stage, *config, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Until metrics.jsonl has the step (or the run is over)."""
+    path = out / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= step):
+        time.sleep(0.01)
+
+
+def test_kills_at_random_steps_leave_no_trace(tmp_path: Path) -> None:
+    config = words(pretraining(steps=14, save_every=3, eval_every=5), tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start("pretrain", config, whole)) == 0
+    random.seed(1)
+    kills = 0
+    for step in (2, 4, 7, 9, 12):
+        process = start("pretrain", config, killed)
+        wait_for_step(process, killed, step)
+        time.sleep(random.uniform(0, 0.1))  # anywhere in the step, also inside a save
+        process.kill()
+        kills += finish(process) == -signal.SIGKILL
+    assert kills == 5, "each must hit a running process"
+    assert json.loads((killed / "run.json").read_text())["status"] == "running"
+    assert finish(start("pretrain", config, killed)) == 0
+    assert_same_run(whole, killed)
+    assert [line["step"] for line in figures(killed)] == list(range(1, 15))
+    assert json.loads((killed / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, tmp_path: Path) -> None:
+    config = words(pretraining(steps=60, save_every=60), tmp_path)
+    out = tmp_path / "run"
+    process = start("pretrain", config, out)
+    wait_for_step(process, out, 3)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in said
+    assert "the same command continues" in said
+    assert json.loads((out / "run.json").read_text())["status"] == "killed"
+    assert store.load_state(out).step == len(figures(out)) >= 3
+
+
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
+    """The same images and keys follow; only dropout's own draws differ, and there is none here."""
+    values = pretraining(steps=6, save_every=3, lr=1e-4)
+    values["model"] = {**values["model"], "encoder": {"type": "timm", "name": "mobilenetv2_035"}}
+    values["model"]["decoder"] = {**values["model"]["decoder"], "dropout": 0.0}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = torchrun("-m", "ssl_seg", "pretrain", *words(values, tmp_path), "--out", str(whole))
+    assert done.returncode == 0, done.stderr
+    cut_after(3, whole, cut)
+    pretrain(load(PretrainConfig, values), Options(cut, quiet=True))
+    for alone, both in zip(figures(cut), figures(whole), strict=True):
+        assert alone == pytest.approx(both, rel=1e-3)
+
+
+def test_a_changed_key_is_named_and_refused_unless_allowed(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
+    longer = load(PretrainConfig, pretraining(steps=4))
+    with pytest.raises(UserError, match=r"train\.steps was 2 and is now 4") as caught:
+        pretrain(longer, Options(tmp_path / "run", quiet=True))
+    assert "\n" not in str(caught.value)
+    assert len(figures(tmp_path / "run")) == 2, "nothing was touched"
+    done = pretrain(longer, Options(tmp_path / "run", allow_changed=("train.steps",), quiet=True))
+    assert done.steps == 4
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(PretrainConfig, pretraining(steps=4))
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    pretrain(config, Options(whole, quiet=True))
+    shutil.copytree(whole, damaged)
+    path = damaged / "state" / "step_00000004" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    pretrain(config, Options(damaged))
+    assert "step_00000004/state.safetensors: damaged" in capsys.readouterr().err
+    assert_same_run(whole, damaged)
+
+
+def test_overwrite_starts_anew(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(out, quiet=True))
+    changed = load(PretrainConfig, {**pretraining(steps=3), "seed": 4})
+    assert pretrain(changed, Options(out, overwrite=True, quiet=True)).steps == 3
+    assert [line["step"] for line in figures(out)] == [1, 2, 3]

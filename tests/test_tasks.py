@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretext.denoise import Denoise
+from pretext.inpaint import Inpaint
+from pretext.rotate import Rotate
+from ssl_seg import losses, rng
+from ssl_seg.models import EncoderNet, EncoderSpec
+from ssl_seg.tasks import (
+    Batch,
+    MultiTask,
+    PretextTask,
+    Segment,
+    Task,
+    View,
+    evaluating,
+    make_views,
+    seeded,
+    weighted_total,
+)
+
+SIZE = (16, 24)
+
+
+class Backbone(nn.Module):
+    """Five strided maps; counts its calls and what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, 2, 1) for i in range(5))
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.batches.append(len(x))
+        maps = []
+        for level in self.levels:
+            x = F.gelu(level(x))
+            maps.append(x)
+        return maps
+
+
+class Dense(nn.Module):
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(4, out_channels, 1)
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
+        height, width = size
+        return F.interpolate(self.last(features[0]), scale_factor=2)[..., :height, :width]
+
+
+def network(tasks: dict[str, Task], seed: int = 0) -> MultiTask:
+    torch.manual_seed(0)
+    encoder = EncoderNet(Backbone(), (4,) * 5)
+    spec = EncoderSpec(encoder.channels, encoder.strides, lambda channels, stride=1: Dense(channels))
+    return MultiTask(encoder, spec, tasks, seed)
+
+
+def batch(count: int = 4, labelled: bool = False, size: tuple[int, int] = SIZE) -> Batch:
+    keys = rng.fold_in(rng.as_key(1), torch.arange(count))
+    label = rng.randint(keys, size, 0, 3) if labelled else None
+    return Batch(rng.uniform(keys, (3, *size)), keys, label, [f"image {i}" for i in range(count)])
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.grad for name, weight in module.named_parameters()}
+
+
+# The batch and the contract
+
+
+def test_a_batch_is_cut_like_a_list():
+    whole = batch(5, labelled=True)
+    part = whole[1::2]
+    assert torch.equal(part.image, whole.image[[1, 3]])
+    assert torch.equal(part.label, whole.label[[1, 3]])
+    assert torch.equal(part.key, whole.key[[1, 3]])
+    assert part.names == ["image 1", "image 3"]
+    assert batch(3)[:2].label is None
+
+
+@pytest.mark.parametrize("missing", ["corrupt", "head", "loss"])
+def test_a_pretext_task_needs_its_three_methods(missing):
+    methods = {name: lambda *_: None for name in ("corrupt", "head", "loss") if name != missing}
+    incomplete = type("Incomplete", (PretextTask,), methods)
+    with pytest.raises(TypeError, match=missing):
+        incomplete()
+
+
+def test_tasks_are_frozen_and_know_their_keys():
+    with pytest.raises(ValidationError, match="frozen"):
+        Rotate().weight = 2.0
+    with pytest.raises(ValidationError, match="did you mean 'weight'"):
+        Rotate(wieght=2.0)
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        Rotate(weight=-1.0)
+
+
+def test_optional_methods_have_harmless_defaults():
+    class Plain(PretextTask):
+        def corrupt(self, image: Tensor, key: Tensor) -> View:
+            return View(image, image)
+
+        def head(self, encoder: EncoderSpec) -> nn.Module:
+            return encoder.dense(3)
+
+        def loss(self, prediction: Tensor, view: View) -> Tensor:
+            return losses.regression("l1", prediction, view.target)
+
+    task, some = Plain(), batch()
+    view = task.view(some)
+    assert task.prepare(some.image) is task
+    assert task.metrics(view.input, view) == {}
+    assert task.render(view.input, view) is None
+    assert torch.equal(task.render_target(view), some.image)
+    assert task.render_target(View(some.image, torch.zeros(4, dtype=torch.int64))) is None
+
+
+# Segment
+
+
+def test_segment_is_cross_entropy_plus_dice():
+    some = batch(labelled=True)
+    some.label[0, :4] = 255
+    logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    view = Segment(num_classes=3).view(some)
+    assert torch.equal(view.input, some.image)
+    assert torch.equal(view.target, some.label)
+    entropy, dice = losses.cross_entropy(logits, some.label), losses.dice(logits, some.label)
+    assert torch.equal(Segment(num_classes=3).loss(logits, view), entropy)
+    both = Segment(num_classes=3, cross_entropy=0.5, dice=2.0).loss(logits, view)
+    assert torch.allclose(both, 0.5 * entropy + 2.0 * dice)
+    assert torch.equal(Segment(num_classes=3, cross_entropy=0.0).loss(logits, view), torch.zeros(4))
+
+
+def test_segment_weights_its_classes():
+    some = batch(labelled=True)
+    logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    task = Segment(num_classes=3, class_weights=(1.0, 5.0, 0.1))
+    weights = torch.tensor([1.0, 5.0, 0.1])
+    expected = [F.cross_entropy(logits[i : i + 1], some.label[i : i + 1], weight=weights) for i in range(4)]
+    assert torch.allclose(task.loss(logits, task.view(some)), torch.stack(expected))
+
+
+def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
+    task = Segment(num_classes=3, dice=1.0, class_weights=(1.0, 2.0, 3.0))
+    some = batch(labelled=True)
+    some.label[:] = 255
+    logits = torch.randn(4, 3, *SIZE).requires_grad_()
+    loss = task.loss(logits, task.view(some))
+    loss.sum().backward()
+    assert torch.equal(loss, torch.zeros(4))
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_median_weights_balance_the_classes():
+    counts = torch.tensor([10, 40, 20])
+    task = Segment(num_classes=3, class_weights="median").prepare(counts)
+    balanced = compute_class_weight("balanced", classes=np.arange(3), y=np.repeat(np.arange(3), counts.numpy()))
+    assert np.array(task.class_weights) == pytest.approx(balanced / balanced[2])  # class 2 is the median: weight 1
+    assert Segment.model_validate(task.dump()) == task
+
+
+def test_median_weights_survive_an_absent_class():
+    task = Segment(num_classes=3, class_weights="median").prepare(torch.tensor([30, 0, 10]))
+    assert all(math.isfinite(weight) and weight > 0 for weight in task.class_weights)
+    fixed = Segment(num_classes=3, class_weights=(1.0, 2.0, 3.0))
+    assert fixed.prepare(torch.tensor([1, 2, 3])) is fixed
+
+
+def test_segment_asks_for_labels():
+    with pytest.raises(ValueError, match="needs labels"):
+        Segment(num_classes=3).view(batch())
+
+
+# Views
+
+
+def test_two_tasks_corrupt_one_image_independently():
+    tasks = {"first": Denoise(), "second": Denoise()}
+    views = make_views(tasks, {"pool": batch()})
+    assert not torch.allclose(views["first"].input, views["second"].input)
+    again = make_views({"second": Denoise()}, {"pool": batch()})
+    assert torch.equal(again["second"].input, views["second"].input)  # whatever other tasks there are
+
+
+def test_every_task_sees_its_own_stream():
+    pool, labelled = batch(4), batch(2, labelled=True)
+    views = make_views({"denoise": Denoise(), "segment": Segment(num_classes=3)}, {"pool": pool, "labelled": labelled})
+    assert len(views["denoise"].input) == 4
+    assert torch.equal(views["segment"].input, labelled.image)
+
+
+def test_split_deals_the_pool_out_and_leaves_the_labels_whole():
+    tasks = {"denoise": Denoise(), "segment": Segment(num_classes=3), "inpaint": Inpaint(), "again": Denoise()}
+    pool, labelled = batch(8), batch(2, labelled=True)
+    views = make_views(tasks, {"pool": pool, "labelled": labelled}, split=True)
+    assert torch.equal(views["denoise"].target, pool.image[0::3])
+    assert torch.equal(views["inpaint"].target, pool.image[1::3])
+    assert torch.equal(views["again"].target, pool.image[2::3])
+    assert torch.equal(views["segment"].input, labelled.image)
+
+
+# MultiTask
+
+
+def test_forward_gives_every_tasks_losses():
+    tasks = {"denoise": Denoise(), "rotate": Rotate(), "segment": Segment(num_classes=3)}
+    module = network(tasks)
+    views = make_views(tasks, {"pool": batch(4), "labelled": batch(2, labelled=True)})
+    values = module(views)
+    assert {name: tuple(loss.shape) for name, loss in values.items()} == {
+        "denoise": (4,),
+        "rotate": (4,),
+        "segment": (2,),
+    }
+    assert all(loss.dtype == torch.float32 for loss in values.values())
+    predictions = module.predict(views)
+    assert predictions["segment"].shape == (2, 3, *SIZE)
+    for name, task in tasks.items():
+        assert torch.equal(values[name], task.loss(predictions[name], views[name]))
+
+
+def test_views_of_one_stream_and_size_share_an_encoder_pass():
+    tasks = {"denoise": Denoise(), "inpaint": Inpaint(), "segment": Segment(num_classes=3)}
+    module = network(tasks)
+    views = make_views(tasks, {"pool": batch(4), "labelled": batch(2, labelled=True)})
+    module(views)
+    assert module.encoder.backbone.batches == [8, 2]
+    small = replace(views["inpaint"], input=views["inpaint"].input[..., :8, :8])
+    module.encoder.backbone.batches.clear()
+    predictions = module.predict({**views, "inpaint": small})
+    assert sorted(module.encoder.backbone.batches) == [2, 4, 4]
+    assert predictions["inpaint"].shape[-2:] == (8, 8)
+
+
+def test_together_and_task_by_task_give_the_same_gradients():
+    tasks = {"denoise": Denoise(weight=0.5), "inpaint": Inpaint(), "rotate": Rotate(weight=2.0)}
+    views = make_views(tasks, {"pool": batch()})
+    together, in_turn = network(tasks), network(tasks)
+    weighted_total(tasks, together(views)).backward()
+    for name, view in views.items():
+        weighted_total(tasks, in_turn({name: view})).backward()
+    expected = gradients(in_turn)
+    for name, gradient in gradients(together).items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_task_that_is_not_shown_leaves_its_head_alone():
+    tasks = {"denoise": Denoise(), "rotate": Rotate()}
+    module = network(tasks)
+    views = make_views(tasks, {"pool": batch()})
+    module({"denoise": views["denoise"]})["denoise"].sum().backward()
+    assert all(weight.grad is None for weight in module.heads["rotate"].parameters())
+    assert all(weight.grad is not None for weight in module.heads["denoise"].parameters())
+
+
+def test_labelled_images_give_the_same_bits_with_and_without_a_pool():
+    tasks = {"denoise": Denoise(), "segment": Segment(num_classes=3)}
+    module = network(tasks)
+    views = make_views(tasks, {"pool": batch(4), "labelled": batch(2, labelled=True)})
+    both = module(views)["segment"]
+    assert torch.equal(module({"segment": views["segment"]})["segment"], both)
+
+
+def test_a_head_starts_the_same_whichever_other_tasks_there_are():
+    few = network({"rotate": Rotate()})
+    many = network({"denoise": Denoise(), "rotate": Rotate()})
+    other = network({"rotate": Rotate()}, seed=1)
+    assert torch.equal(few.heads["rotate"].linear.weight, many.heads["rotate"].linear.weight)
+    assert not torch.equal(few.heads["rotate"].linear.weight, other.heads["rotate"].linear.weight)
+
+
+def test_half_precision_predictions_are_judged_in_float32():
+    tasks = {"denoise": Denoise(), "rotate": Rotate()}
+    module = network(tasks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = module(make_views(tasks, {"pool": batch()}))
+    assert all(loss.dtype == torch.float32 for loss in values.values())
+
+
+def test_the_total_is_the_weighted_sum_of_means():
+    tasks = {"a": Rotate(weight=2.0), "b": Rotate(weight=0.0), "c": Rotate()}
+    values = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([9.0]), "c": torch.tensor([1.0, 1.0, 4.0])}
+    assert weighted_total(tasks, values).item() == pytest.approx(2.0 * 2.0 + 0.0 + 2.0)
+
+
+def test_seeded_draws_depend_on_the_key_and_leave_torchs_generator_alone():
+    before = torch.get_rng_state()
+    with seeded(rng.as_key(-5)):
+        first = torch.rand(3)
+    with seeded(rng.as_key(-5)):
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_restores_the_mode_even_after_an_error(training):
+    module = nn.Sequential(nn.Dropout()).train(training)
+    seen = []
+
+    def fail() -> None:
+        with evaluating(module):
+            seen.append((module[0].training, torch.is_grad_enabled()))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert seen == [(False, False)]
+    assert module[0].training is training
+    assert torch.is_grad_enabled()

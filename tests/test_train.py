@@ -1,0 +1,227 @@
+"""The loop: schedules against torch's, both ways of encoding, bad steps, and a state that is put back whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_seg.config import UserError, load
+from ssl_seg.data import Packed, Samples
+from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.stage import build_module, open_streams, pool_tasks
+from ssl_seg.train import (
+    PATIENCE_FOR_NAN,
+    Learner,
+    NonFiniteError,
+    Processes,
+    Step,
+    TrainConfig,
+    backward,
+    due,
+    finish_gradients,
+    lr_at,
+    train,
+)
+from tests.small import pretraining
+
+
+def make(**changed: Any) -> tuple[Learner, dict[str, Samples]]:
+    config = load(PretrainConfig, pretraining(**changed))
+    learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, Processes(config.train))
+    return learner, {"pool": Samples(config.data.pool, config.augment, config.seed)}
+
+
+def run(learner: Learner, sources: dict[str, Samples], start: int = 0) -> Iterator[Step]:
+    streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), start)
+    return train(learner, streams, start, seed=0)
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in learner.module.state_dict().items()}
+
+
+def test_cosine_equals_torch_after_the_warm_up() -> None:
+    config = TrainConfig(steps=50, warmup=10, lr=0.3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+    for step in range(10, 50):
+        assert lr_at(config, step) == pytest.approx(oracle.get_last_lr()[0])
+        optimizer.step()
+        oracle.step()
+
+
+def test_poly_equals_torch() -> None:
+    config = TrainConfig(steps=30, warmup=0, schedule="poly", power=0.9)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    oracle = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=30, power=0.9)
+    for step in range(30):
+        assert lr_at(config, step) == pytest.approx(oracle.get_last_lr()[0])
+        optimizer.step()
+        oracle.step()
+
+
+def test_multistep_and_constant() -> None:
+    config = TrainConfig(steps=10, warmup=0, schedule="multistep", lr=1.0, milestones=(0.5, 0.8), gamma=0.1)
+    assert [lr_at(config, step) for step in range(10)] == pytest.approx([1] * 5 + [0.1] * 3 + [0.01] * 2)
+    assert lr_at(TrainConfig(steps=10, warmup=0, schedule="constant", lr=0.2), 9) == 0.2
+
+
+def test_warm_up_rises_to_the_rate_and_never_starts_at_zero() -> None:
+    config = TrainConfig(steps=100, warmup=4, lr=1.0)
+    assert [lr_at(config, step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(step, None, 10)] == [10]
+
+
+def test_biases_and_norms_are_not_decayed_and_the_encoder_has_its_own_rate() -> None:
+    learner, _ = make(weight_decay=0.1, encoder_lr=0.25)
+    names = {id(parameter): name for name, parameter in learner.module.named_parameters()}
+    for group in learner.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
+            assert group["factor"] == (0.25 if name.startswith("encoder.") else 1.0), name
+    assert not names, "every parameter is in a group"
+
+
+def test_losses_fall() -> None:
+    losses = [step.metrics["train/loss"] for step in run(*make(steps=30))]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_same_run_twice_gives_the_same_bits(optimizer: str) -> None:
+    first, second = make(optimizer=optimizer), make(optimizer=optimizer)
+    assert [step.metrics for step in run(*first)] == [step.metrics for step in run(*second)]
+    torch.testing.assert_close(weights(first[0]), weights(second[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("views", ["all", "split"])
+def test_in_turn_gives_the_gradients_of_together(views: str) -> None:
+    gradients = []
+    for encode in ("together", "in_turn"):
+        learner, sources = make(encode=encode, views=views, clip=None)
+        learner.module.eval()  # dropout draws differ between one pass and two
+        streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+        backward(learner, {"pool": next(streams["pool"])}, last=True)
+        gradients.append({name: p.grad for name, p in learner.module.named_parameters()})
+    for name, gradient in gradients[0].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
+    gradients = []
+    for accumulate in (1, 2):
+        learner, sources = make(accumulate=accumulate, clip=None)
+        learner.module.eval()
+        streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+        for _ in range(accumulate):
+            backward(learner, {"pool": next(streams["pool"])}, last=True)
+        gradients.append({name: p.grad for name, p in learner.module.named_parameters()})
+    for name, gradient in gradients[0].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def test_clipping_bounds_the_norm_and_reports_the_norm_before() -> None:
+    learner, sources = make(clip=0.01)
+    learner.optimizer.zero_grad()
+    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    backward(learner, {"pool": next(streams["pool"])}, last=True)
+    before = math.sqrt(sum(p.grad.square().sum().item() for p in learner.module.parameters()))
+    assert finish_gradients(learner) == pytest.approx(before, rel=1e-4)
+    after = math.sqrt(sum(p.grad.square().sum().item() for p in learner.module.parameters()))
+    assert after == pytest.approx(0.01, rel=1e-3)
+
+
+def poison(batches: Iterator[Packed], steps: set[int], learner: Learner) -> Iterator[Packed]:
+    """Make the network give NaN at some steps, as an overflow would: through the input, so statistics see it too."""
+    for step, packed in enumerate(batches):
+        learner.module.encoder.std.fill_(float("nan") if step in steps else 0.25)
+        yield packed
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_step_that_is_not_finite_changes_nothing(norm: str) -> None:
+    values = pretraining(steps=4)
+    values["model"] = {**values["model"], "norm": norm}
+    config = load(PretrainConfig, values)
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    samples = {"pool": Samples(config.data.pool, config.augment, 0)}
+    streams = open_streams(samples, config.train, learner.processes, 2, 0)
+    seen = []
+    for step in train(learner, {"pool": poison(streams["pool"], {1, 2}, learner)}, 0, seed=0):
+        learner.module.encoder.std.fill_(0.25)
+        seen.append(weights(learner))
+        assert math.isfinite(step.metrics["train/loss"]) == (step.number not in (2, 3))
+    torch.testing.assert_close(seen[0], seen[2], rtol=0, atol=0)
+    assert not torch.equal(
+        seen[2]["encoder.backbone.network.conv_stem.weight"], seen[3]["encoder.backbone.network.conv_stem.weight"]
+    )
+    assert all(value.isfinite().all() for value in seen[-1].values())
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_with_the_names() -> None:
+    learner, sources = make(steps=30)
+    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    poisoned = poison(streams["pool"], set(range(3, 30)), learner)
+    done = []
+    with pytest.raises(NonFiniteError, match=r"10 times in a row; lower train.lr") as caught:
+        done.extend(train(learner, {"pool": poisoned}, 0, seed=0))
+    assert len(done) == 3 + PATIENCE_FOR_NAN - 1
+    assert len(caught.value.names) == learner.config.batch_size
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_restored_state_goes_on_bit_for_bit(optimizer: str) -> None:
+    whole, sources = make(optimizer=optimizer)
+    steps = [(step.metrics, weights(whole)) for step in run(whole, sources)]
+    half, _ = make(optimizer=optimizer)
+    for step in run(half, sources):
+        if step.number == 3:
+            break
+    saved = {name: value.clone() for name, value in half.tensors().items()}
+    other, _ = make(optimizer=optimizer, lr=1e-3)
+    other.restore(saved, half.data())
+    for step, (metrics, expected) in zip(run(other, sources, start=3), steps[3:], strict=True):
+        assert step.metrics == metrics
+        torch.testing.assert_close(weights(other), expected, rtol=0, atol=0)
+
+
+def test_restoring_copies_so_that_two_learners_do_not_share_moments() -> None:
+    learner, sources = make()
+    next(run(learner, sources))
+    saved = {name: value.clone() for name, value in learner.tensors().items()}
+    given = {name: value.clone() for name, value in saved.items()}
+    other, _ = make()
+    other.restore(given, learner.data())
+    next(run(other, sources, start=1))
+    torch.testing.assert_close(given, saved, rtol=0, atol=0)
+
+
+def test_channels_last_and_bf16_train() -> None:
+    learner, sources = make(precision="bf16", channels_last=True, steps=3)
+    losses = [step.metrics["train/loss"] for step in run(learner, sources)]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(p.dtype == torch.float32 for p in learner.module.parameters())
+
+
+def test_fp16_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train.precision: fp16 needs a GPU"):
+        Processes(TrainConfig(precision="fp16", device="cpu"))
+
+
+def test_a_wish_to_stop_is_told_by_the_step() -> None:
+    learner, sources = make()
+    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    stops = [step.stop for step in train(learner, streams, 0, seed=0, wants_stop=iter([False, True] * 3).__next__)]
+    assert stops == [False, True] * 3
