@@ -54,7 +54,7 @@ class Denoise(PretextTask):
 
     @property
     def scale(self) -> float:
-        """The quadratic mean of sigma. Errors are measured in it: a squared error of 1 is that of the noisy image."""
+        """The quadratic mean of sigma. Errors are measured in it: 1 is the squared error of noise, unclipped."""
         low, high = self.sigma
         return math.sqrt((low * low + low * high + high * high) / 3.0)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
@@ -28,6 +27,7 @@ app = typer.Typer(
     help="Pretrain an encoder on unlabelled images, fine-tune it for segmentation, and see whether it helped.",
 )
 
+ClickError = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="FILE.yaml|key=value ...", help="Config files and keys; later ones win.")
 ]
@@ -160,11 +160,11 @@ def run(command: Callable[[], Any]) -> int:
     """The exit code of a command; what the user must know goes to stderr in one line."""
     try:
         return command() or 0
-    except click.ClickException as error:
+    except ClickError as error:
         return _complain(error.format_message())
     except UserError as error:
         return _complain(str(error))
-    except click.exceptions.Abort:
+    except typer.Abort:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit

@@ -105,20 +105,16 @@ class Plugin(Config, ABC):
 
     @classmethod
     def names(cls) -> list[str]:
-        """Every `type` there is for this family (an entry point is listed without being imported)."""
+        """Every `type` there is for this family; imports the family's own files, so it is for messages and lists."""
         package = importlib.import_module(cls.package)
-        files = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")]
-        points = [point.name for point in entry_points(group=cls.group)]
-        extra = [_snake(found.__name__) for module in cls.extra_modules for found in _plugins_in(module, cls)]
-        return sorted({*files, *points, *extra})
+        files = [f"{cls.package}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+        modules = [importlib.import_module(file) for file in files] + cls.extra_modules
+        found = {plugin.plugin_name() for module in modules for plugin in _plugins_in(module, cls)}
+        return sorted(found | {point.name for point in entry_points(group=cls.group) if _fits(point, cls)})
 
     @classmethod
     def choose(cls, name: str) -> builtin_type[Self]:
         """The class that `type: name` means. Raises ValueError with the known names."""
-        for module in cls.extra_modules:
-            for found in _plugins_in(module, cls):
-                if _snake(found.__name__) == name:
-                    return found
         if NAME.fullmatch(name) and importlib.util.find_spec(f"{cls.package}.{name}"):
             found = _plugins_in(importlib.import_module(f"{cls.package}.{name}"), cls)
             if len(found) == 1:
@@ -126,6 +122,10 @@ class Plugin(Config, ABC):
         for point in entry_points(group=cls.group):
             if point.name == name:
                 return _from_entry_point(point, cls)
+        for module in cls.extra_modules:
+            for found in _plugins_in(module, cls):
+                if _snake(found.__name__) == name:
+                    return found
         raise ValueError(_unknown("type", name, cls.names()))
 
     @model_validator(mode="wrap")
@@ -311,6 +311,13 @@ def _from_entry_point(point: EntryPoint, family: type) -> type:
     if not (inspect.isclass(found) and issubclass(found, family)):
         raise ValueError(f"entry point {point.name} = {point.value} is no {family.__name__}; name another type")
     return found
+
+
+def _fits(point: EntryPoint, family: type) -> bool:
+    """Whether an entry point may hold a plug-in of the family; a stranger's is listed unseen, so its code does not run."""
+    if point.value.startswith(f"{family.package}."):
+        return issubclass(point.load(), family)
+    return True
 
 
 def _unknown(what: str, name: Any, known: Iterable[str]) -> str:

@@ -111,8 +111,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     processes = Processes(config.train)
     check_sizes(config.train, processes, len(config.tasks))
     check_data(config)
+    labelled, val = choose_images(config)
     with open_run("finetune", config, options, processes) as run:
-        labelled, val = choose_images(config)
         learner, sources = assemble(config, processes, run, labelled, options.quiet)
         resize = config.data.resize
         model = SegmentationModel(
@@ -175,9 +175,9 @@ def try_out(config: FinetuneConfig) -> DryRun:
 def resolve(config: FinetuneConfig) -> FinetuneConfig:
     """The config with what other files decide written out: the model of `init`, the number of classes."""
     model = config.model
-    if model is None and config.init:
-        info = store.read_encoder_info(config.init)
-        model = ModelConfig.model_validate(info["config"]) if info else None
+    info = store.read_encoder_info(config.init) if config.init else {}
+    if model is None and info:
+        model = ModelConfig.model_validate(info["config"])
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")

@@ -79,6 +79,8 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     processes = Processes(config.train)
     check_sizes(config.train, processes, len(config.tasks))
     check_images("data.pool", config.data.pool)
+    if config.init:
+        store.read_encoder_info(config.init)  # before anything is written
     with open_run("pretrain", config, options, processes) as run:
         learner, sources = assemble(config, processes, run, options.quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}

@@ -101,7 +101,7 @@ def save(folder: Path, step: int, keep: tuple[int, ...] = ()) -> None:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return sorted(int(entry.name.removeprefix("step_")) for entry in (folder / "state").iterdir())
+    return sorted(int(entry.name.removeprefix("step_")) for entry in (folder / "state").glob("step_*"))
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -251,6 +251,15 @@ def test_every_flipped_bit_and_every_cut_is_noticed_500_times(tmp_path):
     damage_files(tmp_path, times=500, seed=1)
 
 
+def test_every_cut_of_the_manifest_is_noticed(tmp_path):
+    save(tmp_path, 1)
+    manifest = tmp_path / "state/step_00000001/manifest.json"
+    intact = manifest.read_bytes()
+    for size in range(len(intact)):
+        manifest.write_bytes(intact[:size])
+        assert str(manifest) in message_of(lambda: store.load_state(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "state.safetensors"])
 def test_a_checkpoint_without_one_of_its_files_is_skipped(tmp_path, name):
     save(tmp_path, 1)
@@ -377,6 +386,8 @@ def check_checkpoints(folder: Path) -> None:
     state = store.load_state(folder)
     assert_whole(state)
     assert state.step in (2, 3)
+    for step in steps_in(folder):
+        assert_whole(store.load_state(folder, step))
     save(folder, 4)
     assert_whole(store.load_state(folder))
     assert leftovers(folder) == []

@@ -1,0 +1,272 @@
+"""The command line as a user meets it: what works, and forty ways to get it wrong, each answered in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from ssl_seg import cli, images
+from ssl_seg.config import UserError, flatten
+from tests.small import finetuning, pretraining
+
+ROOT = Path(__file__).parent.parent
+SMALL = str(ROOT / "tests" / "small.py")
+
+
+def run(*words: str) -> int:
+    """A command in this process; its exit code."""
+    return cli.run(lambda: cli.app(args=[str(word) for word in words], prog_name="ssl-seg", standalone_mode=False))
+
+
+def as_words(values: dict[str, Any]) -> list[str]:
+    """Config values as `dotted.key=value` words."""
+    return [f"{key}={json.dumps(value)}" for key, value in flatten(values).items()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained and a fine-tuned run, made by commands."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert run("pretrain", *as_words(pretraining(steps=3)), "--out", folder / "pre", "--quiet") == 0
+    started = ["init=" + str(folder / "pre"), "transfer=encoder+denoise"]
+    assert run("finetune", *as_words(finetuning(steps=3)), *started, "--out", folder / "fine", "--quiet") == 0
+    return folder
+
+
+def test_finetune_says_its_scores(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = ["init=" + str(runs / "pre"), "transfer=encoder+denoise"]
+    assert run("finetune", *as_words(finetuning(steps=3)), *started, "--out", runs / "fine") == 0
+    said = capsys.readouterr().out
+    result = json.loads((runs / "fine" / "result.json").read_text())
+    assert f"test mIoU {result['test']['miou']:.4f}" in said
+    assert "disc" in said
+    receipts = json.loads((runs / "fine" / "receipts.json").read_text())
+    assert receipts["encoder"]["share"] == receipts["decoder"]["share"] == 1.0
+
+
+def test_evaluate_gives_the_score_of_the_run(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    test = as_words({"data": {"test": finetuning()["data"]["test"]}})
+    assert run("evaluate", f"model={runs / 'fine'}", *test, "workers=0", "device=cpu", "--out", out) == 0
+    result = json.loads((runs / "fine" / "result.json").read_text())
+    assert json.loads((out / "scores.json").read_text())["miou"] == pytest.approx(result["test"]["miou"])
+    matrix = np.array(json.loads((out / "confusion.json").read_text())["confusion"])
+    kept = json.loads((runs / "fine" / "confusion.json").read_text())["test"]
+    np.testing.assert_array_equal(matrix, kept)
+    assert images.read_image(out / "predictions.png").shape[2] == 3
+
+
+def test_predict_writes_a_mask_for_every_image_at_its_own_size(runs: Path, tmp_path: Path) -> None:
+    for name, size in (("a", (50, 70)), ("deep/b", (33, 20))):
+        images.write_image(tmp_path / "photos" / f"{name}.png", np.full((*size, 3), 90, dtype=np.uint8))
+    words = [f"model={runs / 'fine'}", "data.images.type=folder", f"data.images.images={tmp_path / 'photos'}"]
+    assert run("predict", *words, "workers=0", "device=cpu", "--out", tmp_path / "out") == 0
+    assert images.read_mask(tmp_path / "out" / "masks" / "a.png").shape == (50, 70)
+    assert images.read_mask(tmp_path / "out" / "masks" / "deep" / "b.png").max() < 2
+    assert images.read_image(tmp_path / "out" / "overlays" / "a.png").shape == (50, 70, 3)
+
+
+def test_compare_shows_scores_and_only_what_differs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("finetune", *as_words(finetuning(steps=3)), "seed=7", "--out", runs / "other", "--quiet") == 0
+    capsys.readouterr()
+    assert run("compare", runs / "fine", runs / "other") == 0
+    said = capsys.readouterr().out
+    assert "test.miou" in said
+    assert "transfer" in said
+    assert "seed" in said
+    assert "batch_size" not in said
+
+
+def test_synth_draws_images_and_masks(tmp_path: Path) -> None:
+    assert run("synth", "squares", "--count", "3", "--size", "64x48", "--out", tmp_path / "out", "--seed", "4") == 0
+    image = images.read_image(tmp_path / "out" / "images" / "squares_000002.png")
+    mask = images.read_mask(tmp_path / "out" / "masks" / "squares_000002.png")
+    assert image.shape == (48, 64, 3)
+    assert sorted(np.unique(mask)) == [0, 1]
+    assert (tmp_path / "out" / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_dry_run_prints_shapes_and_costs_and_writes_nothing(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = pretraining() if stage == "pretrain" else finetuning()
+    assert run(stage, *as_words(values), "--dry-run") == 0
+    said = capsys.readouterr().out
+    head = "denoise: 4x3x64x64" if stage == "pretrain" else "segment: 4x2x64x64"
+    assert head.split(": ")[0] in said
+    assert f"-> {head.split(': ')[1]}" in said
+    assert "M parameters" in said
+    assert "s per step, peak" in said
+    assert not list(tmp_path.iterdir())
+
+
+def without(values: dict[str, Any], *path: str) -> dict[str, Any]:
+    """A copy of nested values with one key dropped."""
+    copied = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    place = copied
+    for key in path[:-1]:
+        place[key] = dict(place[key])
+        place = place[key]
+    del place[path[-1]]
+    return copied
+
+
+PRETRAIN = as_words(pretraining())
+FINETUNE = as_words(finetuning())
+WRONG = [
+    # (words, what the line must name)
+    (["pretrain", "nothing.yaml", "--out", "x"], "nothing.yaml: no such file or recipe"),
+    (["pretrain", *PRETRAIN], "--out: missing"),
+    (["pretrain", *PRETRAIN, "train.lr", "--out", "x"], "train.lr: no such file"),
+    (["pretrain", *PRETRAIN, "train.learning_rate=1", "--out", "x"], "unknown key 'learning_rate'"),
+    (["pretrain", *PRETRAIN, "tasks.denoise.sigmma=[0.1,0.2]", "--out", "x"], "did you mean 'sigma'"),
+    (["pretrain", *PRETRAIN, "tasks.denose={}", "--out", "x"], "did you mean 'denoise'"),
+    (["pretrain", *PRETRAIN, "train.steps=many", "--out", "x"], "train.steps"),
+    (["pretrain", *PRETRAIN, "train.steps=0", "--out", "x"], "train.steps"),
+    (["pretrain", *PRETRAIN, "train.precision=fp8", "--out", "x"], "train.precision"),
+    (["pretrain", *PRETRAIN, "train.precision=fp16", "--out", "x"], "fp16 needs a GPU"),
+    (["pretrain", *PRETRAIN, "train.lr=-1", "--out", "x"], "train.lr"),
+    (["pretrain", *PRETRAIN, "train.accumulate=3", "--out", "x"], "use 3 or 6"),
+    (["pretrain", *PRETRAIN, "tasks.denoise=null", "tasks.rotate=null", "--out", "x"], "no task is left"),
+    (["pretrain", *PRETRAIN, "tasks.denoise.weight=-2", "--out", "x"], "tasks.denoise.weight"),
+    (["pretrain", *PRETRAIN, "model.encoder.name=resnet81", "--out", "x"], "resnet"),
+    (["pretrain", *PRETRAIN, "model.encoder.type=tinn", "--out", "x"], "unknown type 'tinn'"),
+    (["pretrain", *PRETRAIN, "model.decoder.type=unett", "--out", "x"], "did you mean 'unet'"),
+    (["pretrain", *PRETRAIN, "model.norm=bacth", "--out", "x"], "model.norm"),
+    (["pretrain", *PRETRAIN, "augment.crop=[0,32]", "--out", "x"], "augment.crop"),
+    (["pretrain", *PRETRAIN, "augment.zoom=[2,1]", "--out", "x"], "augment"),
+    (["pretrain", *PRETRAIN, "data.pool={type: folder, images: no/such}", "--out", "x"], "no/such"),
+    (["pretrain", *PRETRAIN, "data.pool={type: folder, images: 5}", "--out", "x"], "data.pool"),
+    (["pretrain", *PRETRAIN, "init=no/such/run", "--out", "x"], "no/such/run"),
+    (["pretrain", *PRETRAIN, "seed=[", "--out", "x"], "seed=["),
+    (["pretrain", *PRETRAIN, "seed=${oc.env:HOME}", "--out", "x"], "oc.env"),
+    (["pretrain", *PRETRAIN, "--no-such-flag", "--out", "x"], "--no-such-flag"),
+    (["pretrain", *PRETRAIN, "--plugin", "no_such_module", "--out", "x"], "no_such_module"),
+    (["pretrain", *as_words(without(pretraining(), "data", "pool")), "--out", "x"], "data.pool: missing"),
+    (["pretrain", *as_words(without(pretraining(), "tasks")), "--out", "x"], "tasks: missing"),
+    (["finetune", *FINETUNE, "labels.count=5", "--out", "x"], "labels.count: 5 is more than"),
+    (["finetune", *FINETUNE, "labels={count: 2, fraction: 0.5}", "--out", "x"], "count and fraction"),
+    (["finetune", *FINETUNE, "transfer=encoder+denoise", "--out", "x"], "needs init=RUN"),
+    (["finetune", *FINETUNE, "transfer=decoder", "--out", "x"], "'decoder' is not known"),
+    (["finetune", *FINETUNE, "tasks.denoise={}", "--out", "x"], "data.pool: missing"),
+    (["finetune", *FINETUNE, "segment.num_classes=3", "--out", "x"], "segment.num_classes: 3"),
+    (["finetune", *FINETUNE, "data.val={type: synthetic, count: 2}", "--out", "x"], "data.val: its classes"),
+    (["finetune", *FINETUNE, "stop.target=2", "--out", "x"], "stop.target"),
+    (["evaluate", "model=no/such/run", "data.test.type=textured"], "no/such/run"),
+    (["predict", "model=x", "data.images.type=textured"], "--out: missing"),
+    (["compare", "no/such/run"], "no/such/run: is no run folder"),
+    (["synth", "circles", "--out", "x"], "kind"),
+    (["synth", "squares", "--size", "big", "--out", "x"], "--size big"),
+    (["pretrian"], "pretrian"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), WRONG, ids=[named for _, named in WRONG])
+def test_what_is_wrong_is_one_line_that_names_it(
+    words: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert named in said.err
+    assert said.err.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing may be written before the config is known to be right"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["train: {steps: 5, steps: 6}", "train: [", "- a list", "tasks: !!python/object/apply:os.system ['touch canary']"],
+)
+def test_bad_yaml_is_one_line_with_the_file(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(content)
+    assert run("pretrain", "bad.yaml", "--out", "x") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ssl-seg: bad.yaml: ")
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_folders_of_others_are_never_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    for flags in ([], ["--overwrite"]):
+        assert run("pretrain", *PRETRAIN, "--out", tmp_path / "thesis", *flags) == 2
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "precious"
+    (tmp_path / "file").write_text("also precious")
+    assert run("pretrain", *PRETRAIN, "--out", tmp_path / "file") == 2
+    assert run("pretrain", *PRETRAIN, "--out", tmp_path / "file" / "below") == 2
+    assert capsys.readouterr().err.count("\n") == 4
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(OmegaConf.to_yaml(OmegaConf.create(pretraining(steps=500))))
+    command = [
+        sys.executable,
+        "-m",
+        "ssl_seg",
+        "pretrain",
+        str(config),
+        "--plugin",
+        SMALL,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert second.returncode == 2
+        assert str(first.pid) in second.stderr
+        assert second.stderr.count("\n") == 1
+        assert first.poll() is None, "the first goes on"
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["pretrain", "no.yaml"], ["pretrain", "--nope"]])
+def test_help_and_wrong_words_answer_without_the_heavy_imports(words: list[str]) -> None:
+    script = (
+        "import sys, time\n"
+        "from ssl_seg import cli\n"
+        f"code = cli.run(lambda: cli.app(args={words!r}, prog_name='ssl-seg', standalone_mode=False))\n"
+        "print(code, 'torch' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    expected = "0 False" if "--help" in words else "2 False"
+    assert done.stdout.strip().splitlines()[-1] == expected, done.stderr
+
+
+def test_a_bug_of_ours_keeps_its_traceback() -> None:
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(bug)
+
+
+def test_errors_become_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("a file\nnamed with a line break: gone; rename it")
+
+    assert cli.run(fail) == 2
+    assert capsys.readouterr().err == "ssl-seg: a file named with a line break: gone; rename it\n"
