@@ -21,9 +21,9 @@ _HOMES = {
     "predict": ("PredictConfig",),
     "pretrain": ("PretrainConfig",),
     "stage": ("Options",),
-    "store": ("load_encoder",),
     "tasks": ("Batch", "MultiTask", "PretextTask", "Segment", "Task", "View"),
     "train": ("TrainConfig",),
+    "weights": ("load_encoder",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -314,7 +314,7 @@ def _from_entry_point(point: EntryPoint, family: type) -> type:
 
 
 def _fits(point: EntryPoint, family: type) -> bool:
-    """Whether an entry point may hold a plug-in of the family; a stranger's is listed unseen, so its code does not run."""
+    """Whether an entry point may hold a plug-in of the family; a stranger's is listed unseen: its code does not run."""
     if point.value.startswith(f"{family.package}."):
         return issubclass(point.load(), family)
     return True

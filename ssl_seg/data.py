@@ -232,7 +232,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Caught:
-    """Another map whose UserErrors come back as values: raised in a worker, torch would wrap one in a page of traceback."""
+    """Another map whose UserErrors come back as values: torch wraps what a worker raises in a page of traceback."""
 
     samples: Any
 
@@ -304,12 +304,19 @@ def read_resized(examples: Examples, index: int, size: tuple[int, int] | None) -
     return Example(images.resize_image(example.image, size), label, example.name)
 
 
-def pixel_counts(examples: Examples) -> Tensor:
-    """How many pixels each class has, `(K,)` int64, over all masks."""
-    counts = np.zeros(256, dtype=np.int64)
+def pixel_counts(examples: Examples) -> tuple[Tensor, Tensor]:
+    """How many pixels each class has over all masks, and how many the images that show it have; each `(K,)` int64.
+
+    Ignored pixels count nowhere.
+    """
+    num_classes = len(examples.class_names)
+    pixels = torch.zeros(num_classes, dtype=torch.int64)
+    beside = torch.zeros(num_classes, dtype=torch.int64)
     for index in range(len(examples)):
-        counts += np.bincount(examples.read(index).label.ravel(), minlength=256)
-    return torch.from_numpy(counts[: len(examples.class_names)])
+        counts = np.bincount(examples.read(index).label.ravel(), minlength=256)[:num_classes]
+        pixels += torch.from_numpy(counts)
+        beside += torch.from_numpy((counts > 0) * counts.sum())
+    return pixels, beside
 
 
 def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:

@@ -16,7 +16,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg import images, pictures, store
+from ssl_seg import images, pictures, weights
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Augment, Examples, Views, Whole, loader
 from ssl_seg.datasets import Dataset
@@ -73,7 +73,7 @@ def score_tasks(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops, always the same noise."""
+    """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops and fixed noise."""
     tasks = _pretext(module)
     rank, world, device = _place(module, processes)
     indices = list(range(rank, len(examples), world))
@@ -143,12 +143,12 @@ def build_model(config: ModelConfig, class_names: tuple[str, ...]) -> Segmentati
 def load_model(path: str | Path) -> tuple[SegmentationModel, Size | None]:
     """A fine-tuned model from a run folder or its `model/`, in evaluation mode, and the size (H, W) it wants images in.
 
-    The model eats RGB in [0, 1], `(B, 3, H, W)` at any size. Its weights come with a receipt: all of them, or UserError.
+    The model eats RGB in [0, 1], `(B, 3, H, W)` at any size. Raises UserError unless every weight is found.
     """
-    info = store.read_model_info(path)
+    info = weights.read_model_info(path)
     config = ModelConfig.model_validate(info["config"])
     model = build_model(config.without_pretrained(), tuple(info["class_names"]))
-    store.load_model_weights(model, path)
+    weights.load_model_weights(model, path)
     resize = tuple(info["resize"]) if info.get("resize") else None
     return model.eval(), resize
 

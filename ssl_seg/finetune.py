@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
-from ssl_seg import evaluate, store
+from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts
 from ssl_seg.datasets import Dataset
@@ -147,7 +147,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         test_scores = None if config.data.test is None else score(config.data.test)
         if processes.is_main:
             extra = {"resize": resize, "step": selected}
-            store.export_model(run.folder, model, config.model.dump(), extra)
+            weights.export_model(run.folder, model, config.model.dump(), extra)
             parts = {"val": val_scores, "test": test_scores}
             scored = {part: scores for part, scores in parts.items() if scores is not None}
             named = {part: evaluate.named_scores(scores, model.class_names) for part, scores in scored.items()}
@@ -175,7 +175,7 @@ def try_out(config: FinetuneConfig) -> DryRun:
 def resolve(config: FinetuneConfig) -> FinetuneConfig:
     """The config with what other files decide written out: the model of `init`, the number of classes."""
     model = config.model
-    info = store.read_encoder_info(config.init) if config.init else {}
+    info = weights.read_encoder_info(config.init) if config.init else {}
     if model is None and info:
         model = ModelConfig.model_validate(info["config"])
     names = config.data.labelled.class_names
@@ -225,7 +225,7 @@ def assemble(
     if recorded is not None:
         segment = Segment.model_validate(recorded[SEGMENT])
     elif config.segment.class_weights == "median":
-        segment = config.segment.prepare(pixel_counts(labelled))
+        segment = config.segment.prepare(*pixel_counts(labelled))
     else:
         segment = config.segment
     tasks = {SEGMENT: segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
@@ -240,13 +240,13 @@ def assemble(
     return Learner(module, config.train, processes), sources
 
 
-def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, store.Receipt]:
+def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, weights.Receipt]:
     """Put what `init` and `transfer` name into the module; a receipt for each part."""
     if config.init is None:
         return {}
-    receipts = {"encoder": store.load_encoder(module.encoder, config.init, config.init_allow)}
+    receipts = {"encoder": weights.load_encoder(module.encoder, config.init, config.init_allow)}
     _, _, task = config.transfer.partition("+")
     if task:
         decoder = module.heads[SEGMENT].decoder
-        receipts["decoder"] = store.load_decoder(decoder, config.init, task, config.init_allow)
+        receipts["decoder"] = weights.load_decoder(decoder, config.init, task, config.init_allow)
     return receipts

@@ -35,7 +35,7 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Panels `(H, W, 3)` uint8 laid out in rows with a white gap; smaller panels are scaled to the largest, unsmoothed."""
+    """Panels `(H, W, 3)` uint8 in rows with a white gap between; smaller ones are scaled to the largest, unsmoothed."""
     height = max(panel.shape[0] for row in rows for panel in row)
     width = max(panel.shape[1] for row in rows for panel in row)
     columns = max(len(row) for row in rows)

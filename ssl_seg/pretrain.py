@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, field_validator
 
-from ssl_seg import evaluate, store
+from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Augment, Samples
 from ssl_seg.datasets import Dataset
@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     check_sizes(config.train, processes, len(config.tasks))
     check_images("data.pool", config.data.pool)
     if config.init:
-        store.read_encoder_info(config.init)  # before anything is written
+        weights.read_encoder_info(config.init)  # before anything is written
     with open_run("pretrain", config, options, processes) as run:
         learner, sources = assemble(config, processes, run, options.quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
@@ -104,7 +104,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         steps = fit(job.resume())
         scores = score()
         if processes.is_main:
-            store.export_encoder(run.folder, learner.module.encoder, config.model.dump())
+            weights.export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)
             run.write_json("result.json", {"steps": steps, "val": scores})
         processes.barrier()
@@ -132,7 +132,7 @@ def assemble(
     model = config.model.without_pretrained() if config.init else config.model
     module = build_module(model, tasks, config.seed)
     if config.init:
-        receipt = store.load_encoder(module.encoder, config.init, config.init_allow)
+        receipt = weights.load_encoder(module.encoder, config.init, config.init_allow)
         say(receipt.summary(), quiet or not processes.is_main)
         if run is not None:
             run.write_json("receipts.json", {"encoder": asdict(receipt)})

@@ -5,7 +5,7 @@ Ours, because exact resume and "the same global batch on 1 or 8 processes" need 
 counter-based generator) is Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the mixer is the
 finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
-Integers and uniforms are equal bit for bit on every device; normals agree to about 1e-6, because `log` and `cos` differ.
+Integers and uniforms are equal bit for bit on every device; normals to about 1e-6, because `log` and `cos` differ.
 
 >>> keys = fold_in(as_key(7), torch.arange(2))
 >>> uniform(keys, (3,)).shape
@@ -43,7 +43,10 @@ def fold_in(key: Tensor, data: Tensor | int | str) -> Tensor:
     """Another key from `key` and `data`; the shapes broadcast: `fold_in(seed, draws)` gives one key a draw."""
     if not isinstance(data, Tensor):
         data = as_key(data)
-    return _mix(_mix(key) + data.to(key.device) * GOLDEN)
+    if data.dim():
+        data = data.to(key.device)
+    # A scalar stays on the CPU, where torch lets it meet a GPU's tensor: copied there, it would stop the host.
+    return _mix(_mix(key) + data * GOLDEN)
 
 
 def bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:

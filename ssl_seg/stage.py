@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssl_seg import images, rng, store
+from ssl_seg import images, rng, store, weights
 from ssl_seg.config import Config, Interrupted
 from ssl_seg.data import Draws, Packed, Samples, check_batch_size, loader
 from ssl_seg.models import DenseHead, ModelConfig
@@ -105,6 +105,8 @@ class Job:
 
 def fit(job: Job) -> int:
     """Run the steps that are left; gives the number of the last one made."""
+    if should_stop(job):
+        return job.start  # stopped before, by its own rule
     learner, config = job.learner, job.learner.config
     save_every = config.save_every or max(1, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
@@ -227,7 +229,7 @@ def export_heads(run: store.Run, module: MultiTask) -> None:
     """Every decoder of a dense head, so that fine-tuning can start from it."""
     for name, head in module.heads.items():
         if isinstance(head, DenseHead):
-            store.export_decoder(run.folder, name, head.decoder)
+            weights.export_decoder(run.folder, name, head.decoder)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The contract of a task, and the one module that DDP sees: a shared encoder with a head per task.
 
 Pretraining, fine-tuning and joint training are the same loop over this module; a stage only chooses the tasks, the
-image streams and the starting weights. Pretext tasks live one a file in `pretext/`; supervised segmentation is `Segment`.
+image streams and the starting weights. Pretext tasks live one a file in `pretext/`; `Segment` is the supervised one.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PretextTask(Task, Plugin, ABC):
 
     @abstractmethod
     def corrupt(self, image: Tensor, key: Tensor) -> View:
-        """The view of `(B, 3, H, W)` images in [0, 1] under keys `(B,)`: sample i depends on `image[i]`, `key[i]` alone.
+        """The view of images `(B, 3, H, W)` in [0, 1] under keys `(B,)`; sample i depends on the i-th of each alone.
 
         It must not synchronise the device (no `.item()`, no boolean indexing).
         """
@@ -112,14 +112,17 @@ class Segment(Task):
     # Weights per class, or "median" for median frequency balancing (Eigen and Fergus, ICCV 2015, section 6.3.2).
     class_weights: tuple[PositiveFloat, ...] | Literal["median"] | None = None
 
-    def prepare(self, pixel_counts: Tensor) -> Self:
-        """A copy whose "median" class weights are numbers, from how many pixels `(K,)` each class has."""
+    def prepare(self, pixels: Tensor, pixels_beside: Tensor) -> Self:
+        """A copy whose "median" class weights are numbers; classes that no image shows weigh 1.
+
+        `pixels` `(K,)` counts each class's pixels, `pixels_beside` `(K,)` all those of the images that show it.
+        """
         if self.class_weights != "median":
             return self
-        present = pixel_counts > 0
-        share = pixel_counts.double() / pixel_counts.sum().clamp(min=1)
-        weights = torch.ones_like(share)
-        weights[present] = share[present].median() / share[present]
+        present = pixels > 0
+        frequency = pixels.double()[present] / pixels_beside[present]
+        weights = torch.ones(len(pixels), dtype=torch.float64)
+        weights[present] = frequency.quantile(0.5) / frequency
         return self.model_copy(update={"class_weights": tuple(weights.tolist())})
 
     def view(self, batch: Batch) -> View:
@@ -217,11 +220,12 @@ def seeded(key: Tensor) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside, the former mode after."""
-    was_training = module.training
+    """Evaluation mode without gradients inside; after it each part has its own former mode, frozen parts too."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training

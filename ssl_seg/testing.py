@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg import rng
-from ssl_seg.config import UserError
+from ssl_seg.config import Plugin, UserError
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.models import Decoder, DecoderNet, DenseHead, Encoder, EncoderNet, EncoderSpec, Features
 from ssl_seg.tasks import PretextTask, View, evaluating
@@ -34,7 +34,7 @@ def check_pretext_task(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         task = _check_prepare(task, _pictures(4, *size))
-        _check_config(task)
+        _check_config(task, PretextTask)
         odd = (size[0] - 11, size[1] + 13)
         for count, (height, width) in ((4, size), (1, size), (3, odd)):
             images, keys = _pictures(count, height, width), rng.fold_in(rng.as_key("check"), torch.arange(count))
@@ -51,14 +51,17 @@ def _check_prepare(task: PretextTask, images: Tensor) -> PretextTask:
     return prepared
 
 
-def _check_config(task: PretextTask) -> None:
-    assert task.model_config.get("frozen"), "the task is not frozen; leave model_config as PretextTask has it"
-    dumped = task.dump()
-    # A class that no `type` finds, as one in a test file, is loaded by itself.
-    family = PretextTask if dumped["type"] in PretextTask.names() else type(task)
-    loaded = family.model_validate(dumped)
-    assert type(loaded) is type(task), f"type '{dumped['type']}' loads {type(loaded).__name__}, not this task's class"
-    assert loaded == task, f"dump and load give another task: {loaded!r}, not {task!r}"
+def _check_config(config: Plugin, root: type[Plugin]) -> None:
+    """Frozen, and the same again after a run folder has kept it; `root` is the family's abstract class."""
+    assert config.model_config.get("frozen"), f"the config is not frozen; leave model_config as {root.__name__} has it"
+    dumped = json.loads(json.dumps(config.dump()))
+    families = [type(config)]
+    if dumped["type"] in root.names():  # a class in a test file is found by no `type`
+        families.append(root)
+    for family in families:
+        loaded = family.model_validate(dumped)
+        assert type(loaded) is type(config), f"type '{dumped['type']}' loads {type(loaded).__name__}, not this class"
+        assert loaded == config, f"dump and load give another config: {loaded!r}, not {config!r}"
 
 
 def _check_view(task: PretextTask, images: Tensor, keys: Tensor, keyed: bool) -> None:
@@ -262,7 +265,7 @@ def check_dataset(dataset: Dataset, *, reads: int = 8) -> None:
     count = len(dataset)
     assert count > 0, "the data set is empty; check it with at least one image"
     _check_class_names(dataset.class_names)
-    _check_dataset_config(dataset)
+    _check_config(dataset, Dataset)
     names = [dataset.name(index) for index in range(count)]
     (common, times), *_ = Counter(names).most_common(1)
     assert times == 1, f"{times} images are named {common!r}; names have to be unique"
@@ -289,18 +292,6 @@ def _check_class_names(names: tuple[str, ...]) -> None:
     assert all(isinstance(name, str) and name for name in names), f"class_names holds something but words: {names!r}"
     assert len(set(names)) == len(names), f"class_names holds a name twice: {names!r}"
     assert len(names) <= 255, f"{len(names)} classes; ids are 8 bits and 255 is ignored"
-
-
-def _check_dataset_config(dataset: Dataset) -> None:
-    assert dataset.model_config.get("frozen"), "the data set is not frozen; leave model_config as Dataset has it"
-    dumped = json.loads(json.dumps(dataset.dump()))  # as a run folder keeps it
-    families = [type(dataset)]
-    if dumped["type"] in Dataset.names():  # a class in a test file is found by no `type`
-        families.append(Dataset)
-    for family in families:
-        loaded = family.model_validate(dumped)
-        assert type(loaded) is type(dataset), f"type '{dumped['type']}' loads {type(loaded).__name__}, not this class"
-        assert loaded == dataset, f"dump and load give another data set: {loaded!r}, not {dataset!r}"
 
 
 def _check_example(where: str, example: Example, num_classes: int) -> None:
@@ -342,7 +333,7 @@ def check_encoder(config: Encoder, *, sizes: Sequence[tuple[int, int]] = ((33, 4
     It is built a few times and run on small images of `sizes` (H, W): check the smallest variant of a family.
     """
     with torch.random.fork_rng(devices=[]):
-        _check_module_config(config, Encoder)
+        _check_config(config, Encoder)
         torch.manual_seed(0)
         encoder = config.build()
         _check_strides(encoder, 32)
@@ -370,7 +361,7 @@ def check_decoder(config: Decoder) -> None:
     layouts = ((16, 24, 32, 48, 64), (0, 24, 32, 48, 64), (32, 32, 64, 64, 32))
     taken = 0
     with torch.random.fork_rng(devices=[]):
-        _check_module_config(config, Decoder)
+        _check_config(config, Decoder)
         for channels in layouts:
             torch.manual_seed(0)
             try:
@@ -381,16 +372,6 @@ def check_decoder(config: Decoder) -> None:
                 taken += 1
                 _check_decoding(decoder, channels, strides)
     assert taken, f"the decoder refuses every encoder at strides {strides}"
-
-
-def _check_module_config(config: Encoder | Decoder, root: type[Encoder | Decoder]) -> None:
-    assert config.model_config.get("frozen"), f"the config is not frozen; leave model_config as {root.__name__} has it"
-    dumped = config.dump()
-    # A class that no `type` finds, as one in a test file, is loaded by itself.
-    family = root if dumped["type"] in root.names() else type(config)
-    loaded = family.model_validate(json.loads(json.dumps(dumped)))
-    assert type(loaded) is type(config), f"type '{dumped['type']}' loads {type(loaded).__name__}, not this class"
-    assert loaded == config, f"dump and load give another config: {loaded!r}, not {config!r}"
 
 
 def _check_one_line(what: str, error: UserError) -> None:

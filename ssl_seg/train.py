@@ -1,8 +1,8 @@
 """The training loop: a generator of steps that knows no logger, no files and no metrics but its own.
 
 Ours, because exact resume asks that everything which can be a function of the step is one (batch, keys, learning
-rate, dropout), and because the multi-task step must be the same on 1 and N processes in both ways of encoding. What is left
-over is the state: weights, optimizer moments, loss scaler, count of bad steps. This file is the only user of accelerate.
+rate, dropout), and because the multi-task step must be the same on 1 and N processes in both ways of encoding. What is
+left over is the state: weights, optimizer moments, loss scaler, count of bad steps. The only user of accelerate.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def train(
     """Make the steps from `start` to the end, yielding each one's figures.
 
     `streams` give this process's micro-batches in order. Each step, all processes learn whether any of them
-    `wants_stop`. A step whose loss or gradient is not finite changes nothing, on any process; ten in a row raise NonFiniteError.
+    `wants_stop`. A step whose loss or gradient is not finite changes nothing, on any process; ten in a row raise
+    NonFiniteError.
     """
     config = learner.config
     key = rng.fold_in(rng.as_key(seed), "dropout")

@@ -14,7 +14,7 @@ from ssl_seg.datasets import Dataset, Example
 
 
 class Textured(Dataset):
-    """Waves with a disc of other waves on them. Textured, since norm layers divide by the spread of flat images."""
+    """Waves with a brighter disc of other waves on them. Textured, since norm layers divide by the spread of images."""
 
     count: int = 12
     size: tuple[int, int] = (80, 80)
@@ -33,7 +33,8 @@ class Textured(Dataset):
         label = (np.hypot(rows - random.uniform(0.3, 0.7), columns - random.uniform(0.3, 0.7)) < 0.3).astype(np.uint8)
         frequency = random.uniform(3, 40, (2, 2, 3))
         waves = [np.sin(rows[..., None] * f + columns[..., None] * g) for f, g in frequency]
-        image = np.where(label[..., None] == 1, *waves) * 100 + random.normal(128, 8, (*self.size, 3))
+        image = np.where(label[..., None] == 1, *waves) * 60 + random.normal(100, 8, (*self.size, 3))
+        image[label == 1] += 60
         return Example(image.clip(0, 255).astype(np.uint8), label, self.name(index))
 
     def name(self, index: int) -> str:

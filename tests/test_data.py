@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -198,7 +200,7 @@ def test_label_subsets_are_nested_and_cover_the_classes_early() -> None:
         for subset in (Labels(count=count, seed=5).choose(Striped()) for count in (1, 3, 5, 9, 12))
     ]
     assert [len(part) for part in names] == [1, 3, 5, 9, 12]
-    assert all(small < large for small, large in zip(names, names[1:], strict=False))
+    assert all(small < large for small, large in pairwise(names))
     five = Labels(count=5, seed=5).choose(Striped())
     assert set().union(*(np.unique(five.read(index).label) for index in range(5))) == set(range(6))
 
@@ -241,6 +243,7 @@ def test_hold_out_of_a_single_sequence_takes_a_fifth() -> None:
     assert set(kept.indices).isdisjoint(held.indices)
 
 
-def test_pixel_counts_leave_out_ignored_pixels() -> None:
-    counts = pixel_counts(Subset(Striped(), (0, 1)))
-    assert counts.tolist() == [2 * 40 * 30, 40 * 30, 40 * 30, 0, 0, 0]
+def test_pixels_are_counted_by_class_and_by_the_images_that_show_it() -> None:
+    pixels, beside = pixel_counts(Subset(Striped(), (0, 1)))
+    assert pixels.tolist() == [2 * 40 * 30, 40 * 30, 40 * 30, 0, 0, 0]
+    assert beside.tolist() == [2 * 40 * 60, 40 * 60, 40 * 60, 0, 0, 0]

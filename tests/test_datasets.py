@@ -569,7 +569,7 @@ class Fake(Dataset):
         ("shared image", "written to, gives another image"),
         ("shared label", "written to, gives another label"),
         ("pickle", "after pickling"),
-        ("dump", "another data set"),
+        ("dump", "another config"),
     ],
 )
 def test_check_dataset_names_each_fault(fault, words):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.two_processes import MODES, evaluate, record
+from tests.two_processes import MODES, evaluate, jointly, record, score_one_image
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +45,22 @@ def test_two_processes_learn_what_one_does(two: dict[str, Any], views: str, enco
 def test_each_image_is_scored_once(two: dict[str, Any]) -> None:
     assert torch.equal(two["confusion"], evaluate())
     assert two["confusion"].sum() == 3 * 80 * 80
+
+
+def test_a_process_without_an_image_does_no_harm(two: dict[str, Any]) -> None:
+    assert two["one image"] == pytest.approx(score_one_image())
+
+
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_joint_training_deals_out_both_streams(two: dict[str, Any], encode: str) -> None:
+    assert two["jointly"][encode] == pytest.approx(jointly(encode), rel=1e-3)
+
+
+def test_nan_on_one_process_is_skipped_by_all(two: dict[str, Any]) -> None:
+    weights = two["nan"]["weights"]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    assert all(step.isfinite().all() for step in weights)
+    first, second = two["nan"]["of_last"]
+    assert first == second, "the processes hold the same weights"

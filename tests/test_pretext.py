@@ -223,7 +223,7 @@ class LoadsAsAnother(Invert):
         (PictureOutOfRange, "render leaves"),
         (ScalarMetric, r"metric 'error' is \(\)"),
         (Thawed, "not frozen"),
-        (LoadsAsAnother, "dump and load give another task"),
+        (LoadsAsAnother, "dump and load give another config"),
     ],
 )
 def test_the_check_says_what_is_wrong_with_a_broken_task(broken, sentence):

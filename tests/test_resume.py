@@ -25,7 +25,7 @@ from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options
 from tests.small import finetuning, pretraining
 from tests.test_ddp import torchrun
-from tests.two_processes import cut_after, resume_after_every_step
+from tests.two_processes import cut_after, resume_after_every_step, without_dropout
 
 ROOT = Path(__file__).parent.parent
 SMALL = ROOT / "tests" / "small.py"
@@ -146,8 +146,7 @@ def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, tmp_path: Path
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
     """The same images and keys follow; only dropout's own draws differ, and there is none here."""
     values = pretraining(steps=6, save_every=3, lr=1e-4)
-    values["model"] = {**values["model"], "encoder": {"type": "timm", "name": "mobilenetv2_035"}}
-    values["model"]["decoder"] = {**values["model"]["decoder"], "dropout": 0.0}
+    values["model"] = without_dropout(values["model"])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = torchrun("-m", "ssl_seg", "pretrain", *words(values, tmp_path), "--out", str(whole))
     assert done.returncode == 0, done.stderr

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,18 +161,18 @@ def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
 
 
 def test_median_weights_balance_the_classes():
-    counts = torch.tensor([10, 40, 20])
-    task = Segment(num_classes=3, class_weights="median").prepare(counts)
-    balanced = compute_class_weight("balanced", classes=np.arange(3), y=np.repeat(np.arange(3), counts.numpy()))
-    assert np.array(task.class_weights) == pytest.approx(balanced / balanced[2])  # class 2 is the median: weight 1
-    assert Segment.model_validate(task.dump()) == task
+    pixels, beside = torch.tensor([600, 50, 100]), torch.tensor([1000, 250, 500])
+    task = Segment(num_classes=3, class_weights="median").prepare(pixels, beside)
+    # Frequencies where the class is seen: 0.6, 0.2, 0.2; the median is 0.2.
+    assert task.class_weights == pytest.approx((1 / 3, 1.0, 1.0))
 
 
 def test_median_weights_survive_an_absent_class():
-    task = Segment(num_classes=3, class_weights="median").prepare(torch.tensor([30, 0, 10]))
-    assert all(math.isfinite(weight) and weight > 0 for weight in task.class_weights)
-    fixed = Segment(num_classes=3, class_weights=(1.0, 2.0, 3.0))
-    assert fixed.prepare(torch.tensor([1, 2, 3])) is fixed
+    counts = torch.tensor([30, 0, 10])
+    task = Segment(num_classes=3, class_weights="median").prepare(counts, torch.tensor([40, 0, 40]))
+    assert task.class_weights == pytest.approx((2 / 3, 1.0, 2.0))  # of 0.75 and 0.25, the median is 0.5
+    fixed = Segment(num_classes=3, class_weights=(1, 2, 3))
+    assert fixed.prepare(counts, counts) is fixed
 
 
 def test_segment_asks_for_labels():
@@ -320,3 +317,12 @@ def test_evaluating_restores_the_mode_even_after_an_error(training):
     assert seen == [(False, False)]
     assert module[0].training is training
     assert torch.is_grad_enabled()
+
+
+def test_evaluating_leaves_a_frozen_part_frozen():
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3))).train()
+    module[0].eval()
+    module[1][1].eval()
+    with evaluating(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module.modules()] == [True, False, True, True, False]

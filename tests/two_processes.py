@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,15 +14,15 @@ import torch
 
 from ssl_seg import store
 from ssl_seg.config import load
-from ssl_seg.data import Samples
+from ssl_seg.data import Packed, Samples
 from ssl_seg.evaluate import score_segmentation, score_tasks
-from ssl_seg.finetune import SEGMENT, FinetuneConfig
+from ssl_seg.finetune import SEGMENT, FinetuneConfig, assemble, resolve
 from ssl_seg.models import SegmentationModel
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options, build_module, open_streams, pool_tasks
 from ssl_seg.tasks import Segment
 from ssl_seg.train import Learner, Processes, backward, finish_gradients, train
-from tests.small import finetuning, pretraining
+from tests.small import POOL, finetuning, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
 STEPS = 20
@@ -32,8 +32,7 @@ LR = 1e-4  # at ten times that, AdamW's first steps (all signs) blow rounding up
 def record(views: str, encode: str) -> dict[str, Any]:
     """The first step's gradients, and the losses of twenty AdamW steps; no dropout, which differs between processes."""
     values = pretraining(views=views, encode=encode, steps=STEPS, batch_size=8, lr=LR)
-    values["model"] = {**values["model"], "encoder": {"type": "timm", "name": "mobilenetv2_035"}}
-    values["model"]["decoder"] = {**values["model"]["decoder"], "dropout": 0.0}
+    values["model"] = without_dropout(values["model"])
     config = load(PretrainConfig, values)
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
@@ -55,6 +54,55 @@ def evaluate() -> torch.Tensor:
     module = build_module(config.model, {SEGMENT: Segment(num_classes=2)}, seed=1)
     model = SegmentationModel(module.encoder, module.heads[SEGMENT], ("ground", "disc"))
     return torch.as_tensor(score_segmentation(model, config.data.val, processes=processes).confusion)
+
+
+def score_one_image() -> dict[str, float]:
+    """The figures of a validation set with fewer images than there are processes."""
+    values = pretraining()
+    values["data"]["val"]["count"] = 1
+    config = load(PretrainConfig, values)
+    module = build_module(config.model, config.tasks, 0)
+    return score_tasks(module, config.data.val, config.augment, processes=Processes(config.train))
+
+
+def jointly(encode: str, **changed: Any) -> list[float]:
+    """Losses of a few joint steps: labelled and unlabelled images in each, both dealt out to the processes."""
+    values = finetuning(encode=encode, steps=4, lr=LR, **changed)
+    values["data"] = {**values["data"], "pool": POOL}
+    values["tasks"] = {"denoise": {}, "rotate": {}}
+    values["model"] = without_dropout(values["model"])
+    config = resolve(load(FinetuneConfig, values))
+    processes = Processes(config.train)
+    learner, samples = assemble(config, processes, None, config.labels.choose(config.data.labelled), quiet=True)
+    streams = open_streams(samples, config.train, processes, pool_tasks(learner.module.tasks), 0)
+    return [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
+
+
+def meet_nan() -> dict[str, Any]:
+    """The last process alone meets NaN at steps 2 and 3; all must skip them and go on with the same weights."""
+    config = load(PretrainConfig, pretraining(steps=5))
+    processes = Processes(config.train)
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, processes)
+    samples = {"pool": Samples(config.data.pool, config.augment, 0)}
+    batches = open_streams(samples, config.train, processes, 2, 0)["pool"]
+
+    def poisoned() -> Iterator[Packed]:
+        for step, packed in enumerate(batches):
+            bad = step in (1, 2) and processes.rank == processes.world - 1
+            learner.module.encoder.std.fill_(float("nan") if bad else 0.25)
+            yield packed
+
+    def flat() -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in learner.module.parameters()])
+
+    weights = [flat() for _ in train(learner, {"pool": poisoned()}, 0, seed=0)]
+    return {"weights": weights, "of_last": processes.gather([weights[-1].sum().item()])}
+
+
+def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
+    """Dropout draws from the process's own generator, so with it one process and two differ."""
+    encoder = {key: value for key, value in model["encoder"].items() if key != "drop_path"}
+    return {**model, "encoder": encoder, "decoder": {**model["decoder"], "dropout": 0.0}}
 
 
 def cut_after(step: int, finished: Path, folder: Path) -> None:
@@ -89,6 +137,9 @@ def resume_after_every_step(
 def compare_modes(out: str) -> None:
     seen = {f"{views}-{encode}": record(views, encode) for views, encode in MODES}
     seen["confusion"] = evaluate()
+    seen["one image"] = score_one_image()
+    seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}
+    seen["nan"] = meet_nan()
     if Processes(load(PretrainConfig, pretraining()).train).is_main:
         torch.save(seen, out)
 

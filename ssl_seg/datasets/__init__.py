@@ -13,7 +13,7 @@ from ssl_seg.config import Plugin
 
 @dataclass(frozen=True)
 class Example:
-    """One image as it is on disk: RGB `(H, W, 3)` uint8, its class ids `(H, W)` uint8 (255 is ignored) or None, its name."""
+    """An image as it is on disk, RGB `(H, W, 3)` uint8; class ids `(H, W)` uint8, 255 ignored, or None; a name."""
 
     image: np.ndarray
     label: np.ndarray | None

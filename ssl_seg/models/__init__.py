@@ -72,7 +72,7 @@ class DenseHead(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
-        # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random picture.
+        # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
         nn.init.normal_(self.last.weight, std=0.01)
         nn.init.zeros_(self.last.bias)
         self.level_stride = strides[-1]

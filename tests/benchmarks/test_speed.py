@@ -1,0 +1,84 @@
+"""Speed and memory as ratios against an honest baseline in the same run. Printed, never asserted: `make bench`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ssl_seg import rng
+from ssl_seg.config import load
+from ssl_seg.data import Samples
+from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.stage import build_module, open_streams
+from ssl_seg.train import Learner, Processes, train
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+VALUES = {
+    "data": {"pool": {"type": "synthetic", "kind": "squares", "count": 32}, "resize": [128, 128]},
+    "tasks": {"denoise": {}, "inpaint": {}},
+    "train": {"steps": STEPS, "batch_size": 8, "workers": 0, "warmup": 0, "device": "cpu"},
+}
+
+
+def seconds(action: Callable[[], object], times: int = 5) -> float:
+    """The median of some runs after a warm-up."""
+    action()
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+def test_a_step_against_a_bare_loop() -> None:
+    """The same network on ready-made tensors, by ten lines of plain PyTorch: what data, keys and checks cost on top."""
+    config = load(PretrainConfig, VALUES)
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    image = torch.rand(8, 3, 128, 128)
+    optimizer = torch.optim.AdamW(learner.module.parameters())
+
+    def bare() -> None:
+        optimizer.zero_grad()
+        features = learner.module.encoder(torch.cat([image, image]))
+        loss = 0.0
+        for head, part in zip(learner.module.heads.values(), (slice(0, 8), slice(8, 16)), strict=True):
+            loss = loss + F.mse_loss(head([level[part] for level in features], (128, 128)), image)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.module.parameters(), 1.0)
+        optimizer.step()
+
+    samples = {"pool": Samples(config.data.pool, config.augment, 0, config.data.resize)}
+    streams = open_streams(samples, config.train, learner.processes, 2, 0)
+    steps = train(learner, streams, 0, seed=0)
+    ours = seconds(lambda: next(steps), STEPS - 2)
+    plain = seconds(bare, STEPS - 2)
+    print(f"\na step: {ours:.3f} s, bare loop {plain:.3f} s, ratio {ours / plain:.2f} (workers: 0, all in one process)")
+
+
+def test_keyed_normals_against_torchs() -> None:
+    keys = rng.fold_in(rng.as_key(0), torch.arange(8))
+    ours = seconds(lambda: rng.normal(keys, (3, 128, 128)))
+    plain = seconds(lambda: torch.randn(8, 3, 128, 128))
+    print(
+        f"\nnormals for 8 images of 128x128: {1e3 * ours:.1f} ms, torch.randn {1e3 * plain:.1f} ms, {ours / plain:.1f}x"
+    )
+
+
+def test_the_memory_of_both_ways_of_encoding() -> None:
+    """Peak of a process that makes two steps of four tasks."""
+    words = ["augment.crop=[256,256]", "train.batch_size=8", "tasks.rotate={}", "tasks.more.type=denoise", "--dry-run"]
+    peaks = {}
+    for encode in ("together", "in_turn"):
+        command = [sys.executable, "-m", "ssl_seg", "pretrain", "squares", *words, f"train.encode={encode}"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[encode] = float(said.rsplit("peak ", 1)[1].removesuffix(" MiB\n"))
+    print(f"\npeak memory: together {peaks['together']:.0f} MiB, in turn {peaks['in_turn']:.0f} MiB (imports included)")

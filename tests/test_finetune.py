@@ -1,0 +1,190 @@
+"""Fine-tuning: where its weights come from, joint training, what is selected, when it stops, which images it sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_seg import weights
+from ssl_seg.config import UserError, load
+from ssl_seg.evaluate import load_model, score_segmentation
+from ssl_seg.finetune import SEGMENT, FinetuneConfig, Finetuned, choose_images, finetune, load_weights, resolve
+from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.stage import Options, build_module
+from ssl_seg.store import load_state, read_metrics
+from tests.small import MODEL, POOL, Textured, finetuning, pretraining
+
+
+def run(folder: Path, changed: dict[str, Any] | None = None, **train: Any) -> Finetuned:
+    values = {**finetuning(**train), **(changed or {})}
+    return finetune(load(FinetuneConfig, values), Options(folder, quiet=True))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(folder, quiet=True))
+    return folder
+
+
+def started(init: Path | None, transfer: str = "encoder") -> dict[str, torch.Tensor]:
+    """The weights before the first step."""
+    values = {**finetuning(), "init": None if init is None else str(init), "transfer": transfer}
+    config = resolve(load(FinetuneConfig, values))
+    module = build_module(config.model, {SEGMENT: config.segment}, config.seed)
+    load_weights(config, module)
+    return module.state_dict()
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_fresh(pretrained: Path) -> None:
+    scratch, encoder = started(None), started(pretrained)
+    exported = load_file(pretrained / "encoder" / "encoder.safetensors")
+    for name, value in exported.items():
+        assert torch.equal(encoder[f"encoder.{name}"], value)
+    heads = [name for name in scratch if name.startswith("heads.")]
+    assert all(torch.equal(scratch[name], encoder[name]) for name in heads)
+    assert any(not torch.equal(scratch[name], encoder[name]) for name in scratch if name.startswith("encoder."))
+
+
+def test_the_decoder_of_a_task_may_come_along_all_but_its_last_layer(pretrained: Path) -> None:
+    scratch, both = started(None), started(pretrained, "encoder+denoise")
+    exported = load_file(pretrained / "decoders" / "denoise.safetensors")
+    assert exported
+    for name, value in exported.items():
+        assert torch.equal(both[f"heads.{SEGMENT}.decoder.{name}"], value)
+    assert torch.equal(both[f"heads.{SEGMENT}.last.weight"], scratch[f"heads.{SEGMENT}.last.weight"])
+
+
+def test_a_task_without_a_decoder_cannot_lend_one(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rotate"):
+        run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+rotate"})
+
+
+def test_the_model_is_that_of_the_encoder_where_none_is_given(pretrained: Path) -> None:
+    values = {key: value for key, value in finetuning().items() if key != "model"}
+    assert (
+        resolve(load(FinetuneConfig, {**values, "init": str(pretrained)})).model.dump()
+        == resolve(load(FinetuneConfig, finetuning())).model.dump()
+    )
+    assert resolve(load(FinetuneConfig, values)).model.encoder.name == "resnet18"
+
+
+def test_another_encoder_is_refused_with_its_first_tensors(pretrained: Path, tmp_path: Path) -> None:
+    other = {**MODEL, "encoder": {"type": "timm", "name": "mobilenetv2_050"}}
+    with pytest.raises(UserError, match=r"init_allow") as caught:
+        run(tmp_path / "run", {"init": str(pretrained), "model": other})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(encode: str, tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", encode=encode)
+    data = {**finetuning()["data"], "pool": POOL}
+    tasks = {"denoise": {"weight": 0.0}, "rotate": {"weight": 0.0}}
+    joint = run(tmp_path / "joint", {"data": data, "tasks": tasks}, encode=encode)
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for one, other in zip(read_metrics(alone.folder), read_metrics(joint.folder), strict=True):
+        assert one["train/segment/loss"] == other["train/segment/loss"]
+        assert "train/denoise/loss" in other
+
+
+def test_joint_training_with_weight_changes_the_encoder(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone")
+    joint = run(tmp_path / "joint", {"data": {**finetuning()["data"], "pool": POOL}, "tasks": {"denoise": {}}})
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_to_find_the_disc(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}}, steps=80, lr=3e-3)
+    ground = (done.test.confusion[0].sum() / done.test.confusion.sum()).item()
+    assert done.test.miou > 0.6 > ground / 2, "far above one class everywhere"
+    recorded = json.loads((done.folder / "tasks.json").read_text())[SEGMENT]
+    assert recorded["class_weights"] != "median"
+    assert min(recorded["class_weights"]) < 1 < max(recorded["class_weights"])
+
+
+def test_the_exported_model_gives_the_scores_of_the_run(tmp_path: Path) -> None:
+    done = run(tmp_path / "run")
+    model, resize = load_model(done.folder)
+    config = load(FinetuneConfig, finetuning())
+    again = score_segmentation(model, config.data.test, resize)
+    assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(done.test.confusion))
+    image = torch.rand(1, 3, 37, 51)
+    assert model(image).shape == (1, 2, 37, 51)
+
+
+def test_the_best_weights_are_selected_and_the_last_on_request(tmp_path: Path) -> None:
+    best = run(tmp_path / "best", steps=30, eval_every=3, lr=0.02)
+    scores = {line["step"]: line["val/miou"] for line in read_metrics(best.folder) if "val/miou" in line}
+    assert best.selected_step == max(scores, key=scores.get)
+    assert best.selected_step != best.steps, "else this test shows nothing"
+    assert best.val.miou == pytest.approx(max(scores.values()))
+    last = run(tmp_path / "last", {"select": "last"}, steps=30, eval_every=3, lr=0.02)
+    assert last.selected_step == last.steps == 30
+    assert last.val.miou == pytest.approx(scores[30])
+
+
+def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tmp_path: Path) -> None:
+    tired = run(tmp_path / "tired", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+    scores = [line["val/miou"] for line in read_metrics(tired.folder)]
+    assert tired.steps < 60
+    assert max(scores[-2:]) <= max(scores[:-2])
+    content = run(tmp_path / "content", {"stop": {"target": 0.3}}, steps=60, eval_every=1, lr=3e-3)
+    reached = [line["val/miou"] >= 0.3 for line in read_metrics(content.folder)]
+    assert reached.index(True) == len(reached) - 1
+
+
+def test_a_stopped_run_is_not_taken_up_again(tmp_path: Path) -> None:
+    first = run(tmp_path / "run", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+    again = run(tmp_path / "run", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+    assert again.steps == first.steps
+    assert again.val.miou == first.val.miou
+    assert load_state(first.folder).step == first.steps
+
+
+def test_validation_is_held_out_where_none_is_given() -> None:
+    data = {"labelled": {**POOL, "count": 10}}
+    config = resolve(load(FinetuneConfig, {**finetuning(), "data": data, "labels": {"count": 4}}))
+    labelled, val = choose_images(config)
+    names = [{part.name(index) for index in range(len(part))} for part in (labelled, val)]
+    assert [len(part) for part in names] == [4, 2]
+    assert not names[0] & names[1]
+
+
+def test_one_labelled_image_trains(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", {"labels": {"count": 1}})
+    assert len(done.labelled) == 1
+    assert json.loads((done.folder / "labelled.json").read_text())["images"] == list(done.labelled)
+
+
+def test_masks_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Textured.read
+
+    def nothing_known(self: Textured, index: int) -> Any:
+        example = read(self, index)
+        if self.seed == 5:  # the labelled images
+            example.label[:] = 255
+        return example
+
+    monkeypatch.setattr(Textured, "read", nothing_known)
+    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}})
+    assert all(line["train/loss"] == 0 for line in read_metrics(done.folder))
+    assert all(value.isfinite().all() for value in load_file(done.folder / "model" / "model.safetensors").values())
+    assert 0 <= done.val.miou <= 1
+
+
+def test_the_receipts_are_kept(pretrained: Path, tmp_path: Path) -> None:
+    done = run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+denoise"})
+    kept = json.loads((done.folder / "receipts.json").read_text())
+    for part in ("encoder", "decoder"):
+        receipt = weights.Receipt(**kept[part])
+        assert receipt.share == 1.0
+        assert not receipt.missing + receipt.left_over
+    assert kept["encoder"]["features_equal"] is True

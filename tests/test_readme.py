@@ -1,0 +1,98 @@
+"""Every block of the README runs, in the order in which a reader meets it, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssl_seg import PretrainConfig, images, load
+from ssl_seg.datasets.synthetic import Synthetic
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
+# What the reader's own commands would take hours for: two steps of small crops, by the same commands.
+SHORT = "train.steps=2 train.batch_size=4 train.workers=0 augment.crop=[64,64] train.eval_every=2"
+SHELL = f"""
+set -euo pipefail
+ssl-seg() {{
+    case "$1" in
+        pretrain|finetune) {sys.executable} -m ssl_seg "$@" {SHORT} ;;
+        *) {sys.executable} -m ssl_seg "$@" ;;
+    esac
+}}
+torchrun() {{ {sys.executable} -m torch.distributed.run --standalone "$@" {SHORT}; }}
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def run_all(command: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README supposes: photos/, labelled/images/ and labelled/masks/."""
+    folder = tmp_path_factory.mktemp("reader")
+    for index in range(8):
+        example = Synthetic(count=8, size=(96, 96)).read(index)
+        images.write_image(folder / "photos" / f"{index}.png", example.image)
+        images.write_image(folder / "labelled" / "images" / f"{index}.png", example.image)
+        images.write_mask(folder / "labelled" / "masks" / f"{index}.png", example.label)
+    held_out = Synthetic(count=2, size=(96, 96), seed=1).read(0).image
+    images.write_image(folder / "photos" / "held_out" / "a.png", held_out)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def after_python(folder: Path) -> Path:
+    """The folder after the README's Python: a task's file, then the other blocks in order."""
+    blocks_of_python = blocks("python")
+    task = next(text for text in blocks_of_python if "class Pixelate" in text)
+    (folder / "pixelate.py").write_text(task)
+    for text in blocks_of_python:
+        run_all([sys.executable, "-c", text], folder)
+    return folder
+
+
+def test_every_python_block_runs_and_the_task_is_short(after_python: Path) -> None:
+    assert len(blocks("python")) == 4
+    task = (after_python / "pixelate.py").read_text().split("class ")[1]
+    assert len(task.splitlines()) <= 25
+
+
+def test_every_command_runs(after_python: Path) -> None:
+    assert len(blocks("bash")) == 4
+    run_all(["bash", "-c", SHELL + "\n".join(blocks("bash"))], after_python)
+    assert images.read_mask(after_python / "predicted" / "masks" / "0.png").shape == (96, 96)
+    assert np.isin(images.read_mask(after_python / "predicted" / "masks" / "0.png"), (0, 1)).all()
+    assert (after_python / "scores" / "scores.json").is_file()
+
+
+def test_the_config_is_valid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (text,) = blocks("yaml")
+    (folder / "mine.yaml").write_text(text)
+    config = load(PretrainConfig, ["mine.yaml"])
+    assert len(config.data.pool) == 9
+    assert set(config.tasks) == {"denoise", "inpaint"}
+
+
+def test_the_two_commands_are_makes() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("demo", "test"):
+        assert f"make {command}" in TEXT
+        assert f"\n{command}: " in makefile
