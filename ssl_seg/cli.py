@@ -29,7 +29,8 @@ app = typer.Typer(
 
 ClickError = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
 Words = Annotated[
-    list[str] | None, typer.Argument(metavar="FILE.yaml|key=value ...", help="Config files and keys; later ones win.")
+    list[str] | None,
+    typer.Argument(metavar="FILE.yaml|key=value ...", help="Config files, later ones over earlier ones; then keys."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="One batch through every head; prints, writes nothing.")]
@@ -163,7 +164,7 @@ def run(command: Callable[[], Any]) -> int:
     except ClickError as error:
         return _complain(error.format_message())
     except UserError as error:
-        return _complain(str(error))
+        return _complain(str(error), alone=error.of_one_process)
     except typer.Abort:
         return 130
     except BrokenPipeError:
@@ -174,10 +175,16 @@ def run(command: Callable[[], Any]) -> int:
         return 128 + error.signum
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, alone: bool = False) -> int:
     line = " ".join(message.split())
-    print(f"ssl-seg: {line}", file=sys.stderr)
+    if alone or _tells():
+        print(f"ssl-seg: {line}", file=sys.stderr)
     return 2
+
+
+def _tells() -> bool:
+    """Of several processes that come to the same result or the same error, the first tells it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any]:
@@ -212,6 +219,5 @@ def _score_lines(part: str, scores: SegmentationScores, class_names: Sequence[st
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    # Under torchrun every process computes the result; one of them tells it.
-    if os.environ.get("RANK", "0") == "0":
+    if _tells():
         print("\n".join(lines))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from ssl_seg import files
 from ssl_seg.config import UserError, flatten
 
 
@@ -35,15 +33,15 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
+    path = folder / "run.json"  # not config.yaml, which a person may have edited since
     if not path.is_file():
-        raise UserError(f"{folder}: is no run folder (it has no config.yaml); give folders that --out named")
-    return OmegaConf.to_container(OmegaConf.load(path))
+        raise UserError(f"{folder}: is no run folder (it has no run.json); give folders that --out named")
+    return files.read_json(path)["config"]
 
 
 def _read_result(folder: Path) -> dict[str, float]:
     path = folder / "result.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no result yet; finish it by the command that started it")
-    flat = flatten(json.loads(path.read_text()))
+    flat = flatten(files.read_json(path))
     return {key: value for key, value in flat.items() if isinstance(value, int | float)}

@@ -38,6 +38,8 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 class UserError(Exception):
     """Something the user can mend: one line with what is wrong, where, and what to do next. The CLI exits with 2."""
 
+    of_one_process = False  # of several: then this one has to tell it, else the first tells it for all
+
 
 class Interrupted(Exception):
     """A signal asked the run to stop, and its state is saved. The CLI exits with 128 + `signum`."""

@@ -8,6 +8,7 @@ hand over `uint8` pixels with an `int64` key; corruption runs on the device.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from ssl_seg.tasks import Batch
 
 IGNORE = 255
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
+LARGEST_HELD_OUT = 0.4  # of the images: rather a whole sequence of that size than neighbours on both sides
 
 
 class Examples(Protocol):
@@ -34,6 +36,7 @@ class Examples(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
     def read(self, index: int) -> Example: ...
+    def image(self, index: int) -> Example: ...
     def name(self, index: int) -> str: ...
     def sequence(self, index: int) -> str: ...
 
@@ -42,7 +45,7 @@ class Examples(Protocol):
 class Subset:
     """Some examples of a data set, in the given order."""
 
-    dataset: Dataset
+    dataset: Examples
     indices: tuple[int, ...]
 
     @property
@@ -54,6 +57,9 @@ class Subset:
 
     def read(self, index: int) -> Example:
         return self.dataset.read(self.indices[index])
+
+    def image(self, index: int) -> Example:
+        return self.dataset.image(self.indices[index])
 
     def name(self, index: int) -> str:
         return self.dataset.name(self.indices[index])
@@ -75,9 +81,8 @@ class Labels(Config):
             raise ValueError("count and fraction are both given; keep one of them")
         return self
 
-    def choose(self, dataset: Dataset) -> Subset:
-        """The first images of a seeded order whose prefixes cover the classes as early as they can."""
-        available = len(dataset)
+    def number(self, available: int) -> int:
+        """How many of the available images are used. Raises UserError for more than there are."""
         wanted = available
         if self.count is not None:
             wanted = self.count
@@ -85,6 +90,12 @@ class Labels(Config):
             wanted = max(1, round(self.fraction * available))
         if wanted > available:
             raise UserError(f"labels.count: {wanted} is more than the {available} labelled images; ask for fewer")
+        return wanted
+
+    def choose(self, dataset: Examples) -> Subset:
+        """The first images of a seeded order whose prefixes cover the classes as early as they can."""
+        available = len(dataset)
+        wanted = self.number(available)
         if wanted == available:
             return Subset(dataset, tuple(range(available)))
         classes = [set(np.unique(dataset.read(index).label)) - {IGNORE} for index in range(available)]
@@ -112,8 +123,8 @@ class Augment(Config):
         zoom, up, left, flip, bright, contrast = rng.uniform(rng.fold_in(key, "augment"), (6,)).tolist()
         low, high = self.zoom
         height, width = region(image.shape[:2], self.crop, low * (high / low) ** zoom)
-        top = round(up * (image.shape[0] - height))
-        start = round(left * (image.shape[1] - width))
+        top = int(up * (image.shape[0] - height + 1))
+        start = int(left * (image.shape[1] - width + 1))
         window = np.s_[top : top + height, start : start + width]
         image = images.resize_image(image[window], self.crop)
         if label is not None:
@@ -191,15 +202,16 @@ class Samples:
     augment: Augment
     seed: int
     resize: tuple[int, int] | None = None
-    with_labels: bool = False
+    with_labels: bool = False  # else the masks are not even read
 
     def __getitem__(self, draw: int) -> Sample:
         epoch, position = divmod(draw, len(self.examples))
         index = int(rng.epoch_order(self.seed, epoch, len(self.examples))[position])
-        key = rng.fold_in(rng.as_key(self.seed), draw)
-        example = read_resized(self.examples, index, self.resize)
-        label = example.label if self.with_labels else None
-        image, label = self.augment.apply(example.image, label, key)
+        stream = "labelled" if self.with_labels else "pool"
+        key = rng.fold_in(rng.fold_in(rng.as_key(self.seed), stream), draw)
+        read = self.examples.read if self.with_labels else self.examples.image
+        example = resized(read(index), self.resize)
+        image, label = self.augment.apply(example.image, example.label, key)
         return Sample(image, label, int(key), example.name)
 
 
@@ -213,19 +225,20 @@ class Views:
 
     def __getitem__(self, index: int) -> Sample:
         key = rng.fold_in(rng.as_key("validation"), index)
-        example = read_resized(self.examples, index, self.resize)
+        example = resized(self.examples.image(index), self.resize)
         return Sample(self.augment.center(example.image), None, int(key), example.name)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A map from indices to whole images, with the mask at its own resolution."""
+    """A map from indices to whole images, with the mask, where it is wanted, at its own resolution."""
 
     examples: Examples
     resize: tuple[int, int] | None = None
+    with_labels: bool = True
 
     def __getitem__(self, index: int) -> Sample:
-        example = self.examples.read(index)
+        example = self.examples.read(index) if self.with_labels else self.examples.image(index)
         image = example.image if self.resize is None else images.resize_image(example.image, self.resize)
         return Sample(image, example.label, index, example.name)
 
@@ -278,6 +291,7 @@ def loader(samples: Any, batches: Any, workers: int, pin: bool = False) -> Itera
     loading = DataLoader(Caught(samples), batch_sampler=batches, num_workers=workers, collate_fn=pack, pin_memory=pin)
     for packed in loading:
         if isinstance(packed, UserError):
+            packed.of_one_process = True
             raise packed
         yield packed
 
@@ -295,9 +309,8 @@ def pack(samples: Sequence[Sample | UserError]) -> Packed | UserError:
     return Packed(image, key, label, [sample.name for sample in samples])
 
 
-def read_resized(examples: Examples, index: int, size: tuple[int, int] | None) -> Example:
+def resized(example: Example, size: tuple[int, int] | None) -> Example:
     """An example with image and mask brought to `size` (H, W), where one is given."""
-    example = examples.read(index)
     if size is None:
         return example
     label = None if example.label is None else images.resize_mask(example.label, size)
@@ -336,22 +349,36 @@ def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:
     return chosen + order
 
 
-def hold_out(dataset: Dataset, seed: int) -> tuple[Subset, Subset]:
-    """A training and a validation part: whole sequences where there are several, else a seeded fifth of the images."""
+def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
+    """A training and a validation part of about a fifth: whole sequences where some are small enough, else images.
+
+    The shuffle has a seed of its own, so that runs with other labels or weights are validated on the same images.
+    """
     count = len(dataset)
-    sequences = sorted({dataset.sequence(index) for index in range(count)})
-    shuffle = rng.fold_in(rng.as_key(seed), "hold out")
+    by_sequence: dict[str, set[int]] = {}
+    for index in range(count):
+        by_sequence.setdefault(dataset.sequence(index), set()).add(index)
+    shuffle = rng.as_key("hold out")
+    names = sorted(by_sequence)
     held: set[int] = set()
-    if len(sequences) > 1:
-        order = [sequences[place] for place in rng.permutation(shuffle, len(sequences)).tolist()]
-        for sequence in order[:-1]:
-            if len(held) >= HELD_OUT * count:
-                break
-            held |= {index for index in range(count) if dataset.sequence(index) == sequence}
-    else:
+    for place in rng.permutation(shuffle, len(names)).tolist():
+        if len(held) + len(by_sequence[names[place]]) <= HELD_OUT * count:
+            held |= by_sequence[names[place]]
+    smallest = min(by_sequence.values(), key=len)
+    if not held and len(smallest) <= LARGEST_HELD_OUT * count:
+        held = smallest
+    if not held:
         held = set(rng.permutation(shuffle, count)[: round(HELD_OUT * count)].tolist())
     kept = tuple(index for index in range(count) if index not in held)
     return Subset(dataset, kept), Subset(dataset, tuple(sorted(held)))
+
+
+def manifest(examples: Examples) -> dict[str, Any]:
+    """What a resumed run checks: the same images in the same order. Names only; their pixels are not read."""
+    digest = hashlib.sha256()
+    for index in range(len(examples)):
+        digest.update(examples.name(index).encode("utf-8", "surrogateescape") + b"\0")
+    return {"images": len(examples), "sha256_of_names": digest.hexdigest()}
 
 
 def _jitter(image: np.ndarray, brightness: float, contrast: float) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg import images, pictures, weights
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, UserError, load
 from ssl_seg.data import Augment, Examples, Views, Whole, loader
 from ssl_seg.datasets import Dataset
 from ssl_seg.metrics import ConfusionMatrix, SegmentationScores
@@ -27,6 +28,7 @@ from ssl_seg.train import Processes
 
 NUM_PICTURES = 4
 Size = tuple[int, int]
+DeviceName = Literal["auto", "cpu"]
 
 
 def score_segmentation(
@@ -88,7 +90,7 @@ def score_tasks(
                 figures = {"loss": tasks[name].loss(prediction, view), **tasks[name].metrics(prediction, view)}
                 for figure, values in figures.items():
                     key = f"{name}/{figure}"
-                    sums[key] = sums.get(key, torch.zeros(2, device=device)) + _sum_and_count(values)
+                    sums[key] = sums.get(key, torch.zeros(2, device=device)) + _sum_and_count(values, figure != "loss")
     if processes is not None:
         # A process without an image knows no figures; the names come from rank 0, which has the first image.
         keys = processes.from_first(list(sums))
@@ -146,7 +148,7 @@ def load_model(path: str | Path) -> tuple[SegmentationModel, Size | None]:
     The model eats RGB in [0, 1], `(B, 3, H, W)` at any size. Raises UserError unless every weight is found.
     """
     info = weights.read_model_info(path)
-    config = ModelConfig.model_validate(info["config"])
+    config = load(ModelConfig, info["config"])
     model = build_model(config.without_pretrained(), tuple(info["class_names"]))
     weights.load_model_weights(model, path)
     resize = tuple(info["resize"]) if info.get("resize") else None
@@ -163,7 +165,7 @@ class EvaluateConfig(Config):
     model: str  # a run folder or its model/
     data: EvaluateData
     workers: int = Field(default=2, ge=0)
-    device: str = "auto"
+    device: DeviceName = "auto"
 
 
 @dataclass(frozen=True)
@@ -212,11 +214,11 @@ def named_scores(scores: SegmentationScores, class_names: tuple[str, ...]) -> di
     return named
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: DeviceName) -> torch.device:
     """`auto` is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def _pretext(module: MultiTask) -> Mapping[str, Task]:
@@ -233,7 +235,7 @@ def _place(module: nn.Module, processes: Processes | None) -> tuple[int, int, to
     return processes.rank, processes.world, processes.device
 
 
-def _sum_and_count(values: Tensor) -> Tensor:
-    """A perfect reconstruction has no finite PSNR; such a sample is left out rather than making the mean infinite."""
-    finite = values.isfinite()
-    return torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().float()])
+def _sum_and_count(values: Tensor, leave_out: bool) -> Tensor:
+    """A figure may be nan where nothing counts, as the PSNR of an empty hole; a loss that is nan has to be seen."""
+    counted = values.isfinite() if leave_out else torch.ones_like(values, dtype=torch.bool)
+    return torch.stack([torch.where(counted, values, 0.0).sum(), counted.sum().float()])

@@ -6,30 +6,35 @@ same module and loop.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from ssl_seg import evaluate, store, weights
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, UserError, load
 from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts
 from ssl_seg.datasets import Dataset
 from ssl_seg.metrics import SegmentationScores
 from ssl_seg.models import ModelConfig, SegmentationModel
-from ssl_seg.pretrain import TaskMapping, check_images
 from ssl_seg.stage import (
     DryRun,
     Job,
     Options,
     StopRule,
+    TaskMapping,
     build_module,
+    check_images,
+    check_same_images,
     check_sizes,
     dry_run,
     fit,
     open_run,
     prepare_tasks,
+    recall,
+    record_tasks,
     say,
 )
 from ssl_seg.tasks import MultiTask, Segment
@@ -79,6 +84,8 @@ class FinetuneConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneConfig:
+        if self.stop != StopRule() and self.train.eval_every is None:
+            raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
         if self.tasks and self.data.pool is None:
             raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
@@ -107,13 +114,17 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
     Raises UserError for what the user can mend, `stage.Interrupted` after a signal (the state is saved first).
     """
-    config = resolve(config)
+    config = resolve(config, None if options.overwrite else store.former_config(options.out))
     processes = Processes(config.train)
-    check_sizes(config.train, processes, len(config.tasks))
-    check_data(config)
-    labelled, val = choose_images(config)
-    with open_run("finetune", config, options, processes) as run:
-        learner, sources = assemble(config, processes, run, labelled, options.quiet)
+    quiet = options.quiet or not processes.is_main
+    check(config, processes)
+    with open_run("finetune", config, options, processes) as (run, signals):
+        given = {part: getattr(config.data, part) for part in ("labelled", "val", "test", "pool")}
+        check_same_images(run, given, options.allow_changed)
+        labelled, val = choose_images(config, run.read_json("split.json"))
+        learner, sources = assemble(config, processes, run, labelled, quiet)
+        names = {"labelled": names_of(labelled), **({} if config.data.val else {"val": names_of(val)})}
+        run.write_json("split.json", names)
         resize = config.data.resize
         model = SegmentationModel(
             learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names
@@ -133,9 +144,11 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             seed=config.seed,
             evaluate=figures,
             pictures=lambda: {"predictions": evaluate.prediction_panel(model, val, resize)},
-            score="val/miou",
+            signals=signals,
+            # Where nothing asks for the best step, none is kept.
+            score="val/miou" if config.select == "best" or config.stop != StopRule() else None,
             stop=config.stop,
-            quiet=options.quiet,
+            quiet=quiet,
         ).resume()
         steps = fit(job)
         selected = steps
@@ -155,9 +168,15 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             run.write_json("confusion.json", {"classes": model.class_names, **matrices})
             run.write_json("result.json", {"steps": steps, "selected_step": selected, **named})
         processes.barrier()
-    names = tuple(labelled.name(index) for index in range(len(labelled)))
     return Finetuned(
-        run.folder, run.folder / "model", steps, selected, names, model.class_names, val_scores, test_scores
+        folder=run.folder,
+        model=run.folder / "model",
+        steps=steps,
+        selected_step=selected,
+        labelled=names_of(labelled),
+        class_names=model.class_names,
+        val=val_scores,
+        test=test_scores,
     )
 
 
@@ -165,31 +184,37 @@ def try_out(config: FinetuneConfig) -> DryRun:
     """One batch through every head; writes nothing."""
     config = resolve(config)
     processes = Processes(config.train)
-    check_sizes(config.train, processes, len(config.tasks))
-    check_data(config)
+    check(config, processes)
     labelled, _ = choose_images(config)
     learner, sources = assemble(config, processes, None, labelled, quiet=True)
     return dry_run(learner, sources)
 
 
-def resolve(config: FinetuneConfig) -> FinetuneConfig:
-    """The config with what other files decide written out: the model of `init`, the number of classes."""
+def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> FinetuneConfig:
+    """The config with what other files decide written out: the model, the number of classes.
+
+    The model is the config's own, else that of the run which is taken up again (its config is `former`), else that of
+    `init`, else the default.
+    """
     model = config.model
-    info = weights.read_encoder_info(config.init) if config.init else {}
-    if model is None and info:
-        model = ModelConfig.model_validate(info["config"])
+    if model is None and former is not None:
+        model = load(ModelConfig, former["model"])
+    elif config.init and former is None:
+        info = weights.read_encoder_info(config.init)
+        model = load(ModelConfig, info["config"]) if model is None and info else model
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
     count = config.segment.num_classes or len(names)
     if count != len(names):
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
-    segment = config.segment.model_copy(update={"num_classes": count})
+    segment = load(Segment, {**config.segment.dump(), "num_classes": count})
     return config.model_copy(update={"model": model or ModelConfig(), "segment": segment})
 
 
-def check_data(config: FinetuneConfig) -> None:
-    """The data sets hold images, and the same classes in the same order."""
+def check(config: FinetuneConfig, processes: Processes) -> None:
+    """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
+    check_sizes(config.train, processes, len(config.tasks))
     for part in ("labelled", "val", "test", "pool"):
         dataset = getattr(config.data, part)
         if dataset is None:
@@ -200,18 +225,32 @@ def check_data(config: FinetuneConfig) -> None:
                 f"data.{part}: its classes ({', '.join(dataset.class_names) or 'none'}) are not those of data.labelled "
                 f"({', '.join(config.data.labelled.class_names)}); give both the same list"
             )
-
-
-def choose_images(config: FinetuneConfig) -> tuple[Subset, Examples]:
-    """The images whose masks are used, and those on which the run is validated."""
-    if config.data.val is not None:
-        return config.labels.choose(config.data.labelled), config.data.val
-    kept, held = hold_out(config.data.labelled, config.labels.seed)
-    if len(kept) == 0 or len(held) == 0:
+    available, held = candidates(config)
+    if len(available) == 0 or len(held) == 0:
         raise UserError(
             f"data.labelled: {len(config.data.labelled)} images are too few to hold some out; give data.val its own"
         )
-    return config.labels.choose(kept), held
+    config.labels.number(len(available))
+
+
+def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:
+    """The images whose masks may be used, and those on which the run is validated."""
+    if config.data.val is not None:
+        return config.data.labelled, config.data.val
+    return hold_out(config.data.labelled)
+
+
+def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = None) -> tuple[Subset, Examples]:
+    """The images whose masks are used, as the run has recorded them, and those on which it is validated."""
+    available, val = candidates(config)
+    if recorded is None:
+        return config.labels.choose(available), val
+    index_of = {available.name(index): index for index in range(len(available))}
+    return Subset(available, tuple(index_of[name] for name in recorded["labelled"])), val
+
+
+def names_of(examples: Examples) -> tuple[str, ...]:
+    return tuple(examples.name(index) for index in range(len(examples)))
 
 
 def assemble(
@@ -221,22 +260,22 @@ def assemble(
     sources = {"labelled": Samples(labelled, config.augment, config.seed, config.data.resize, with_labels=True)}
     if config.tasks:
         sources["pool"] = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
-    recorded = None if run is None else run.read_json("tasks.json")
-    if recorded is not None:
-        segment = Segment.model_validate(recorded[SEGMENT])
-    elif config.segment.class_weights == "median":
+    recorded = (run and run.read_json("tasks.json")) or {}
+    segment = recall(config.segment, recorded.get(SEGMENT))
+    if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
-    else:
-        segment = config.segment
-    tasks = {SEGMENT: segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
-    module = build_module(config.model.without_pretrained() if config.init else config.model, tasks, config.seed)
-    receipts = load_weights(config, module)
-    for receipt in receipts.values():
-        say(receipt.summary(), quiet or not processes.is_main)
-    if run is not None and recorded is None:
-        run.write_json("labelled.json", {"images": [labelled.name(index) for index in range(len(labelled))]})
-        run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
-        run.write_json("tasks.json", {name: task.dump() for name, task in tasks.items()})
+    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
+    resumes = run is not None and store.has_checkpoint(run.folder)
+    model = config.model.without_pretrained() if config.init or resumes else config.model
+    module = build_module(model, tasks, config.seed)
+    if not resumes:
+        receipts = load_weights(config, module)
+        for receipt in receipts.values():
+            say(receipt.summary(), quiet)
+        if run is not None:
+            run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
+    if run is not None:
+        record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
     return Learner(module, config.train, processes), sources
 
 

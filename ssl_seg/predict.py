@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import torch
 from pydantic import Field, SerializeAsAny
 
 from ssl_seg import images, pictures
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Whole, loader
 from ssl_seg.datasets import Dataset
-from ssl_seg.evaluate import choose_device, load_model, predict_ids
-from ssl_seg.pretrain import check_images
+from ssl_seg.evaluate import DeviceName, choose_device, load_model, predict_ids
+from ssl_seg.stage import check_images
 from ssl_seg.tasks import evaluating
 
 
@@ -27,7 +29,7 @@ class PredictConfig(Config):
     data: PredictData
     overlays: bool = True  # also write overlays/, colours laid over each image
     workers: int = Field(default=2, ge=0)
-    device: str = "auto"
+    device: DeviceName = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,33 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     model, resize = load_model(config.model)
     device = choose_device(config.device)
     model = model.to(device)
-    check_images("data.images", config.data.images)
+    dataset = config.data.images
+    check_images("data.images", dataset)
+    names = mask_names(dataset)
     out = Path(out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
     colours = pictures.palette(len(model.class_names))
-    count = len(config.data.images)
-    names = []
+    whole = Whole(dataset, with_labels=False)
+    one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size
     with evaluating(model):
-        for index, packed in enumerate(loader(Whole(config.data.images, resize), one_by_one(count), config.workers)):
-            original = config.data.images.read(index).image
-            ids = predict_ids(model, packed.to(device).image, original.shape[:2])[0].byte().cpu().numpy()
-            name = str(Path(packed.names[0]).with_suffix(".png"))
+        for name, packed in zip(names, loader(whole, one_by_one, config.workers), strict=True):
+            original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+            seen = original if resize is None else images.resize_image(original, resize)
+            batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
+            ids = predict_ids(model, batch, original.shape[:2])[0].byte().cpu().numpy()
             images.write_mask(out / "masks" / name, ids, colours)
             if config.overlays:
                 images.write_image(out / "overlays" / name, pictures.overlay(original, ids, colours))
-            names.append(name)
-    return Predicted(out, tuple(names), model.class_names)
+    return Predicted(out, names, model.class_names)
 
 
-def one_by_one(count: int) -> list[list[int]]:
-    """Batches of one: images may differ in size."""
-    return [[index] for index in range(count)]
+def mask_names(dataset: Dataset) -> tuple[str, ...]:
+    """The masks' relative paths: the images' with .png. Raises UserError where two images would share one."""
+    names = [PurePosixPath(dataset.name(index)) for index in range(len(dataset))]
+    stems = [name.with_suffix("") if name.suffix.lower() in images.IMAGE_SUFFIXES else name for name in names]
+    masks = [f"{stem}.png" for stem in stems]
+    twice = [mask for mask, count in Counter(masks).items() if count > 1]
+    if twice:
+        raise UserError(f"data.images: two images would be given the mask {twice[0]}; rename one of them")
+    return tuple(masks)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, field_validator
+from pydantic import PositiveInt, SerializeAsAny, field_validator
 
 from ssl_seg import evaluate, store, weights
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config
 from ssl_seg.data import Augment, Samples
 from ssl_seg.datasets import Dataset
 from ssl_seg.models import ModelConfig
@@ -17,20 +16,21 @@ from ssl_seg.stage import (
     DryRun,
     Job,
     Options,
+    TaskMapping,
     build_module,
+    check_images,
+    check_same_images,
     check_sizes,
     dry_run,
     export_heads,
     fit,
     open_run,
     prepare_tasks,
+    record_tasks,
     say,
-    task_mapping,
 )
 from ssl_seg.tasks import PretextTask
 from ssl_seg.train import Learner, Processes, TrainConfig
-
-TaskMapping = Annotated[dict[str, SerializeAsAny[PretextTask]], BeforeValidator(task_mapping)]
 
 
 class PretrainData(Config):
@@ -77,12 +77,13 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     Raises UserError for what the user can mend, `stage.Interrupted` after a signal (the state is saved first).
     """
     processes = Processes(config.train)
-    check_sizes(config.train, processes, len(config.tasks))
-    check_images("data.pool", config.data.pool)
-    if config.init:
+    quiet = options.quiet or not processes.is_main
+    check(config, processes)
+    if config.init and not store.has_checkpoint(options.out):
         weights.read_encoder_info(config.init)  # before anything is written
-    with open_run("pretrain", config, options, processes) as run:
-        learner, sources = assemble(config, processes, run, options.quiet)
+    with open_run("pretrain", config, options, processes) as (run, signals):
+        check_same_images(run, {"pool": config.data.pool, "val": config.data.val}, options.allow_changed)
+        learner, sources = assemble(config, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 
         def score() -> dict[str, float]:
@@ -99,7 +100,8 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             seed=config.seed,
             evaluate=lambda: {f"val/{name}": value for name, value in score().items()},
             pictures=lambda: evaluate.task_pictures(learner.module, **shown),
-            quiet=options.quiet,
+            signals=signals,
+            quiet=quiet,
         )
         steps = fit(job.resume())
         scores = score()
@@ -114,10 +116,17 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 def try_out(config: PretrainConfig) -> DryRun:
     """One batch through every head; writes nothing."""
     processes = Processes(config.train)
-    check_sizes(config.train, processes, len(config.tasks))
-    check_images("data.pool", config.data.pool)
+    check(config, processes)
     learner, sources = assemble(config, processes, None, quiet=True)
     return dry_run(learner, sources)
+
+
+def check(config: PretrainConfig, processes: Processes) -> None:
+    """What can be known to be wrong before any work is done."""
+    check_sizes(config.train, processes, len(config.tasks))
+    check_images("data.pool", config.data.pool)
+    if config.data.val is not None:
+        check_images("data.val", config.data.val)
 
 
 def assemble(
@@ -125,21 +134,16 @@ def assemble(
 ) -> tuple[Learner, dict[str, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
-    recorded = None if run is None else run.read_json("tasks.json")
+    recorded = (run and run.read_json("tasks.json")) or {}
     tasks = prepare_tasks(config.tasks, pool, recorded)
-    if run is not None and recorded is None:
-        run.write_json("tasks.json", {name: task.dump() for name, task in tasks.items()})
-    model = config.model.without_pretrained() if config.init else config.model
+    resumes = run is not None and store.has_checkpoint(run.folder)
+    model = config.model.without_pretrained() if config.init or resumes else config.model
     module = build_module(model, tasks, config.seed)
-    if config.init:
+    if config.init and not resumes:
         receipt = weights.load_encoder(module.encoder, config.init, config.init_allow)
-        say(receipt.summary(), quiet or not processes.is_main)
+        say(receipt.summary(), quiet)
         if run is not None:
             run.write_json("receipts.json", {"encoder": asdict(receipt)})
+    if run is not None:
+        record_tasks(run, config.tasks, tasks)
     return Learner(module, config.train, processes), {"pool": pool}
-
-
-def check_images(key: str, dataset: Dataset) -> None:
-    """An empty data set would only be noticed as a division by zero."""
-    if len(dataset) == 0:
-        raise UserError(f"{key}: holds no image; name a folder with some")

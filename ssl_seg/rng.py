@@ -27,6 +27,7 @@ from torch import Tensor
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: the odd step of SplitMix64
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+DRAWING = 0x6472617773  # sets the numbers drawn from a key apart from the keys folded out of it
 UNIT = 2.0**-24  # a float32 holds 24 bits exactly
 
 
@@ -53,7 +54,7 @@ def bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """64 random bits as int64, `(B, *shape)` for keys `(B,)`; row i depends on `key[i]` alone."""
     count = math.prod(shape)
     counter = torch.arange(1, count + 1, device=key.device) * GOLDEN
-    mixed = _mix(_mix(key).unsqueeze(-1) + counter)  # (B, count)
+    mixed = _mix(_mix(key ^ DRAWING).unsqueeze(-1) + counter)  # (B, count)
     return mixed.reshape((*key.shape, *shape))
 
 

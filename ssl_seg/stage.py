@@ -12,22 +12,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssl_seg import images, rng, store, weights
-from ssl_seg.config import Config, Interrupted
-from ssl_seg.data import Draws, Packed, Samples, check_batch_size, loader
+from ssl_seg.config import NAME, Config, Interrupted, UserError
+from ssl_seg.data import Draws, Examples, Packed, Samples, check_batch_size, loader, manifest
+from ssl_seg.datasets import Dataset
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.tasks import MultiTask, PretextTask, Stream, Task, seeded
-from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, backward, due, train
+from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, backward, due, finish_gradients, train
 
+T = TypeVar("T", bound=Task)
+Recorded = Mapping[str, Mapping[str, Any]]
 SAVES_PER_RUN = 10
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
 SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
@@ -59,12 +63,45 @@ class Progressed:
     evaluations_since: int = 0
 
     def better(self, step: int, score: float) -> bool:
-        """Take note of a score; says whether it is a new best."""
-        if self.best_score is None or score > self.best_score:
+        """Take note of a score; says whether it is a new best. NaN is none."""
+        if score == score and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_step, self.evaluations_since = score, step, 0
             return True
         self.evaluations_since += 1
         return False
+
+
+class Signals:
+    """SIGTERM and SIGINT: an end at once, or inside `deferred` a note, so that a step is never cut in half.
+
+    A second one ends at once everywhere.
+    """
+
+    def __init__(self) -> None:
+        self.noted: int | None = None
+        self.defers = False
+
+    def asked(self) -> bool:
+        return self.noted is not None
+
+    @property
+    def first(self) -> int:
+        """The signal noted here; SIGTERM where another process has been asked."""
+        return self.noted or signal.SIGTERM
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.defers = True
+        try:
+            yield
+        finally:
+            self.defers = False
+
+    def handle(self, signum: int, _: object) -> None:
+        if self.defers and self.noted is None:
+            self.noted = signum
+            return
+        raise Interrupted(signum, "stopped; the same command continues")
 
 
 @dataclass
@@ -77,6 +114,7 @@ class Job:
     seed: int
     evaluate: Callable[[], dict[str, float]]  # on all processes; the figures of one evaluation, named val/...
     pictures: Callable[[], dict[str, np.ndarray]]  # on the main process
+    signals: Signals = field(default_factory=Signals)
     score: str | None = None  # the figure whose best step is kept
     stop: StopRule = field(default_factory=StopRule)
     quiet: bool = False
@@ -84,16 +122,20 @@ class Job:
     start: int = 0
 
     def resume(self) -> Self:
-        """Take up the newest whole checkpoint of the run folder, if there is one."""
-        state = self.run.resume()
-        if state is not None:
-            for skipped in state.skipped:
-                say(f"{skipped}: damaged, an older checkpoint is used", self.quiet)
-            self.learner.restore(state.tensors, state.data["learner"])
-            self.progressed = Progressed(**state.data["progressed"])
-            self.start = state.step
-            say(f"resuming after step {state.step}", self.quiet)
-        self.learner.processes.barrier()
+        """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds."""
+        processes = self.learner.processes
+        state = self.run.resume() if processes.is_main else None
+        step = processes.from_first(None if state is None else state.step)
+        if step is None:
+            return self
+        if state is None:
+            state = store.load_state(self.run.folder, step)
+        for skipped in state.skipped:
+            say(f"{skipped}: damaged, an older checkpoint is used", self.quiet)
+        self.learner.restore(state.tensors, state.data["learner"])
+        self.progressed = Progressed(**state.data["progressed"])
+        self.start = step
+        say(f"resuming after step {step}", self.quiet)
         return self
 
     def save(self, step: int) -> None:
@@ -110,11 +152,11 @@ def fit(job: Job) -> int:
     learner, config = job.learner, job.learner.config
     save_every = config.save_every or max(1, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
-    quiet = job.quiet or not learner.processes.is_main
     last = job.start
-    with watch_signals() as asked, reporter(config.steps, job.start, config.batch_size, quiet) as report:
-        for step in train(learner, streams, job.start, job.seed, wants_stop=lambda: bool(asked)):
+    with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
+        for step in train(learner, streams, job.start, job.seed, wants_stop=job.signals.asked):
             last = step.number
+            stop = step.stop
             figures = {}
             if due(last, config.log_every, config.steps):
                 figures.update(step.metrics)
@@ -127,15 +169,15 @@ def fit(job: Job) -> int:
                 if learner.processes.is_main:
                     for name, picture in job.pictures().items():
                         images.write_image(job.run.picture_path(name, last), picture)
+                stop = learner.processes.any(stop or job.signals.asked())  # evaluating may have taken long
             if figures:
                 job.run.metrics(last, figures)
             report.step(last, {**step.metrics, **figures})
             enough = should_stop(job)
-            if due(last, save_every, config.steps) or new_best or enough or step.stop:
+            if due(last, save_every, config.steps) or new_best or enough or stop:
                 job.save(last)
-            if step.stop and last < config.steps:
-                signum = asked[0] if asked else signal.SIGTERM
-                raise Interrupted(signum, f"state saved in {job.run.folder}; the same command continues")
+            if stop:
+                raise Interrupted(job.signals.first, f"state saved in {job.run.folder}; the same command continues")
             if enough:
                 break
     return last
@@ -150,14 +192,24 @@ def should_stop(job: Job) -> bool:
 
 
 @contextmanager
-def open_run(stage: str, config: Config, options: Options, processes: Processes) -> Iterator[store.Run]:
+def open_run(stage: str, config: Config, options: Options, processes: Processes) -> Iterator[tuple[store.Run, Signals]]:
     """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
+    out = Path(options.out)
+    if options.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
-    with store.Run.open(options.out, stage, config, **flags, **place) as run:
-        processes.barrier()
+    refusal = None
+    try:
+        run = store.Run.open(out, stage, config, **flags, **place)
+    except UserError as error:
+        refusal = str(error)
+    refusal = processes.from_first(refusal)  # so that no process waits for one that has given up
+    if refusal:
+        raise UserError(refusal)
+    with run, watch_signals() as signals:
         try:
-            yield run
+            yield run, signals
         except Interrupted:
             run.close("killed")
             raise
@@ -167,17 +219,16 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
 
 
 @contextmanager
-def watch_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT become entries of a list that the loop looks at, so that a step is never cut in half."""
-    asked: list[int] = []
+def watch_signals() -> Iterator[Signals]:
+    signals = Signals()
     former = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            former[number] = signal.signal(number, lambda signum, _: asked.append(signum))
+            former[number] = signal.signal(number, signals.handle)
     except ValueError:
         pass  # not in the main thread: Python delivers signals there only
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -212,17 +263,47 @@ def check_sizes(config: TrainConfig, processes: Processes, num_pool_tasks: int) 
     check_batch_size(config.batch_size, processes.world, deal, config.accumulate)
 
 
-def prepare_tasks(
-    tasks: Mapping[str, PretextTask], pool: Samples | None, recorded: Mapping[str, Any] | None
-) -> dict[str, PretextTask]:
-    """The tasks after `prepare`: read back from the run where it has them, else measured on a fixed sample."""
-    if recorded is not None:
-        return {name: type(task).model_validate(recorded[name]) for name, task in tasks.items()}
-    if all(type(task).prepare is PretextTask.prepare for task in tasks.values()):
-        return dict(tasks)  # no task measures anything: spare the reading
-    draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
-    batch = next(loader(pool, draws, 0)).to(torch.device("cpu"))
-    return {name: task.prepare(batch.image) for name, task in tasks.items()}
+def prepare_tasks(tasks: Mapping[str, PretextTask], pool: Samples | None, recorded: Recorded) -> dict[str, PretextTask]:
+    """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the pool."""
+    prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
+    new = {name: task for name, task in tasks.items() if prepared[name] is None}
+    if any(type(task).prepare is not PretextTask.prepare for task in new.values()):
+        draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
+        sample = next(loader(pool, draws, 0)).to(torch.device("cpu")).image
+        new = {name: task.prepare(sample) for name, task in new.items()}
+    return {name: prepared[name] or new[name] for name in tasks}
+
+
+def recall(task: T, record: Mapping[str, Any] | None) -> T | None:
+    """What a task became by `prepare` in an earlier start of this run; None if the task as given has changed since."""
+    if record is None or record["given"] != task.dump():
+        return None
+    return type(task).model_validate(record["prepared"])
+
+
+def record_tasks(run: store.Run, given: Mapping[str, Task], prepared: Mapping[str, Task]) -> None:
+    """Write down the tasks for a resumed run."""
+    records = {name: {"given": given[name].dump(), "prepared": task.dump()} for name, task in prepared.items()}
+    run.write_json("tasks.json", records)
+
+
+def check_same_images(run: store.Run, parts: Mapping[str, Examples | None], allow_changed: Sequence[str]) -> None:
+    """Refuse to resume on other images than the run began with: the order of an epoch depends on their number."""
+    now = {part: manifest(examples) for part, examples in parts.items() if examples is not None}
+    for part, former in (run.read_json("data.json") or {}).items():
+        allowed = any(fnmatchcase(f"data.{part}", glob) for glob in allow_changed)
+        if part in now and now[part] != former and not allowed:
+            raise UserError(
+                f"data.{part}: {now[part]['images']} images, not the {former['images']} that the run began with (or "
+                f"other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
+            )
+    run.write_json("data.json", now)
+
+
+def check_images(key: str, dataset: Dataset) -> None:
+    """An empty data set would only be noticed as a division by zero."""
+    if len(dataset) == 0:
+        raise UserError(f"{key}: holds no image; name a folder with some")
 
 
 def export_heads(run: store.Run, module: MultiTask) -> None:
@@ -263,6 +344,8 @@ def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
         started = time.perf_counter()
         learner.optimizer.zero_grad()
         backward(learner, packed, last=True)
+        finish_gradients(learner)
+        learner.optimizer.step()  # its moments are a good part of the memory
         if learner.processes.device.type == "cuda":
             torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) * config.accumulate
@@ -332,17 +415,23 @@ def say(text: str, quiet: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def task_mapping(value: Any) -> Any:
+def _name_tasks(value: Any) -> Any:
     """`tasks:` as the files write it: the name is the type unless one is given, `null` removes, `{}` takes defaults."""
     if not isinstance(value, Mapping):
         return value
     named = {}
     for name, task in value.items():
+        # A name becomes a file's and a module's; torch's containers have attributes such as `half`.
+        if not NAME.fullmatch(str(name)) or hasattr(torch.nn.ModuleDict, name):
+            raise ValueError(f"'{name}' cannot name a task; use small letters, digits and _, or another word")
         if isinstance(task, Mapping) and "type" not in task:
             named[name] = {"type": name, **task}
         elif task is not None:
             named[name] = task
     return named
+
+
+TaskMapping = Annotated[dict[str, SerializeAsAny[PretextTask]], BeforeValidator(_name_tasks)]
 
 
 def _shapes(inputs: Sequence[Any], output: Any) -> str:

@@ -48,7 +48,8 @@ RUN_FILES = (
     "report.html",
     "nonfinite.json",
     "tasks.json",
-    "labelled.json",
+    "data.json",
+    "split.json",
     "receipts.json",
     *EXPORTS,
 )
@@ -175,6 +176,17 @@ class Run:
             self.close("failed" if issubclass(kind, Exception) else "killed")
 
 
+def former_config(folder: str | Path) -> dict[str, Any] | None:
+    """The config of the run that the same command would take up again; None where there is nothing to take up."""
+    path = Path(folder) / "run.json"
+    return files.read_json(path).get("config") if path.is_file() and has_checkpoint(folder) else None
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether a run has weights to go on from, so that those it once started from are no longer needed."""
+    return bool(_checkpoints(Path(folder)))
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl, null as NaN; a last line still being written is left out."""
     records = [record for _, record in _metric_lines(Path(folder) / "metrics.jsonl")]
@@ -222,7 +234,11 @@ def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed:
     path = folder / "run.json"
     files.settle(folder)
     files.settle(folder / "state")
-    former = files.read_json(path) if path.exists() and not overwrite else None
+    former = files.read_json(path) if path.exists() else None
+    if former is not None:
+        _check_ours(folder, former, record["stage"])
+    if overwrite:
+        former = None
     if former is not None:
         _check_continues(folder, former, record, allow_changed)
     if former is not None and _checkpoints(folder):
@@ -233,15 +249,17 @@ def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed:
     return record
 
 
+def _check_ours(folder: Path, former: Mapping[str, Any], stage: str) -> None:
+    """A run of this stage: --overwrite is meant for doing the same again, not for the run that this one starts from."""
+    if not {"stage", "status", "started", "resumed", "config"} <= set(former):
+        raise UserError(f"{folder / 'run.json'}: is not one of ours; choose another folder")
+    if former["stage"] != stage:
+        raise UserError(f"{folder}: holds a {former['stage']} run, not {stage}; choose another folder")
+
+
 def _check_continues(
     folder: Path, former: Mapping[str, Any], record: Mapping[str, Any], allow_changed: Sequence[str]
 ) -> None:
-    if not {"stage", "status", "started", "resumed", "config"} <= set(former):
-        raise UserError(f"{folder / 'run.json'}: is not one of ours; choose another folder")
-    if former["stage"] != record["stage"]:
-        raise UserError(
-            f"{folder}: holds a {former['stage']} run, not {record['stage']}; choose another folder or --overwrite"
-        )
     if not _checkpoints(folder):
         # Weights whose checkpoints a person has deleted are still a result, even of a run that was killed right then.
         if former["status"] == "finished" or any((folder / name).exists() for name in EXPORTS):

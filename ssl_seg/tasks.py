@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from ssl_seg import losses, rng
@@ -112,6 +112,15 @@ class Segment(Task):
     # Weights per class, or "median" for median frequency balancing (Eigen and Fergus, ICCV 2015, section 6.3.2).
     class_weights: tuple[PositiveFloat, ...] | Literal["median"] | None = None
 
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not self.cross_entropy and not self.dice:
+            raise ValueError("cross_entropy and dice are both 0, so nothing is learnt; give one of them a weight")
+        given = self.class_weights
+        if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
+            raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
+        return self
+
     def prepare(self, pixels: Tensor, pixels_beside: Tensor) -> Self:
         """A copy whose "median" class weights are numbers; classes that no image shows weigh 1.
 
@@ -120,6 +129,8 @@ class Segment(Task):
         if self.class_weights != "median":
             return self
         present = pixels > 0
+        if not present.any():
+            return self.model_copy(update={"class_weights": None})
         frequency = pixels.double()[present] / pixels_beside[present]
         weights = torch.ones(len(pixels), dtype=torch.float64)
         weights[present] = frequency.quantile(0.5) / frequency
@@ -219,13 +230,19 @@ def seeded(key: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; after it each part has its own former mode, frozen parts too."""
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after it each part has its own former mode, frozen parts too."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients."""
+    with in_evaluation_mode(module), torch.no_grad():
+        yield

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Packed
-from ssl_seg.tasks import MultiTask, Stream, make_views, weighted_total
+from ssl_seg.tasks import MultiTask, Stream, in_evaluation_mode, make_views, weighted_total
 
 T = TypeVar("T")
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+STATISTICS = ("running_mean", "running_var")  # buffers that each process fills from its own share of a batch
 PATIENCE_FOR_NAN = 10  # bad steps in a row before the run stops; a scaler of fp16 settles in fewer
 
 
@@ -38,13 +41,13 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
     encoder_lr: PositiveFloat = 1.0  # factor on lr for the encoder; below 1 keeps a pretrained one closer to its start
-    weight_decay: NonNegativeFloat = 0.05  # of weights only, never of biases and norms (timm's and ConvNeXt's habit)
+    weight_decay: NonNegativeFloat = 0.05  # not of biases, norms and what timm lists beside them; ConvNeXt's value
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)  # of sgd
-    betas: tuple[float, float] = (0.9, 0.999)  # of adamw
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw
     schedule: Literal["cosine", "poly", "multistep", "constant"] = "cosine"
-    warmup: NonNegativeInt = 50  # steps of linear warm-up
+    warmup: NonNegativeInt | None = None  # steps of linear warm-up; None: 50, or a tenth of a short run
     power: PositiveFloat = 0.9  # of poly; DeepLab's (Chen et al. 2017)
-    milestones: tuple[float, ...] = (0.6, 0.9)  # of multistep, as shares of the run
+    milestones: tuple[Share, ...] = (0.6, 0.9)  # of multistep, as shares of the run
     gamma: PositiveFloat = 0.1  # of multistep: the factor at each milestone
     clip: PositiveFloat | None = 1.0  # largest norm of the whole gradient
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -62,9 +65,10 @@ class TrainConfig(Config):
 
 def lr_at(config: TrainConfig, step: int) -> float:
     """The learning rate of the update that makes step `step` (counted from 0) out of the weights before it."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    warmup = min(50, config.steps // 10) if config.warmup is None else config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.steps - warmup)
     if config.schedule == "cosine":  # Loshchilov and Hutter 2017, without restarts
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "poly":
@@ -110,7 +114,8 @@ class Processes:
         cpu = config.device == "cpu" or not torch.cuda.is_available()
         if config.precision == "fp16" and cpu:
             raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        AcceleratorState._reset_state(reset_partial_state=False)  # else a second run in one process keeps its precision
+        # Else a second run in one process keeps the first one's precision and device.
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         # Buffers are averaged by the loop in both ways of encoding; DDP's own broadcast would only see one of them.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "no" if config.precision == "fp32" else config.precision
@@ -143,6 +148,10 @@ class Processes:
         """The lists of all processes, one after the other."""
         return gather_object(values) if self.world > 1 else values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so on some process."""
+        return self.sum(torch.tensor(float(value), device=self.device)).item() > 0
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -159,8 +168,11 @@ class Learner:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.bad_in_a_row = 0
         self.buffers = list(self.module.buffers())
-        # DDP's reducer expects one backward a step; in_turn has one a task, so there the loop averages by itself.
-        self.uses_ddp = processes.world > 1 and config.encode == "together"
+        self.statistics = [value for name, value in self.module.named_buffers() if name.endswith(STATISTICS)]
+        # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
+        # leave maps of the encoder unused: there the loop averages by itself.
+        together = processes.world > 1 and config.encode == "together"
+        self.uses_ddp = together and uses_every_weight(self.module)
         optimizer = build_optimizer(self.module, config)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.wrapped = self.accelerator.prepare_model(self.module) if self.uses_ddp else self.module
@@ -181,6 +193,11 @@ class Learner:
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Put back what `tensors()` and `data()` gave."""
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        others = sorted(set(weights) ^ set(self.module.state_dict()))
+        if others:
+            raise UserError(
+                f"the checkpoint is of other tasks or another model ({others[0]}); start anew with --overwrite"
+            )
         self.module.load_state_dict(weights)
         for name, parameter in self.module.named_parameters():
             start = f"optimizer/{name}/"
@@ -200,21 +217,42 @@ class Learner:
         return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
 
 
+def uses_every_weight(module: MultiTask) -> bool:
+    """Whether the heads together reach every weight that is trained: tried on a small image."""
+    image = rng.uniform(rng.as_key("probe"), (2, 3, 64, 64)).to(next(module.parameters()).device)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with in_evaluation_mode(module):
+        features = module.encoder(image)
+        total = sum(head(features, (64, 64)).sum() for head in module.heads.values())
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    return all(gradient is not None for gradient in gradients)
+
+
 def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW or SGD over four groups: encoder or heads, decayed or not. Each group knows its factor on the rate."""
     groups = []
     for part, factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
-        trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.ndim > 1]
-        vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+        spared = not_decayed(part)
+        trained = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+        decayed = [parameter for name, parameter in trained.items() if name not in spared]
+        others = [parameter for name, parameter in trained.items() if name in spared]
         groups += [
-            {"params": matrices, "factor": factor, "weight_decay": config.weight_decay},
-            {"params": vectors, "factor": factor, "weight_decay": 0.0},
+            {"params": decayed, "factor": factor, "weight_decay": config.weight_decay},
+            {"params": others, "factor": factor, "weight_decay": 0.0},
         ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def not_decayed(part: nn.Module) -> set[str]:
+    """Names of biases, norms' weights and what a module's own `no_weight_decay()` lists, as position embeddings."""
+    names = {name for name, parameter in part.named_parameters() if parameter.ndim <= 1}
+    for prefix, module in part.named_modules():
+        listed = getattr(module, "no_weight_decay", set)()
+        names |= {f"{prefix}.{name}".removeprefix(".") for name in listed}
+    return names
 
 
 def train(
@@ -243,22 +281,23 @@ def train(
         names: list[str] = []
         for micro in range(config.accumulate):
             packed = {stream: next(batches) for stream, batches in streams.items()}
-            names = [name for batch in packed.values() for name in batch.names]
+            names += [name for batch in packed.values() for name in batch.names]
             seed_torch(rng.fold_in(rng.fold_in(rng.fold_in(key, step), micro), learner.processes.rank))
             for name, loss in backward(learner, packed, last=micro == config.accumulate - 1).items():
                 totals[name] = totals.get(name, 0.0) + loss / config.accumulate
         losses, stop = agree(learner.processes, totals, wants_stop())
         norm = finish_gradients(learner)
         finite = math.isfinite(norm) and all(math.isfinite(loss) for loss in losses.values())
-        if finite or learner.accelerator.scaler:
-            learner.optimizer.step()  # a scaler skips by itself, and must see a bad step to shrink
         if finite:
+            learner.optimizer.step()
             learner.bad_in_a_row = 0
-            learner.processes.average([buffer for buffer in learner.buffers if buffer.is_floating_point()])
+            learner.processes.average(learner.statistics)
         else:
             learner.bad_in_a_row += 1
             for buffer, old in zip(learner.buffers, before, strict=True):
                 buffer.copy_(old)  # the statistics of a norm layer have seen the bad batch too
+            if learner.accelerator.scaler:
+                learner.accelerator.scaler.update()  # without a step: it shrinks after an infinite gradient
         if learner.bad_in_a_row == PATIENCE_FOR_NAN:
             raise NonFiniteError(step + 1, learner.processes.gather(names))
         figures = {f"train/{name}/loss": loss for name, loss in losses.items()}
@@ -289,10 +328,14 @@ def finish_gradients(learner: Learner) -> float:
     if not learner.uses_ddp:
         learner.processes.average(gradients)
     learner.accelerator.unscale_gradients(learner.optimizer)
-    norm = nn.utils.get_total_norm(gradients)
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).tolist()
+    # fsum is exact, so the norm does not depend on how many gradients of zero stand beside the others: a joint run
+    # whose unlabelled losses weigh nothing then clips as the supervised run does, to the bit.
+    norm = math.sqrt(math.fsum(value * value for value in norms))
     if learner.config.clip is not None:
-        nn.utils.clip_grads_with_norm_(learner.module.parameters(), learner.config.clip, norm)
-    return norm.item()
+        total = torch.tensor(norm, device=learner.processes.device)
+        nn.utils.clip_grads_with_norm_(learner.module.parameters(), learner.config.clip, total)
+    return norm
 
 
 def agree(processes: Processes, losses: Mapping[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:

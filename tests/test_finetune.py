@@ -105,7 +105,7 @@ def test_it_learns_to_find_the_disc(tmp_path: Path) -> None:
     done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}}, steps=80, lr=3e-3)
     ground = (done.test.confusion[0].sum() / done.test.confusion.sum()).item()
     assert done.test.miou > 0.6 > ground / 2, "far above one class everywhere"
-    recorded = json.loads((done.folder / "tasks.json").read_text())[SEGMENT]
+    recorded = json.loads((done.folder / "tasks.json").read_text())[SEGMENT]["prepared"]
     assert recorded["class_weights"] != "median"
     assert min(recorded["class_weights"]) < 1 < max(recorded["class_weights"])
 
@@ -161,7 +161,7 @@ def test_validation_is_held_out_where_none_is_given() -> None:
 def test_one_labelled_image_trains(tmp_path: Path) -> None:
     done = run(tmp_path / "run", {"labels": {"count": 1}})
     assert len(done.labelled) == 1
-    assert json.loads((done.folder / "labelled.json").read_text())["images"] == list(done.labelled)
+    assert json.loads((done.folder / "split.json").read_text())["labelled"] == list(done.labelled)
 
 
 def test_masks_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

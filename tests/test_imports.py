@@ -28,7 +28,7 @@ HOMES = {  # the only files that may import a heavy library
     "mlflow": {"tracking"},
     "timm": {"models.timm"},
     "segmentation_models_pytorch": {"models.smp"},
-    "omegaconf": {"config", "compare"},
+    "omegaconf": {"config"},
     "PIL": {"images"},
 }
 

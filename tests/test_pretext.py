@@ -460,8 +460,10 @@ def test_strokes_are_as_wide_as_asked_for():
     hole = Inpaint(mask="strokes", number=2, width=(0.1, 0.1)).hole(keys(10), 100, 100)[:, 0].numpy().astype(np.uint8)
     thin, thick = (cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) for side in (7, 31))
     padded = np.pad(hole, ((0, 0), (40, 40), (40, 40)))
+    kept = [cv2.morphologyEx(picture, cv2.MORPH_OPEN, thin).sum() / picture.sum() for picture in padded]
+    assert min(kept) > 0.7  # the border cuts some strokes lengthwise
+    assert np.median(kept) > 0.9
     for picture in padded:
-        assert cv2.morphologyEx(picture, cv2.MORPH_OPEN, thin).sum() > 0.8 * picture.sum()
         assert cv2.morphologyEx(picture, cv2.MORPH_OPEN, thick).sum() == 0
 
 
@@ -525,12 +527,12 @@ def test_inpaint_refuses_options_without_meaning(options, words):
 
 @pytest.mark.parametrize("size", [(12, 12), (12, 17), (18, 11)])
 def test_rotate_turns_the_middle_square_as_numpy_does(size):
-    images = pictures(8, *size)
-    view = Rotate().corrupt(images, keys(8))
+    images = pictures(16, *size)
+    view = Rotate().corrupt(images, keys(16))
     side, (height, width) = min(size), size
     top, left = (height - side) // 2, (width - side) // 2
     assert set(view.target.tolist()) == {0, 1, 2, 3}
-    for i in range(8):
+    for i in range(16):
         square = images[i, :, top : top + side, left : left + side].numpy()
         expected = np.full((3, height, width), 0.5, dtype=np.float32)
         expected[:, top : top + side, left : left + side] = np.rot90(square, view.target[i].item(), axes=(1, 2))

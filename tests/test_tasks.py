@@ -137,7 +137,10 @@ def test_segment_is_cross_entropy_plus_dice():
     assert torch.equal(Segment(num_classes=3).loss(logits, view), entropy)
     both = Segment(num_classes=3, cross_entropy=0.5, dice=2.0).loss(logits, view)
     assert torch.allclose(both, 0.5 * entropy + 2.0 * dice)
-    assert torch.equal(Segment(num_classes=3, cross_entropy=0.0).loss(logits, view), torch.zeros(4))
+    with pytest.raises(ValidationError, match="nothing is learnt"):
+        Segment(num_classes=3, cross_entropy=0.0)
+    with pytest.raises(ValidationError, match="2 numbers for 3 classes"):
+        Segment(num_classes=3, class_weights=(1.0, 2.0))
 
 
 def test_segment_weights_its_classes():

@@ -28,6 +28,8 @@ from ssl_seg.train import (
 )
 from tests.small import pretraining
 
+ROUNDING = 1e-4  # of a tensor's largest gradient; the stem's sums over few large maps round to 2e-5 in float32
+
 
 def make(**changed: Any) -> tuple[Learner, dict[str, Samples]]:
     config = load(PretrainConfig, pretraining(**changed))
@@ -114,7 +116,7 @@ def test_in_turn_gives_the_gradients_of_together(views: str) -> None:
         gradients.append({name: p.grad for name, p in learner.module.named_parameters()})
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=ROUNDING * scale, msg=name)
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
@@ -128,7 +130,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
         gradients.append({name: p.grad for name, p in learner.module.named_parameters()})
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=ROUNDING * scale, msg=name)
 
 
 def test_clipping_bounds_the_norm_and_reports_the_norm_before() -> None:

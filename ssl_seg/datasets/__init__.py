@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -37,6 +37,10 @@ class Dataset(Plugin, ABC):
     @abstractmethod
     def read(self, index: int) -> Example:
         """The example with its name; raises UserError with the file's name for one that cannot be read."""
+
+    def image(self, index: int) -> Example:
+        """The example without its label; a data set overrides it to leave the mask's file alone."""
+        return replace(self.read(index), label=None)
 
     def name(self, index: int) -> str:
         """What `read(index).name` gives, without reading the file."""

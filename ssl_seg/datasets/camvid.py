@@ -63,6 +63,10 @@ class Camvid(Dataset):
     def __len__(self) -> int:
         return len(self._frames)
 
+    def image(self, index: int) -> Example:
+        split, position = self._frames[index]
+        return replace(self._folders[split].image(position), name=self.name(index))
+
     def read(self, index: int) -> Example:
         split, position = self._frames[index]
         example = self._folders[split].read(position)

@@ -98,12 +98,16 @@ class Folder(Dataset):
     def __len__(self) -> int:
         return len(self._files)
 
+    def image(self, index: int) -> Example:
+        image_name = self.name(index)
+        return Example(read_image(Path(self.images).expanduser() / image_name), None, image_name)
+
     def read(self, index: int) -> Example:
+        if self.masks is None:
+            return self.image(index)
         image_name, mask_name = self._files[index]
         image_path = Path(self.images).expanduser() / image_name
         image = read_image(image_path)
-        if self.masks is None:
-            return Example(image, None, image_name)
         mask_path = Path(self.masks).expanduser() / mask_name
         stored = read_mask(mask_path)
         if stored.shape[:2] != image.shape[:2]:

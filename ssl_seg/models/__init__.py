@@ -7,12 +7,12 @@ refuses it in one line.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -130,11 +130,20 @@ class Decoder(Plugin, ABC):
         """A fresh decoder for an encoder's maps. Raises UserError with one line for an encoder that does not fit."""
 
 
+def _of_type(default: str) -> BeforeValidator:
+    """`{name: resnet50}` alone means the default type."""
+
+    def with_type(value: Any) -> Any:
+        return {"type": default, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(with_type)
+
+
 class ModelConfig(Config):
     """The network that pretraining and fine-tuning share."""
 
-    encoder: SerializeAsAny[Encoder] = Field(default={"type": "timm", "name": "resnet18"})
-    decoder: SerializeAsAny[Decoder] = Field(default={"type": "unet"})
+    encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm")] = Field(default={})
+    decoder: Annotated[SerializeAsAny[Decoder], _of_type("unet")] = Field(default={})
     # keep: the layers as the architecture has them. group is the one whose result does not depend on the batch: every
     # batch norm layer of encoder and decoders is converted (swin + unet: the decoder's; swin has layer norm only).
     norm: Kind = "keep"
