@@ -81,12 +81,17 @@ def test_another_encoder_is_refused_with_its_first_tensors(pretrained: Path, tmp
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("encode", ["together", "in_turn"])
-def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(encode: str, tmp_path: Path) -> None:
-    alone = run(tmp_path / "alone", encode=encode)
+UNET = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}, "norm": "group"}
+
+
+@pytest.mark.parametrize(("encode", "model"), [("together", MODEL), ("in_turn", MODEL), ("together", UNET)])
+def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(
+    encode: str, model: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = run(tmp_path / "alone", {"model": model}, encode=encode)
     data = {**finetuning()["data"], "pool": POOL}
     tasks = {"denoise": {"weight": 0.0}, "rotate": {"weight": 0.0}}
-    joint = run(tmp_path / "joint", {"data": data, "tasks": tasks}, encode=encode)
+    joint = run(tmp_path / "joint", {"model": model, "data": data, "tasks": tasks}, encode=encode)
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     for one, other in zip(read_metrics(alone.folder), read_metrics(joint.folder), strict=True):
