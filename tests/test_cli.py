@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from ssl_seg import cli, images
-from ssl_seg.config import UserError, flatten
+from ssl_seg import PretrainConfig, cli, images, load
+from ssl_seg.config import UserError, flatten, read_words
 from tests.small import finetuning, pretraining
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,30 @@ def test_predict_writes_a_mask_for_every_image_at_its_own_size(runs: Path, tmp_p
     assert images.read_image(tmp_path / "out" / "overlays" / "a.png").shape == (50, 70, 3)
 
 
+def test_predict_refuses_two_images_that_would_share_a_mask(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for suffix in ("png", "bmp"):
+        images.write_image(tmp_path / "photos" / "a.png", np.full((8, 8, 3), 90, dtype=np.uint8))
+        (tmp_path / "photos" / "a.png").rename(tmp_path / "photos" / f"a.{suffix}")
+    images.write_image(tmp_path / "photos" / "a.png", np.full((8, 8, 3), 90, dtype=np.uint8))
+    words = [f"model={runs / 'fine'}", "data.images.type=folder", f"data.images.images={tmp_path / 'photos'}"]
+    assert run("predict", *words, "workers=0", "device=cpu", "--out", tmp_path / "out") == 2
+    assert "two images would be given the mask a.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_model_can_be_named_without_its_type() -> None:
+    words = ["model.encoder.name=resnet34", "model.decoder.channels=[64,32,16,16,16]"]
+    config = load(PretrainConfig, read_words([*PRETRAIN_WITHOUT_MODEL, *words]))
+    assert config.model.encoder.name == "resnet34"
+    assert config.model.decoder.dump() == {
+        **config.model.decoder.dump(),
+        "type": "unet",
+        "channels": [64, 32, 16, 16, 16],
+    }
+
+
 def test_compare_shows_scores_and_only_what_differs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("finetune", *as_words(finetuning(steps=3)), "seed=7", "--out", runs / "other", "--quiet") == 0
     capsys.readouterr()
@@ -123,6 +147,7 @@ def without(values: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 PRETRAIN = as_words(pretraining())
+PRETRAIN_WITHOUT_MODEL = as_words(without(pretraining(), "model"))
 FINETUNE = as_words(finetuning())
 WRONG = [
     # (words, what the line must name)
@@ -163,6 +188,12 @@ WRONG = [
     (["finetune", *FINETUNE, "segment.num_classes=3", "--out", "x"], "segment.num_classes: 3"),
     (["finetune", *FINETUNE, "data.val={type: synthetic, count: 2}", "--out", "x"], "data.val: its classes"),
     (["finetune", *FINETUNE, "stop.target=2", "--out", "x"], "stop.target"),
+    (["finetune", *FINETUNE, "stop.patience=3", "--out", "x"], "give train.eval_every=STEPS too"),
+    (["finetune", *FINETUNE, "segment.class_weights=[1,2,3]", "--out", "x"], "3 numbers for 2 classes"),
+    (["finetune", *FINETUNE, "segment.cross_entropy=0", "--out", "x"], "nothing is learnt"),
+    (["pretrain", *PRETRAIN, "train.betas=[2,3]", "--out", "x"], "train.betas.0"),
+    (["pretrain", *PRETRAIN, "train.milestones=[60,90]", "--out", "x"], "train.milestones.0"),
+    (["pretrain", *PRETRAIN, "tasks.half.type=denoise", "--out", "x"], "'half' cannot name a task"),
     (["evaluate", "model=no/such/run", "data.test.type=textured"], "no/such/run"),
     (["predict", "model=x", "data.images.type=textured"], "--out: missing"),
     (["compare", "no/such/run"], "no/such/run: is no run folder"),

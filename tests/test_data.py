@@ -24,6 +24,7 @@ from ssl_seg.data import (
     covering_order,
     hold_out,
     loader,
+    manifest,
     pixel_counts,
     region,
 )
@@ -240,6 +241,41 @@ def test_hold_out_of_a_single_sequence_takes_a_fifth() -> None:
     kept, held = hold_out(Striped(count=4))  # one clip
     assert (len(kept), len(held)) == (3, 1)
     assert set(kept.indices).isdisjoint(held.indices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held"), [((90, 10), 10), ((10, 90), 10), ((30, 70), 30), ((50, 50), 20), ((100,), 20)]
+)
+def test_hold_out_takes_about_a_fifth_of_uneven_sequences(sizes: tuple[int, ...], held: int) -> None:
+    class Uneven(Striped):
+        def sequence(self, index: int) -> str:
+            return str(int(np.searchsorted(np.cumsum(sizes), index, side="right")))
+
+    kept, val = hold_out(Uneven(count=100))
+    assert (len(kept), len(val)) == (100 - held, held)
+
+
+def test_crops_reach_the_borders_as_often_as_any_place() -> None:
+    image = np.arange(12, dtype=np.uint8)[None, :, None].repeat(10, axis=0).repeat(3, axis=2)
+    augment = Augment(crop=(10, 10), zoom=(1.0, 1.0), flip=False)
+    starts = [int(augment.apply(image, None, rng.as_key(seed))[0][0, 0, 0]) for seed in range(1500)]
+    counts = np.bincount(starts, minlength=3)
+    assert len(counts) == 3
+    assert abs(counts - 500).max() < 5 * np.sqrt(500)
+
+
+def test_the_streams_of_one_seed_are_cropped_independently() -> None:
+    pool, labelled = (Samples(Striped(count=1), Augment(crop=(16, 16)), 3, with_labels=flag) for flag in (False, True))
+    assert pool[0].key != labelled[0].key
+    assert pool[0].label is None
+
+
+def test_a_manifest_tells_another_order_and_another_name() -> None:
+    whole = manifest(Striped())
+    assert whole == manifest(Striped())
+    assert whole["images"] == 12
+    assert manifest(Subset(Striped(), tuple(reversed(range(12))))) != whole
+    assert manifest(Striped(count=11)) != whole
 
 
 def test_pixels_are_counted_by_class_and_by_the_images_that_show_it() -> None:

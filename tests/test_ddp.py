@@ -64,3 +64,13 @@ def test_nan_on_one_process_is_skipped_by_all(two: dict[str, Any]) -> None:
     assert all(step.isfinite().all() for step in weights)
     first, second = two["nan"]["of_last"]
     assert first == second, "the processes hold the same weights"
+
+
+def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("not a run")
+    done = torchrun("-m", "ssl_seg", "pretrain", "squares", "--out", str(tmp_path))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("ssl-seg: ")]
+    assert len(said) == 1, done.stderr
+    assert "letter.txt" in said[0]
+    assert "most recent call last" not in done.stderr.split("ChildFailedError")[0].split("torch.distributed")[0]

@@ -168,6 +168,73 @@ def test_a_changed_key_is_named_and_refused_unless_allowed(tmp_path: Path) -> No
     assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
+    values = pretraining(steps=3)
+    values["tasks"] = {"denoise": {"weight": 100.0}, "rotate": {"weight": 0.5}}
+    allowed = ("tasks.denoise.weight", "train.steps")
+    pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=allowed, quiet=True))
+    last = figures(tmp_path / "run")[-1]
+    assert last["train/loss"] == pytest.approx(100 * last["train/denoise/loss"] + 0.5 * last["train/rotate/loss"])
+    values["tasks"]["inpaint"] = {}
+    with pytest.raises(UserError, match=r"heads\.inpaint"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=("*",), quiet=True))
+
+
+def test_other_images_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
+    values = pretraining(steps=4)
+    values["data"]["pool"] = {**values["data"]["pool"], "count": 13}
+    allowed = ("data.pool.count", "train.steps")
+    with pytest.raises(UserError, match=r"data\.pool: 13 images, not the 12"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=allowed, quiet=True))
+    allowed = (*allowed, "data.pool")
+    assert (
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=allowed, quiet=True)).steps == 4
+    )
+
+
+def test_a_run_goes_on_without_what_it_started_from(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "pre", quiet=True))
+    values = {key: value for key, value in finetuning(steps=3).items() if key != "model"}
+    config = load(FinetuneConfig, {**values, "init": str(tmp_path / "pre")})
+    whole = finetune(config, Options(tmp_path / "fine", quiet=True))
+    cut_after(2, whole.folder, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "pre")
+    again = finetune(config, Options(tmp_path / "cut", quiet=True))
+    assert_same_run(whole.folder, again.folder)
+    assert again.val.miou == whole.val.miou
+
+
+def test_overwriting_what_a_run_starts_from_is_refused(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "pre", quiet=True))
+    config = load(FinetuneConfig, {**finetuning(), "init": str(tmp_path / "pre")})
+    with pytest.raises(UserError, match="would delete"):
+        finetune(config, Options(tmp_path / "pre", overwrite=True, quiet=True))
+    assert (tmp_path / "pre" / "encoder" / "encoder.safetensors").is_file()
+    other = load(FinetuneConfig, finetuning())
+    with pytest.raises(UserError, match="holds a pretrain run"):
+        finetune(other, Options(tmp_path / "pre", overwrite=True, quiet=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_pool_smaller_than_a_batch_trains(count: int, tmp_path: Path) -> None:
+    values = pretraining(steps=2)
+    values["data"] = {part: {"type": "textured", "count": count} for part in ("pool", "val")}
+    done = pretrain(load(PretrainConfig, values), Options(tmp_path / "run", quiet=True))
+    assert done.steps == 2
+    assert all(value == value for value in done.scores.values())
+
+
+@pytest.mark.parametrize("part", ["pool", "val"])
+def test_an_empty_data_set_is_one_line(part: str, tmp_path: Path) -> None:
+    values = pretraining()
+    values["data"][part] = {"type": "textured", "count": 0}
+    with pytest.raises(UserError, match=f"data.{part}: holds no image"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

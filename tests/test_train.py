@@ -24,7 +24,9 @@ from ssl_seg.train import (
     due,
     finish_gradients,
     lr_at,
+    not_decayed,
     train,
+    uses_every_weight,
 )
 from tests.small import pretraining
 
@@ -208,6 +210,56 @@ def test_restoring_copies_so_that_two_learners_do_not_share_moments() -> None:
     other.restore(given, learner.data())
     next(run(other, sources, start=1))
     torch.testing.assert_close(given, saved, rtol=0, atol=0)
+
+
+def test_position_embeddings_are_not_decayed() -> None:
+    values = pretraining()
+    values["model"] = {"encoder": {"name": "vit_tiny_patch16_224"}, "decoder": {"type": "segformer", "channels": 16}}
+    config = load(PretrainConfig, {**values, "tasks": {"rotate": {}}})
+    module = build_module(config.model, config.tasks, 0)
+    spared = not_decayed(module.encoder)
+    assert any(name.endswith("pos_embed") for name in spared)
+    assert not any(name.endswith("qkv.weight") for name in spared)
+    # Rotation looks at the last map alone, so the layers that make the others get no gradient: DDP would not do.
+    assert not uses_every_weight(module)
+    config = load(PretrainConfig, {**values, "tasks": {"denoise": {}}})
+    assert uses_every_weight(build_module(config.model, config.tasks, 0))
+
+
+def test_a_norm_layer_s_statistics_are_left_alone_by_the_look_at_its_weights() -> None:
+    values = pretraining()
+    values["model"] = {**values["model"], "norm": "batch"}
+    config = load(PretrainConfig, values)
+    module = build_module(config.model, config.tasks, 0)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert uses_every_weight(module)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(part.training for part in module.modules())
+
+
+def test_all_images_of_an_accumulated_bad_step_are_named() -> None:
+    learner, sources = make(steps=30, accumulate=2)
+    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    with pytest.raises(NonFiniteError) as caught:
+        list(train(learner, {"pool": poison(streams["pool"], set(range(99)), learner)}, 0, seed=0))
+    assert len(caught.value.names) == learner.config.batch_size
+
+
+def test_a_checkpoint_of_other_tasks_is_refused_in_a_line() -> None:
+    learner, _ = make()
+    values = pretraining()
+    values["tasks"] = {"denoise": {}}
+    config = load(PretrainConfig, values)
+    other = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    with pytest.raises(UserError, match=r"heads\.rotate"):
+        other.restore(learner.tensors(), learner.data())
+
+
+def test_short_runs_warm_up_for_a_tenth() -> None:
+    assert [lr_at(TrainConfig(steps=40, lr=1.0), step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert lr_at(TrainConfig(steps=40, lr=1.0), 4) == 1.0
+    assert lr_at(TrainConfig(steps=5000, lr=1.0), 50) == 1.0
 
 
 def test_channels_last_and_bf16_train() -> None:
