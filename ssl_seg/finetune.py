@@ -17,10 +17,10 @@ from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts
 from ssl_seg.datasets import Dataset
+from ssl_seg.dryrun import DryRun, dry_run
 from ssl_seg.metrics import SegmentationScores
 from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.stage import (
-    DryRun,
     Job,
     Options,
     StopRule,
@@ -29,15 +29,14 @@ from ssl_seg.stage import (
     check_images,
     check_same_images,
     check_sizes,
-    dry_run,
     fit,
     open_run,
     prepare_tasks,
     recall,
     record_tasks,
-    say,
 )
 from ssl_seg.tasks import MultiTask, Segment
+from ssl_seg.terminal import say
 from ssl_seg.train import Learner, Processes, TrainConfig
 
 SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others

@@ -11,9 +11,9 @@ from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config
 from ssl_seg.data import Augment, Samples
 from ssl_seg.datasets import Dataset
+from ssl_seg.dryrun import DryRun, dry_run
 from ssl_seg.models import ModelConfig
 from ssl_seg.stage import (
-    DryRun,
     Job,
     Options,
     TaskMapping,
@@ -21,15 +21,14 @@ from ssl_seg.stage import (
     check_images,
     check_same_images,
     check_sizes,
-    dry_run,
     export_heads,
     fit,
     open_run,
     prepare_tasks,
     record_tasks,
-    say,
 )
 from ssl_seg.tasks import PretextTask
+from ssl_seg.terminal import say
 from ssl_seg.train import Learner, Processes, TrainConfig
 
 

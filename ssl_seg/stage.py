@@ -6,9 +6,6 @@ folder. Every decision that ends a run is taken from numbers all processes share
 
 from __future__ import annotations
 
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +16,6 @@ from typing import Annotated, Any, Self, TypeVar
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssl_seg import images, rng, store, weights
 from ssl_seg.config import NAME, Config, Interrupted, UserError
@@ -28,13 +23,13 @@ from ssl_seg.data import Draws, Examples, Packed, Samples, check_batch_size, loa
 from ssl_seg.datasets import Dataset
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.tasks import MultiTask, PretextTask, Stream, Task, seeded
-from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, backward, due, finish_gradients, train
+from ssl_seg.terminal import Signals, reporter, say, watch_signals
+from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, due, train
 
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 SAVES_PER_RUN = 10
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
-SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
 
 
 @dataclass(frozen=True)
@@ -69,39 +64,6 @@ class Progressed:
             return True
         self.evaluations_since += 1
         return False
-
-
-class Signals:
-    """SIGTERM and SIGINT: an end at once, or inside `deferred` a note, so that a step is never cut in half.
-
-    A second one ends at once everywhere.
-    """
-
-    def __init__(self) -> None:
-        self.noted: int | None = None
-        self.defers = False
-
-    def asked(self) -> bool:
-        return self.noted is not None
-
-    @property
-    def first(self) -> int:
-        """The signal noted here; SIGTERM where another process has been asked."""
-        return self.noted or signal.SIGTERM
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self.defers = True
-        try:
-            yield
-        finally:
-            self.defers = False
-
-    def handle(self, signum: int, _: object) -> None:
-        if self.defers and self.noted is None:
-            self.noted = signum
-            return
-        raise Interrupted(signum, "stopped; the same command continues")
 
 
 @dataclass
@@ -218,22 +180,6 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
             raise
 
 
-@contextmanager
-def watch_signals() -> Iterator[Signals]:
-    signals = Signals()
-    former = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            former[number] = signal.signal(number, signals.handle)
-    except ValueError:
-        pass  # not in the main thread: Python delivers signals there only
-    try:
-        yield signals
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> MultiTask:
     """Encoder and heads with first weights that depend on the seed and on each part's name alone."""
     with seeded(rng.fold_in(rng.as_key(seed), "encoder")):
@@ -313,108 +259,6 @@ def export_heads(run: store.Run, module: MultiTask) -> None:
             weights.export_decoder(run.folder, name, head.decoder)
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What one batch through every head showed; nothing was written."""
-
-    parameters: dict[str, int]
-    shapes: dict[str, str]
-    seconds_per_step: float
-    peak_memory_mib: float
-
-    def lines(self) -> list[str]:
-        counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
-        shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
-        return [*counted, *shown, f"{self.seconds_per_step:.2f} s per step, peak {self.peak_memory_mib:.0f} MiB"]
-
-
-def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
-    """One batch forward and backward through every head, twice: the second is timed, the first warms up."""
-    module, config = learner.module, learner.config
-    streams = open_streams(
-        sources, config.model_copy(update={"workers": 0}), learner.processes, pool_tasks(module.tasks), 0
-    )
-    packed = {stream: next(batches) for stream, batches in streams.items()}
-    shapes: dict[str, str] = {}
-    hooks = [
-        head.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: _shapes(inputs, output)}))
-        for name, head in module.heads.items()
-    ]
-    for _ in range(2):
-        started = time.perf_counter()
-        learner.optimizer.zero_grad()
-        backward(learner, packed, last=True)
-        finish_gradients(learner)
-        learner.optimizer.step()  # its moments are a good part of the memory
-        if learner.processes.device.type == "cuda":
-            torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) * config.accumulate
-    for hook in hooks:
-        hook.remove()
-    parameters = {"encoder": _count(module.encoder), **{name: _count(head) for name, head in module.heads.items()}}
-    return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-class Reporter:
-    """A progress bar on a terminal; elsewhere a line now and then with step, losses, images/s and time left."""
-
-    def __init__(self, steps: int, start: int, batch_size: int, quiet: bool) -> None:
-        self.steps = steps
-        self.start = start
-        self.batch_size = batch_size
-        self.quiet = quiet
-        self.started = time.monotonic()
-        self.said = float("-inf")
-        console = Console(stderr=True)
-        self.bar: Progress | None = None
-        if console.is_terminal and not quiet:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self.bar = Progress(*columns, console=console)
-            self.line = self.bar.add_task("", total=steps, completed=start)
-
-    def images_per_s(self, step: int) -> float:
-        return (step - self.start) * self.batch_size / max(1e-9, time.monotonic() - self.started)
-
-    def step(self, number: int, figures: Mapping[str, float]) -> None:
-        losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in figures.items() if name.endswith("/loss")]
-        scores = [f"{name} {value:.4f}" for name, value in figures.items() if name == "val/miou"]
-        rate = self.images_per_s(number)
-        text = f"{', '.join([*losses, *scores])}, {rate:.1f} images/s"
-        if self.bar is not None:
-            self.bar.update(self.line, completed=number, description=text)
-            return
-        now = time.monotonic()
-        if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scores):
-            self.said = now
-            left = (self.steps - number) * self.batch_size / max(rate, 1e-9)
-            print(f"step {number}/{self.steps}: {text}, {_clock(left)} left", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def reporter(steps: int, start: int, batch_size: int, quiet: bool) -> Iterator[Reporter]:
-    report = Reporter(steps, start, batch_size, quiet)
-    if report.bar is None:
-        yield report
-        return
-    with report.bar:
-        yield report
-
-
-def say(text: str, quiet: bool = False) -> None:
-    """A line for the person at the terminal; results go to stdout, this does not."""
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
-
-
 def _name_tasks(value: Any) -> Any:
     """`tasks:` as the files write it: the name is the type unless one is given, `null` removes, `{}` takes defaults."""
     if not isinstance(value, Mapping):
@@ -432,18 +276,3 @@ def _name_tasks(value: Any) -> Any:
 
 
 TaskMapping = Annotated[dict[str, SerializeAsAny[PretextTask]], BeforeValidator(_name_tasks)]
-
-
-def _shapes(inputs: Sequence[Any], output: Any) -> str:
-    features = ", ".join("x".join(str(side) for side in level.shape) for level in inputs[0])
-    return f"{features} -> {'x'.join(str(side) for side in output.shape)}"
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

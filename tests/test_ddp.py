@@ -73,4 +73,4 @@ def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(
     said = [line for line in done.stderr.splitlines() if line.startswith("ssl-seg: ")]
     assert len(said) == 1, done.stderr
     assert "letter.txt" in said[0]
-    assert "most recent call last" not in done.stderr.split("ChildFailedError")[0].split("torch.distributed")[0]
+    assert "ssl_seg/stage.py" not in done.stderr, "no traceback of ours; torchrun prints its own"

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     ["config", "rng", "norm", "losses", "metrics"],
     ["models", "models.timm", "models.smp"],
-    ["images", "pictures", "files"],
+    ["images", "pictures", "files", "terminal"],
     ["datasets", "datasets.folder", "datasets.camvid", "datasets.synthetic"],
     ["tasks", "data", "train", "store", "weights"],
-    ["evaluate", "stage", "pretrain", "finetune", "predict", "compare", "synth"],
+    ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "compare", "synth"],
     ["testing"],
     ["cli", "__main__"],
 ]

@@ -45,7 +45,7 @@ def run_all(command: list[str], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README supposes: photos/, labelled/images/ and labelled/masks/."""
+    """What the README supposes: photos/, held_out/, labelled/images/ and labelled/masks/."""
     folder = tmp_path_factory.mktemp("reader")
     for index in range(8):
         example = Synthetic(count=8, size=(96, 96)).read(index)
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images.write_image(folder / "labelled" / "images" / f"{index}.png", example.image)
         images.write_mask(folder / "labelled" / "masks" / f"{index}.png", example.label)
     held_out = Synthetic(count=2, size=(96, 96), seed=1).read(0).image
-    images.write_image(folder / "photos" / "held_out" / "a.png", held_out)
+    images.write_image(folder / "held_out" / "a.png", held_out)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_the_config_is_valid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (text,) = blocks("yaml")
     (folder / "mine.yaml").write_text(text)
     config = load(PretrainConfig, ["mine.yaml"])
-    assert len(config.data.pool) == 9
+    assert (len(config.data.pool), len(config.data.val)) == (8, 1)
     assert set(config.tasks) == {"denoise", "inpaint"}
 
 

@@ -1,0 +1,122 @@
+"""The person at the terminal: what a run says while it works, and what Ctrl-C and SIGTERM do to it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ssl_seg.config import Interrupted
+
+SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
+
+
+class Reporter:
+    """A progress bar on a terminal; elsewhere a line now and then with step, losses, images/s and time left."""
+
+    def __init__(self, steps: int, start: int, batch_size: int, quiet: bool) -> None:
+        self.steps = steps
+        self.start = start
+        self.batch_size = batch_size
+        self.quiet = quiet
+        self.started = time.monotonic()
+        self.said = float("-inf")
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=console)
+            self.line = self.bar.add_task("", total=steps, completed=start)
+
+    def images_per_s(self, step: int) -> float:
+        return (step - self.start) * self.batch_size / max(1e-9, time.monotonic() - self.started)
+
+    def step(self, number: int, figures: Mapping[str, float]) -> None:
+        losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in figures.items() if name.endswith("/loss")]
+        scores = [f"{name} {value:.4f}" for name, value in figures.items() if name == "val/miou"]
+        rate = self.images_per_s(number)
+        text = f"{', '.join([*losses, *scores])}, {rate:.1f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.line, completed=number, description=text)
+            return
+        now = time.monotonic()
+        if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scores):
+            self.said = now
+            left = (self.steps - number) * self.batch_size / max(rate, 1e-9)
+            print(f"step {number}/{self.steps}: {text}, {_clock(left)} left", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def reporter(steps: int, start: int, batch_size: int, quiet: bool) -> Iterator[Reporter]:
+    report = Reporter(steps, start, batch_size, quiet)
+    if report.bar is None:
+        yield report
+        return
+    with report.bar:
+        yield report
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A line for the person at the terminal; results go to stdout, this does not."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Signals:
+    """SIGTERM and SIGINT: an end at once, or inside `deferred` a note, so that a step is never cut in half.
+
+    A second one ends at once everywhere.
+    """
+
+    def __init__(self) -> None:
+        self.noted: int | None = None
+        self.defers = False
+
+    def asked(self) -> bool:
+        return self.noted is not None
+
+    @property
+    def first(self) -> int:
+        """The signal noted here; SIGTERM where another process has been asked."""
+        return self.noted or signal.SIGTERM
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.defers = True
+        try:
+            yield
+        finally:
+            self.defers = False
+
+    def handle(self, signum: int, _: object) -> None:
+        if self.defers and self.noted is None:
+            self.noted = signum
+            return
+        raise Interrupted(signum, "stopped; the same command continues")
+
+
+@contextmanager
+def watch_signals() -> Iterator[Signals]:
+    signals = Signals()
+    former = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            former[number] = signal.signal(number, signals.handle)
+    except ValueError:
+        pass  # not in the main thread: Python delivers signals there only
+    try:
+        yield signals
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
