@@ -37,15 +37,16 @@ class Reporter:
         return (step - self.start) * self.batch_size / max(1e-9, time.monotonic() - self.started)
 
     def step(self, number: int, figures: Mapping[str, float]) -> None:
-        losses = [f"{name.split('/')[1]} {value:.4f}" for name, value in figures.items() if name.endswith("/loss")]
-        scores = [f"{name} {value:.4f}" for name, value in figures.items() if name == "val/miou"]
+        shown = {name: value for name, value in figures.items() if name.endswith("/loss") or name == "val/miou"}
+        words = [f"{name.removeprefix('train/').removesuffix('/loss')} {value:.4f}" for name, value in shown.items()]
+        scored = any(name.startswith("val/") for name in figures)
         rate = self.images_per_s(number)
-        text = f"{', '.join([*losses, *scores])}, {rate:.1f} images/s"
+        text = f"{', '.join(words)}, {rate:.1f} images/s"
         if self.bar is not None:
             self.bar.update(self.line, completed=number, description=text)
             return
         now = time.monotonic()
-        if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scores):
+        if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scored):
             self.said = now
             left = (self.steps - number) * self.batch_size / max(rate, 1e-9)
             print(f"step {number}/{self.steps}: {text}, {_clock(left)} left", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ left over is the state: weights, optimizer moments, loss scaler, count of bad st
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -175,7 +176,12 @@ class Learner:
         self.uses_ddp = together and uses_every_weight(self.module)
         optimizer = build_optimizer(self.module, config)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.wrapped = self.accelerator.prepare_model(self.module) if self.uses_ddp else self.module
+        self.wrapped = self.module
+        if self.uses_ddp:
+            with warnings.catch_warnings():
+                # torch 2.14 would rather hear `forward_sync_buffers`, which torch 2.10 does not know (2026-11).
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.wrapped = self.accelerator.prepare_model(self.module)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name: weights, buffers and the optimizer's moments."""
