@@ -111,7 +111,7 @@ class Finetuned:
 def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     """Fine-tune into a run folder, going on from its last checkpoint if it has one.
 
-    Raises UserError for what the user can mend, `stage.Interrupted` after a signal (the state is saved first).
+    Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
     config = resolve(config, None if options.overwrite else store.former_config(options.out))
     processes = Processes(config.train)

@@ -73,7 +73,7 @@ class Pretrained:
 def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     """Pretrain into a run folder, going on from its last checkpoint if it has one.
 
-    Raises UserError for what the user can mend, `stage.Interrupted` after a signal (the state is saved first).
+    Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main

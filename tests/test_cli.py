@@ -301,3 +301,14 @@ def test_errors_become_one_line_whatever_they_hold(capsys: pytest.CaptureFixture
 
     assert cli.run(fail) == 2
     assert capsys.readouterr().err == "ssl-seg: a file named with a line break: gone; rename it\n"
+
+
+def test_accelerate_launch_starts_the_same_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "ssl_seg"]
+    words = ["pretrain", "squares", "train.batch_size=2", "--dry-run"]
+    environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "denoise: 2x64x64x64" in done.stdout
