@@ -32,10 +32,12 @@ bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -s -m slow
 
 $(READY): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssl_seg needs Python 3.11 or newer; run make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssl_seg needs Python 3.11 or newer; run make PYTHON=python3.12")'
+	@echo 'Setting up $(VENV): about two minutes and 6 GB, most of it torch.'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@# setuptools warns that an editable package's folder may be imported from here: that is what it is for.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $(READY)
 
 clean:
