@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
     from ssl_seg.metrics import SegmentationScores
 
 app = typer.Typer(
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Pretrain an encoder on unlabelled images, fine-tune it for segmentation, and see whether it helped.",
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(metadata.version("ssl_seg"))
+        raise typer.Exit
+
 
 ClickError = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
 Words = Annotated[
@@ -43,6 +50,13 @@ Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="MODULE", help="A module or .py file with plug-ins.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Pretrain an encoder on unlabelled images, fine-tune it for segmentation, and see whether it helped."""
 
 
 @app.command("pretrain")
@@ -154,7 +168,8 @@ def synth_command(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 something the user can mend, 128 + n stopped by signal n."""
-    sys.exit(run(lambda: app(args=arguments, prog_name="ssl-seg", standalone_mode=False)))
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    sys.exit(run(lambda: app(args=words, prog_name="ssl-seg", standalone_mode=False)))
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -215,7 +230,9 @@ def _needed(out: Path | None) -> Path:
 def _score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str]) -> list[str]:
     width = max(len(name) for name in class_names)
     rows = [f"  {name:<{width}} {iou:.4f}" for name, iou in zip(class_names, scores.iou.tolist(), strict=True)]
-    return [f"{part} mIoU {scores.miou:.4f}, pixel accuracy {scores.accuracy:.4f}", *rows]
+    averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
+    over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
+    return [f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}", *rows]
 
 
 def _print_lines(lines: Sequence[str]) -> None:

@@ -133,6 +133,8 @@ class Plugin(Config, ABC):
     @model_validator(mode="wrap")
     @classmethod
     def _by_type(cls, value: Any, handler: Any) -> Self:
+        if isinstance(value, str):
+            value = {"type": value}
         if not isinstance(value, Mapping):
             return handler(value)
         rest = dict(value)

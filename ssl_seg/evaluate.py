@@ -5,7 +5,6 @@ Each process takes the images `rank::world`, without padding, so no image counts
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg import images, pictures, weights
+from ssl_seg import files, images, pictures, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.data import Augment, Examples, Views, Whole, loader
 from ssl_seg.datasets import Dataset
@@ -178,7 +177,7 @@ class Evaluated:
 
 
 def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated:
-    """Score a fine-tuned model on a labelled data set; `out` receives scores.json, confusion.json and a picture."""
+    """Score a fine-tuned model on a labelled data set; `out` receives a result that `compare` reads."""
     model, resize = load_model(config.model)
     model = model.to(choose_device(config.device))
     data = config.data.test
@@ -193,22 +192,23 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        write_scores(folder, scores, model.class_names)
+        matrix = {"classes": model.class_names, "test": scores.confusion.tolist()}
+        result = {"test": named_scores(scores, model.class_names)}
+        files.write_atomic(folder / "confusion.json", files.json_bytes(matrix))
+        files.write_atomic(folder / "result.json", files.json_bytes(result))
+        files.write_atomic(folder / "run.json", files.json_bytes({"stage": "evaluate", "config": config.dump()}))
         images.write_image(folder / "predictions.png", prediction_panel(model, data, resize))
     return Evaluated(scores, model.class_names, None if out is None else Path(out))
 
 
-def write_scores(folder: Path, scores: SegmentationScores, class_names: tuple[str, ...]) -> None:
-    """scores.json for a reader, confusion.json from which every score can be computed again."""
-    (folder / "scores.json").write_text(json.dumps(named_scores(scores, class_names), indent=1))
-    confusion = {"classes": class_names, "confusion": scores.confusion.tolist(), "axes": "confusion[truth][prediction]"}
-    (folder / "confusion.json").write_text(json.dumps(confusion))
-
-
 def named_scores(scores: SegmentationScores, class_names: tuple[str, ...]) -> dict[str, float | None]:
-    """`miou`, `accuracy` and `iou/<class>`; None for a class that occurs neither in truth nor in prediction."""
-    named: dict[str, float | None] = {"miou": float(scores.miou), "accuracy": float(scores.accuracy)}
+    """`miou`, over how many classes it averages, `accuracy` and `iou/<class>`.
+
+    A class that occurs neither in truth nor in prediction has no score (None) and is not averaged.
+    """
+    averaged = int(np.isfinite(scores.iou).sum())
+    named: dict[str, float | None] = {"miou": float(scores.miou), "averaged_classes": averaged}
+    named["accuracy"] = float(scores.accuracy)
     for name, iou in zip(class_names, scores.iou.tolist(), strict=True):
         named[f"iou/{name}"] = None if np.isnan(iou) else iou
     return named

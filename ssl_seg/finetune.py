@@ -57,7 +57,7 @@ class FinetuneConfig(Config):
 
     data: FinetuneData
     labels: Labels = Labels()
-    # None: the model of the encoder that `init` names, else a U-Net on resnet18.
+    # What is left out comes from the model of `init`, else it is a U-Net on resnet18.
     model: ModelConfig | None = None
     segment: Segment = Segment()
     tasks: TaskMapping = Field(default={})  # of joint training, on data.pool
@@ -85,6 +85,8 @@ class FinetuneConfig(Config):
     def _fits_together(self) -> FinetuneConfig:
         if self.stop != StopRule() and self.train.eval_every is None:
             raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
+        if self.data.pool is not None and not self.tasks:
+            raise ValueError("data.pool: would not be looked at; name tasks for joint training, or drop it")
         if self.tasks and self.data.pool is None:
             raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
@@ -121,9 +123,11 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         given = {part: getattr(config.data, part) for part in ("labelled", "val", "test", "pool")}
         check_same_images(run, given, options.allow_changed)
         labelled, val = choose_images(config, run.read_json("split.json"))
+        if config.data.val is None:
+            say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
         learner, sources = assemble(config, processes, run, labelled, quiet)
-        names = {"labelled": names_of(labelled), **({} if config.data.val else {"val": names_of(val)})}
-        run.write_json("split.json", names)
+        held_out = {"val": names_of(val)} if config.data.val is None else {}
+        run.write_json("split.json", {"labelled": names_of(labelled), **held_out})
         resize = config.data.resize
         model = SegmentationModel(
             learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names
@@ -200,7 +204,7 @@ def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> 
         model = load(ModelConfig, former["model"])
     elif config.init and former is None:
         info = weights.read_encoder_info(config.init)
-        model = load(ModelConfig, info["config"]) if model is None and info else model
+        model = inherit(model, load(ModelConfig, info["config"]), config) if info else model
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
@@ -209,6 +213,20 @@ def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> 
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
     segment = load(Segment, {**config.segment.dump(), "num_classes": count})
     return config.model_copy(update={"model": model or ModelConfig(), "segment": segment})
+
+
+def inherit(model: ModelConfig | None, exported: ModelConfig, config: FinetuneConfig) -> ModelConfig:
+    """What the config says of the model laid on the model of `init`; another encoder than that is refused."""
+    given = {} if model is None else {name: getattr(model, name) for name in model.model_fields_set}
+    whole = exported.model_copy(update=given)
+    names = [encoder.dump().get("name") for encoder in (exported.encoder, whole.encoder)]
+    types = [encoder.type for encoder in (exported.encoder, whole.encoder)]
+    if (names[0] != names[1] or types[0] != types[1]) and not config.init_allow:
+        raise UserError(
+            f"init: {config.init} holds a {names[0] or types[0]}, and model.encoder asks for {names[1] or types[1]}; "
+            "leave model.encoder out to take that of init, or name another init"
+        )
+    return whole
 
 
 def check(config: FinetuneConfig, processes: Processes) -> None:

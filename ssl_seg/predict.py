@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from pydantic import Field, SerializeAsAny
 
-from ssl_seg import images, pictures
+from ssl_seg import files, images, pictures
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Whole, loader
 from ssl_seg.datasets import Dataset
@@ -52,6 +52,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     out = Path(out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
+    out.mkdir(parents=True)
+    files.write_atomic(out / "classes.json", files.json_bytes({"classes": model.class_names, "model": config.model}))
     colours = pictures.palette(len(model.class_names))
     whole = Whole(dataset, with_labels=False)
     one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size

@@ -97,7 +97,8 @@ class Job:
         self.learner.restore(state.tensors, state.data["learner"])
         self.progressed = Progressed(**state.data["progressed"])
         self.start = step
-        say(f"resuming after step {step}", self.quiet)
+        over = step == self.learner.config.steps or should_stop(self)
+        say("already finished; nothing is left to train" if over else f"resuming after step {step}", self.quiet)
         return self
 
     def save(self, step: int) -> None:
@@ -261,6 +262,10 @@ def export_heads(run: store.Run, module: MultiTask) -> None:
 
 def _name_tasks(value: Any) -> Any:
     """`tasks:` as the files write it: the name is the type unless one is given, `null` removes, `{}` takes defaults."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        value = {name: {} for name in value}
     if not isinstance(value, Mapping):
         return value
     named = {}

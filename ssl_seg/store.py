@@ -242,7 +242,9 @@ def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed:
     if former is not None:
         _check_continues(folder, former, record, allow_changed)
     if former is not None and _checkpoints(folder):
-        record |= {"started": former["started"], "resumed": [*former["resumed"], record["started"]]}
+        changed = diff(former["config"], record["config"])
+        resumed = {"at": record["started"], "after_step": max(_checkpoints(folder)), "changed": changed}
+        record |= {"started": former["started"], "resumed": [*former["resumed"], resumed]}
     else:
         _clear(folder)
     files.write_atomic(path, files.json_bytes(record))

@@ -135,8 +135,11 @@ def _find_export(path: str | Path, part: str, name: str) -> tuple[Path, dict[str
             return weights, info
     if not path.exists():
         raise UserError(f"{path}: does not exist; name a run folder or a file of weights")
+    there = sorted(str(file.relative_to(path)) for file in path.glob("*/*.safetensors")) or ["no weights"]
+    record = files.read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    kind = f"a {record['stage']} run that is {record.get('status', 'whole')}; it " if "stage" in record else ""
     raise UserError(
-        f"{path}: holds no {part}/{name}.safetensors; name a run that has exported it, or a file of weights"
+        f"{path}: {kind}holds {', '.join(there)} and no {part}/{name}.safetensors; name another run or a file"
     )
 
 

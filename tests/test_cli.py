@@ -58,11 +58,12 @@ def test_evaluate_gives_the_score_of_the_run(runs: Path, tmp_path: Path) -> None
     test = as_words({"data": {"test": finetuning()["data"]["test"]}})
     assert run("evaluate", f"model={runs / 'fine'}", *test, "workers=0", "device=cpu", "--out", out) == 0
     result = json.loads((runs / "fine" / "result.json").read_text())
-    assert json.loads((out / "scores.json").read_text())["miou"] == pytest.approx(result["test"]["miou"])
-    matrix = np.array(json.loads((out / "confusion.json").read_text())["confusion"])
+    assert json.loads((out / "result.json").read_text())["test"]["miou"] == pytest.approx(result["test"]["miou"])
+    matrix = np.array(json.loads((out / "confusion.json").read_text())["test"])
     kept = json.loads((runs / "fine" / "confusion.json").read_text())["test"]
     np.testing.assert_array_equal(matrix, kept)
     assert images.read_image(out / "predictions.png").shape[2] == 3
+    assert run("compare", runs / "fine", out) == 0, "a score on other images can be laid beside the run's"
 
 
 def test_predict_writes_a_mask_for_every_image_at_its_own_size(runs: Path, tmp_path: Path) -> None:
@@ -97,6 +98,26 @@ def test_a_part_of_the_model_can_be_named_without_its_type() -> None:
         "type": "unet",
         "channels": [64, 32, 16, 16, 16],
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.encoder=resnet34", "model.decoder=fpn", "tasks=denoise"], ("resnet34", "fpn", {"denoise"})),
+        (["tasks=[denoise,rotate]"], ("resnet18", "unet", {"denoise", "rotate"})),
+    ],
+)
+def test_a_word_alone_means_the_type_or_the_name(words: list[str], expected: tuple[str, str, set[str]]) -> None:
+    config = load(PretrainConfig, read_words(["data.pool=textured", *words]))
+    assert (config.model.encoder.name, config.model.decoder.type, set(config.tasks)) == expected
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--version"]])
+def test_help_and_version_are_printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(words)
+    assert not done.value.code
+    assert ("0.1.0" if "--version" in words else "pretrain") in capsys.readouterr().out
 
 
 def test_compare_shows_scores_and_only_what_differs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +207,8 @@ WRONG = [
     (["finetune", *FINETUNE, "transfer=decoder", "--out", "x"], "'decoder' is not known"),
     (["finetune", *FINETUNE, "tasks.denoise={}", "--out", "x"], "data.pool: missing"),
     (["finetune", *FINETUNE, "segment.num_classes=3", "--out", "x"], "segment.num_classes: 3"),
+    (["finetune", *FINETUNE, "data.pool=textured", "--out", "x"], "name tasks for joint training"),
+    (["pretrain", *PRETRAIN, "data.pool=photos", "--out", "x"], "unknown type 'photos'"),
     (["finetune", *FINETUNE, "data.val={type: synthetic, count: 2}", "--out", "x"], "data.val: its classes"),
     (["finetune", *FINETUNE, "stop.target=2", "--out", "x"], "stop.target"),
     (["finetune", *FINETUNE, "stop.patience=3", "--out", "x"], "give train.eval_every=STEPS too"),

@@ -74,11 +74,21 @@ def test_the_model_is_that_of_the_encoder_where_none_is_given(pretrained: Path) 
     assert resolve(load(FinetuneConfig, values)).model.encoder.name == "resnet18"
 
 
-def test_another_encoder_is_refused_with_its_first_tensors(pretrained: Path, tmp_path: Path) -> None:
+def test_another_encoder_is_refused_by_its_name(pretrained: Path, tmp_path: Path) -> None:
     other = {**MODEL, "encoder": {"type": "timm", "name": "mobilenetv2_050"}}
-    with pytest.raises(UserError, match=r"init_allow") as caught:
+    with pytest.raises(
+        UserError, match=r"holds a mobilenetv2_035, and model.encoder asks for mobilenetv2_050"
+    ) as caught:
         run(tmp_path / "run", {"init": str(pretrained), "model": other})
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"does not fit this network"):  # its tensors are looked at all the same
+        run(tmp_path / "run", {"init": str(pretrained), "model": other, "init_allow": ["no such tensor"]})
+
+
+def test_what_the_config_leaves_out_of_the_model_is_that_of_init(pretrained: Path) -> None:
+    model = {"decoder": {"type": "unet", "channels": [32, 16, 16, 8, 8]}}
+    resolved = resolve(load(FinetuneConfig, {**finetuning(), "model": model, "init": str(pretrained)})).model
+    assert (resolved.encoder.name, resolved.decoder.type, resolved.norm) == ("mobilenetv2_035", "unet", "group")
 
 
 UNET = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}, "norm": "group"}

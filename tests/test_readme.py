@@ -79,7 +79,7 @@ def test_every_command_runs(after_python: Path) -> None:
     run_all(["bash", "-c", SHELL + "\n".join(blocks("bash"))], after_python)
     assert images.read_mask(after_python / "predicted" / "masks" / "0.png").shape == (96, 96)
     assert np.isin(images.read_mask(after_python / "predicted" / "masks" / "0.png"), (0, 1)).all()
-    assert (after_python / "scores" / "scores.json").is_file()
+    assert (after_python / "scores" / "result.json").is_file()
 
 
 def test_the_config_is_valid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,8 @@ def test_a_changed_key_is_named_and_refused_unless_allowed(tmp_path: Path) -> No
     done = pretrain(longer, Options(tmp_path / "run", allow_changed=("train.steps",), quiet=True))
     assert done.steps == 4
     assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
+    (resumed,) = json.loads((tmp_path / "run" / "run.json").read_text())["resumed"]
+    assert (resumed["after_step"], resumed["changed"]) == (2, {"train.steps": [2, 4]})
 
 
 def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:

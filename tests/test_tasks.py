@@ -163,6 +163,16 @@ def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+def test_a_loss_that_is_not_one_number_a_sample_is_refused_by_the_task_s_name():
+    class Scalar(Rotate):
+        def loss(self, prediction, view):
+            return super().loss(prediction, view).mean()
+
+    module = network({"scalar": Scalar()})
+    with pytest.raises(ValueError, match=r"task scalar: its loss has the shape \(\)"):
+        module(make_views(module.tasks, {"pool": batch()}))
+
+
 def test_median_weights_balance_the_classes():
     pixels, beside = torch.tensor([600, 50, 100]), torch.tensor([1000, 250, 500])
     task = Segment(num_classes=3, class_weights="median").prepare(pixels, beside)

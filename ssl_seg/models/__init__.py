@@ -130,10 +130,12 @@ class Decoder(Plugin, ABC):
         """A fresh decoder for an encoder's maps. Raises UserError with one line for an encoder that does not fit."""
 
 
-def _of_type(default: str) -> BeforeValidator:
-    """`{name: resnet50}` alone means the default type."""
+def _of_type(default: str, word: str = "type") -> BeforeValidator:
+    """`{name: resnet50}` alone means the default type, and a word alone is the value of `word`."""
 
     def with_type(value: Any) -> Any:
+        if isinstance(value, str):
+            value = {word: value}
         return {"type": default, **value} if isinstance(value, Mapping) else value
 
     return BeforeValidator(with_type)
@@ -142,7 +144,8 @@ def _of_type(default: str) -> BeforeValidator:
 class ModelConfig(Config):
     """The network that pretraining and fine-tuning share."""
 
-    encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm")] = Field(default={})
+    # A word alone is a name of timm: `encoder: resnet50`.
+    encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm", word="name")] = Field(default={})
     decoder: Annotated[SerializeAsAny[Decoder], _of_type("unet")] = Field(default={})
     # keep: the layers as the architecture has them. group is the one whose result does not depend on the batch: every
     # batch norm layer of encoder and decoders is converted (swin + unet: the decoder's; swin has layer norm only).
