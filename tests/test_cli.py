@@ -334,4 +334,4 @@ def test_accelerate_launch_starts_the_same_command(tmp_path: Path) -> None:
         [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "denoise: 2x64x64x64" in done.stdout
+    assert "denoise: 2x64x32x32" in done.stdout

@@ -48,4 +48,4 @@ def test_the_installed_wheel_trains_from_another_folder(wheel: Path, tmp_path: P
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "denoise: 2x64x64x64" in done.stdout
+    assert "denoise: 2x64x32x32" in done.stdout
