@@ -103,7 +103,7 @@ def task_pictures(
 ) -> dict[str, np.ndarray]:
     """A sheet per task that can be drawn, uint8 `(H, W, 3)`: a row per image of input | prediction | target."""
     tasks = _pretext(module)
-    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
+    chosen = _spread(examples, count)
     sheets = {}
     with evaluating(module):
         packed = next(loader(Views(examples, augment, resize), [chosen], 0))
@@ -123,7 +123,7 @@ def prediction_panel(
 ) -> np.ndarray:
     """A row per image of image | prediction | truth, uint8 `(H, W, 3)`."""
     colours = pictures.palette(len(examples.class_names))
-    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
+    chosen = _spread(examples, count)
     rows = []
     with evaluating(model):
         for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
@@ -219,6 +219,11 @@ def choose_device(name: DeviceName) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda")
+
+
+def _spread(examples: Examples, count: int) -> list[int]:
+    """Indices from the first to the last, evenly apart: neighbours of a clip look alike."""
+    return np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
 
 
 def _pretext(module: MultiTask) -> Mapping[str, Task]:

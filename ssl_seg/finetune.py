@@ -136,8 +136,11 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         def score(examples: Examples) -> SegmentationScores:
             return evaluate.score_segmentation(model, examples, resize, config.train.workers, processes)
 
+        latest: list[SegmentationScores] = []
+
         def figures() -> dict[str, float]:
-            named = evaluate.named_scores(score(val), model.class_names)
+            latest[:] = [score(val)]
+            named = evaluate.named_scores(latest[0], model.class_names)
             return {f"val/{name}": value for name, value in named.items() if value is not None}
 
         job = Job(
@@ -159,7 +162,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             selected = job.progressed.best_step
             state = store.load_state(run.folder, selected)
             learner.restore(state.tensors, state.data["learner"])
-        val_scores = score(val)
+        val_scores = latest[0] if latest and selected == steps else score(val)
         test_scores = None if config.data.test is None else score(config.data.test)
         if processes.is_main:
             extra = {"resize": resize, "step": selected}

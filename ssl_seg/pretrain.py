@@ -91,19 +91,25 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             workers = config.train.workers
             return evaluate.score_tasks(learner.module, **evaluation, workers=workers, processes=processes)
 
+        latest: dict[str, float] = {}
+
+        def figures() -> dict[str, float]:
+            latest.update(score())
+            return {f"val/{name}": value for name, value in latest.items()}
+
         shown = {**evaluation, "examples": config.data.val or config.data.pool}
         job = Job(
             run=run,
             learner=learner,
             sources=sources,
             seed=config.seed,
-            evaluate=lambda: {f"val/{name}": value for name, value in score().items()},
+            evaluate=figures,
             pictures=lambda: evaluate.task_pictures(learner.module, **shown),
             signals=signals,
             quiet=quiet,
         )
         steps = fit(job.resume())
-        scores = score()
+        scores = latest or score()  # the last step has been evaluated, unless a former start made it
         if processes.is_main:
             weights.export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)

@@ -172,14 +172,14 @@ class MultiTask(nn.Module):
     def forward(self, views: Mapping[str, View]) -> dict[str, Tensor]:
         """Per task its losses, `(B,)` float32."""
         predictions = self.predict(views)
-        losses = {name: self.tasks[name].loss(predictions[name].float(), view) for name, view in views.items()}
-        for name, values in losses.items():
+        by_task = {name: self.tasks[name].loss(predictions[name].float(), view) for name, view in views.items()}
+        for name, values in by_task.items():
             count = len(views[name].target)
             if values.shape != (count,):
                 raise ValueError(
                     f"task {name}: its loss has the shape {tuple(values.shape)}, not one number a sample, ({count},)"
                 )
-        return losses
+        return by_task
 
     def predict(self, views: Mapping[str, View]) -> dict[str, Tensor]:
         """Per task its head's output. Views of one stream and one size share an encoder pass.

@@ -205,11 +205,12 @@ class Learner:
                 f"the checkpoint is of other tasks or another model ({others[0]}); start anew with --overwrite"
             )
         self.module.load_state_dict(weights)
-        for name, parameter in self.module.named_parameters():
-            start = f"optimizer/{name}/"
-            moments = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-            if moments:
-                self._inner.state[parameter] = {kind: _like(value, parameter, kind) for kind, value in moments.items()}
+        parameters = dict(self.module.named_parameters())
+        for key, value in tensors.items():
+            part, _, rest = key.partition("/")
+            if part == "optimizer":
+                name, _, kind = rest.rpartition("/")
+                self._inner.state[parameters[name]][kind] = _like(value, parameters[name], kind)
         self.bad_in_a_row = data["bad_in_a_row"]
         if self.accelerator.scaler and data["scaler"]:
             self.accelerator.scaler.load_state_dict(data["scaler"])

@@ -43,7 +43,7 @@ class Dataset(Plugin, ABC):
         return replace(self.read(index), label=None)
 
     def name(self, index: int) -> str:
-        """What `read(index).name` gives, without reading the file."""
+        """What `read(index).name` gives. Override it: every start of a run asks for all names, and this reads files."""
         return self.read(index).name
 
     def sequence(self, index: int) -> str:
