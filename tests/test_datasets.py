@@ -21,9 +21,10 @@ from ssl_seg.config import UserError, load
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.camvid import CLASSES, Camvid
 from ssl_seg.datasets.folder import Folder
-from ssl_seg.datasets.synthetic import KINDS, Synthetic
+from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.images import write_image, write_mask
 from ssl_seg.testing import check_dataset
+from ssl_seg.worlds import World
 
 SIZE = (6, 8)
 GENERATOR = np.random.default_rng(0)
@@ -481,8 +482,8 @@ def test_a_picture_does_not_depend_on_how_many_there_are():
         Synthetic(count=3).read(3)
 
 
-def test_every_kind_can_be_chosen_and_conforms():
-    for kind in KINDS:
+def test_every_world_can_be_chosen_and_conforms():
+    for kind in World.names():
         check_dataset(Synthetic(kind=kind, count=12, size=(40, 56)))
     with pytest.raises(ValidationError):
         Synthetic(kind="circles")

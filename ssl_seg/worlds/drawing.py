@@ -1,0 +1,58 @@
+"""What worlds draw with: integers from a key, and smooth noise. No float, so every machine draws the same pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from ssl_seg import rng
+
+T = TypeVar("T")
+BLOCK = 256  # words drawn at once: a torch call costs as much as a hundred of them
+
+
+class Dice:
+    """Integers from a key, one after the other: the order of the calls is part of a world's definition."""
+
+    def __init__(self, key: Tensor) -> None:
+        self._words = _words(key)
+
+    def roll(self, low: int, high: int) -> int:
+        """An integer in [low, high); the range is under 2^31."""
+        return low + (next(self._words) * (high - low) >> 32)
+
+    def chance(self, percent: int) -> bool:
+        return self.roll(0, 100) < percent
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.roll(0, len(options))]
+
+
+def _words(key: Tensor) -> Iterator[int]:
+    block = 0
+    while True:
+        drawn = rng.bits(rng.fold_in(key, block), (BLOCK,)).numpy()
+        yield from (drawn.view(np.uint64) >> np.uint64(32)).tolist()
+        block += 1
+
+
+def noise(key: Tensor, size: tuple[int, int], cell: int, octaves: int = 1) -> np.ndarray:
+    """Smooth noise `(H, W)` uint8 around 128: random levels `cell` pixels apart, blended linearly between.
+
+    Each octave more adds half the height at half the cell (value noise).
+    """
+    height, width = size
+    total = np.zeros(size, dtype=np.int32)
+    for octave in range(octaves):
+        side = max(1, cell >> octave)
+        rows, columns = height // side + 2, width // side + 2
+        words = rng.bits(rng.fold_in(key, octave), (rows * columns,)).numpy()
+        lattice = (words.view(np.uint64) >> np.uint64(56)).astype(np.uint8).reshape(rows, columns)
+        # Bit-exact by contract, unlike INTER_LINEAR.
+        smooth = cv2.resize(lattice, (columns * side, rows * side), interpolation=cv2.INTER_LINEAR_EXACT)
+        total += (smooth[:height, :width].astype(np.int32) - 128) >> octave
+    return np.clip(total + 128, 0, 255).astype(np.uint8)
