@@ -25,10 +25,13 @@ from ssl_seg.stage import (
     Options,
     StopRule,
     TaskMapping,
+    as_exported,
     build_module,
     check_images,
     check_same_images,
     check_sizes,
+    export_heads,
+    first_weights,
     fit,
     open_run,
     prepare_tasks,
@@ -167,6 +170,9 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         if processes.is_main:
             extra = {"resize": resize, "step": selected}
             weights.export_model(run.folder, model, config.model.dump(), extra)
+            # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
+            weights.export_encoder(run.folder, learner.module.encoder, config.model.dump())
+            export_heads(run, learner.module)
             parts = {"val": val_scores, "test": test_scores}
             scored = {part: scores for part, scores in parts.items() if scores is not None}
             named = {part: evaluate.named_scores(scores, model.class_names) for part, scores in scored.items()}
@@ -292,9 +298,10 @@ def assemble(
     tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
     resumes = run is not None and store.has_checkpoint(run.folder)
     model = config.model.without_pretrained() if config.init or resumes else config.model
-    module = build_module(model, tasks, config.seed)
+    module = build_module(model if resumes else as_exported(model, config.init), tasks, config.seed)
     if not resumes:
-        receipts = load_weights(config, module)
+        with first_weights(module, model, config.init):
+            receipts = load_weights(config, module)
         for receipt in receipts.values():
             say(receipt.summary(), quiet)
         if run is not None:

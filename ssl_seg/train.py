@@ -250,7 +250,8 @@ def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optim
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    # Fused: a fifth of a small network's step on the CPU is this update otherwise.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def not_decayed(part: nn.Module) -> set[str]:
@@ -358,9 +359,9 @@ def seed_torch(key: Tensor) -> None:
 
 
 def _like(value: Tensor, parameter: nn.Parameter, kind: str) -> Tensor:
-    # AdamW keeps its step count on the CPU; every other moment lives where its parameter does.
+    # A fused AdamW wants its step count where the parameter is, as every other moment.
     if kind == "step":
-        return value.clone()
+        return value.to(parameter.device, copy=True)
     return value.to(parameter.device, copy=True).contiguous(memory_format=_format_of(parameter))
 
 

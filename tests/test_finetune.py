@@ -60,6 +60,18 @@ def test_the_decoder_of_a_task_may_come_along_all_but_its_last_layer(pretrained:
     assert torch.equal(both[f"heads.{SEGMENT}.last.weight"], scratch[f"heads.{SEGMENT}.last.weight"])
 
 
+def test_a_fine_tuned_run_is_a_start_too_so_that_masks_of_a_drawn_world_can_pretrain(tmp_path: Path) -> None:
+    supervised = run(tmp_path / "supervised", steps=2)
+    state = started(supervised.folder, f"encoder+{SEGMENT}")
+    model = load_file(supervised.model / "model.safetensors")
+    encoder = {name: value for name, value in model.items() if name.startswith("encoder.")}
+    assert encoder
+    assert all(torch.equal(state[name], value) for name, value in encoder.items())
+    decoder = load_file(supervised.folder / "decoders" / f"{SEGMENT}.safetensors")
+    assert decoder
+    assert all(torch.equal(state[f"heads.{SEGMENT}.decoder.{name}"], value) for name, value in decoder.items())
+
+
 def test_a_task_without_a_decoder_cannot_lend_one(pretrained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rotate"):
         run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+rotate"})
