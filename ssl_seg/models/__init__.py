@@ -80,9 +80,13 @@ class DenseHead(nn.Module):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """`(B, out_channels, ceil(H / stride), ceil(W / stride))` for an input of `size` (H, W)."""
-        decoded = self.last(self.decoder(features))  # (B, C, h, w) of the padded input
+        decoded = self.decoder(features)  # (B, C, h, w) of the padded input
         padded = [side * self.level_stride for side in features[-1].shape[-2:]]
         at_stride = [side // self.stride for side in padded]
+        if decoded.shape[-1] > at_stride[-1]:
+            # Before the last layer: with hundreds of channels it would be most of the step at the full resolution.
+            decoded = F.adaptive_avg_pool2d(decoded, at_stride)
+        decoded = self.last(decoded)
         if list(decoded.shape[-2:]) != at_stride:
             decoded = F.interpolate(decoded, size=at_stride, mode="bilinear", align_corners=False)
         height, width = (-(-side // self.stride) for side in size)
@@ -147,8 +151,10 @@ class ModelConfig(Config):
     # A word alone is a name of timm: `encoder: resnet50`.
     encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm", word="name")] = Field(default={})
     decoder: Annotated[SerializeAsAny[Decoder], _of_type("unet")] = Field(default={})
-    # keep: the layers as the architecture has them. group is the one whose result does not depend on the batch: every
-    # batch norm layer of encoder and decoders is converted (swin + unet: the decoder's; swin has layer norm only).
+    # keep: the layers as the architecture has them. Any other word converts every batch norm layer of encoder and
+    # decoders (swin + unet: the decoder's; swin has layer norm only). With group, instance and layer a result does not
+    # depend on the batch; switch learns which statistics each layer takes. frozen is for an encoder that comes with
+    # statistics (pretrained, init) and leaves the decoders, which start without, their batch norm.
     norm: Kind = "keep"
 
     def without_pretrained(self) -> ModelConfig:
@@ -160,7 +166,7 @@ class ModelConfig(Config):
     def build_encoder(self) -> EncoderNet:
         """Raises UserError where `norm` asks for a conversion and neither encoder nor decoder has batch norm."""
         encoder = self.encoder.build(self.decoder.output_stride)
-        if has_batch_norm(encoder):
+        if has_batch_norm(encoder) or self.norm == "frozen":
             convert_norm(encoder, self.norm)
         elif self.norm != "keep":
             # The whole network is asked before it is refused; the random numbers of this decoder are given back.
@@ -173,7 +179,7 @@ class ModelConfig(Config):
 
         def dense(out_channels: int, stride: int = 1) -> nn.Module:
             decoder = self.decoder.build(encoder.channels, encoder.strides)
-            if has_batch_norm(decoder):  # fpn has none, whatever the encoder has
+            if has_batch_norm(decoder) and self.norm != "frozen":  # fpn has none, whatever the encoder has
                 convert_norm(decoder, self.norm)
             return DenseHead(decoder, out_channels, encoder.strides, stride)
 

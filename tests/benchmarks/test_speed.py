@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pretext import colorize
 from ssl_seg import rng
 from ssl_seg.config import load
 from ssl_seg.data import Samples
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module, open_streams
-from ssl_seg.train import Learner, Processes, train
+from ssl_seg.tasks import MultiTask
+from ssl_seg.train import Learner, Processes, build_optimizer, train
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -82,3 +84,44 @@ def test_the_memory_of_both_ways_of_encoding() -> None:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         peaks[encode] = float(said.rsplit("peak ", 1)[1].removesuffix(" MiB\n"))
     print(f"\npeak memory: together {peaks['together']:.0f} MiB, in turn {peaks['in_turn']:.0f} MiB (imports included)")
+
+
+def test_a_step_with_switch_norm_against_batch_norm() -> None:
+    """The same resnet18 U-Net and images; switch norm makes three kinds of statistics, in plain PyTorch."""
+    image = torch.rand(8, 3, 128, 128)
+    taken = {}
+    for kind in ("batch", "switch"):
+        config = load(PretrainConfig, {**VALUES, "model": {"norm": kind}})
+        module = build_module(config.model, config.tasks, 0)
+        optimizer = build_optimizer(module, config.train)
+
+        def step(module: MultiTask = module, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            module.heads["denoise"](module.encoder(image), (128, 128)).square().mean().backward()
+            optimizer.step()
+
+        taken[kind] = seconds(step)
+    print(f"\nswitch norm: {taken['switch']:.3f} s a step, batch norm {taken['batch']:.3f} s, ", end="")
+    print(f"ratio {taken['switch'] / taken['batch']:.2f}")
+
+
+def test_the_colour_target_against_all_distances() -> None:
+    """The colour code and its five bins from the table, against Lab and the distance to every bin."""
+    coarse = rng.uniform(rng.fold_in(rng.as_key(0), torch.arange(32)), (3, 9, 9))
+    images = F.interpolate(coarse, size=(128, 128), mode="bilinear")
+
+    def by_distance(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ab = colorize.rgb_to_lab(seen)[:, 1:]  # (B, 2, h, w) -> (B*h*w, 2)
+        return colorize.soft_encode(ab.movedim(1, -1).flatten(0, 2))
+
+    code = colorize.colour_code(images)
+    target = seconds(lambda: colorize.colour_code(images)) / 32
+    bins = seconds(lambda: colorize.soft_bins(code)) / 32
+    grey = seconds(lambda: colorize.lightness(images)) / 32
+    at_stride = seconds(lambda: by_distance(colorize.at_stride(images))) / 32
+    full = seconds(lambda: by_distance(images[:2])) / 2
+    print(
+        f"\ncolours of a 128x128 image: target {1e6 * target:.0f} us, its bins {1e6 * bins:.0f} us, the lightness "
+        f"{1e6 * grey:.0f} us; by distance {1e6 * at_stride:.0f} us at stride 4, {1e6 * full:.0f} us at full "
+        f"resolution: {at_stride / (target + bins):.0f} and {full / (target + bins):.0f} times as long"
+    )
