@@ -204,14 +204,13 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
 def named_scores(scores: SegmentationScores, class_names: tuple[str, ...]) -> dict[str, float | None]:
     """`miou`, over how many classes it averages, `accuracy` and `iou/<class>`.
 
-    A class that occurs neither in truth nor in prediction has no score (None) and is not averaged.
+    A class that occurs neither in truth nor in prediction has no score (None) and is not averaged; where no pixel
+    counts nothing has one.
     """
     averaged = int(np.isfinite(scores.iou).sum())
-    named: dict[str, float | None] = {"miou": float(scores.miou), "averaged_classes": averaged}
-    named["accuracy"] = float(scores.accuracy)
-    for name, iou in zip(class_names, scores.iou.tolist(), strict=True):
-        named[f"iou/{name}"] = None if np.isnan(iou) else iou
-    return named
+    named = {"miou": scores.miou, "averaged_classes": averaged, "accuracy": scores.accuracy}
+    named |= {f"iou/{name}": iou for name, iou in zip(class_names, scores.iou.tolist(), strict=True)}
+    return {name: None if np.isnan(value) else value for name, value in named.items()}
 
 
 def choose_device(name: DeviceName) -> torch.device:

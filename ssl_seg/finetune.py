@@ -161,8 +161,9 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         ).resume()
         steps = fit(job)
         selected = steps
-        if config.select == "best" and job.progressed.best_step != steps:
-            selected = job.progressed.best_step
+        best = job.progressed.best_step if job.progressed.best_score is not None else steps  # no score: no mask counted
+        if config.select == "best" and best != steps:
+            selected = best
             state = store.load_state(run.folder, selected)
             learner.restore(state.tensors, state.data["learner"])
         val_scores = latest[0] if latest and selected == steps else score(val)

@@ -36,9 +36,15 @@ def masked_mean(values: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def regression(kind: Distance, prediction: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
-    """`(B,)`: how far `(B, C, H, W)` lies from its target, weighted by `where` `(B, 1, H, W)`."""
+    """`(B,)`: how far `(B, C, H, W)` lies from its target, weighted by `where` `(B, 1, H, W)`.
+
+    At a pixel of weight 0 neither has influence, on the loss or its gradient, even if it is not finite.
+    """
     prediction = _full_precision(prediction)
     target = target.to(prediction.dtype)
+    if where is not None:
+        # Before the distance: behind it, the gradient of what is left out would be 0 times infinity.
+        prediction = torch.where(where > 0, prediction, 0.0)
     if kind == "mse":
         distance = F.mse_loss(prediction, target, reduction="none")
     elif kind == "l1":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import PositiveInt, SerializeAsAny, field_validator
+from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
 
 from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config
@@ -17,17 +17,20 @@ from ssl_seg.stage import (
     Job,
     Options,
     TaskMapping,
+    as_exported,
     build_module,
     check_images,
     check_same_images,
     check_sizes,
     export_heads,
+    first_weights,
     fit,
     open_run,
     prepare_tasks,
+    recalibrate,
     record_tasks,
 )
-from ssl_seg.tasks import PretextTask
+from ssl_seg.tasks import MultiTask, PretextTask
 from ssl_seg.terminal import say
 from ssl_seg.train import Learner, Processes, TrainConfig
 
@@ -50,7 +53,19 @@ class PretrainConfig(Config):
     train: TrainConfig = TrainConfig()
     init: str | None = None  # an exported encoder to go on from
     init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
+    # Images without corruption on which batch statistics are estimated anew for the export, since those of training
+    # mix noise, holes and grey; 0: as training left them. Root mean square distance of the last map to that with the
+    # statistics of 2,048 images, resnet18 after 1,500 steps: 26 % as trained, 16, 7.1, 3.9, 3.6, 2.7 and 2.1 % with
+    # 32, 64, 128, 256, 512 and 1,024 images.
+    recalibrate: NonNegativeInt = 256
     seed: int = 0
+
+    @field_validator("recalibrate")
+    @classmethod
+    def _more_than_one(cls, recalibrate: int) -> int:
+        if recalibrate == 1:
+            raise ValueError("one image has no batch statistics; use 2 or more, or 0 for none")
+        return recalibrate
 
     @field_validator("tasks")
     @classmethod
@@ -67,7 +82,7 @@ class Pretrained:
     folder: Path
     encoder: Path
     steps: int
-    scores: dict[str, float]  # <task>/<figure> on data.val, empty without one
+    scores: dict[str, float]  # <task>/<figure> on data.val, empty without one; by the statistics of training
 
 
 def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
@@ -110,6 +125,9 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         )
         steps = fit(job.resume())
         scores = latest or score()  # the last step has been evaluated, unless a former start made it
+        # After the scores, whose views are corrupted, and after the last checkpoint: only the export has it.
+        if recalibrate(learner, sources["pool"], config.recalibrate):
+            say(f"batch statistics of the export are those of {config.recalibrate} clean images", quiet)
         if processes.is_main:
             weights.export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)
@@ -143,12 +161,21 @@ def assemble(
     tasks = prepare_tasks(config.tasks, pool, recorded)
     resumes = run is not None and store.has_checkpoint(run.folder)
     model = config.model.without_pretrained() if config.init or resumes else config.model
-    module = build_module(model, tasks, config.seed)
-    if config.init and not resumes:
-        receipt = weights.load_encoder(module.encoder, config.init, config.init_allow)
-        say(receipt.summary(), quiet)
-        if run is not None:
-            run.write_json("receipts.json", {"encoder": asdict(receipt)})
+    module = build_module(model if resumes else as_exported(model, config.init), tasks, config.seed)
+    if not resumes:
+        with first_weights(module, model, config.init):
+            receipts = load_weights(config, module)
+        for receipt in receipts.values():
+            say(receipt.summary(), quiet)
+        if run is not None and receipts:
+            run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, config.tasks, tasks)
     return Learner(module, config.train, processes), {"pool": pool}
+
+
+def load_weights(config: PretrainConfig, module: MultiTask) -> dict[str, weights.Receipt]:
+    """Put what `init` names into the module; a receipt for it."""
+    if config.init is None:
+        return {}
+    return {"encoder": weights.load_encoder(module.encoder, config.init, config.init_allow)}

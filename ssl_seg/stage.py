@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
 
-from ssl_seg import images, rng, store, weights
+from ssl_seg import images, norm, rng, store, weights
 from ssl_seg.config import NAME, Config, Interrupted, UserError
 from ssl_seg.data import Draws, Examples, Packed, Samples, check_batch_size, loader, manifest
 from ssl_seg.datasets import Dataset
@@ -29,6 +29,7 @@ from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, due, 
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 SAVES_PER_RUN = 10
+CLEAN_BATCH = 32  # images; the spread between images counts in a batch's variance by 1 - 1/32
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
 
 
@@ -188,6 +189,45 @@ def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> Mu
     return MultiTask(encoder, model.spec(encoder), tasks, seed)
 
 
+def as_exported(model: ModelConfig, init: str | None) -> ModelConfig:
+    """`model` as the weights of `init` fit it: what is to be converted from batch norm is loaded as batch norm."""
+    if init is None:
+        return model
+    return model.model_copy(update={"norm": norm.loads_as(_norm_of(init), model.norm)})
+
+
+@contextmanager
+def first_weights(module: MultiTask, model: ModelConfig, init: str | None) -> Iterator[None]:
+    """Inside, `init` is loaded into a `module` built `as_exported`; after it, the norm layers are those of `model`.
+
+    Raises UserError that names both norms where weights of another norm do not fit, and for an encoder that is to be
+    frozen and has no statistics: it would go without normalization.
+    """
+    exported = model.norm if init is None else _norm_of(init)
+    try:
+        yield
+    except UserError as error:
+        if norm.are_one(exported, model.norm) or norm.loads_as(exported, model.norm) != model.norm:
+            raise
+        raise UserError(
+            f"model.norm: {model.norm}, but init was trained with {exported}, which cannot be converted; "
+            f"leave model.norm out to go on with {exported} ({error})"
+        ) from error
+    if norm.loads_as(exported, model.norm) != model.norm:
+        decoders = [part.decoder for part in module.heads.modules() if isinstance(part, DenseHead)]
+        for part in (module.encoder, *decoders):
+            if norm.has_batch_norm(part):
+                norm.convert_norm(part, model.norm)
+    frozen = [layer for layer in module.encoder.modules() if isinstance(layer, norm.FrozenNorm)]
+    if frozen and all(norm.is_fresh(layer) for layer in frozen):
+        raise UserError("model.norm: frozen: a new encoder has no statistics to keep; give init=RUN, or another norm")
+
+
+def _norm_of(init: str) -> norm.Kind:
+    """What the encoder of `init` was exported with; weights of other origin are taken for the architecture's own."""
+    return weights.read_encoder_info(init).get("config", {}).get("norm", "keep")
+
+
 def pool_tasks(tasks: Mapping[str, Task]) -> int:
     return sum(task.stream == "pool" for task in tasks.values())
 
@@ -251,6 +291,22 @@ def check_images(key: str, dataset: Dataset) -> None:
     """An empty data set would only be noticed as a division by zero."""
     if len(dataset) == 0:
         raise UserError(f"{key}: holds no image; name a folder with some")
+
+
+def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
+    """Estimate the batch statistics of encoder and heads on the run's first `count` crops, before any task touches
+    them; every process reads the same ones, so all end with the same. Gives the number of layers that have some."""
+    module, config, processes = learner.module, learner.config, learner.processes
+    chunks = np.array_split(np.arange(count), max(1, -(-count // CLEAN_BATCH)))
+    clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.workers)
+    batches = (packed.to(processes.device, config.channels_last).image for packed in clean)
+
+    def show(image: torch.Tensor) -> None:
+        features = module.encoder(image)
+        for head in module.heads.values():
+            head(features, image.shape[-2:])
+
+    return norm.recalibrate(module, batches, show)
 
 
 def export_heads(run: store.Run, module: MultiTask) -> None:

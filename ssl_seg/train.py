@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Packed
+from ssl_seg.norm import LOGITS, running_statistics
 from ssl_seg.tasks import MultiTask, Stream, in_evaluation_mode, make_views, weighted_total
 
 T = TypeVar("T")
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-STATISTICS = ("running_mean", "running_var")  # buffers that each process fills from its own share of a batch
 PATIENCE_FOR_NAN = 10  # bad steps in a row before the run stops; a scaler of fp16 settles in fewer
 
 
@@ -42,6 +42,8 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
     encoder_lr: PositiveFloat = 1.0  # factor on lr for the encoder; below 1 keeps a pretrained one closer to its start
+    # Factor on lr for the shares of switch norm: Adam moves a weight by lr a step at most, and logits have units to go.
+    switch_lr: PositiveFloat = 10.0
     weight_decay: NonNegativeFloat = 0.05  # not of biases, norms and what timm lists beside them; ConvNeXt's value
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)  # of sgd
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw
@@ -169,7 +171,7 @@ class Learner:
             self.module = self.module.to(memory_format=torch.channels_last)
         self.bad_in_a_row = 0
         self.buffers = list(self.module.buffers())
-        self.statistics = [value for name, value in self.module.named_buffers() if name.endswith(STATISTICS)]
+        self.statistics = running_statistics(self.module)
         # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
         # leave maps of the encoder unused: there the loop averages by itself.
         together = processes.world > 1 and config.encode == "together"
@@ -236,18 +238,16 @@ def uses_every_weight(module: MultiTask) -> bool:
 
 
 def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over four groups: encoder or heads, decayed or not. Each group knows its factor on the rate."""
-    groups = []
-    for part, factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
+    """AdamW or SGD, whose groups know their factor on the rate (the encoder's, switch norm's) and their decay."""
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for part, part_factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
         spared = not_decayed(part)
-        trained = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
-        decayed = [parameter for name, parameter in trained.items() if name not in spared]
-        others = [parameter for name, parameter in trained.items() if name in spared]
-        groups += [
-            {"params": decayed, "factor": factor, "weight_decay": config.weight_decay},
-            {"params": others, "factor": factor, "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
+        for name, parameter in part.named_parameters():
+            factor = part_factor * (config.switch_lr if name.endswith(LOGITS) else 1.0)
+            decay = 0.0 if name in spared else config.weight_decay
+            if parameter.requires_grad:
+                members.setdefault((factor, decay), []).append(parameter)
+    groups = [{"params": own, "factor": factor, "weight_decay": decay} for (factor, decay), own in members.items()]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     # Fused: a fifth of a small network's step on the CPU is this update otherwise.

@@ -11,9 +11,12 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,21 @@ from torch import Tensor, nn
 from ssl_seg import files, rng
 from ssl_seg.config import UserError
 from ssl_seg.models import EncoderNet, SegmentationModel
+from ssl_seg.norm import switch_layers
 
 PROBE = (2, 3, 64, 64)  # the smallest images that leave the stride-32 map more than one pixel
 PROBE_SEED = "ssl_seg.store.fingerprint"  # every export was compared under this word; another would refuse them all
 NUM_PROJECTIONS = 4  # several, so that no change of a map can lie across all of them by chance
-TOLERANCE = 1e-4  # of a map's root mean square; other CPUs and thread counts differ by about 1e-6
+# Of a map's root mean square. Measured: 1e-6 between 1 and 2 threads, 4e-6 with and without oneDNN. In networks with
+# trained scales (mobilenetv2_035, resnet10t, resnet18) any one 3x3 kernel transposed gives 0.38 or more, one layer's
+# statistics redrawn 0.08, the stem's colours swapped 1.7.
+TOLERANCE = 1e-4
+# Where the file rounds what was exported: up to 0.045 and 0.21 in the same networks. Its tensors are told by their
+# marks; what is left to the features is the architecture.
+ROUNDED_TOLERANCES = {torch.float16: 0.1, torch.bfloat16: 0.4}
 PREFIXES = ("module.", "encoder.")  # DistributedDataParallel's, and ours inside a whole model
+CONSTANTS = ("mean", "std")  # of an EncoderNet: the config gives them too, and no other library's file holds them
+MAX_SUGGESTED = 4  # names in one suggestion; more of them speak for a wrong file
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 TORCH_ERRORS = (RuntimeError, ValueError, LookupError, EOFError, OSError, AttributeError, TypeError, pickle.PickleError)
 
@@ -106,6 +118,12 @@ def read_model_info(path: str | Path) -> dict[str, Any]:
     return info
 
 
+def read_export(path: str | Path, part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of `part`/`name`.safetensors in a run folder, and the JSON beside them; no network is built."""
+    weights, info = _find_export(path, part, name)
+    return _read_tensors(weights, info), info
+
+
 def _export(folder: str | Path, part: str, net: nn.Module, info: Mapping[str, Any]) -> Path:
     target = Path(folder) / part
     files.commit_folder(target, _pair(part, net, {**info, "fingerprint": fingerprint(net)}))
@@ -114,8 +132,11 @@ def _export(folder: str | Path, part: str, net: nn.Module, info: Mapping[str, An
 
 def _pair(name: str, module: nn.Module, info: Mapping[str, Any]) -> dict[str, bytes]:
     """The two files of an export: the weights, and what must be known of them."""
-    weights = files.tensor_bytes(module.state_dict())
-    described = files.finite({**info, "sha256": files.sha256(weights)})
+    tensors = module.state_dict()
+    weights = files.tensor_bytes(tensors)
+    marks = {own: _marks(tensor) for own, tensor in tensors.items()}
+    ordered = switch_layers(module)  # the file sorts its tensors
+    described = files.finite({**info, "switch_layers": ordered, "sha256": files.sha256(weights), "tensors": marks})
     return {f"{name}.safetensors": weights, f"{name}.json": files.json_bytes(described)}
 
 
@@ -152,6 +173,13 @@ def fingerprint(net: nn.Module) -> list[list[float]]:
     They change with any weight or statistic that changes the maps. A copy computes them, in float32 on the CPU, so the
     device, the precision and the mode of `net` do not matter. Raises UserError for maps that are not finite.
     """
+    figures = _figures(net)
+    if not all(math.isfinite(value) for level in figures for value in level):
+        raise UserError("weights: give features that are not finite, so the network is of no use; train it again")
+    return figures
+
+
+def _figures(net: nn.Module) -> list[list[float]]:
     images, *shape = PROBE
     key = rng.as_key(PROBE_SEED)
     probe = rng.uniform(rng.fold_in(key, torch.arange(images)), tuple(shape))
@@ -159,10 +187,7 @@ def fingerprint(net: nn.Module) -> list[list[float]]:
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         output = copied(probe)
     maps = [output] if isinstance(output, Tensor) else output
-    figures = [_summarise(level, rng.fold_in(key, f"level {index}")) for index, level in enumerate(maps)]
-    if not all(math.isfinite(value) for level in figures for value in level):
-        raise UserError("weights: give features that are not finite, so the network is of no use; train it again")
-    return figures
+    return [_summarise(level, rng.fold_in(key, f"level {index}")) for index, level in enumerate(maps)]
 
 
 def _summarise(level: Tensor, key: Tensor) -> list[float]:
@@ -175,14 +200,44 @@ def _summarise(level: Tensor, key: Tensor) -> list[float]:
     return [values.mean().item(), values.std(correction=0).item(), *projections.tolist()]
 
 
-def _same_features(a: list[list[float]], b: list[list[float]]) -> bool:
+def feature_distance(a: list[list[float]], b: list[list[float]]) -> float:
+    """How far two fingerprints lie apart: the largest difference, as a share of its map's root mean square.
+
+    Infinite for maps of another number, and where one of them is not finite.
+    """
     if [len(level) for level in a] != [len(level) for level in b]:
-        return False
+        return math.inf
+    distance = 0.0
     for one, other in zip(a, b, strict=True):
         scale = math.hypot(*one[:2])
-        if any(abs(x - y) > TOLERANCE * scale for x, y in zip(one, other, strict=True)):
-            return False
-    return True
+        for x, y in zip(one, other, strict=True):
+            if x != y:
+                share = abs(x - y) / scale if scale else math.inf
+                distance = max(distance, share if math.isfinite(share) else math.inf)
+    return distance
+
+
+def _marks(tensor: Tensor) -> str:
+    """By what a tensor is known again: dtype and beginning of the sha256, of itself and of its roundings."""
+    kinds = [tensor]
+    if tensor.dtype == torch.float32:
+        kinds += [tensor.to(dtype) for dtype in ROUNDED_TOLERANCES]
+    return ", ".join(_mark(kind) for kind in kinds)
+
+
+def _mark(tensor: Tensor) -> str:
+    """Says *which* tensor is another one.
+
+    Features cannot: they say only that some weight is, and not even that where a fresh residual block ends in a scale
+    of zero, which hides all that lies before it.
+    """
+    flat = tensor.detach().to("cpu").contiguous().flatten()
+    digest = files.sha256(flat.view(torch.uint8).numpy().tobytes())
+    return f"{_dtype_name(tensor)} {digest[:16]}"
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 # ---- receipts ----
@@ -199,7 +254,10 @@ class Receipt:
     mismatched: dict[str, str]  # name -> both shapes
     converted: dict[str, str]  # name -> both dtypes, where they differ
     share: float  # of the module's parameters that the file gave, 0 to 1
+    changed: list[str] = field(default_factory=list)  # those of `matched` that are not as they were exported
+    not_finite: list[str] = field(default_factory=list)  # those of `matched` that hold NaN or infinity
     features_equal: bool | None = None  # on the probe batch; None where the file names none to compare with
+    tolerance: float = TOLERANCE  # up to which they are called equal; more where the file is of less precision
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -208,15 +266,19 @@ class Receipt:
 
     def summary(self) -> str:
         """One line for a person."""
+        origins = sorted({text.partition(" ")[0].removeprefix("torch.") for text in self.converted.values()})
         figures = {
             "renamed": len(self.renamed),
-            "converted": len(self.converted),
+            f"converted from {' and '.join(origins)}": len(self.converted),
             "missing": len(self.missing),
             "left over": len(self.left_over),
             "of another shape": len(self.mismatched),
+            "changed since the export": len(self.changed),
+            "not finite": len(self.not_finite),
         }
         details = "".join(f", {count} {word}" for word, count in figures.items() if count)
-        features = {True: "features equal", False: "features differ", None: "features not compared"}
+        limit = "" if self.tolerance == TOLERANCE else f" to {self.tolerance:g}"
+        features = {True: f"features equal{limit}", False: "features differ", None: "features not compared"}
         return (
             f"{self.path}: {self.share:.1%} of the parameters in {len(self.matched)} tensors{details}; "
             f"{features[self.features_equal]}"
@@ -224,13 +286,19 @@ class Receipt:
 
 
 def match_tensors(path: Path, module: nn.Module, given: Mapping[str, Tensor]) -> Receipt:
-    """Pair tensors by name, an exact name first, then without the prefixes that wrappers add. Loads nothing."""
+    """Pair tensors by name: an exact name, one without the prefixes that wrappers add, one under a prefix of its own.
+
+    Loads nothing. Raises UserError for a file that holds the network twice, as a student and a teacher.
+    """
     wanted = module.state_dict()
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     found = {name: name for name in wanted if name in given}
     for name in given:
         own = _own_name(name, wanted)
         if own is not None:
             found.setdefault(own, name)
+    if not any(name in found for name in sizes):
+        found |= _under_one_prefix(path, wanted, sizes, given)
     mismatched, converted = {}, {}
     for own, name in found.items():
         here, there = wanted[own], given[name]
@@ -242,7 +310,6 @@ def match_tensors(path: Path, module: nn.Module, given: Mapping[str, Tensor]) ->
             converted[own] = f"{there.dtype} to {here.dtype}"
     used = set(found.values())
     matched = {own: found[own] for own in wanted if own in found and own not in mismatched}
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     arrived = sum(size for name, size in sizes.items() if name in matched)
     return Receipt(
         path=str(path),
@@ -265,55 +332,124 @@ def _own_name(name: str, wanted: Collection[str]) -> str | None:
     return own
 
 
+def _under_one_prefix(
+    path: Path, wanted: Collection[str], parameters: Collection[str], given: Collection[str]
+) -> dict[str, str]:
+    """Pairs of names that differ by their beginning alone, as those of timm's own files do; {} if few would match."""
+    plain = {name.replace("_orig_mod.", ""): name for name in given}
+    least = len(parameters) // 2 + 1  # fewer may be an accident
+    pairings: dict[tuple[str, ...], dict[str, str]] = {}
+    beginnings: dict[tuple[str, ...], str] = {}
+    for ours, theirs in product(_prefixes(parameters, least), _prefixes(plain, least)):
+        renamed = {name: theirs + name.removeprefix(ours) for name in wanted if name.startswith(ours)}
+        pairs = {own: plain[name] for own, name in renamed.items() if name in plain}
+        gained = tuple(pairs[name] for name in parameters if name in pairs)
+        if len(pairs) > len(pairings.get(gained, {})):
+            pairings[gained] = pairs
+            beginnings[gained] = theirs
+    most = max((len(gained) for gained in pairings), default=0)
+    best = [gained for gained in pairings if len(gained) == most >= least]
+    if len(best) > 1:
+        places = " and ".join(f"'{beginnings[gained]}'" for gained in best)
+        raise UserError(f"{path}: holds this network {len(best)} times, under {places}; save the tensors of one alone")
+    return pairings[best[0]] if best else {}
+
+
+def _prefixes(names: Iterable[str], least: int) -> list[str]:
+    """Beginnings up to a dot, the empty one too, that `least` names or more share."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        counts.update("".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts)))
+    return [prefix for prefix, count in counts.items() if count >= least]
+
+
 def _fill(module: nn.Module, path: Path, info: Mapping[str, Any], allow: Sequence[str]) -> Receipt:
     """Load what fits into `module`, or refuse and leave it as it is."""
     given = _read_tensors(path, info)
     receipt = match_tensors(path, module, given)
-    _refuse_misfits(receipt, allow)
     tensors = {own: given[name] for own, name in receipt.matched.items()}
+    receipt.changed = [own for own in tensors if _is_changed(tensors[own], _marks_of(own, receipt, info))]
+    receipt.not_finite = [own for own, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    _refuse_misfits(receipt, allow, foreign=not info)
     if "fingerprint" in info:
         trial = copy.deepcopy(module)
         trial.load_state_dict(tensors, strict=False)
-        receipt.features_equal = _same_features(info["fingerprint"], fingerprint(trial))
-        _refuse_other_features(receipt, module, info, allow)
+        _compare_features(receipt, trial, given, info, allow)
     module.load_state_dict(tensors, strict=False)
     return receipt
 
 
-def _refuse_misfits(receipt: Receipt, allow: Sequence[str]) -> None:
+def _is_changed(tensor: Tensor, marks: str) -> bool:
+    """Whether a tensor is another one than was exported; in a precision that has no mark its features alone judge."""
+    known = marks.split(", ")
+    return any(mark.startswith(f"{_dtype_name(tensor)} ") for mark in known) and _mark(tensor) not in known
+
+
+def _marks_of(own: str, receipt: Receipt, info: Mapping[str, Any]) -> str:
+    marks = info.get("tensors", {})
+    return marks.get(receipt.matched[own]) or marks.get(own, "")
+
+
+def _refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> None:
     # A wrong file often shares a buffer or two (mean, std), so the parameters decide whether anything arrived.
     if not receipt.matched or receipt.share == 0:
         names = ", ".join(receipt.left_over[:3]) or "no tensors"
-        raise UserError(f"{receipt.path}: nothing in it fits this network (it holds {names}); name another file")
-    kinds = {"missing": receipt.missing, "left over": receipt.left_over, "of another shape": receipt.mismatched}
+        also = "; a file of timm's goes to model.encoder.pretrained" if foreign else ""
+        raise UserError(f"{receipt.path}: nothing in it fits this network (it holds {names}); name another file{also}")
+    kinds = {
+        "missing": [name for name in receipt.missing if not (foreign and name in CONSTANTS)],
+        "left over": receipt.left_over,
+        "of another shape": receipt.mismatched,
+        "changed since the export": receipt.changed,
+        "not finite": receipt.not_finite,
+    }
     refused = {kind: [name for name in names if not _is_allowed(name, allow)] for kind, names in kinds.items()}
-    example = next((name for names in refused.values() for name in names), None)
-    if example is None:
+    suggested = list(dict.fromkeys(name for names in refused.values() for name in names))
+    if not suggested:
         return
+    if len(suggested) > MAX_SUGGESTED:
+        del suggested[1:]
     texts = [f"{len(names)} {kind}: {_first_names(names, receipt)}" for kind, names in refused.items() if names]
     raise UserError(
         f"{receipt.path}: does not fit this network ({'; '.join(texts)}); "
-        f"name the right file, or accept these by globs: init_allow=[{example}]"
+        f"name the right file, or accept these by globs: init_allow=[{','.join(suggested)}]"
     )
 
 
-def _refuse_other_features(receipt: Receipt, module: nn.Module, info: Mapping[str, Any], allow: Sequence[str]) -> None:
-    # Tensors that may be absent change the features; whoever allowed the one has allowed the other.
-    explained = receipt.missing or receipt.mismatched
+def _compare_features(
+    receipt: Receipt, net: nn.Module, given: Mapping[str, Tensor], info: Mapping[str, Any], allow: Sequence[str]
+) -> None:
+    """Fill in the receipt's `features_equal`, or refuse other features than the exporter's."""
+    figures = _figures(net)
+    if len(figures) != len(info["fingerprint"]):
+        return  # the encoder out of a whole model: that one's map is another thing
+    for own, name in receipt.matched.items():
+        tensor = given[name]
+        if not _marks_of(own, receipt, info).startswith(_dtype_name(tensor)):
+            receipt.tolerance = max(receipt.tolerance, ROUNDED_TOLERANCES.get(tensor.dtype, 0.0))
+    distance = feature_distance(info["fingerprint"], figures)
+    receipt.features_equal = distance <= receipt.tolerance
+    # Tensors that may be absent or others change the features; whoever allowed the one has allowed the other.
+    explained = receipt.missing or receipt.mismatched or receipt.left_over or receipt.changed or receipt.not_finite
     if receipt.features_equal or explained or _is_allowed("features", allow):
         return
-    strides = getattr(module, "strides", None)
+    strides = getattr(net, "strides", None)
     reason = "another norm, normalization, activation or architecture"
     if strides is not None and list(strides) != info.get("strides"):
         reason = f"strides {list(strides)} here and {info.get('strides')} there"
+    elif receipt.converted or "tensors" not in info:
+        reason = f"changed weights, or {reason}"
     raise UserError(
-        f"{receipt.path}: every weight fits, but the network gives other features than the one exported ({reason}); "
-        f"build it as its .json says, or accept that with init_allow=[features]"
+        f"{receipt.path}: every weight fits, but the network gives other features than the one exported, by "
+        f"{distance:.2g} of their size ({reason}); build it as its .json says, or accept that with "
+        f"init_allow=[features]"
     )
 
 
-def _first_names(names: Sequence[str], receipt: Receipt) -> str:
-    shown = [f"{name} {receipt.mismatched.get(name, '')}".rstrip() for name in names[:3]]
+def _first_names(names: Collection[str], receipt: Receipt | None = None) -> str:
+    shapes = {} if receipt is None else receipt.mismatched
+    shown = [f"{name} {shapes.get(name, '')}".rstrip() for name in list(names)[:3]]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(shown) + more
 
@@ -325,18 +461,30 @@ def _is_allowed(name: str, globs: Sequence[str]) -> bool:
 def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
-    if "sha256" in info and not files.is_intact(path, info["sha256"]):
-        raise UserError(f"{path}: is not the file that its .json was written for (sha256 differs); export it again")
     try:
-        return safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({error}); export it again") from error
+        raise UserError(
+            f"{path}: not readable as safetensors ({error}); it is cut off, damaged or of another kind: export it "
+            f"again, or give a .safetensors file or a state_dict saved by torch ({', '.join(TORCH_SUFFIXES)})"
+        ) from error
+    if "sha256" in info and not files.is_intact(path, info["sha256"]):
+        marks = info.get("tensors", {})
+        others = [name for name, tensor in tensors.items() if marks and _mark(tensor) not in marks.get(name, "")]
+        named = f"; other tensors: {_first_names(others)}" if others else ""
+        raise UserError(
+            f"{path}: is not the file that its .json was written for (sha256 differs{named}); export it again, or take "
+            "it out of its folder to load it by names and shapes alone"
+        )
+    return tensors
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch checkpoint, without running what else it may hold."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol, before the error that says it all
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except TORCH_ERRORS as error:
         raise UserError(f"{path}: holds more than tensors, or is damaged; save its state_dict alone") from error
     for key in ("state_dict", "model"):

@@ -1,14 +1,33 @@
 from __future__ import annotations
 
+import inspect
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from segmentation_models_pytorch.losses import DiceLoss
+from sklearn.metrics import jaccard_score
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg import losses
+from ssl_seg import losses, rng
+from ssl_seg.config import load, use_plugin
+from ssl_seg.finetune import FinetuneConfig, finetune
+from ssl_seg.metrics import ConfusionMatrix
+from ssl_seg.models import DecoderNet, DenseHead, EncoderSpec, Features
+from ssl_seg.stage import Options
+from ssl_seg.store import read_metrics
+from ssl_seg.tasks import Batch, PretextTask, Segment, View
+from tests.small import Textured, finetuning
 
 KINDS = ("mse", "l1", "charbonnier", "smooth_l1")
 seeds = st.integers(0, 2**31 - 1)
@@ -208,3 +227,276 @@ def test_dice_is_zero_for_the_truth_and_one_for_its_opposite():
     right = 100.0 * F.one_hot(label, 3).permute(0, 3, 1, 2).float()
     assert losses.dice(right, label).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.dice(right.roll(1, dims=1), label).item() == pytest.approx(1.0, abs=1e-6)
+
+
+# ---- nothing to count, one class only, a class that is absent: every loss there is ----
+
+CLASSES = 4
+SIDE = 6
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0, 7.0])
+
+
+def labels() -> dict[str, Tensor]:
+    """`(2, H, W)` each: what masks in the wild are like."""
+    some = torch.randint(0, CLASSES - 1, (2, SIDE, SIDE), generator=generator(20))  # the last class is absent
+    blank = torch.full_like(some, 255)
+    holed, single, half = some.clone(), blank.clone(), some.clone()
+    holed[torch.rand(some.shape, generator=generator(21)) < 0.5] = 255
+    single[:, 2, 3] = 1
+    half[1] = 255
+    return {
+        "absent class": some,
+        "holes": holed,
+        "all ignored": blank,
+        "one image all ignored": half,
+        "first class only": torch.zeros_like(some),
+        "last class only": torch.full_like(some, CLASSES - 1),
+        "one pixel": single,
+    }
+
+
+def regions() -> dict[str, Tensor]:
+    """`(2, 1, H, W)` each: where a dense loss counts."""
+    ones = torch.ones(2, 1, SIDE, SIDE)
+    half, single = ones.clone(), torch.zeros_like(ones)
+    half[1] = 0
+    single[:, :, 2, 3] = 1
+    return {"everywhere": ones, "nowhere": torch.zeros_like(ones), "one image": half, "one pixel": single}
+
+
+Call = Callable[
+    [Tensor, Tensor], Tensor
+]  # of a prediction (2, CLASSES, H, W) and a label, or where a dense loss counts
+
+
+def calls_of(name: str, function: Callable[..., Tensor]) -> dict[str, tuple[str, Call]]:
+    """Each way to call a loss, and whether it takes labels or a region: known by the names of its parameters."""
+    parameters = inspect.signature(function).parameters
+    if {"logits", "label"} <= set(parameters):
+        calls = {name: ("label", lambda logits, label: function(logits, label))}
+        if "weights" in parameters:
+            calls[f"{name} weighted"] = ("label", lambda logits, label: function(logits, label, weights=WEIGHTS))
+        return calls
+    if {"kind", "prediction", "target", "where"} <= set(parameters):
+        return {f"{name} {kind}": ("region", _dense(function, kind)) for kind in KINDS}
+    if {"prediction", "target", "where"} <= set(parameters):
+        return {name: ("region", _dense(function))}
+    if list(parameters) == ["values", "where"]:
+        return {name: ("region", function)}
+    raise AssertionError(f"losses.{name}: name its parameters as its neighbours', or say here how it is called")
+
+
+def _dense(function: Callable[..., Tensor], *first: Any) -> Call:
+    target = torch.rand(2, CLASSES, SIDE, SIDE, generator=generator(22))
+
+    def call(prediction: Tensor, where: Tensor) -> Tensor:
+        # What a target holds where it does not count is often not a number: depth, for one.
+        return function(*first, prediction, torch.where(where > 0, target, torch.nan), where)
+
+    return call
+
+
+def segment_calls() -> dict[str, tuple[str, Call]]:
+    """Every combination that `segment:` may ask for."""
+    image = torch.zeros(2, 3, SIDE, SIDE)
+    calls = {}
+    for cross_entropy, dice in ((1.0, 0.0), (0.0, 1.0), (0.7, 0.3)):
+        for class_weights in (None, tuple(WEIGHTS.tolist()), "median"):
+            options = {"cross_entropy": cross_entropy, "dice": dice, "class_weights": class_weights}
+            task = Segment(num_classes=CLASSES, **options)
+
+            def call(logits: Tensor, label: Tensor, task: Segment = task) -> Tensor:
+                prepared = task.prepare(*counted_pixels(label))
+                return prepared.loss(logits, View(image, label))
+
+            calls[f"segment {options}"] = ("label", call)
+    return calls
+
+
+def counted_pixels(label: Tensor) -> tuple[Tensor, Tensor]:
+    """Each class's pixels, and all the counted ones of the images that show it."""
+    counts = torch.stack([torch.bincount(one[one != 255], minlength=CLASSES) for one in label])  # (B, K)
+    beside = (counts > 0) * counts.sum(dim=1, keepdim=True)
+    return counts.sum(dim=0), beside.sum(dim=0)
+
+
+def every_call() -> dict[str, tuple[str, Call]]:
+    own = {
+        name: function
+        for name, function in inspect.getmembers(losses, inspect.isfunction)
+        if function.__module__ == losses.__name__ and not name.startswith("_")
+    }
+    return {case: call for name, function in own.items() for case, call in calls_of(name, function).items()} | (
+        segment_calls()
+    )
+
+
+CALLS = every_call()
+TARGETS = {"label": labels(), "region": regions()}
+TABLE = [(name, case) for name, (takes, _) in CALLS.items() for case in TARGETS[takes]]
+
+
+def test_the_table_holds_every_loss():
+    assert {"masked_mean", "regression mse", "cross_entropy weighted", "dice"} <= set(CALLS)
+    with pytest.raises(AssertionError, match=r"losses\.new: name its parameters"):
+        calls_of("new", lambda a, b: a)
+
+
+@pytest.mark.parametrize(("name", "case"), TABLE)
+def test_a_loss_and_its_gradient_are_finite_and_zero_where_nothing_counts(name: str, case: str) -> None:
+    takes, call = CALLS[name]
+    target = TARGETS[takes][case]
+    counted = target != 255 if takes == "label" else target[:, 0] > 0  # (B, H, W)
+    for dtype in PRECISIONS:
+        drawn = 3 * torch.randn(2, CLASSES, SIDE, SIDE, generator=generator(23))
+        prediction = drawn.to(dtype).requires_grad_()
+        loss = call(prediction, target)
+        assert loss.shape == (2,)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert loss.isfinite().all(), dtype
+        some = counted.flatten(1).any(dim=1)
+        assert (loss[~some] == 0).all(), dtype
+        (gradient,) = torch.autograd.grad(loss.mean(), prediction)
+        assert gradient.isfinite().all(), dtype
+        assert (gradient.movedim(1, -1)[~counted] == 0).all(), dtype
+        assert gradient[some].flatten(1).any(dim=1).all(), "what counts is learnt from"
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+@pytest.mark.parametrize("name", [name for name, (takes, _) in CALLS.items() if takes == "label"])
+def test_a_network_that_is_sure_or_knows_nothing_has_a_finite_loss(name: str, scale: float) -> None:
+    for target in labels().values():
+        logits = (scale * torch.randn(2, CLASSES, SIDE, SIDE, generator=generator(24))).requires_grad_()
+        loss = CALLS[name][1](logits, target)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PretextTask.names())
+def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
+    task = PretextTask.choose(name)()
+    levels = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
+    images = levels.expand(3, 3, 64, 64).contiguous()
+    task = task.prepare(images)
+    view = task.view(Batch(images, rng.fold_in(rng.as_key(name), torch.arange(3))))
+    assert view.input.isfinite().all()
+    head = task.head(_spec())
+    features = [torch.randn(len(view.input), 8, 64 // stride, 64 // stride) for stride in (2, 4, 8, 16, 32)]
+    prediction = head(features, (64, 64))
+    loss = task.loss(prediction.float(), view)
+    assert loss.isfinite().all()
+    loss.mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in head.parameters() if weight.grad is not None)
+
+
+def _spec() -> EncoderSpec:
+    strides = (2, 4, 8, 16, 32)
+
+    def dense(out_channels: int, stride: int = 1) -> nn.Module:
+        return DenseHead(FirstLevel(), out_channels, strides, stride)
+
+    return EncoderSpec((8,) * 5, strides, dense)
+
+
+class FirstLevel(DecoderNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out_channels = 8
+        self.mix = nn.Conv2d(8, 8, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.mix(features[0])
+
+
+# ---- and the score of such masks ----
+
+
+@pytest.mark.parametrize("guess", ["right", "one class", "any"])
+@pytest.mark.parametrize("case", labels())
+def test_miou_is_over_the_classes_that_occur(case: str, guess: str) -> None:
+    truth = labels()[case]
+    anything = torch.randint(0, CLASSES, truth.shape, generator=generator(25))
+    prediction = {"right": truth.clamp(max=CLASSES - 1), "one class": torch.ones_like(truth), "any": anything}[guess]
+    matrix = ConfusionMatrix(CLASSES)
+    matrix.update(truth, prediction)
+    scores = matrix.scores()
+    counted = truth != 255
+    if not counted.any():
+        assert math.isnan(scores.miou)
+        return
+    y, p = truth[counted].numpy(), prediction[counted].numpy()
+    occurring = np.union1d(y, p)
+    assert scores.miou == pytest.approx(jaccard_score(y, p, labels=occurring, average="macro", zero_division=0))
+    theirs = torchmetrics.JaccardIndex("multiclass", num_classes=CLASSES, average="none", ignore_index=255)
+    assert scores.iou[occurring] == pytest.approx(theirs(prediction, truth).numpy()[occurring], abs=1e-6)
+    assert np.isnan(np.delete(scores.iou, occurring)).all()
+
+
+# ---- a fine-tuning on such masks ----
+
+SEGMENTS = ({}, {"cross_entropy": 0.0, "dice": 1.0}, {"dice": 1.0, "class_weights": "median"})
+
+
+class Masks(Textured):
+    """Textured scenes with a third class that none shows, and one fault a mask."""
+
+    fault: str = "mixed"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ("ground", "disc", "unicorn")
+
+    def read(self, index: int) -> Any:
+        example = super().read(index)
+        fault = ("ignored", "one class", "none", "last class")[index % 4] if self.fault == "mixed" else self.fault
+        example.label[:] = {"ignored": 255, "one class": 0, "last class": 2, "none": example.label}[fault]
+        return example
+
+
+def faulty(folder: Path, parts: dict[str, str], segment: dict[str, Any], **train: Any) -> dict[str, Any]:
+    """The result.json of a short fine-tuning with these faults in the masks of its parts."""
+    values = finetuning(steps=3, **train)
+    for part, dataset in values["data"].items():
+        dataset.update(type="masks", count=4, fault=parts.get(part, "mixed"))
+    done = finetune(load(FinetuneConfig, {**values, "segment": segment}), Options(folder, quiet=True))
+    assert all(value.isfinite().all() for value in load_file(done.folder / "model/model.safetensors").values())
+    for line in read_metrics(folder):
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float)), line
+    text = (folder / "result.json").read_text()
+    assert "NaN" not in text
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("segment", SEGMENTS)
+def test_faulty_masks_train_and_are_scored(tmp_path: Path, segment: dict[str, Any]) -> None:
+    result = faulty(tmp_path / "run", {}, segment)
+    for part in ("val", "test"):
+        scores = result[part]
+        named = [value for name, value in scores.items() if name.startswith("iou/")]
+        present = [value for value in named if value is not None]
+        assert scores["averaged_classes"] == len(present) > 0
+        assert scores["miou"] == pytest.approx(sum(present) / len(present))
+        assert all(0.0 <= value <= 1.0 for value in present)
+
+
+@pytest.mark.parametrize("eval_every", [None, 1])
+def test_masks_of_which_nothing_counts_are_no_score_and_no_end(tmp_path: Path, eval_every: int | None) -> None:
+    parts = {"labelled": "ignored", "val": "ignored", "test": "ignored"}
+    result = faulty(tmp_path / "run", parts, SEGMENTS[-1], eval_every=eval_every)
+    assert result["selected_step"] == result["steps"] == 3, "no step is the best one, so the last is taken"
+    for part in ("val", "test"):
+        assert result[part]["averaged_classes"] == 0
+        assert result[part]["miou"] is None
+
+
+@pytest.mark.parametrize("fault", ["one class", "last class"])
+def test_masks_of_one_class_are_learnt(tmp_path: Path, fault: str) -> None:
+    result = faulty(tmp_path / "run", dict.fromkeys(("labelled", "val", "test"), fault), SEGMENTS[-1])
+    assert result["test"]["averaged_classes"] >= 1
+    assert 0.0 <= result["test"]["miou"] <= 1.0
+    assert result["test"]["iou/disc"] in (None, 0.0)
+
+
+use_plugin(__name__)  # so that `type: masks` is found

@@ -11,6 +11,7 @@ import torch
 
 from ssl_seg.config import UserError, load
 from ssl_seg.data import Packed, Samples
+from ssl_seg.norm import SwitchNorm2d
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module, open_streams, pool_tasks
 from ssl_seg.train import (
@@ -21,6 +22,7 @@ from ssl_seg.train import (
     Step,
     TrainConfig,
     backward,
+    build_optimizer,
     due,
     finish_gradients,
     lr_at,
@@ -93,6 +95,22 @@ def test_biases_and_norms_are_not_decayed_and_the_encoder_has_its_own_rate() -> 
             assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
             assert group["factor"] == (0.25 if name.startswith("encoder.") else 1.0), name
     assert not names, "every parameter is in a group"
+
+
+def test_the_shares_of_switch_norm_have_a_rate_of_their_own() -> None:
+    values = pretraining(switch_lr=7.0, encoder_lr=0.5)
+    config = load(PretrainConfig, {**values, "model": {**values["model"], "norm": "switch"}})
+    module = build_module(config.model, config.tasks, config.seed)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    shares = 0
+    for group in build_optimizer(module, config.train).param_groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            is_share = name.endswith("_logits")
+            part = 0.5 if name.startswith("encoder.") else 1.0
+            assert group["factor"] == part * (7.0 if is_share else 1.0), name
+            assert not (is_share and group["weight_decay"]), name
+            shares += is_share
+    assert shares == 2 * sum(isinstance(layer, SwitchNorm2d) for layer in module.modules()) > 0
 
 
 def test_losses_fall() -> None:

@@ -96,14 +96,16 @@ def write_foreign(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def replace_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Change the tensors of an exported encoder as a tool would that keeps the sha256 right."""
+def replace_weights(folder: Path, change: Callable[[dict[str, Tensor]], None], marked: bool = True) -> None:
+    """Change the tensors of an exported encoder as a tool would that keeps the sha256 right, and the marks or none."""
     file = folder / "encoder/encoder.safetensors"
     tensors = safetensors.torch.load_file(file)
     change(tensors)
-    safetensors.torch.save_file(tensors, file)
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     described = file.with_suffix(".json")
     info = json.loads(described.read_text())
+    if not marked:
+        del info["tensors"]
     described.write_text(json.dumps({**info, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
 
 
@@ -184,7 +186,8 @@ def test_missing_and_left_over_tensors_are_refused_unless_allowed(tmp_path):
     path = write_foreign(tmp_path / "x.safetensors", tensors)
     encoder, untouched = make_encoder(1), make_encoder(1)
     text = message_of(lambda: weights.load_encoder(encoder, path))
-    for part in ("1 missing: backbone.conv3.weight", "1 left over: fc.weight", "init_allow=[backbone.conv3.weight]"):
+    suggestion = "init_allow=[backbone.conv3.weight,fc.weight]"
+    for part in ("1 missing: backbone.conv3.weight", "1 left over: fc.weight", suggestion):
         assert part in text
     assert "fc.weight" in message_of(lambda: weights.load_encoder(encoder, path, ["backbone.conv3.*"]))
     assert same_weights(encoder, untouched)
@@ -242,10 +245,13 @@ def swap_the_order_of_features(tensors: dict[str, Tensor]) -> None:
         tensors[f"backbone.conv3.{name}"] = tensors[f"backbone.conv3.{name}"].flip(0).contiguous()
 
 
-@pytest.mark.parametrize("change", [swap_colours, forget_statistics, nudge_the_last_stage, swap_the_order_of_features])
+CHANGES = (swap_colours, forget_statistics, nudge_the_last_stage, swap_the_order_of_features)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_features_tell_what_names_and_shapes_do_not(tmp_path, change):
     weights.export_encoder(tmp_path, make_encoder(0), {})
-    replace_weights(tmp_path, change)
+    replace_weights(tmp_path, change, marked=False)
     encoder, untouched = make_encoder(1), make_encoder(1)
     text = message_of(lambda: weights.load_encoder(encoder, tmp_path))
     assert "init_allow=[features]" in text
@@ -253,6 +259,22 @@ def test_features_tell_what_names_and_shapes_do_not(tmp_path, change):
     receipt = weights.load_encoder(encoder, tmp_path, ["features"])
     assert (receipt.share, receipt.features_equal) == (1.0, False)
     assert "features differ" in receipt.summary()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_marks_name_the_tensors_that_are_others(tmp_path, change):
+    exported = make_encoder(0)
+    weights.export_encoder(tmp_path, exported, {})
+    replace_weights(tmp_path, change)
+    encoder = make_encoder(1)
+    text = message_of(lambda: weights.load_encoder(encoder, tmp_path))
+    assert "changed since the export: backbone." in text
+    allowed = text.partition("init_allow=[")[2].rstrip("]").split(",")
+    receipt = weights.load_encoder(encoder, tmp_path, allowed)
+    before, after = exported.state_dict(), encoder.state_dict()
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert set(receipt.changed) == differing == set(allowed)
+    assert "changed since the export" in receipt.summary()
 
 
 def test_the_same_weights_in_another_architecture_are_refused(tmp_path):
