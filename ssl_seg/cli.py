@@ -147,22 +147,55 @@ def compare_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN ..."
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
+@app.command("norms")
+def norms_command(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Print and draw which statistics (instance, layer, batch) a run's switch norm layers have learnt to use."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssl_seg import norms
+    from ssl_seg.norm import SHARES
+
+    found = norms.norms(run)
+    table = Table("", "channels", *(f"{of} {share}" for of in ("mean", "var") for share in SHARES))
+    for part in found.parts:
+        table.add_section()
+        for layer in part.layers:
+            shares = (f"{share:.3f}" for share in (*layer.mean, *layer.var))
+            table.add_row(f"{part.name}: {layer.name}", str(layer.channels), *shares)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _print_lines([f"picture: {found.picture}"])
+
+
 @app.command("synth")
 def synth_command(
-    kind: Annotated[str, typer.Argument(help="The world to draw, such as squares.")],
+    kind: Annotated[str, typer.Argument(metavar="WORLD", help="What to draw: street, shapes or squares.")],
+    words: Words = None,
     out: Out = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 500,
-    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")] = "512x512",
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")] = "480x360",
     seed: Annotated[int, typer.Option(help="The same seed gives the same pixels.")] = 0,
+    clip: Annotated[int, typer.Option(min=1, metavar="N", help="Frames of one scene, where the world moves.")] = 1,
+    beside: Annotated[
+        list[str] | None, typer.Option("--with", metavar="WHAT", help="depth, instances, edges: more than masks.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that draw; one a core by default.")] = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Draw synthetic images with exact masks."""
+    """Draw synthetic images with exact masks; the world's options are key=value words, such as noise=0.1."""
     width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise UserError(f"--size {size}: not WIDTHxHEIGHT; write it as 480x360")
     folder = _needed(out)
+    options = _values(words, plugin)
     from ssl_seg import synth
+    from ssl_seg.datasets.synthetic import Synthetic
 
-    drawn = synth.synth(kind, count, (int(height), int(width)), folder, seed)
+    values = {"kind": {**options, "type": kind}, "count": count, "size": (int(height), int(width)), "seed": seed}
+    dataset = load(Synthetic, {**values, "clip": clip})
+    extras = [extra for words in beside or [] for extra in words.split(",")]
+    drawn = synth.synth(dataset, folder, extras, jobs, quiet)
     _print_lines([f"{drawn.count} images and masks: {drawn.out} (look at {drawn.out / 'sheet.png'})"])
 
 

@@ -49,6 +49,31 @@ def grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return sheet
 
 
+def legend(names: Sequence[str], colours: np.ndarray, width: int) -> np.ndarray:
+    """A swatch and a name for each class, wrapped to `width`, as RGB `(H, width, 3)` uint8: laid under a sheet.
+
+    Text is as large on a sheet of any width as on a printed page: about 24 px where the sheet has 1,600.
+    """
+    text_height = max(10, min(24, width // 66))
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, text_height / 30  # its capitals are 21 px high at scale 1, its lines 30
+    swatch, line = text_height * 3 // 2, text_height * 2
+    places = []
+    x = y = GAP
+    for name in names:
+        (length, _), _ = cv2.getTextSize(name, font, scale, 1)
+        entry = swatch + text_height // 2 + length + text_height
+        if x > GAP and x + entry > width:
+            x, y = GAP, y + line
+        places.append((x, y))
+        x += entry
+    strip = np.full((y + line, width, 3), 255, dtype=np.uint8)
+    for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
+        strip[y : y + text_height + GAP, x : x + swatch] = colours[number]
+        baseline = (x + swatch + text_height // 2, y + text_height)
+        cv2.putText(strip, name, baseline, font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return strip
+
+
 def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Class colours laid half over an image; both `(H, W, ...)`, ids `(H, W)` uint8."""
     return cv2.addWeighted(image, 0.4, colours[ids], 0.6, 0)

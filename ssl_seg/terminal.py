@@ -17,13 +17,17 @@ SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
 
 
 class Reporter:
-    """A progress bar on a terminal; elsewhere a line now and then with step, losses, images/s and time left."""
+    """A progress bar on a terminal; elsewhere a line now and then with step, losses, images/s and time left.
 
-    def __init__(self, steps: int, start: int, batch_size: int, quiet: bool) -> None:
+    `unit` is the word for what is counted.
+    """
+
+    def __init__(self, steps: int, start: int, batch_size: int, quiet: bool, unit: str = "step") -> None:
         self.steps = steps
         self.start = start
         self.batch_size = batch_size
         self.quiet = quiet
+        self.unit = unit
         self.started = time.monotonic()
         self.said = float("-inf")
         console = Console(stderr=True)
@@ -41,7 +45,7 @@ class Reporter:
         words = [f"{name.removeprefix('train/').removesuffix('/loss')} {value:.4f}" for name, value in shown.items()]
         scored = any(name.startswith("val/") for name in figures)
         rate = self.images_per_s(number)
-        text = f"{', '.join(words)}, {rate:.1f} images/s"
+        text = ", ".join([*words, f"{rate:.1f} images/s"])
         if self.bar is not None:
             self.bar.update(self.line, completed=number, description=text)
             return
@@ -49,12 +53,12 @@ class Reporter:
         if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scored):
             self.said = now
             left = (self.steps - number) * self.batch_size / max(rate, 1e-9)
-            print(f"step {number}/{self.steps}: {text}, {_clock(left)} left", file=sys.stderr, flush=True)
+            print(f"{self.unit} {number}/{self.steps}: {text}, {_clock(left)} left", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def reporter(steps: int, start: int, batch_size: int, quiet: bool) -> Iterator[Reporter]:
-    report = Reporter(steps, start, batch_size, quiet)
+def reporter(steps: int, start: int, batch_size: int, quiet: bool, unit: str = "step") -> Iterator[Reporter]:
+    report = Reporter(steps, start, batch_size, quiet, unit)
     if report.bar is None:
         yield report
         return

@@ -131,13 +131,32 @@ def test_compare_shows_scores_and_only_what_differs(runs: Path, capsys: pytest.C
     assert "batch_size" not in said
 
 
-def test_synth_draws_images_and_masks(tmp_path: Path) -> None:
-    assert run("synth", "squares", "--count", "3", "--size", "64x48", "--out", tmp_path / "out", "--seed", "4") == 0
-    image = images.read_image(tmp_path / "out" / "images" / "squares_000002.png")
-    mask = images.read_mask(tmp_path / "out" / "masks" / "squares_000002.png")
+def test_synth_draws_images_and_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("synth", "squares", "--count", "3", "--size", "64x48", "--out", out, "--seed", "4", "--jobs", "1") == 0
+    said = capsys.readouterr()
+    assert f"3 images and masks: {out}" in said.out
+    assert "image 3/3: " in said.err
+    image = images.read_image(out / "images" / "squares_000002.png")
+    mask = images.read_mask(out / "masks" / "squares_000002.png")
     assert image.shape == (48, 64, 3)
     assert sorted(np.unique(mask)) == [0, 1]
-    assert (tmp_path / "out" / "sheet.png").is_file()
+    assert (out / "sheet.png").is_file()
+
+
+def test_synth_takes_the_options_of_the_world_as_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dim.yaml").write_text("light: 0.9\nnoise: 0.2\n")
+    words = [tmp_path / "dim.yaml", "cue=[colour,texture]", "noise=0"]
+    extras = ["--with", "depth,edges", "--with", "instances"]
+    command = ["synth", "shapes", *words, *extras, "--count", "1", "--quiet", "--out", tmp_path / "out"]
+    assert run(*command) == 0
+    assert capsys.readouterr().err == ""
+    kept = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert kept["kind"]["type"] == "shapes"
+    assert (kept["kind"]["light"], kept["kind"]["noise"], kept["kind"]["cue"]) == (0.9, 0.0, ["colour", "texture"])
+    assert kept["size"] == [360, 480]
+    parts = ("images", "masks", "depth", "instances", "edges")
+    assert all((tmp_path / "out" / part / "shapes_000000.png").is_file() for part in parts)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -222,6 +241,17 @@ WRONG = [
     (["compare", "no/such/run"], "no/such/run: is no run folder"),
     (["synth", "circles", "--out", "x"], "kind"),
     (["synth", "squares", "--size", "big", "--out", "x"], "--size big"),
+    (["synth", "squares", "--size", "1x9", "--out", "x"], "size.1: "),
+    (["synth", "squares", "--size", "90000x90000", "--out", "x"], "--size 90000x90000: no image of more than"),
+    (["synth", "squares"], "--out: missing"),
+    (["synth", "shapes", "noise=7", "--out", "x"], "kind.noise: "),
+    (["synth", "shapes", "nose=0.1", "--out", "x"], "did you mean 'noise'"),
+    (["synth", "shapes", "cue=[smell]", "--out", "x"], "kind.cue.0: "),
+    (["synth", "shapes", "noise", "--out", "x"], "noise: no such file"),
+    (["synth", "shapes", "--clip", "3", "--out", "x"], "clip: shapes does not move"),
+    (["synth", "squares", "--with", "depth", "--out", "x"], "--with depth: squares does not draw it"),
+    (["synth", "squares", "--with", "edges,deph", "--out", "x"], "--with deph: not known"),
+    (["synth", "squares", "--jobs", "0", "--out", "x"], "--jobs"),
     (["pretrian"], "pretrian"),
 ]
 

@@ -15,17 +15,19 @@ ROWS = [
     ["config", "rng", "norm", "losses", "metrics"],
     ["models", "models.timm", "models.smp"],
     ["images", "pictures", "files", "terminal"],
+    ["worlds", "worlds.drawing", "worlds.squares", "worlds.shapes"],
     ["datasets", "datasets.folder", "datasets.camvid", "datasets.synthetic"],
     ["tasks", "data", "train", "store", "weights"],
-    ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "compare", "synth"],
+    ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "compare", "norms", "synth"],
     ["testing"],
     ["cli", "__main__"],
 ]
 ORDER = [name for row in ROWS for name in row]
-PRETEXT_MAY_IMPORT = {"tasks", "rng", "losses", "metrics", "models"}
+PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"train"},
     "mlflow": {"tracking"},
+    "matplotlib": {"norms"},
     "timm": {"models.timm"},
     "segmentation_models_pytorch": {"models.smp"},
     "omegaconf": {"config"},

@@ -22,6 +22,16 @@ class Scene:
     instances: np.ndarray | None = None  # uint16, 0 where no object stands
 
 
+def edges(scene: Scene) -> np.ndarray:
+    """Boundaries between classes and between objects, `(H, W)` bool: where the pixel to the right or below differs."""
+    found = np.zeros(scene.label.shape, dtype=bool)
+    for ids in (scene.label, scene.instances):
+        if ids is not None:
+            found[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+            found[:-1] |= ids[:-1] != ids[1:]
+    return found
+
+
 class World(Plugin, ABC):
     """Draws scenes. Pure, with integers only: a key gives the same pixels in every process and on every machine."""
 

@@ -7,12 +7,14 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
 from ssl_seg import rng
 
 T = TypeVar("T")
-BLOCK = 256  # words drawn at once: a torch call costs as much as a hundred of them
+BLOCK = 256  # words from one key
+BLOCKS = 4  # drawn at once: a call of torch costs as much as a thousand words
 
 
 class Dice:
@@ -33,11 +35,12 @@ class Dice:
 
 
 def _words(key: Tensor) -> Iterator[int]:
-    block = 0
+    first = 0
     while True:
-        drawn = rng.bits(rng.fold_in(key, block), (BLOCK,)).numpy()
-        yield from (drawn.view(np.uint64) >> np.uint64(32)).tolist()
-        block += 1
+        keys = rng.fold_in(key, torch.arange(first, first + BLOCKS))
+        drawn = rng.bits(keys, (BLOCK,)).numpy()
+        yield from (drawn.view(np.uint64) >> np.uint64(32)).ravel().tolist()
+        first += BLOCKS
 
 
 def noise(key: Tensor, size: tuple[int, int], cell: int, octaves: int = 1) -> np.ndarray:
@@ -55,4 +58,23 @@ def noise(key: Tensor, size: tuple[int, int], cell: int, octaves: int = 1) -> np
         # Bit-exact by contract, unlike INTER_LINEAR.
         smooth = cv2.resize(lattice, (columns * side, rows * side), interpolation=cv2.INTER_LINEAR_EXACT)
         total += (smooth[:height, :width].astype(np.int32) - 128) >> octave
+    return np.clip(total + 128, 0, 255).astype(np.uint8)
+
+
+def tile(name: str, side: int, cell: int, octaves: int = 1) -> np.ndarray:
+    """Noise as `noise` draws it, `(side, side)`, whose edges meet: it can be laid again and again.
+
+    `side` is a multiple of `cell`, and that of 2^(octaves - 1).
+    """
+    key = rng.as_key(name)
+    total = np.zeros((side, side), dtype=np.int32)
+    for octave in range(octaves):
+        step = cell >> octave
+        count = side // step
+        words = rng.bits(rng.fold_in(key, octave), (count * count,)).numpy()
+        lattice = (words.view(np.uint64) >> np.uint64(56)).astype(np.uint8).reshape(count, count)
+        wrapped = np.pad(lattice, 1, mode="wrap")
+        whole = side + 2 * step
+        smooth = cv2.resize(wrapped, (whole, whole), interpolation=cv2.INTER_LINEAR_EXACT)
+        total += (smooth[step:-step, step:-step].astype(np.int32) - 128) >> octave
     return np.clip(total + 128, 0, 255).astype(np.uint8)
