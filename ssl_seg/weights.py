@@ -9,7 +9,6 @@ user has named it.
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 import warnings
 from collections import Counter
@@ -25,21 +24,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ssl_seg import files, rng
+from ssl_seg import files
 from ssl_seg.config import UserError
+from ssl_seg.fingerprint import (
+    ROUNDED_TOLERANCES,
+    TOLERANCE,
+    dtype_name,
+    feature_distance,
+    figures_of,
+    fingerprint,
+    mark_of,
+    marks_of,
+)
 from ssl_seg.models import EncoderNet, SegmentationModel
 from ssl_seg.norm import switch_layers
 
-PROBE = (2, 3, 64, 64)  # the smallest images that leave the stride-32 map more than one pixel
-PROBE_SEED = "ssl_seg.store.fingerprint"  # every export was compared under this word; another would refuse them all
-NUM_PROJECTIONS = 4  # several, so that no change of a map can lie across all of them by chance
-# Of a map's root mean square. Measured: 1e-6 between 1 and 2 threads, 4e-6 with and without oneDNN. In networks with
-# trained scales (mobilenetv2_035, resnet10t, resnet18) any one 3x3 kernel transposed gives 0.38 or more, one layer's
-# statistics redrawn 0.08, the stem's colours swapped 1.7.
-TOLERANCE = 1e-4
-# Where the file rounds what was exported: up to 0.045 and 0.21 in the same networks. Its tensors are told by their
-# marks; what is left to the features is the architecture.
-ROUNDED_TOLERANCES = {torch.float16: 0.1, torch.bfloat16: 0.4}
 PREFIXES = ("module.", "encoder.")  # DistributedDataParallel's, and ours inside a whole model
 CONSTANTS = ("mean", "std")  # of an EncoderNet: the config gives them too, and no other library's file holds them
 MAX_SUGGESTED = 4  # names in one suggestion; more of them speak for a wrong file
@@ -134,7 +133,7 @@ def _pair(name: str, module: nn.Module, info: Mapping[str, Any]) -> dict[str, by
     """The two files of an export: the weights, and what must be known of them."""
     tensors = module.state_dict()
     weights = files.tensor_bytes(tensors)
-    marks = {own: _marks(tensor) for own, tensor in tensors.items()}
+    marks = {own: marks_of(tensor) for own, tensor in tensors.items()}
     ordered = switch_layers(module)  # the file sorts its tensors
     described = files.finite({**info, "switch_layers": ordered, "sha256": files.sha256(weights), "tensors": marks})
     return {f"{name}.safetensors": weights, f"{name}.json": files.json_bytes(described)}
@@ -162,82 +161,6 @@ def _find_export(path: str | Path, part: str, name: str) -> tuple[Path, dict[str
     raise UserError(
         f"{path}: {kind}holds {', '.join(there)} and no {part}/{name}.safetensors; name another run or a file"
     )
-
-
-# ---- fingerprints ----
-
-
-def fingerprint(net: nn.Module) -> list[list[float]]:
-    """A few figures for each map that `net` makes of a fixed batch: mean, std and projections on keyed directions.
-
-    They change with any weight or statistic that changes the maps. A copy computes them, in float32 on the CPU, so the
-    device, the precision and the mode of `net` do not matter. Raises UserError for maps that are not finite.
-    """
-    figures = _figures(net)
-    if not all(math.isfinite(value) for level in figures for value in level):
-        raise UserError("weights: give features that are not finite, so the network is of no use; train it again")
-    return figures
-
-
-def _figures(net: nn.Module) -> list[list[float]]:
-    images, *shape = PROBE
-    key = rng.as_key(PROBE_SEED)
-    probe = rng.uniform(rng.fold_in(key, torch.arange(images)), tuple(shape))
-    copied = copy.deepcopy(net).to("cpu", torch.float32).eval()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        output = copied(probe)
-    maps = [output] if isinstance(output, Tensor) else output
-    return [_summarise(level, rng.fold_in(key, f"level {index}")) for index, level in enumerate(maps)]
-
-
-def _summarise(level: Tensor, key: Tensor) -> list[float]:
-    values = level.flatten().double()  # (B, C, h, w) -> (N,)
-    if not len(values):
-        return []
-    keys = rng.fold_in(key, torch.arange(NUM_PROJECTIONS))
-    directions = rng.uniform(keys, (len(values),), low=-1.0, high=1.0).double()  # (P, N)
-    projections = directions @ values / math.sqrt(len(values))
-    return [values.mean().item(), values.std(correction=0).item(), *projections.tolist()]
-
-
-def feature_distance(a: list[list[float]], b: list[list[float]]) -> float:
-    """How far two fingerprints lie apart: the largest difference, as a share of its map's root mean square.
-
-    Infinite for maps of another number, and where one of them is not finite.
-    """
-    if [len(level) for level in a] != [len(level) for level in b]:
-        return math.inf
-    distance = 0.0
-    for one, other in zip(a, b, strict=True):
-        scale = math.hypot(*one[:2])
-        for x, y in zip(one, other, strict=True):
-            if x != y:
-                share = abs(x - y) / scale if scale else math.inf
-                distance = max(distance, share if math.isfinite(share) else math.inf)
-    return distance
-
-
-def _marks(tensor: Tensor) -> str:
-    """By what a tensor is known again: dtype and beginning of the sha256, of itself and of its roundings."""
-    kinds = [tensor]
-    if tensor.dtype == torch.float32:
-        kinds += [tensor.to(dtype) for dtype in ROUNDED_TOLERANCES]
-    return ", ".join(_mark(kind) for kind in kinds)
-
-
-def _mark(tensor: Tensor) -> str:
-    """Says *which* tensor is another one.
-
-    Features cannot: they say only that some weight is, and not even that where a fresh residual block ends in a scale
-    of zero, which hides all that lies before it.
-    """
-    flat = tensor.detach().to("cpu").contiguous().flatten()
-    digest = files.sha256(flat.view(torch.uint8).numpy().tobytes())
-    return f"{_dtype_name(tensor)} {digest[:16]}"
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 # ---- receipts ----
@@ -369,7 +292,7 @@ def _fill(module: nn.Module, path: Path, info: Mapping[str, Any], allow: Sequenc
     given = _read_tensors(path, info)
     receipt = match_tensors(path, module, given)
     tensors = {own: given[name] for own, name in receipt.matched.items()}
-    receipt.changed = [own for own in tensors if _is_changed(tensors[own], _marks_of(own, receipt, info))]
+    receipt.changed = [own for own in tensors if _is_changed(tensors[own], _known_marks(own, receipt, info))]
     receipt.not_finite = [own for own, tensor in tensors.items() if not tensor.float().isfinite().all()]
     _refuse_misfits(receipt, allow, foreign=not info)
     if "fingerprint" in info:
@@ -383,10 +306,10 @@ def _fill(module: nn.Module, path: Path, info: Mapping[str, Any], allow: Sequenc
 def _is_changed(tensor: Tensor, marks: str) -> bool:
     """Whether a tensor is another one than was exported; in a precision that has no mark its features alone judge."""
     known = marks.split(", ")
-    return any(mark.startswith(f"{_dtype_name(tensor)} ") for mark in known) and _mark(tensor) not in known
+    return any(mark.startswith(f"{dtype_name(tensor)} ") for mark in known) and mark_of(tensor) not in known
 
 
-def _marks_of(own: str, receipt: Receipt, info: Mapping[str, Any]) -> str:
+def _known_marks(own: str, receipt: Receipt, info: Mapping[str, Any]) -> str:
     marks = info.get("tensors", {})
     return marks.get(receipt.matched[own]) or marks.get(own, "")
 
@@ -421,12 +344,12 @@ def _compare_features(
     receipt: Receipt, net: nn.Module, given: Mapping[str, Tensor], info: Mapping[str, Any], allow: Sequence[str]
 ) -> None:
     """Fill in the receipt's `features_equal`, or refuse other features than the exporter's."""
-    figures = _figures(net)
+    figures = figures_of(net)
     if len(figures) != len(info["fingerprint"]):
         return  # the encoder out of a whole model: that one's map is another thing
     for own, name in receipt.matched.items():
         tensor = given[name]
-        if not _marks_of(own, receipt, info).startswith(_dtype_name(tensor)):
+        if not _known_marks(own, receipt, info).startswith(dtype_name(tensor)):
             receipt.tolerance = max(receipt.tolerance, ROUNDED_TOLERANCES.get(tensor.dtype, 0.0))
     distance = feature_distance(info["fingerprint"], figures)
     receipt.features_equal = distance <= receipt.tolerance
@@ -470,7 +393,7 @@ def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
         ) from error
     if "sha256" in info and not files.is_intact(path, info["sha256"]):
         marks = info.get("tensors", {})
-        others = [name for name, tensor in tensors.items() if marks and _mark(tensor) not in marks.get(name, "")]
+        others = [name for name, tensor in tensors.items() if marks and mark_of(tensor) not in marks.get(name, "")]
         named = f"; other tensors: {_first_names(others)}" if others else ""
         raise UserError(
             f"{path}: is not the file that its .json was written for (sha256 differs{named}); export it again, or take "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ssl_seg import cli, weights
 from ssl_seg.config import UserError, load
+from ssl_seg.fingerprint import ROUNDED_TOLERANCES, TOLERANCE, feature_distance, fingerprint
 from ssl_seg.models import DenseHead, EncoderNet, SegmentationModel
 from ssl_seg.models.timm import Timm
 from ssl_seg.norm import convert_norm
@@ -267,11 +268,11 @@ def test_what_a_fresh_block_hides_from_the_features_its_marks_show(tmp_path):
     torch.manual_seed(0)
     encoder = Timm(name="resnet10t").build()  # its blocks end in a scale of zero
     weights.export_encoder(tmp_path, encoder, {})
-    before = weights.fingerprint(encoder)
+    before = fingerprint(encoder)
     kernel = encoder.get_parameter(f"{BLOCK}.conv2.weight")
     with torch.no_grad():
         kernel.copy_(kernel.transpose(2, 3).clone())
-    assert weights.fingerprint(encoder) == before
+    assert fingerprint(encoder) == before
     replace_weights(tmp_path, kernel_transposed)
     assert f"1 changed since the export: {BLOCK}.conv2.weight" in message_of(
         lambda: weights.load_encoder(trained(), tmp_path)
@@ -280,38 +281,38 @@ def test_what_a_fresh_block_hides_from_the_features_its_marks_show(tmp_path):
 
 def test_features_are_equal_again_by_a_wide_margin_and_wrong_ones_far_off():
     encoder = trained()
-    exported = weights.fingerprint(encoder)
+    exported = fingerprint(encoder)
     torch.set_num_threads(2)
-    again = weights.feature_distance(exported, weights.fingerprint(encoder))
+    again = feature_distance(exported, fingerprint(encoder))
     torch.set_num_threads(1)
-    assert again < weights.TOLERANCE / 10
-    half = weights.feature_distance(exported, weights.fingerprint(copy.deepcopy(encoder).half()))
-    brain = weights.feature_distance(exported, weights.fingerprint(copy.deepcopy(encoder).bfloat16()))
-    assert weights.TOLERANCE < half < weights.ROUNDED_TOLERANCES[torch.float16] / 2
-    assert half < brain < weights.ROUNDED_TOLERANCES[torch.bfloat16] / 2
+    assert again < TOLERANCE / 10
+    half = feature_distance(exported, fingerprint(copy.deepcopy(encoder).half()))
+    brain = feature_distance(exported, fingerprint(copy.deepcopy(encoder).bfloat16()))
+    assert TOLERANCE < half < ROUNDED_TOLERANCES[torch.float16] / 2
+    assert half < brain < ROUNDED_TOLERANCES[torch.bfloat16] / 2
     for name, parameter in encoder.named_parameters():
         if parameter.shape[2:] == (3, 3):
             kept = parameter.detach().clone()
             parameter.data = kept.transpose(2, 3).contiguous()
-            assert weights.feature_distance(exported, weights.fingerprint(encoder)) > 1000 * weights.TOLERANCE, name
+            assert feature_distance(exported, fingerprint(encoder)) > 1000 * TOLERANCE, name
             parameter.data = kept
 
 
 def test_fingerprints_that_cannot_be_compared_are_infinitely_far():
     one = [[0.0, 1.0, 0.5]]
-    assert weights.feature_distance(one, one) == 0.0
-    assert weights.feature_distance(one, [[0.0, 1.0, 0.51]]) == pytest.approx(0.01)
+    assert feature_distance(one, one) == 0.0
+    assert feature_distance(one, [[0.0, 1.0, 0.51]]) == pytest.approx(0.01)
     for other in ([], [[]], [*one, *one], [[0.0, 1.0, math.nan]], [[math.inf, 1.0, 0.5]]):
-        assert weights.feature_distance(one, other) == math.inf
-    assert weights.feature_distance([[0.0, 0.0, 0.0]], [[0.0, 0.0, 1e-9]]) == math.inf
-    assert weights.feature_distance([[]], [[]]) == 0.0
+        assert feature_distance(one, other) == math.inf
+    assert feature_distance([[0.0, 0.0, 0.0]], [[0.0, 0.0, 1e-9]]) == math.inf
+    assert feature_distance([[]], [[]]) == 0.0
 
 
 def test_an_encoder_in_half_precision_keeps_its_own_marks(tmp_path):
     weights.export_encoder(tmp_path, make_encoder(0).bfloat16(), {})
     encoder = make_encoder(1)
     receipt = weights.load_encoder(encoder, tmp_path)
-    assert (receipt.features_equal, receipt.tolerance, receipt.changed) == (True, weights.TOLERANCE, [])
+    assert (receipt.features_equal, receipt.tolerance, receipt.changed) == (True, TOLERANCE, [])
     assert "converted from bfloat16" in receipt.summary()
     replace_weights(tmp_path, to_half)
     assert weights.load_encoder(encoder, tmp_path).features_equal, "a precision without a mark is judged by features"

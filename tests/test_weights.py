@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg import weights
+from ssl_seg.fingerprint import fingerprint
 from ssl_seg.models import DecoderNet, DenseHead, EncoderNet, Features, SegmentationModel
 from tests.faults import crash_everywhere, message_of
 
@@ -325,8 +326,8 @@ def test_a_fingerprint_leaves_the_network_as_it_is():
     modes = [module.training for module in encoder.modules()]
     dice = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = weights.fingerprint(encoder)
-    assert inside == weights.fingerprint(encoder)
+        inside = fingerprint(encoder)
+    assert inside == fingerprint(encoder)
     assert torch.equal(torch.get_rng_state(), dice)
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
@@ -336,7 +337,7 @@ def test_a_fingerprint_leaves_the_network_as_it_is():
 def test_a_fingerprint_bears_a_map_that_is_absent():
     encoder = make_encoder(0)
     encoder.backbone.forward = lambda image: [image[:, :0], image]
-    assert [len(level) for level in weights.fingerprint(encoder)] == [0, 6]
+    assert [len(level) for level in fingerprint(encoder)] == [0, 6]
 
 
 def test_a_diverged_encoder_is_not_exported(tmp_path):
