@@ -17,13 +17,14 @@ _HOMES = {
     "finetune": ("FinetuneConfig",),
     "metrics": ("ConfusionMatrix", "SegmentationScores"),
     "models": ("Decoder", "DecoderNet", "DenseHead", "Encoder", "EncoderNet", "EncoderSpec", "ModelConfig"),
-    "norm": ("convert_norm",),
+    "norm": ("SwitchNorm2d", "convert_norm", "norm_shares", "recalibrate"),
     "predict": ("PredictConfig",),
     "pretrain": ("PretrainConfig",),
     "stage": ("Options",),
     "tasks": ("Batch", "MultiTask", "PretextTask", "Segment", "Task", "View"),
     "train": ("TrainConfig",),
     "weights": ("load_encoder",),
+    "worlds": ("Scene", "World"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

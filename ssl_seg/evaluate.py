@@ -121,7 +121,7 @@ def task_pictures(
 def prediction_panel(
     model: nn.Module, examples: Examples, resize: Size | None = None, count: int = NUM_PICTURES
 ) -> np.ndarray:
-    """A row per image of image | prediction | truth, uint8 `(H, W, 3)`."""
+    """A row per image of image | prediction | truth, with the classes' colours below, uint8 `(H, W, 3)`."""
     colours = pictures.palette(len(examples.class_names))
     chosen = _spread(examples, count)
     rows = []
@@ -131,7 +131,8 @@ def prediction_panel(
             ids = predict_ids(model, packed.to(_device(model)).image, image.shape[:2])[0]
             truth = images.resize_mask(packed.label[0].numpy(), image.shape[:2])
             rows.append([image, colours[ids.cpu().numpy()], colours[truth]])
-    return pictures.grid(rows)
+    sheet = pictures.grid(rows)
+    return np.vstack([sheet, pictures.legend(examples.class_names, colours, sheet.shape[1])])
 
 
 def build_model(config: ModelConfig, class_names: tuple[str, ...]) -> SegmentationModel:

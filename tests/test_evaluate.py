@@ -105,7 +105,10 @@ def test_pictures_have_a_row_an_image() -> None:
     sheets = task_pictures(module, config.data.val, config.augment)
     assert sheets["denoise"].shape == (3 * 64 + 2 * GAP, 3 * 64 + 2 * GAP, 3)
     panel = prediction_panel(Brightness(), Subset(Halves(), (1, 2)))
-    assert panel.shape == (2 * 54 + GAP, 3 * 72 + 2 * GAP, 3)
+    rows, below = panel[: 2 * 54 + GAP], panel[2 * 54 + GAP :]
+    assert rows.shape == (2 * 54 + GAP, 3 * 72 + 2 * GAP, 3)
+    for colour in palette(3)[:3]:  # dark, bright, never
+        assert (below == colour).all(axis=2).any()
 
 
 def test_the_model_s_classes_must_be_the_data_s(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
