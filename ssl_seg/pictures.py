@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORE_COLOUR = (224, 224, 224)
+FIRST_HUE = 105  # of 180: the first class is often the background or the sky, and a large area is calm in blue
 GAP = 4  # white pixels between panels
 
 
@@ -20,7 +21,7 @@ def palette(num_classes: int) -> np.ndarray:
     """
     table = np.full((256, 3), IGNORE_COLOUR, dtype=np.uint8)
     index = np.arange(num_classes)
-    hue = (index * 137.508 / 2) % 180  # OpenCV's hues count half degrees
+    hue = (FIRST_HUE + index * 137.508 / 2) % 180  # OpenCV's hues count half degrees
     saturation = np.array([200, 130, 235])[index % 3]
     value = np.array([200, 245, 140])[index // 3 % 3]
     hsv = np.stack([hue, saturation, value], axis=-1).astype(np.uint8)[None]

@@ -75,7 +75,7 @@ def test_every_python_block_runs_and_the_task_is_short(after_python: Path) -> No
 
 
 def test_every_command_runs(after_python: Path) -> None:
-    assert len(blocks("bash")) == 4
+    assert len(blocks("bash")) == 6
     run_all(["bash", "-c", SHELL + "\n".join(blocks("bash"))], after_python)
     assert images.read_mask(after_python / "predicted" / "masks" / "0.png").shape == (96, 96)
     assert np.isin(images.read_mask(after_python / "predicted" / "masks" / "0.png"), (0, 1)).all()

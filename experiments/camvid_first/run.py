@@ -21,6 +21,11 @@ ARMS = {
     "encoder": ["init={pretrained}"],
     "encoder+decoder": ["init={pretrained}", "transfer=encoder+denoise"],
 }
+# What the recipe has come to hold since.
+AS_IT_WAS = [
+    *("tasks.colorize=null", "tasks.jigsaw=null", "tasks.denoise.weight=1", "tasks.inpaint.weight=1"),
+    "recalibrate=0",
+]
 
 
 def main() -> None:
@@ -33,7 +38,7 @@ def main() -> None:
     for seed in given.seeds:
         pretrained = given.out / f"pretrained_{seed}"
         roots = [f"data.pool.root={given.camvid}", f"data.val.root={given.camvid}"]
-        ssl_seg("pretrain", "camvid", *roots, f"seed={seed}", "--out", pretrained)
+        ssl_seg("pretrain", "camvid", *roots, *AS_IT_WAS, f"seed={seed}", "--out", pretrained)
         for arm, extra in ARMS.items():
             out = given.out / f"{arm}_{seed}"
             roots = [f"data.labelled.root={given.camvid}", f"data.val.root={given.camvid}"]
