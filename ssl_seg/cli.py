@@ -7,6 +7,7 @@ imported inside the commands, after the words have been looked at, so `--help` a
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -154,7 +155,7 @@ def norms_command(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     from rich.table import Table
 
     from ssl_seg import norms
-    from ssl_seg.norm import SHARES
+    from ssl_seg.switch_norm import SHARES
 
     found = norms.norms(run)
     table = Table("", "channels", *(f"{of} {share}" for of in ("mean", "var") for share in SHARES))
@@ -184,11 +185,14 @@ def synth_command(
     quiet: Quiet = False,
 ) -> None:
     """Draw synthetic images with exact masks; the world's options are key=value words, such as noise=0.1."""
-    width, _, height = size.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    sides = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", size)
+    if sides is None:
         raise UserError(f"--size {size}: not WIDTHxHEIGHT; write it as 480x360")
+    width, height = sides.groups()
     folder = _needed(out)
     options = _values(words, plugin)
+    if "type" in options:
+        raise UserError(f"type={options['type']}: the world is the first word; write ssl-seg synth {options['type']}")
     from ssl_seg import synth
     from ssl_seg.datasets.synthetic import Synthetic
 

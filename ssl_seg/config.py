@@ -207,13 +207,22 @@ def explain(error: ValidationError) -> str:
     return f"{key}: {message}, not {_short(first['input'])}{more}"
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, mapping by mapping; one whose `type` changes is replaced, for its keys are the type's."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """`over` laid on `base`, mapping by mapping; one whose `type` changes is replaced, for its keys are the type's.
+
+    `at` is where both lie, for the message. Raises UserError where keys would replace a word (`encoder: resnet50`, then
+    `encoder.drop_path`): only the class knows which key the word stands for, so it would be lost in silence.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping) and value and not {"type", "name"} & value.keys():
+            raise UserError(
+                f"{at}{key}: is the word '{old}' and is given the key '{next(iter(value))}' too; write both in one "
+                f"mapping, {at}{key}={{type: {old}, ...}} (an encoder's word is its name)"
+            )
         if isinstance(old, Mapping) and isinstance(value, Mapping) and not _type_changes(key, old, value):
-            merged[key] = merge(old, value)
+            merged[key] = merge(old, value, f"{at}{key}.")
         else:
             merged[key] = value
     return merged
@@ -326,7 +335,7 @@ def _fits(point: EntryPoint, family: type) -> bool:
 
 def _unknown(what: str, name: Any, known: Iterable[str]) -> str:
     close = get_close_matches(str(name), list(known), n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
     return f"unknown {what} '{name}'; {hint}"
 
 

@@ -309,7 +309,7 @@ def assemble(
             run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
-    return Learner(module, config.train, processes), sources
+    return Learner(module, config.train, processes, config.augment.crop), sources
 
 
 def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, weights.Receipt]:

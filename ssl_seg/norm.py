@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssl_seg.config import UserError
+from ssl_seg.switch_norm import LOGITS, SHARES, SwitchNorm2d
 
 Kind = Literal["keep", "batch", "sync", "group", "instance", "layer", "switch", "switch_sync", "frozen"]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -31,8 +31,6 @@ BATCH_KINDS = ("keep", "batch", "sync", "frozen")
 SWITCH_KINDS = ("switch", "switch_sync")
 MAX_GROUPS = 32  # the default of Wu and He, "Group Normalization", ECCV 2018
 MIN_GROUP_CHANNELS = 4  # the same paper's table 3: fewer channels a group are worse, one (instance norm) the worst
-SHARES = ("instance", "layer", "batch")  # the order of the logits of a SwitchNorm2d
-LOGITS = ("mean_logits", "var_logits")
 STATISTICS = ("running_mean", "running_var")
 CHANNELWISE = ("weight", "running_mean")  # tensors with a value a channel, where the layer has them
 # Measured by `gap_effects` on a resnet18 U-Net of 30 layers, pretrained on street photographs, for gaps of 0, 2, 5, 8
@@ -111,152 +109,6 @@ def _warn_of_cpu() -> None:
         warnings.warn(
             "norm: sync: works on GPUs only; on the CPU it is batch norm over each process's own images", stacklevel=2
         )
-
-
-class SwitchNorm2d(nn.Module):
-    """Switchable normalization: a learnt mixture of instance, layer and batch statistics.
-
-    Luo et al., "Differentiable learning-to-normalize via switchable normalization", ICLR 2019, equations 3 to 5. The
-    three means are mixed by the softmax of `mean_logits`, the three variances by that of `var_logits`, `(3,)` each in
-    the order of `SHARES`. Layer and batch statistics are made from the instance statistics, so the map is read once for
-    all three. Takes `(B, C, ...)`; statistics and mixture are float32 (or float64 for such input), the output has the
-    input's dtype.
-
-    In evaluation the batch statistics are moving averages, kept as torch keeps those of batch norm (`momentum`, None
-    for a cumulative average; unbiased variance). A single value a channel (one image of one pixel) has no variance and
-    leaves them as they are; the layer share is what normalizes it. With `sync` the batch statistics are those of all
-    processes together, on CPUs too.
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,  # torch's, as are the next three
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        sync: bool = False,
-    ) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.track_running_stats = track_running_stats
-        self.sync = sync
-        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
-        # Two vectors and not a matrix: the optimizer decays what has two dimensions. Equal shares, as in the paper.
-        self.mean_logits = nn.Parameter(torch.zeros(len(SHARES)))
-        self.var_logits = nn.Parameter(torch.zeros(len(SHARES)))
-        self.register_buffer("running_mean", torch.zeros(num_features) if track_running_stats else None)
-        self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
-        self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = x if x.dtype == torch.float64 else x.float()
-        mean_in, var_in = InstanceMoments.apply(values)  # (B, C) each
-        mean_ln = mean_in.mean(dim=1, keepdim=True)  # (B, 1)
-        # The paper has mean(var + mean^2) - mean^2: the same, but it loses all digits where means are large.
-        var_ln = var_in.mean(dim=1, keepdim=True) + mean_in.var(dim=1, correction=0, keepdim=True)
-        mean_bn, var_bn = self._batch_moments(mean_in, var_in, x.shape[2:].numel())  # (C,) each
-        of_means, of_vars = self.mean_logits.softmax(0), self.var_logits.softmax(0)
-        mean = of_means[0] * mean_in + of_means[1] * mean_ln + of_means[2] * mean_bn  # (B, C)
-        var = of_vars[0] * var_in + of_vars[1] * var_ln + of_vars[2] * var_bn
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        normal = torch.addcmul(_over_pixels(shift, x), values, _over_pixels(scale, x))
-        return self.act(self.drop(normal.to(x.dtype)))
-
-    def _batch_moments(self, mean_in: Tensor, var_in: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-        if not self.training and self.running_mean is not None:
-            return self.running_mean.to(mean_in.dtype), self.running_var.to(mean_in.dtype)
-        shared = self.training and self.sync and dist.is_initialized() and dist.get_world_size() > 1
-        if shared:
-            mean, var, images = _moments_of_all(mean_in, var_in)
-        else:
-            mean = mean_in.mean(dim=0)
-            var = var_in.mean(dim=0) + mean_in.var(dim=0, correction=0)
-            images = len(mean_in)
-        count = images * pixels
-        if self.training and self.running_mean is not None and (shared or count > 1):
-            self._follow(mean.detach(), var.detach() * (count / (count - 1)))
-        return mean, var
-
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        rate = 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-        self.running_var.lerp_(var.to(self.running_var.dtype), rate)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, sync={self.sync}"
-
-
-class InstanceMoments(torch.autograd.Function):
-    """`(B, C, ...)` to mean and biased variance over the pixels, `(B, C)` each.
-
-    What autograd would do by itself, in a third of its time: the gradient is linear in x, one pass writes it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        flat = _flat(x)
-        mean = flat.mean(dim=2)
-        var = (flat - mean[..., None]).square_().mean(dim=2)
-        ctx.save_for_backward(x, mean)
-        return mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_mean: Tensor, by_var: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        pixels = x.shape[2:].numel()
-        slope = by_var * (2 / pixels)
-        offset = by_mean / pixels - slope * mean
-        return torch.addcmul(_over_pixels(offset, x), x, _over_pixels(slope, x))
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' tensors, on each; so is the gradient. torch's own version is deprecated (2.14)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_total: Tensor) -> Tensor:
-        total = by_total.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _moments_of_all(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch mean and variance `(C,)` over the images of all processes, and how many those are; one message."""
-    mean, var = mean_in.double(), var_in.double()  # so that the difference of squares below keeps its digits
-    mine = torch.cat([mean.sum(dim=0), (var + mean.square()).sum(dim=0), mean.new_full((1,), len(mean))])
-    total = SumOverProcesses.apply(mine)
-    images = total[-1].detach()
-    mean, square = (total[:-1] / images).chunk(2)
-    var = square - mean.square()
-    return mean.to(mean_in.dtype), var.to(mean_in.dtype), images
-
-
-def _flat(x: Tensor) -> Tensor:
-    """`(B, C, ...)` as `(B, C, pixels)`: a view in both memory formats."""
-    return x.flatten(2) if x.ndim > 2 else x[..., None]
-
-
-def _over_pixels(value: Tensor, x: Tensor) -> Tensor:
-    return value[(...,) + (None,) * (x.ndim - 2)]  # (B, C) -> (B, C, 1, 1)
 
 
 # ---- conversion ----

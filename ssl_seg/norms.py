@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from ssl_seg import files, weights
 from ssl_seg.config import UserError
-from ssl_seg.norm import SHARES, Shares, shares_in
+from ssl_seg.norm import Shares, shares_in
+from ssl_seg.switch_norm import SHARES
 
 # Of the bar and of the number on it. Okabe and Ito, 2008: colour-blind readers tell them apart too.
 COLOURS = (("#0072B2", "white"), ("#E69F00", "black"), ("#009E73", "white"))

@@ -171,7 +171,7 @@ def assemble(
             run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, config.tasks, tasks)
-    return Learner(module, config.train, processes), {"pool": pool}
+    return Learner(module, config.train, processes, config.augment.crop), {"pool": pool}
 
 
 def load_weights(config: PretrainConfig, module: MultiTask) -> dict[str, weights.Receipt]:

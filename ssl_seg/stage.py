@@ -215,9 +215,9 @@ def first_weights(module: MultiTask, model: ModelConfig, init: str | None) -> It
         ) from error
     if norm.loads_as(exported, model.norm) != model.norm:
         decoders = [part.decoder for part in module.heads.modules() if isinstance(part, DenseHead)]
-        for part in (module.encoder, *decoders):
-            if norm.has_batch_norm(part):
-                norm.convert_norm(part, model.norm)
+        convertible = [part for part in (module.encoder, *decoders) if norm.has_batch_norm(part)]
+        for part in convertible or [module.encoder]:  # which says, where there are none, that nothing can be converted
+            norm.convert_norm(part, model.norm)
     frozen = [layer for layer in module.encoder.modules() if isinstance(layer, norm.FrozenNorm)]
     if frozen and all(norm.is_fresh(layer) for layer in frozen):
         raise UserError("model.norm: frozen: a new encoder has no statistics to keep; give init=RUN, or another norm")

@@ -61,8 +61,9 @@ def synth(
     where the disk does not take the files.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out {out}: exists already; name a new folder")
+    with files.naming(out):
+        if out.exists() or out.is_symlink():
+            raise UserError(f"--out {out}: exists already; name a new folder")
     height, width = dataset.size
     if height * width > images.MAX_PIXELS:
         raise UserError(f"--size {width}x{height}: no image of more than {images.MAX_PIXELS} pixels is read back")

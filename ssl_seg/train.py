@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import Config, UserError
 from ssl_seg.data import Packed
-from ssl_seg.norm import LOGITS, running_statistics
+from ssl_seg.norm import running_statistics
+from ssl_seg.switch_norm import LOGITS
 from ssl_seg.tasks import MultiTask, Stream, in_evaluation_mode, make_views, weighted_total
 
 T = TypeVar("T")
@@ -160,9 +161,14 @@ class Processes:
 
 
 class Learner:
-    """The module, its optimizer and the processes: what a step changes, and what a checkpoint holds."""
+    """The module, its optimizer and the processes: what a step changes, and what a checkpoint holds.
 
-    def __init__(self, module: MultiTask, config: TrainConfig, processes: Processes) -> None:
+    `size` (H, W) is that of the images to come.
+    """
+
+    def __init__(
+        self, module: MultiTask, config: TrainConfig, processes: Processes, size: tuple[int, int] = (64, 64)
+    ) -> None:
         self.config = config
         self.processes = processes
         self.accelerator = processes.accelerator
@@ -175,7 +181,7 @@ class Learner:
         # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
         # leave maps of the encoder unused: there the loop averages by itself.
         together = processes.world > 1 and config.encode == "together"
-        self.uses_ddp = together and uses_every_weight(self.module)
+        self.uses_ddp = together and uses_every_weight(self.module, size)
         optimizer = build_optimizer(self.module, config)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.wrapped = self.module
@@ -226,13 +232,16 @@ class Learner:
         return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
 
 
-def uses_every_weight(module: MultiTask) -> bool:
-    """Whether the heads together reach every weight that is trained: tried on a small image."""
-    image = rng.uniform(rng.as_key("probe"), (2, 3, 64, 64)).to(next(module.parameters()).device)
+def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bool:
+    """Whether the heads together reach every weight that is trained: tried on two images.
+
+    Of the run's own `size` (H, W), for a task may refuse others: a jigsaw wants room for its tiles.
+    """
+    image = rng.uniform(rng.as_key("probe"), (2, 3, *size)).to(next(module.parameters()).device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with in_evaluation_mode(module):
         features = module.encoder(image)
-        total = sum(head(features, (64, 64)).sum() for head in module.heads.values())
+        total = sum(head(features, size).sum() for head in module.heads.values())
         gradients = torch.autograd.grad(total, trained, allow_unused=True)
     return all(gradient is not None for gradient in gradients)
 

@@ -360,6 +360,14 @@ def test_an_entry_point_that_leads_nowhere_is_named_in_one_line(tmp_path, monkey
 # Merging
 
 
+def test_a_word_is_not_lost_to_keys_given_beside_it():
+    base = {"model": {"encoder": "resnet50", "norm": "keep"}}
+    with pytest.raises(UserError, match=r"^model.encoder: is the word 'resnet50' and is given the key 'drop_path'"):
+        merge(base, {"model": {"encoder": {"drop_path": 0.1}}})
+    for whole in ({"name": "resnet34"}, {"type": "timm", "drop_path": 0.1}, "resnet34", {}):
+        assert merge(base, {"model": {"encoder": whole}})["model"]["encoder"] == whole
+
+
 def test_merge_goes_mapping_by_mapping_and_leaves_its_arguments_alone():
     base, over = {"a": {"x": 1, "y": [1, 2]}, "b": 2}, {"a": {"y": [3]}, "c": None}
     assert merge(base, over) == {"a": {"x": 1, "y": [3]}, "b": 2, "c": None}

@@ -22,7 +22,7 @@ KEPT = Path(__file__).parent / "golden" / "pretraining.json"
 
 def losses(folder: Path) -> list[dict[str, float]]:
     values = pretraining(steps=4, lr=1e-4)
-    values["tasks"] = dict.fromkeys(["denoise", "inpaint", "colorize", "jigsaw", "rotate"], {})
+    values["tasks"] = {name: {} for name in ("denoise", "inpaint", "colorize", "jigsaw", "rotate")}
     values["model"] = {**values["model"], "decoder": {"type": "unet", "channels": [32, 16, 16, 8, 8]}}
     pretrain(load(PretrainConfig, values), Options(folder, quiet=True))
     lines = read_metrics(folder)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every file may import those of the rows above it, and its neighbours to the left.
 ROWS = [
-    ["config", "rng", "norm", "losses", "metrics"],
+    ["config", "rng", "switch_norm", "norm", "losses", "metrics"],
     ["models", "models.timm", "models.smp"],
     ["images", "pictures", "files", "terminal"],
     ["worlds", "worlds.drawing", "worlds.squares", "worlds.shapes"],

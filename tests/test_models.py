@@ -308,6 +308,19 @@ def test_every_pair_gives_the_input_size_and_trains_every_weight(name, encoder, 
     model.zero_grad(set_to_none=True)
 
 
+def test_a_head_of_coarser_stride_averages_before_its_last_layer():
+    class Finest(DecoderNet):
+        out_channels = 2
+
+        def forward(self, features):
+            return features[0]
+
+    head = DenseHead(Finest(), 5, (1, 32), stride=4)
+    features = [torch.randn(3, 2, 64, 32), torch.zeros(3, 1, 2, 1)]  # of images of 53 x 30, padded
+    expected = head.last(torch.nn.functional.avg_pool2d(features[0], 4))[..., :14, :8]
+    torch.testing.assert_close(head(features, (53, 30)), expected)
+
+
 @pytest.mark.parametrize("encoder", NOT_DILATED)
 def test_deeplabv3plus_refuses_or_works_at_stride_32(encoder):
     with pytest.raises(UserError, match="encoder_stride: 32") as caught:

@@ -25,9 +25,10 @@ from ssl_seg.config import UserError, load
 from ssl_seg.data import Samples
 from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.models import ModelConfig
-from ssl_seg.norm import GAP, SwitchNorm2d, convert_norm, gap_effects, has_batch_norm, norm_shares, num_groups
+from ssl_seg.norm import GAP, convert_norm, gap_effects, has_batch_norm, norm_shares, num_groups
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options, build_module, open_streams, recalibrate
+from ssl_seg.switch_norm import SwitchNorm2d
 from ssl_seg.train import Learner, Processes, not_decayed, train
 from tests.small import finetuning, pretraining
 from tests.test_ddp import torchrun
@@ -585,6 +586,7 @@ def test_the_export_has_clean_statistics_and_the_state_those_of_training(runs: d
     decoders = [load_file(run / "decoders" / "denoise.safetensors") for run in (off, runs["switch"])]
     changed = [name for name, value in decoders[0].items() if not torch.equal(value, decoders[1][name])]
     assert any("running_mean" in name for name in changed)
+    assert all(value.any() for name, value in decoders[1].items() if name.endswith("running_mean")), "they were shown"
     # Taken up again, a finished run exports the same.
     before = clean[name].clone()
     _pretrained(runs["switch"], "switch")
@@ -634,6 +636,11 @@ def test_fine_tuning_converts_what_was_pretrained_with_batch_norm(
     if kind == "frozen":
         frozen = "backbone.network.bn1.running_mean"
         assert torch.equal(done["weights"][f"encoder.{frozen}"], exported[frozen])
+        decoder = load_file(runs["batch"] / "decoders" / "denoise.safetensors")
+        counted = [name for name in decoder if name.endswith("num_batches_tracked")]
+        assert len(counted) == NUM_DECODER
+        for name in counted:  # batch norm as before, which has taken in the one step
+            assert done["weights"][f"head.decoder.{name}"] == decoder[name] + 1
 
 
 def test_a_fresh_decoder_beside_a_converted_encoder_starts_with_equal_shares(
@@ -664,6 +671,14 @@ def test_a_norm_that_cannot_be_converted_is_named(
     with pytest.raises(UserError, match=message) as caught:
         _finetuned(tmp_path / "run", runs[trained], kind)
     assert "\n" not in str(caught.value)
+
+
+def test_an_init_that_has_nothing_to_convert_is_named(tmp_path: Path) -> None:
+    values = pretraining(steps=1)
+    values["model"] = {"encoder": "convnext_atto", "decoder": values["model"]["decoder"]}
+    pretrain(load(PretrainConfig, values), Options(tmp_path / "init", quiet=True))
+    with pytest.raises(UserError, match=r"norm: switch: LayerNorm networks have nothing to convert"):
+        _finetuned(tmp_path / "run", tmp_path / "init", "switch")
 
 
 def test_a_converted_run_is_taken_up_again(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -750,7 +765,9 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(two: dict[str, Any
 def test_two_processes_with_synchronised_switch_norm_learn_what_one_does(two: dict[str, Any]) -> None:
     alone = _learn("switch")
     assert two["learnt"]["losses"] == pytest.approx(alone["losses"], rel=1e-3)
-    torch.testing.assert_close(two["learnt"]["statistics"], alone["statistics"], rtol=1e-2, atol=1e-3)
+    # As a whole: Adam's first steps are signs, so a weight whose gradient is all rounding may go the other way.
+    difference = two["learnt"]["statistics"] - alone["statistics"]
+    assert difference.norm() < 5e-3 * alone["statistics"].norm()
 
 
 def test_all_processes_end_with_the_same_clean_statistics(two: dict[str, Any]) -> None:

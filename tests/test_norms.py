@@ -14,9 +14,10 @@ from PIL import Image
 from ssl_seg import cli, evaluate, norms
 from ssl_seg.config import UserError, load
 from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.norm import SHARES, Shares, norm_shares
+from ssl_seg.norm import Shares, norm_shares
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options
+from ssl_seg.switch_norm import SHARES
 from tests.small import finetuning, pretraining
 
 MODEL = {"encoder": {"name": "mobilenetv2_035"}, "decoder": {"channels": [16, 16, 8, 8, 8]}, "norm": "switch"}

@@ -252,6 +252,16 @@ def test_light_spreads_brightness_over_the_picture() -> None:
     assert _rising(spreads[1:])
 
 
+def test_light_changes_gradually_in_wide_pictures_too() -> None:
+    size = (150, 3200)
+    for number in range(4):  # lamps on several sides
+        dark = Shapes(objects=(1, 1), noise=0, blur=0, light=0).draw(key(number), size).image
+        lit = Shapes(objects=(1, 1), noise=0, blur=0, light=1).draw(key(number), size).image
+        gain = np.where(dark < 120, lit / np.maximum(dark, 1), np.nan)  # lighter ones are cut off at white
+        assert np.nanmax(np.abs(np.diff(gain, axis=1))) < 0.2
+        assert np.nanmax(gain) - np.nanmin(gain) > 1, "else nothing is lit"
+
+
 def test_blur_takes_detail_and_no_brightness() -> None:
     blurs = (0, 1, 2, 4, 8, 12)
     pictures = [np.stack([scene.image for scene in _scenes(blur=blur)]).astype(float) for blur in blurs]

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_seg import finetune, pretrain
 from ssl_seg.config import UserError, load
 from ssl_seg.data import Packed, Samples
-from ssl_seg.norm import SwitchNorm2d
+from ssl_seg.finetune import FinetuneConfig
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module, open_streams, pool_tasks
+from ssl_seg.switch_norm import SwitchNorm2d
 from ssl_seg.train import (
     PATIENCE_FOR_NAN,
     Learner,
@@ -30,7 +32,7 @@ from ssl_seg.train import (
     train,
     uses_every_weight,
 )
-from tests.small import pretraining
+from tests.small import POOL, finetuning, pretraining
 
 ROUNDING = 1e-4  # of a tensor's largest gradient; the stem's sums over few large maps round to 2e-5 in float32
 
@@ -203,16 +205,17 @@ def test_ten_bad_steps_in_a_row_end_the_run_with_the_names() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_restored_state_goes_on_bit_for_bit(optimizer: str) -> None:
-    whole, sources = make(optimizer=optimizer)
+@pytest.mark.parametrize("changed", [{"optimizer": "adamw"}, {"optimizer": "sgd"}, {"channels_last": True}])
+def test_a_restored_state_goes_on_bit_for_bit(changed: dict[str, Any]) -> None:
+    whole, sources = make(**changed)
     steps = [(step.metrics, weights(whole)) for step in run(whole, sources)]
-    half, _ = make(optimizer=optimizer)
+    half, _ = make(**changed)
     for step in run(half, sources):
         if step.number == 3:
             break
-    saved = {name: value.clone() for name, value in half.tensors().items()}
-    other, _ = make(optimizer=optimizer, lr=1e-3)
+    # A file keeps no memory format.
+    saved = {name: value.clone(memory_format=torch.contiguous_format) for name, value in half.tensors().items()}
+    other, _ = make(**changed)
     other.restore(saved, half.data())
     for step, (metrics, expected) in zip(run(other, sources, start=3), steps[3:], strict=True):
         assert step.metrics == metrics
@@ -254,6 +257,24 @@ def test_a_norm_layer_s_statistics_are_left_alone_by_the_look_at_its_weights() -
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_look_at_the_weights_takes_images_of_the_run_s_size(stage: str) -> None:
+    joint = {**finetuning(), "model": pretraining()["model"]}
+    joint["data"] = {**joint["data"], "pool": POOL}
+    values = {"pretrain": pretraining(), "finetune": joint}[stage]
+    values |= {"augment": {"crop": [160, 128]}, "tasks": {"denoise": {}, "jigsaw": {"grid": 10}}}
+    config = load({"pretrain": PretrainConfig, "finetune": FinetuneConfig}[stage], values)
+    processes = Processes(config.train)
+    processes.world = 2  # then DDP is to be used, whose reducer wants every weight
+    if stage == "pretrain":
+        learner, _ = pretrain.assemble(config, processes, None, quiet=True)
+    else:
+        config = finetune.resolve(config)
+        labelled, _ = finetune.choose_images(config)
+        learner, _ = finetune.assemble(config, processes, None, labelled, quiet=True)
+    assert learner.uses_ddp
 
 
 def test_all_images_of_an_accumulated_bad_step_are_named() -> None:

@@ -388,8 +388,8 @@ def _lit(image: np.ndarray, key: Tensor, lamp: int, strength: float) -> np.ndarr
     """Brighter towards the lamp and in patches: each pixel times 1 - strength to 1 + strength."""
     height, width = image.shape[:2]
     cos, sin = _direction(lamp)
-    x = np.arange(width, dtype=np.int32)[None, :] - width // 2
-    y = np.arange(height, dtype=np.int32)[:, None] - height // 2
+    x = np.arange(width, dtype=np.int64)[None, :] - width // 2  # 32 bits would overflow from 2,048 px on
+    y = np.arange(height, dtype=np.int64)[:, None] - height // 2
     ramp = (x * cos + y * sin) * 128 // (max(height, width) << 13)  # -181 to 181 where the picture is square
     patches = noise(key, (height, width), max(2, min(height, width) // 2)).astype(np.int32) - 128
     field = np.clip((ramp * 3 + patches * 4) >> 2, -120, 120)

@@ -16,25 +16,11 @@ from ssl_seg import rng
 from ssl_seg.worlds import Scene, World
 from ssl_seg.worlds.drawing import Dice
 from ssl_seg.worlds.street.layout import Layout
+from ssl_seg.worlds.street.materials import CLASSES
 from ssl_seg.worlds.street.perspective import NEAR, Picture
 from ssl_seg.worlds.street.plan import BLOCK, BLOCKS, camera, draw_plan
 from ssl_seg.worlds.street.surface import Surface, expose
 from ssl_seg.worlds.street.things import Scenery
-
-# Those of CamVid, in its order; a test compares them.
-CLASSES = (
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign",
-    "fence",
-    "car",
-    "pedestrian",
-    "bicyclist",
-)
 
 
 class Street(World):

@@ -12,7 +12,21 @@ from ssl_seg import rng
 from ssl_seg.worlds.drawing import tile
 from ssl_seg.worlds.street.perspective import Colour, channels
 
-SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(11)  # as CamVid has them
+# Those of CamVid, in its order; a test compares them.
+CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+SKY, BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, BICYCLIST = range(len(CLASSES))
 
 # round(1024 sin(90 degrees * i / 16)): written out, since the last bit of a library's sine is its own
 SINES = (0, 100, 200, 297, 392, 483, 569, 650, 724, 792, 851, 903, 946, 980, 1004, 1019, 1024)
