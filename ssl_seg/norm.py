@@ -372,11 +372,16 @@ def _averaging(module: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]
     for layer in layers:
         layer.training = True  # not `train()`: the dropout inside a BatchNormAct2d stays off
         layer.momentum = None  # a cumulative average
+    shared = [layer for layer in layers if getattr(layer, "sync", False)]
+    for layer in shared:
+        layer.sync = False  # every process sees the same images; together they would count each several times
     try:
         yield
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+        for layer in shared:
+            layer.sync = True
         for part, training in modes:
             part.training = training
 

@@ -29,7 +29,7 @@ from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, due, 
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 SAVES_PER_RUN = 10
-CLEAN_BATCH = 32  # images; the spread between images counts in a batch's variance by 1 - 1/32
+CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
 
 
@@ -297,7 +297,9 @@ def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
     """Estimate the batch statistics of encoder and heads on the run's first `count` crops, before any task touches
     them; every process reads the same ones, so all end with the same. Gives the number of layers that have some."""
     module, config, processes = learner.module, learner.config, learner.processes
-    chunks = np.array_split(np.arange(count), max(1, -(-count // CLEAN_BATCH)))
+    # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
+    at_once = max(3, min(CLEAN_BATCH, config.batch_size * pool_tasks(module.tasks)))
+    chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
     clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.workers)
     batches = (packed.to(processes.device, config.channels_last).image for packed in clean)
 
