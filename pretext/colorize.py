@@ -182,7 +182,10 @@ def colour_code(image: Tensor) -> Tensor:
 def soft_bins(code: Tensor) -> tuple[Tensor, Tensor]:
     """Ids int64 and shares float32 of the five bins of each colour, both `(*code.shape, 5)`, the nearest first."""
     table = colour_table(code.device)
-    return table.ids[code].long(), table.shares[code]
+    shape = (*code.shape, NEIGHBOURS)
+    # `index_select` takes half the time of an index in brackets, on a CPU.
+    ids, shares = (part.index_select(0, code.flatten()).view(shape) for part in (table.ids, table.shares))
+    return ids.long(), shares
 
 
 def at_stride(image: Tensor) -> Tensor:
