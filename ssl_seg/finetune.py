@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,18 +26,16 @@ from ssl_seg.stage import (
     Options,
     StopRule,
     TaskMapping,
-    as_exported,
-    build_module,
     check_images,
     check_same_images,
     check_sizes,
     export_heads,
-    first_weights,
     fit,
     open_run,
     prepare_tasks,
     recall,
     record_tasks,
+    start_module,
 )
 from ssl_seg.tasks import MultiTask, Segment
 from ssl_seg.terminal import say
@@ -297,16 +296,9 @@ def assemble(
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
     tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
-    resumes = run is not None and store.has_checkpoint(run.folder)
-    model = config.model.without_pretrained() if config.init or resumes else config.model
-    module = build_module(model if resumes else as_exported(model, config.init), tasks, config.seed)
-    if not resumes:
-        with first_weights(module, model, config.init):
-            receipts = load_weights(config, module)
-        for receipt in receipts.values():
-            say(receipt.summary(), quiet)
-        if run is not None:
-            run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
+    module, receipts = start_module(config, tasks, run, partial(load_weights, config), quiet)
+    if run is not None and receipts is not None:
+        run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
     return Learner(module, config.train, processes, config.augment.crop), sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
@@ -17,18 +18,16 @@ from ssl_seg.stage import (
     Job,
     Options,
     TaskMapping,
-    as_exported,
-    build_module,
     check_images,
     check_same_images,
     check_sizes,
     export_heads,
-    first_weights,
     fit,
     open_run,
     prepare_tasks,
     recalibrate,
     record_tasks,
+    start_module,
 )
 from ssl_seg.tasks import MultiTask, PretextTask
 from ssl_seg.terminal import say
@@ -159,16 +158,9 @@ def assemble(
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
     recorded = (run and run.read_json("tasks.json")) or {}
     tasks = prepare_tasks(config.tasks, pool, recorded)
-    resumes = run is not None and store.has_checkpoint(run.folder)
-    model = config.model.without_pretrained() if config.init or resumes else config.model
-    module = build_module(model if resumes else as_exported(model, config.init), tasks, config.seed)
-    if not resumes:
-        with first_weights(module, model, config.init):
-            receipts = load_weights(config, module)
-        for receipt in receipts.values():
-            say(receipt.summary(), quiet)
-        if run is not None and receipts:
-            run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
+    module, receipts = start_module(config, tasks, run, partial(load_weights, config), quiet)
+    if run is not None and receipts:
+        run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, config.tasks, tasks)
     return Learner(module, config.train, processes, config.augment.crop), {"pool": pool}

@@ -189,6 +189,29 @@ def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> Mu
     return MultiTask(encoder, model.spec(encoder), tasks, seed)
 
 
+def start_module(
+    config: Config,
+    tasks: Mapping[str, Task],
+    run: store.Run | None,
+    load: Callable[[MultiTask], dict[str, weights.Receipt]],
+    quiet: bool,
+) -> tuple[MultiTask, dict[str, weights.Receipt] | None]:
+    """The module with its first weights, and receipts for those that `load` has put in from the config's `init`.
+
+    None instead of receipts where `run` has a checkpoint, whose weights are to come.
+    """
+    resumes = run is not None and store.has_checkpoint(run.folder)
+    model = config.model.without_pretrained() if config.init or resumes else config.model
+    if resumes:
+        return build_module(model, tasks, config.seed), None
+    module = build_module(as_exported(model, config.init), tasks, config.seed)
+    with first_weights(module, model, config.init):
+        receipts = load(module)
+    for receipt in receipts.values():
+        say(receipt.summary(), quiet)
+    return module, receipts
+
+
 def as_exported(model: ModelConfig, init: str | None) -> ModelConfig:
     """`model` as the weights of `init` fit it: what is to be converted from batch norm is loaded as batch norm."""
     if init is None:

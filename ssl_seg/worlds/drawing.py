@@ -53,8 +53,7 @@ def noise(key: Tensor, size: tuple[int, int], cell: int, octaves: int = 1) -> np
     for octave in range(octaves):
         side = max(1, cell >> octave)
         rows, columns = height // side + 2, width // side + 2
-        words = rng.bits(rng.fold_in(key, octave), (rows * columns,)).numpy()
-        lattice = (words.view(np.uint64) >> np.uint64(56)).astype(np.uint8).reshape(rows, columns)
+        lattice = _levels(rng.fold_in(key, octave), rows, columns)
         # Bit-exact by contract, unlike INTER_LINEAR.
         smooth = cv2.resize(lattice, (columns * side, rows * side), interpolation=cv2.INTER_LINEAR_EXACT)
         total += (smooth[:height, :width].astype(np.int32) - 128) >> octave
@@ -71,10 +70,14 @@ def tile(name: str, side: int, cell: int, octaves: int = 1) -> np.ndarray:
     for octave in range(octaves):
         step = cell >> octave
         count = side // step
-        words = rng.bits(rng.fold_in(key, octave), (count * count,)).numpy()
-        lattice = (words.view(np.uint64) >> np.uint64(56)).astype(np.uint8).reshape(count, count)
-        wrapped = np.pad(lattice, 1, mode="wrap")
+        wrapped = np.pad(_levels(rng.fold_in(key, octave), count, count), 1, mode="wrap")
         whole = side + 2 * step
         smooth = cv2.resize(wrapped, (whole, whole), interpolation=cv2.INTER_LINEAR_EXACT)
         total += (smooth[step:-step, step:-step].astype(np.int32) - 128) >> octave
     return np.clip(total + 128, 0, 255).astype(np.uint8)
+
+
+def _levels(key: Tensor, rows: int, columns: int) -> np.ndarray:
+    """Even random levels, uint8."""
+    words = rng.bits(key, (rows * columns,)).numpy()
+    return (words.view(np.uint64) >> np.uint64(56)).astype(np.uint8).reshape(rows, columns)

@@ -208,26 +208,14 @@ def _light(dice: Dice, weather: str) -> tuple[Air, tuple[int, int] | None, tuple
             (bright, bright, bright),
             22000,
         )
-        sky = (
-            (bright - 16, bright - 12, bright - 8),
-            (bright, bright, bright),
-            (bright, bright, bright),
-            (bright - 34, bright - 30, bright - 26),
-        )
-        return air, None, sky, (dice.roll(100, 220), dice.roll(1, 4))
+        return air, None, _covered(bright, (16, 12, 8), (34, 30, 26)), (dice.roll(100, 220), dice.roll(1, 4))
     if weather == "rain":
         light = dice.roll(130, 200)
         bright = dice.roll(196, 244)
         air = Air(
             light + 10, light * 7 // 8, light * 7 // 8, light * 3 // 4, (bright - 10, bright - 8, bright - 4), 9000
         )
-        sky = (
-            (bright - 30, bright - 26, bright - 20),
-            (bright, bright, bright),
-            (bright, bright, bright),
-            (bright - 50, bright - 46, bright - 40),
-        )
-        return air, None, sky, (dice.roll(140, 240), dice.roll(1, 4))
+        return air, None, _covered(bright, (30, 26, 20), (50, 46, 40)), (dice.roll(140, 240), dice.roll(1, 4))
     light = dice.roll(80, 150)
     red = dice.roll(0, 40)
     air = Air(
@@ -241,6 +229,13 @@ def _light(dice: Dice, weather: str) -> tuple[Air, tuple[int, int] | None, tuple
     )
     sky = ((126, 134, 150), (198 + red, 190 + red // 3, 184), (206 + red, 198 + red // 3, 190), (104, 108, 120))
     return air, None, sky, (dice.roll(80, 230), dice.roll(1, 4))
+
+
+def _covered(bright: int, above: Colour, shade: Colour) -> tuple[Colour, Colour, Colour, Colour]:
+    """A grey sky as `Plan` holds it: how much darker it is above and on the clouds' undersides."""
+    grey = (bright, bright, bright)
+    dark_above, dark_shade = (tuple(bright - part for part in darker) for darker in (above, shade))
+    return dark_above, grey, grey, dark_shade
 
 
 def camera(plan: Plan, size: tuple[int, int], frame: int) -> Camera:
