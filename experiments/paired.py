@@ -6,6 +6,7 @@ on where it was stopped.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -45,6 +46,34 @@ class Cell:
     def name(self) -> str:
         start = "" if self.pretraining_seed is None else f"_p{self.pretraining_seed}"
         return f"{self.arm}{start}_s{self.seed}_{self.labels}labels_{self.steps}steps"
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The words that every experiment on CamVid takes."""
+    words = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--camvid", type=Path, required=True, help="the folder that holds CamVid")
+    words.add_argument("--out", type=Path, required=True)
+    words.add_argument("--pretraining-seeds", type=int, nargs="+", default=[0, 1])
+    words.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    words.add_argument("--labels", type=int, nargs="+", default=[10, 30])
+    words.add_argument("--steps", type=int, nargs="+", default=[400, 1400], help="fine-tuning budgets")
+    words.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
+    return words
+
+
+def run_budgets(
+    given: argparse.Namespace,
+    arms: Mapping[str, Arm],
+    words: Sequence[str],
+    pretrained: Mapping[tuple[str, int], Path],
+) -> None:
+    """Make the fine-tunings of all arms, budget by budget; after each the table so far is written and printed."""
+    rows = []
+    for steps in given.steps:
+        wanted = cells(arms, given.pretraining_seeds, given.seeds, given.labels, steps)
+        rows += finetune_all(wanted, arms, words, pretrained, given.out, given.jobs)
+        write_table(rows, given.out / "scores.csv")
+        print(summary(rows, arms), flush=True)
 
 
 def cells(

@@ -7,12 +7,10 @@ The drawn images are written once to <out>/street; the score of the network that
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-from pathlib import Path
 
-from experiments.paired import SCRATCH, Arm, cells, finetune_all, pretrain_all, scores, summary, write_table
+from experiments.paired import SCRATCH, Arm, arguments, pretrain_all, run_budgets, scores
 from ssl_seg.worlds.street import Street
 
 ARMS = {
@@ -25,30 +23,13 @@ ARMS = {
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--camvid", type=Path, required=True, help="the folder that holds CamVid")
-    words.add_argument("--out", type=Path, required=True)
+    words = arguments(__doc__)
     words.add_argument("--count", type=int, default=2000, help="drawn images")
-    words.add_argument("--pretraining-seeds", type=int, nargs="+", default=[0, 1])
-    words.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    words.add_argument("--labels", type=int, nargs="+", default=[10, 30])
-    words.add_argument("--steps", type=int, nargs="+", default=[400, 1400], help="fine-tuning budgets")
-    words.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     given = words.parse_args()
     street = given.out / "street"
     if not street.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "ssl_seg",
-            "synth",
-            "street",
-            "--count",
-            str(given.count),
-            "--out",
-            str(street),
-        ]
-        subprocess.run(command, check=True)
+        drawing = ["synth", "street", "--count", str(given.count), "--out", str(street)]
+        subprocess.run([sys.executable, "-m", "ssl_seg", *drawing], check=True)
     drawn = f"type: folder, images: {street}/images"
     labelled = f"{{{drawn}, masks: {street}/masks, classes: [{', '.join(Street().class_names)}]}}"
     val = f"data.val.root={given.camvid}"
@@ -60,13 +41,7 @@ def main() -> None:
     pretrained = pretrain_all(pretrainings, given.pretraining_seeds, given.out, given.jobs)
     for seed in given.pretraining_seeds:
         print(f"drawn masks alone, seed {seed}: mIoU {100 * scores(pretrained['masks', seed])['miou']:.1f}")
-    rows = []
-    for steps in given.steps:
-        wanted = cells(ARMS, given.pretraining_seeds, given.seeds, given.labels, steps)
-        finetuning = ["camvid_labelled", f"data.labelled.root={given.camvid}", val]
-        rows += finetune_all(wanted, ARMS, finetuning, pretrained, given.out, given.jobs)
-        write_table(rows, given.out / "scores.csv")
-        print(summary(rows, ARMS), flush=True)
+    run_budgets(given, ARMS, ["camvid_labelled", f"data.labelled.root={given.camvid}", val], pretrained)
 
 
 if __name__ == "__main__":
