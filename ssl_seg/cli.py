@@ -19,6 +19,7 @@ import typer
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
 
 if TYPE_CHECKING:
+    from ssl_seg.compare import Comparison
     from ssl_seg.metrics import SegmentationScores
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ def _say_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+GROUPS_ABREAST = 6  # columns of a table that fits a wide terminal
 ClickError = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
 Words = Annotated[
     list[str] | None,
@@ -50,6 +52,8 @@ Allow = Annotated[
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="MODULE", help="A module or .py file with plug-ins.")
 ]
+Runs = Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Run folders, or folders of runs.")]
+Uri = Annotated[str | None, typer.Option(help="Where MLflow keeps its runs; runs/mlflow.db by default.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 
 
@@ -131,21 +135,51 @@ def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None
 
 
 @app.command("compare")
-def compare_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN ...")]) -> None:
-    """Print the scores of runs beside only the config keys in which they differ."""
-    from rich.console import Console
-    from rich.table import Table
-
+def compare_command(
+    runs: Runs = None,
+    experiment: Annotated[str | None, typer.Option(help="An experiment of MLflow, in place of folders.")] = None,
+    uri: Uri = None,
+) -> None:
+    """Print the scores of runs, those that differ in seeds alone as one, beside only the config keys that differ."""
+    if bool(runs) == bool(experiment):
+        raise UserError("compare: name run folders, or --experiment NAME for runs of MLflow")
     from ssl_seg import compare
 
-    found = compare.compare(runs)
-    table = Table("", *found.runs)
-    for name, values in found.scores.items():
-        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
-    table.add_section()
-    for key, values in found.differing.items():
-        table.add_row(key, *(str(value) for value in values))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _print_comparison(compare.compare(runs) if runs else compare.compare_experiment(experiment, uri))
+
+
+@app.command("track")
+def track_command(
+    runs: Runs = None,
+    experiment: Annotated[str | None, typer.Option(help="In place of the one that the run names.")] = None,
+    uri: Uri = None,
+    follow: Annotated[int | None, typer.Option(hidden=True, metavar="PID")] = None,
+) -> None:
+    """Send to MLflow what it has not got of a run: after the server was down, or to another server."""
+    if not runs:
+        raise UserError("track: name one run folder or more")
+    from ssl_seg import tracking
+
+    if follow is not None:
+        raise typer.Exit(tracking.follow(runs[0], follow))
+    for run in runs:
+        sent = tracking.track(run, uri, experiment)
+        what = f"{sent.lines} lines and {sent.pictures} pictures"
+        _print_lines([f"{run}: {what} sent to {sent.experiment} at {sent.uri} (run {sent.run_id})"])
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run folders, or folders of runs.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file; by default report.html in RUN, or beside several of them.")
+    ] = None,
+) -> None:
+    """Write one HTML page about runs: the answer first, then scores, curves, pictures, cost and configs."""
+    from ssl_seg import report
+
+    written = report.report(runs, out)
+    _print_lines([written.headline, f"report: {written.path}"])
 
 
 @app.command("norms")
@@ -270,6 +304,37 @@ def _score_lines(part: str, scores: SegmentationScores, class_names: Sequence[st
     averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
     over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
     return [f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}", *rows]
+
+
+def _print_comparison(found: Comparison) -> None:
+    """A row a group with its main score; then what differs and every score, a column a group."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    head = Table("", "group", "n", *([found.main_score, "gain over scratch"] if found.main_score else []))
+    for number, group in enumerate(found.groups, start=1):
+        row = [f"#{number}", group.label, str(len(group.outcomes))]
+        if found.main_score:
+            score, gain = group.spread(found.main_score), found.gain(group, found.main_score)
+            row.append(score.text() if score else "-")
+            unpaired = "no pair: other seeds" if found.baseline(group) else ""
+            row.append(f"{gain.text(sign='+')} (n = {gain.n})" if gain else unpaired)
+        head.add_row(*row)
+    console.print(head)
+    for start in range(0, len(found.groups), GROUPS_ABREAST):
+        shown = range(start, min(start + GROUPS_ABREAST, len(found.groups)))
+        table = Table("", *(f"#{index + 1}" for index in shown))
+        for key, values in found.differing.items():
+            table.add_row(key, *("-" if values[index] is None else values[index] for index in shown))
+        table.add_section()
+        for name in found.scores:
+            spreads = [found.groups[index].spread(name) for index in shown]
+            if any(spreads):
+                table.add_row(name, *("-" if spread is None else spread.text() for spread in spreads))
+        console.print(table)
+    for run in found.unfinished:
+        print(f"not finished, left out: {run}", file=sys.stderr)
 
 
 def _print_lines(lines: Sequence[str]) -> None:

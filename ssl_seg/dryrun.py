@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from ssl_seg.data import Samples
 from ssl_seg.stage import open_streams, pool_tasks
 from ssl_seg.tasks import Stream
-from ssl_seg.train import Learner, backward, finish_gradients
+from ssl_seg.train import Learner, backward, finish_gradients, peak_memory
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,6 @@ def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
         hook.remove()
     parameters = {"encoder": _count(module.encoder), **{name: _count(head) for name, head in module.heads.items()}}
     return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _shapes(inputs: Sequence[Any], output: Any) -> str:

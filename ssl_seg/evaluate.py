@@ -1,6 +1,7 @@
-"""Scores: segmentation from one accumulated confusion matrix, pretext tasks from fixed views of held-out images.
+"""Scores: segmentation from the confusion matrix of every image, pretext tasks from fixed views of held-out images.
 
-Each process takes the images `rank::world`, without padding, so no image counts twice; sums are shared once at the end.
+Each process takes the images `rank::world`, without padding, so no image counts twice; what they have counted is shared
+once at the end.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,43 +19,51 @@ from torch.nn import functional as F
 
 from ssl_seg import files, images, pictures, weights
 from ssl_seg.config import Config, UserError, load
-from ssl_seg.data import Augment, Examples, Views, Whole, loader
+from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, SegmentationScores, image_confusion_bytes
+from ssl_seg.data import Augment, Examples, Views, Whole, loader, pack
 from ssl_seg.datasets import Dataset
-from ssl_seg.metrics import ConfusionMatrix, SegmentationScores
+from ssl_seg.metrics import ConfusionMatrix
 from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.tasks import MultiTask, Task, evaluating, make_views
 from ssl_seg.train import Processes
 
 NUM_PICTURES = 4
+EXTREMES = ("worst", "best")
+NUM_EXTREMES = 4  # of each: a screenful
 Size = tuple[int, int]
 DeviceName = Literal["auto", "cpu"]
 
 
-def score_segmentation(
+def image_confusions(
     model: nn.Module,
     examples: Examples,
     resize: Size | None = None,
     workers: int = 0,
     processes: Processes | None = None,
-) -> SegmentationScores:
-    """Scores of `model` (RGB in [0, 1] to logits) on labelled examples, at each label's own resolution.
+) -> ImageConfusions:
+    """What `model` (RGB in [0, 1] to logits) takes each labelled example for, at the label's own resolution.
 
     Images are brought to `resize` (H, W) first, where given, and logits brought back bilinearly. One image at a time:
-    a data set may hold images of many sizes.
+    a data set may hold images of many sizes. Every process gets all images, in the data set's order.
     """
-    matrix = ConfusionMatrix(len(examples.class_names))
+    num_classes = len(examples.class_names)
     rank, world, device = _place(model, processes)
     mine = [[index] for index in range(rank, len(examples), world)]
+    rows: list[Row] = []
     with evaluating(model):
-        for packed in loader(Whole(examples, resize), mine, workers):
+        for (index,), packed in zip(mine, loader(Whole(examples, resize), mine, workers), strict=True):
+            name = packed.names[0]
             if packed.label is None:
-                raise UserError(f"{packed.names[0]}: has no mask, so it cannot be scored; name a labelled data set")
+                raise UserError(f"{name}: has no mask, so it cannot be scored; name a labelled data set")
             ids = predict_ids(model, packed.to(device).image, packed.label.shape[-2:])
+            matrix = ConfusionMatrix(num_classes)
             matrix.update(packed.label, ids.cpu())
-    if processes is None:
-        return matrix.scores()
-    counts = processes.sum(torch.as_tensor(matrix.counts).to(device))
-    return SegmentationScores.from_confusion(counts.cpu())
+            pixels = matrix.counts.flatten().numpy()
+            cells = pixels.nonzero()[0]
+            rows.append((index, name, cells, pixels[cells]))
+    if processes is not None:
+        rows = processes.gather(rows)
+    return ImageConfusions.from_rows(examples.class_names, rows)
 
 
 def predict_ids(model: nn.Module, image: Tensor, size: Size) -> Tensor:
@@ -135,6 +144,44 @@ def prediction_panel(
     return np.vstack([sheet, pictures.legend(examples.class_names, colours, sheet.shape[1])])
 
 
+def write_images(
+    folder: Path,
+    model: nn.Module,
+    parts: Mapping[str, tuple[Examples, ImageConfusions]],
+    resize: Size | None = None,
+) -> None:
+    """Write what is kept of single images: every confusion matrix, and pictures of the worst and best predictions.
+
+    `parts` holds examples and what `image_confusions` found in them, by the part's name: val, test. Former files of
+    these names are replaced. `extremes.json` lists a part's pictures: worst first, then from the best on.
+    """
+    with files.naming(folder):
+        (folder / "extremes.json").unlink(missing_ok=True)  # so that it never speaks of other pictures than are there
+        for kind in EXTREMES:
+            for former in (folder / "pictures").glob(f"[!0-9]*_{kind}_*.png"):  # a number leads those of training
+                former.unlink()
+    files.write_atomic(folder / IMAGES_FILE, image_confusion_bytes({part: found for part, (_, found) in parts.items()}))
+    extremes: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    for part, (examples, found) in parts.items():
+        miou = found.per_image_miou()
+        for kind, indices in zip(EXTREMES, found.extremes(NUM_EXTREMES), strict=True):
+            for number, index in enumerate(indices, start=1):
+                picture = f"pictures/{part}_{kind}_{number}.png"
+                images.write_image(folder / picture, error_picture(model, examples, index, resize))
+                described = {"kind": kind, "name": found.names[index], "miou": float(miou[index]), "picture": picture}
+                extremes[part].append(described)
+    files.write_atomic(folder / "extremes.json", files.json_bytes(extremes))
+
+
+def error_picture(model: nn.Module, examples: Examples, index: int, resize: Size | None = None) -> np.ndarray:
+    """One example as image | prediction | truth | errors, with the colours of its classes below, uint8 `(H, W, 3)`."""
+    packed = pack([Whole(examples, resize)[index]])
+    with evaluating(model):
+        ids = predict_ids(model, packed.to(_device(model)).image, packed.label.shape[-2:])
+    photograph = examples.image(index).image  # as it is on disk: what the network has seen may be too coarse to look at
+    return pictures.error_row(photograph, packed.label[0].numpy(), ids[0].byte().cpu().numpy(), examples.class_names)
+
+
 def build_model(config: ModelConfig, class_names: tuple[str, ...]) -> SegmentationModel:
     """A segmentation model with fresh weights."""
     encoder = config.build_encoder()
@@ -187,14 +234,18 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
             f"data.test: has the classes {', '.join(data.class_names) or '(none)'}, "
             f"the model of {config.model} has {', '.join(model.class_names)}; name the model's classes in that order"
         )
+    if len(data) == 0:
+        raise UserError("data.test: holds no image; name a folder with some")
     if out is not None and Path(out).exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
-    scores = score_segmentation(model, data, resize, config.workers)
+    found = image_confusions(model, data, resize, config.workers)
+    scores = found.scores()
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True)
         matrix = {"classes": model.class_names, "test": scores.confusion.tolist()}
         result = {"test": named_scores(scores, model.class_names)}
+        write_images(folder, model, {"test": (data, found)}, resize)
         files.write_atomic(folder / "confusion.json", files.json_bytes(matrix))
         files.write_atomic(folder / "result.json", files.json_bytes(result))
         files.write_atomic(folder / "run.json", files.json_bytes({"stage": "evaluate", "config": config.dump()}))

@@ -19,13 +19,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ssl_seg.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEW, OLD = ".ssl_seg-new-", ".ssl_seg-old-"  # prefixes of what a kill may leave behind; never a stranger's names
 
@@ -161,6 +160,9 @@ def is_intact(path: Path, digest: str) -> bool:
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A .safetensors file of the tensors, whatever their device, strides or shared memory."""
+    import safetensors.torch
+    import torch  # here, for those who only read JSON
+
     # Each is copied: safetensors refuses tensors that share memory, and knows no strides.
     copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

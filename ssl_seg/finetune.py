@@ -16,10 +16,10 @@ from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_
 
 from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError, load
+from ssl_seg.confusion import ImageConfusions, SegmentationScores
 from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts
 from ssl_seg.datasets import Dataset
 from ssl_seg.dryrun import DryRun, dry_run
-from ssl_seg.metrics import SegmentationScores
 from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.stage import (
     Job,
@@ -39,6 +39,7 @@ from ssl_seg.stage import (
 )
 from ssl_seg.tasks import MultiTask, Segment
 from ssl_seg.terminal import say
+from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.train import Learner, Processes, TrainConfig
 
 SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others
@@ -72,6 +73,7 @@ class FinetuneConfig(Config):
     select: Literal["best", "last"] = "best"
     stop: StopRule = StopRule()
     seed: int = 0
+    tracking: TrackingField = Tracking()
 
     @field_validator("transfer")
     @classmethod
@@ -121,7 +123,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)
-    with open_run("finetune", config, options, processes) as (run, signals):
+    with open_run("finetune", config, options, processes) as (run, signals, mirror):
         given = {part: getattr(config.data, part) for part in ("labelled", "val", "test", "pool")}
         check_same_images(run, given, options.allow_changed)
         labelled, val = choose_images(config, run.read_json("split.json"))
@@ -135,14 +137,14 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names
         )
 
-        def score(examples: Examples) -> SegmentationScores:
-            return evaluate.score_segmentation(model, examples, resize, config.train.workers, processes)
+        def confuse(examples: Examples) -> ImageConfusions:
+            return evaluate.image_confusions(model, examples, resize, config.train.workers, processes)
 
-        latest: list[SegmentationScores] = []
+        latest: list[ImageConfusions] = []
 
         def figures() -> dict[str, float]:
-            latest[:] = [score(val)]
-            named = evaluate.named_scores(latest[0], model.class_names)
+            latest[:] = [confuse(val)]
+            named = evaluate.named_scores(latest[0].scores(), model.class_names)
             return {f"val/{name}": value for name, value in named.items() if value is not None}
 
         job = Job(
@@ -153,6 +155,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             evaluate=figures,
             pictures=lambda: {"predictions": evaluate.prediction_panel(model, val, resize)},
             signals=signals,
+            mirror=mirror,
             # Where nothing asks for the best step, none is kept.
             score="val/miou" if config.select == "best" or config.stop != StopRule() else None,
             stop=config.stop,
@@ -165,18 +168,19 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             selected = best
             state = store.load_state(run.folder, selected)
             learner.restore(state.tensors, state.data["learner"])
-        val_scores = latest[0] if latest and selected == steps else score(val)
-        test_scores = None if config.data.test is None else score(config.data.test)
+        found = {"val": (val, latest[0] if latest and selected == steps else confuse(val))}
+        if config.data.test is not None:
+            found["test"] = (config.data.test, confuse(config.data.test))
+        scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
         if processes.is_main:
             extra = {"resize": resize, "step": selected}
             weights.export_model(run.folder, model, config.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
             weights.export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)
-            parts = {"val": val_scores, "test": test_scores}
-            scored = {part: scores for part, scores in parts.items() if scores is not None}
-            named = {part: evaluate.named_scores(scores, model.class_names) for part, scores in scored.items()}
-            matrices = {part: scores.confusion.tolist() for part, scores in scored.items()}
+            evaluate.write_images(run.folder, model, found, resize)
+            named = {part: evaluate.named_scores(scored, model.class_names) for part, scored in scores.items()}
+            matrices = {part: scored.confusion.tolist() for part, scored in scores.items()}
             run.write_json("confusion.json", {"classes": model.class_names, **matrices})
             run.write_json("result.json", {"steps": steps, "selected_step": selected, **named})
         processes.barrier()
@@ -187,8 +191,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         selected_step=selected,
         labelled=names_of(labelled),
         class_names=model.class_names,
-        val=val_scores,
-        test=test_scores,
+        val=scores["val"],
+        test=scores.get("test"),
     )
 
 

@@ -1,19 +1,15 @@
-"""Figures that a person reads: segmentation scores from one summed confusion matrix, and how close a picture came.
+"""Figures that a person reads: pixels counted by truth and prediction, and how close a picture came.
 
-The matrix is ours, a few lines around `bincount`: torchmetrics scores an absent class 0 and smp scores it 1, and both
-enter the mean; here it is nan and left out. Whole data sets are summed before anything is divided.
+The matrix is ours, a few lines around `bincount` that refuse ids without a class; `confusion` has the scores.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass, fields
-from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_seg.confusion import SegmentationScores
 from ssl_seg.losses import IGNORE_INDEX, regression
 
 # 10 log10 of a squared error under 1e-10 (a hundredth of a thousandth of the range) says nothing more, and one
@@ -21,41 +17,8 @@ from ssl_seg.losses import IGNORE_INDEX, regression
 MAX_PSNR = 100.0
 
 
-@dataclass(frozen=True, eq=False)
-class SegmentationScores:
-    """Everything that follows from a confusion matrix; shares in [0, 1], nan where there is nothing to divide by."""
-
-    confusion: np.ndarray  # (K, K) int64 pixels, [truth, prediction]
-    iou: np.ndarray  # (K,) float64; nan for a class in neither truth nor prediction
-    miou: float  # the mean over classes with union > 0: one that is predicted but absent counts 0
-    accuracy: float  # share of the counted pixels that are right
-    class_accuracy: np.ndarray  # (K,) float64, the recall; nan for a class that is absent in the truth
-    dice: np.ndarray  # (K,) float64, also called F1; nan as for `iou`
-
-    @classmethod
-    def from_confusion(cls, counts: Tensor | np.ndarray) -> Self:
-        confusion = np.asarray(torch.as_tensor(counts).cpu(), dtype=np.int64).copy()
-        hits = confusion.diagonal()
-        truth = confusion.sum(axis=1)
-        predicted = confusion.sum(axis=0)
-        union = truth + predicted - hits
-        iou = _divide(hits, union)
-        return cls(
-            confusion=confusion,
-            iou=iou,
-            miou=float(_divide(np.nansum(iou), (union > 0).sum())),
-            accuracy=float(_divide(hits.sum(), confusion.sum())),
-            class_accuracy=_divide(hits, truth),
-            dice=_divide(2 * hits, truth + predicted),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; nan is None, since JSON has none."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-
-
 class ConfusionMatrix:
-    """Pixel counts `(K, K)`, [truth, prediction]. Processes sum their `counts`, int64 on the CPU, once at the end."""
+    """Pixel counts `(K, K)`, [truth, prediction], int64 on the CPU; those of several images add up."""
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
         self.num_classes = num_classes
@@ -110,19 +73,3 @@ def _or_nan(values: Tensor, where: Tensor | None) -> Tensor:
     if where is None:
         return values
     return torch.where(where.flatten(1).any(dim=1), values, torch.nan)
-
-
-def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """float64; nan, without a warning, where the divisor is 0."""
-    result = np.full(np.shape(below), np.nan)
-    return np.divide(above, below, out=result, where=np.asarray(below) > 0)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value

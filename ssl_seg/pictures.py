@@ -9,9 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_seg.images import resize_image, resize_mask
+from ssl_seg.losses import IGNORE_INDEX
+
 IGNORE_COLOUR = (224, 224, 224)
 FIRST_HUE = 105  # of 180: the first class is often the background or the sky, and a large area is calm in blue
 GAP = 4  # white pixels between panels
+WRONG_COLOUR = (255, 90, 0)  # light beside the dimmed image, for those too who do not tell red from green
+WRONG_SHADING = 0.4  # its share that the image may take away
+DIMMED = 0.4
+ERROR_SIDE = 400  # pixels of a panel's longer side: four of them fill a page, and a row takes about 300 kB
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -78,3 +85,35 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> np.ndarray:
 def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Class colours laid half over an image; both `(H, W, ...)`, ids `(H, W)` uint8."""
     return cv2.addWeighted(image, 0.4, colours[ids], 0.6, 0)
+
+
+def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Where a prediction is wrong, in one strong colour on the dimmed grey image; ignored pixels are plain light grey.
+
+    The colour is shaded by the image, so that one sees what was mistaken.
+    `image` `(H, W, 3)` uint8, `truth` and `prediction` `(H, W)` uint8 ids; gives `(H, W, 3)` uint8.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    drawn = np.repeat((grey * DIMMED).astype(np.uint8)[..., None], 3, axis=-1)  # (H, W) -> (H, W, 3)
+    wrong = truth != prediction
+    shade = 1 - WRONG_SHADING * (1 - grey[wrong, None] / 255)
+    drawn[wrong] = (WRONG_COLOUR * shade).astype(np.uint8)
+    drawn[truth == IGNORE_INDEX] = IGNORE_COLOUR
+    return drawn
+
+
+def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Image | prediction | truth | errors, and below the colours of the classes that occur; uint8 `(H, W, 3)`.
+
+    Each panel's longer side is `ERROR_SIDE`, whatever the image's.
+    """
+    scale = ERROR_SIDE / max(truth.shape)
+    size = (max(1, round(truth.shape[0] * scale)), max(1, round(truth.shape[1] * scale)))
+    image = resize_image(image, size)
+    truth, prediction = resize_mask(truth, size), resize_mask(prediction, size)
+    colours = palette(len(class_names))
+    row = grid([[image, colours[prediction], colours[truth], error_map(image, truth, prediction)]])
+    shown = sorted({*np.unique(truth), *np.unique(prediction)} - {IGNORE_INDEX})
+    names = [*(class_names[index] for index in shown), "wrong", "ignored"]
+    swatches = [*colours[shown], WRONG_COLOUR, IGNORE_COLOUR]
+    return np.vstack([row, legend(names, np.array(swatches, dtype=np.uint8), row.shape[1])])

@@ -31,6 +31,7 @@ from ssl_seg.stage import (
 )
 from ssl_seg.tasks import MultiTask, PretextTask
 from ssl_seg.terminal import say
+from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.train import Learner, Processes, TrainConfig
 
 
@@ -58,6 +59,7 @@ class PretrainConfig(Config):
     # 32, 64, 128, 256, 512 and 1,024 images.
     recalibrate: NonNegativeInt = 256
     seed: int = 0
+    tracking: TrackingField = Tracking()
 
     @field_validator("recalibrate")
     @classmethod
@@ -94,7 +96,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     check(config, processes)
     if config.init and not store.has_checkpoint(options.out):
         weights.read_encoder_info(config.init)  # before anything is written
-    with open_run("pretrain", config, options, processes) as (run, signals):
+    with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         check_same_images(run, {"pool": config.data.pool, "val": config.data.val}, options.allow_changed)
         learner, sources = assemble(config, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
@@ -120,6 +122,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             evaluate=figures,
             pictures=lambda: evaluate.task_pictures(learner.module, **shown),
             signals=signals,
+            mirror=mirror,
             quiet=quiet,
         )
         steps = fit(job.resume())

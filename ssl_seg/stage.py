@@ -6,25 +6,27 @@ folder. Every decision that ends a run is taken from numbers all processes share
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
 
-from ssl_seg import images, norm, rng, store, weights
+from ssl_seg import images, norm, rng, store, tracking, weights
 from ssl_seg.config import NAME, Config, Interrupted, UserError
 from ssl_seg.data import Draws, Examples, Packed, Samples, check_batch_size, loader, manifest
 from ssl_seg.datasets import Dataset
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.tasks import MultiTask, PretextTask, Stream, Task, seeded
 from ssl_seg.terminal import Signals, reporter, say, watch_signals
-from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, due, train
+from ssl_seg.tracking import Mirror
+from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, due, peak_memory, train
 
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
@@ -52,11 +54,12 @@ class StopRule(Config):
 
 @dataclass
 class Progressed:
-    """What a resumed run must know besides weights: the best evaluation so far, and how long ago it was."""
+    """What a resumed run must know besides weights: the best evaluation so far, how long ago it was, the time spent."""
 
     best_score: float | None = None
     best_step: int = 0
     evaluations_since: int = 0
+    seconds: float = 0.0  # of training and evaluating; what a kill has lost is not in it
 
     def better(self, step: int, score: float) -> bool:
         """Take note of a score; says whether it is a new best. NaN is none."""
@@ -78,11 +81,13 @@ class Job:
     evaluate: Callable[[], dict[str, float]]  # on all processes; the figures of one evaluation, named val/...
     pictures: Callable[[], dict[str, np.ndarray]]  # on the main process
     signals: Signals = field(default_factory=Signals)
+    mirror: Mirror | None = None
     score: str | None = None  # the figure whose best step is kept
     stop: StopRule = field(default_factory=StopRule)
     quiet: bool = False
     progressed: Progressed = field(default_factory=Progressed)
     start: int = 0
+    counted: float | None = None  # up to when the time spent is in `progressed`; None: the clock stands
 
     def resume(self) -> Self:
         """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds."""
@@ -103,10 +108,25 @@ class Job:
         return self
 
     def save(self, step: int) -> None:
+        self.count_time()
         data = {"learner": self.learner.data(), "progressed": vars(self.progressed)}
         keep = [self.progressed.best_step] if self.score else []
         self.run.save_state(step, self.learner.tensors(), data, keep)
         self.learner.processes.barrier()
+
+    def count_time(self) -> None:
+        """Add what has passed since the last call to the time spent; the first call starts the clock."""
+        now = time.monotonic()
+        if self.counted is not None:
+            self.progressed.seconds += now - self.counted
+        self.counted = now
+
+    def note_cost(self, step: int) -> None:
+        """What the run has cost up to `step`, for run.json."""
+        self.count_time()
+        images = step * self.learner.config.batch_size * len(self.sources)
+        memory = peak_memory(self.learner.processes.device)
+        self.run.note(cost={"seconds": self.progressed.seconds, "images": images, "peak_memory_mib": memory})
 
 
 def fit(job: Job) -> int:
@@ -117,6 +137,9 @@ def fit(job: Job) -> int:
     save_every = config.save_every or max(1, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
     last = job.start
+    if job.mirror is not None:
+        job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
+    job.count_time()
     with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
         for step in train(learner, streams, job.start, job.seed, wants_stop=job.signals.asked):
             last = step.number
@@ -140,6 +163,8 @@ def fit(job: Job) -> int:
             enough = should_stop(job)
             if due(last, save_every, config.steps) or new_best or enough or stop:
                 job.save(last)
+            if stop or enough or last == config.steps:
+                job.note_cost(last)
             if stop:
                 raise Interrupted(job.signals.first, f"state saved in {job.run.folder}; the same command continues")
             if enough:
@@ -155,9 +180,18 @@ def should_stop(job: Job) -> bool:
     return job.stop.patience is not None and done.evaluations_since >= job.stop.patience
 
 
+class Opened(NamedTuple):
+    """What a stage works with while it holds its folder."""
+
+    run: store.Run
+    signals: Signals
+    mirror: Mirror
+
+
 @contextmanager
-def open_run(stage: str, config: Config, options: Options, processes: Processes) -> Iterator[tuple[store.Run, Signals]]:
+def open_run(stage: str, config: Config, options: Options, processes: Processes) -> Iterator[Opened]:
     """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
+    tracking.check(config.tracking)
     out = Path(options.out)
     if options.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
@@ -171,9 +205,10 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
     refusal = processes.from_first(refusal)  # so that no process waits for one that has given up
     if refusal:
         raise UserError(refusal)
-    with run, watch_signals() as signals:
+    mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
+    with watch_signals() as signals, mirror, run:
         try:
-            yield run, signals
+            yield Opened(run, signals, mirror)
         except Interrupted:
             run.close("killed")
             raise

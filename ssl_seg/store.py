@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,11 +30,11 @@ from typing import Any, Literal, Self
 import safetensors.torch
 from torch import Tensor
 
-from ssl_seg import files
+from ssl_seg import files, runs
 from ssl_seg.config import Config, UserError, diff
+from ssl_seg.runs import LOCK, TIME
 
 Status = Literal["running", "finished", "failed", "killed"]
-LOCK = "lock"
 EXPORTS = ("encoder", "decoders", "model")
 # All that a run may write; --overwrite deletes these and nothing else.
 RUN_FILES = (
@@ -45,16 +45,20 @@ RUN_FILES = (
     "state",
     "result.json",
     "confusion.json",
+    "confusion_images.safetensors",
+    "extremes.json",
     "report.html",
     "nonfinite.json",
     "tasks.json",
     "data.json",
     "split.json",
     "receipts.json",
+    "tracking",
     *EXPORTS,
 )
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
 STATE_TENSORS, STATE_DATA, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+FREE = ("tracking.*",)  # config keys that may change when a run goes on: the weights do not come from them
 NUM_NEWEST = 2  # one to resume from, one more for when a disk has damaged it
 
 
@@ -126,10 +130,13 @@ class Run:
         save_state(self.folder, step, tensors, data, keep)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl: `{"step": 5, "train/loss": 0.25}`. JSON has no NaN or infinity: null."""
+        """Append a line to metrics.jsonl: `{"step": 5, "time": ..., "train/loss": 0.25}`.
+
+        JSON has no NaN or infinity: null. The time makes a later replay of the lines the same as sending them now.
+        """
         if self._lock is None:
             return
-        line = {"step": step, **{name: float(value) for name, value in values.items()}}
+        line = {"step": step, TIME: time.time_ns() // 10**6, **{name: float(value) for name, value in values.items()}}
         path = self.folder / "metrics.jsonl"
         with files.naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(files.finite(line)) + "\n")
@@ -153,6 +160,10 @@ class Run:
         """What `write_json` wrote, on every process; None where there is no such file."""
         path = self.folder / name
         return files.read_json(path) if path.exists() else None
+
+    def note(self, **facts: Any) -> None:
+        """Facts for run.json that are known only when the run ends."""
+        self._record |= facts
 
     def close(self, status: Status = "finished") -> None:
         """Write how the run ended and let go of the folder. A second call does nothing."""
@@ -187,33 +198,11 @@ def has_checkpoint(folder: str | Path) -> bool:
     return bool(_checkpoints(Path(folder)))
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, null as NaN; a last line still being written is left out."""
-    records = [record for _, record in _metric_lines(Path(folder) / "metrics.jsonl")]
-    return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
-
-
-def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line of a metrics file with its content. A line is whole once its line break is written."""
-    if not path.exists():
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            whole = isinstance(record["step"], int)
-        except (ValueError, LookupError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path}: line {number} is no metrics record; delete that line")
-        yield line, record
-
-
 def _rewind_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a last one that a kill has torn."""
     if not path.exists():
         return
-    kept = "".join(f"{line}\n" for line, record in _metric_lines(path) if record["step"] <= step)
+    kept = "".join(f"{line}\n" for line, record in runs.metric_lines(path) if record["step"] <= step)
     files.write_atomic(path, kept.encode())
 
 
@@ -245,6 +234,7 @@ def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed:
         changed = diff(former["config"], record["config"])
         resumed = {"at": record["started"], "after_step": max(_checkpoints(folder)), "changed": changed}
         record |= {"started": former["started"], "resumed": [*former["resumed"], resumed]}
+        record |= {key: former[key] for key in ("origin", "cost") if key in former}
     else:
         _clear(folder)
     files.write_atomic(path, files.json_bytes(record))
@@ -268,7 +258,8 @@ def _check_continues(
             raise UserError(f"{folder}: holds a finished run; choose another folder or --overwrite")
         return
     for key, (old, new) in diff(former["config"], record["config"]).items():
-        if not any(fnmatchcase(key, glob) for glob in allow_changed):
+        free = any(fnmatchcase(key, glob) for glob in FREE)
+        if not free and not any(fnmatchcase(key, glob) for glob in allow_changed):
             raise UserError(
                 f"{folder}: {key} was {json.dumps(old)} and is now {json.dumps(new)}; give the old value, "
                 f"start anew with --overwrite, or accept it with --allow-changed {key}"
@@ -294,6 +285,8 @@ def _new_record(stage: str, config: Config, device: str, seed: int) -> dict[str,
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
         "device": device,
         "seed": seed,
+        # What `init` was trained on and how, so that runs can be told apart when its folder is gone.
+        "origin": runs.origin(getattr(config, "init", None)),
         # Also in config.yaml; that one a person may edit for the next run, this one tells what the weights come from.
         "config": config.dump(),
     }
@@ -321,6 +314,7 @@ def _now() -> str:
 
 # ---- the lock ----
 
+GLANCE = 0.1  # seconds; `runs.is_held` takes the lock for an instant
 _locks: set[int] = set()
 
 
@@ -328,7 +322,11 @@ def _take_lock(folder: Path) -> int:
     """Hold the folder until `_free_lock` or the end of this process, however it ends."""
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(GLANCE)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 32).decode(errors="replace") or "unknown"
         os.close(lock)

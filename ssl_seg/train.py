@@ -8,6 +8,7 @@ left over is the state: weights, optimizer moments, loss scaler, count of bad st
 from __future__ import annotations
 
 import math
+import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -360,6 +361,13 @@ def agree(processes: Processes, losses: Mapping[str, Tensor], stop: bool) -> tup
     mine = torch.stack([*losses.values(), torch.tensor(float(stop), device=processes.device)])
     shared = (processes.sum(mine) / processes.world).tolist()
     return dict(zip(losses, shared, strict=False)), shared[-1] > 0
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def seed_torch(key: Tensor) -> None:

@@ -48,6 +48,7 @@ MODEL = {
     "decoder": {"type": "fpn", "pyramid_channels": 32, "channels": 64, "dropout": 0.2},
     "norm": "group",
 }
+UNTRACKED = {"type": "none"}  # a process of its own a run, which only the tests of tracking want
 TRAIN = {"steps": 6, "batch_size": 4, "warmup": 2, "workers": 0, "log_every": 1, "save_every": 1, "device": "cpu"}
 
 
@@ -59,6 +60,7 @@ def pretraining(**train: Any) -> dict[str, Any]:
         "augment": {"crop": [64, 64]},
         "tasks": {"denoise": {}, "rotate": {"weight": 0.5}},
         "train": {**TRAIN, **train},
+        "tracking": UNTRACKED,
     }
 
 
@@ -73,6 +75,7 @@ def finetuning(**train: Any) -> dict[str, Any]:
         "model": MODEL,
         "augment": {"crop": [64, 64]},
         "train": {**TRAIN, **train},
+        "tracking": UNTRACKED,
     }
 
 

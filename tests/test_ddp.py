@@ -43,8 +43,9 @@ def test_two_processes_learn_what_one_does(two: dict[str, Any], views: str, enco
 
 
 def test_each_image_is_scored_once(two: dict[str, Any]) -> None:
-    assert torch.equal(two["confusion"], evaluate())
-    assert two["confusion"].sum() == 3 * 80 * 80
+    assert two["confusions"] == [evaluate(count) for count in range(4)]
+    assert [sum(found["count"]) for found in two["confusions"]] == [0, 6400, 2 * 6400, 3 * 6400]
+    assert two["confusions"][3]["names"] == ("textured_6_0", "textured_6_1", "textured_6_2")
 
 
 def test_a_process_without_an_image_does_no_harm(two: dict[str, Any]) -> None:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import jaccard_score
+from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
+from ssl_seg import images
 from ssl_seg.config import UserError, load
+from ssl_seg.confusion import read_image_confusion
 from ssl_seg.data import Subset
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evaluate import (
     EvaluateConfig,
+    error_picture,
     evaluate,
+    image_confusions,
     named_scores,
+    predict_ids,
     prediction_panel,
-    score_segmentation,
     score_tasks,
     task_pictures,
+    write_images,
 )
-from ssl_seg.pictures import GAP, grid, overlay, palette
+from ssl_seg.pictures import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module
 from tests.small import Textured, pretraining
@@ -47,6 +56,16 @@ class Halves(Dataset):
         return Example(image, label, f"halves_{index}")
 
 
+class Unmasked(Halves):
+    """The same, and in the second image no pixel counts."""
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        if index == 1:
+            example.label[:] = 255
+        return example
+
+
 class Brightness(nn.Module):
     """Class 1 where it is bright, wrong in the top quarter; logits at half of the input's resolution."""
 
@@ -62,7 +81,7 @@ class Brightness(nn.Module):
 
 @pytest.mark.parametrize("resize", [None, (24, 32), (80, 100)])
 def test_scores_are_scikit_learns_at_the_label_s_resolution(resize: tuple[int, int] | None) -> None:
-    scores = score_segmentation(Brightness(), Halves(), resize)
+    scores = image_confusions(Brightness(), Halves(), resize).scores()
     labels = [Halves().read(index).label for index in range(3)]
     assert scores.confusion.sum() == sum((label != 255).sum() for label in labels)
     named = named_scores(scores, Halves().class_names)
@@ -86,7 +105,7 @@ def test_an_image_without_a_mask_cannot_be_scored() -> None:
             return Example(super().read(index).image, None, "bare")
 
     with pytest.raises(UserError, match="bare: has no mask"):
-        score_segmentation(Brightness(), Bare())
+        image_confusions(Brightness(), Bare())
 
 
 def test_task_scores_repeat_and_do_not_depend_on_the_batch() -> None:
@@ -109,6 +128,97 @@ def test_pictures_have_a_row_an_image() -> None:
     assert rows.shape == (2 * 54 + GAP, 3 * 72 + 2 * GAP, 3)
     for colour in palette(3)[:3]:  # dark, bright, never
         assert (below == colour).all(axis=2).any()
+
+
+def test_each_image_has_scikit_learn_s_confusion_matrix() -> None:
+    found = image_confusions(Brightness(), Unmasked())
+    assert found.names == ("halves_0", "halves_1", "halves_2")
+    for index in range(3):
+        example = Unmasked().read(index)
+        image = torch.from_numpy(example.image / 255).permute(2, 0, 1)[None].float()
+        ids = predict_ids(Brightness(), image, example.label.shape)[0].numpy()
+        counted = example.label != 255
+        oracle = confusion_matrix(example.label[counted], ids[counted], labels=range(3)) if counted.any() else 0
+        np.testing.assert_array_equal(found.total([index]), np.zeros((3, 3)) + oracle)
+    assert np.isnan(found.per_image_miou()).tolist() == [False, True, False]
+
+
+def listed(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What extremes.json says, after looking whether it is true."""
+    extremes = json.loads((folder / "extremes.json").read_text())
+    told = [entry["picture"] for entries in extremes.values() for entry in entries]
+    pngs = [path.relative_to(folder).as_posix() for path in (folder / "pictures").glob("[!0-9]*.png")]
+    assert sorted(told) == sorted(pngs)
+    for picture in told:
+        assert images.read_image(folder / picture).shape[1] == 4 * ERROR_SIDE + 3 * GAP
+    return extremes
+
+
+def test_the_worst_and_best_images_are_drawn_and_listed(tmp_path: Path) -> None:
+    many, few, resize = Halves(count=10), Unmasked(), (24, 32)
+    parts = {
+        part: (data, image_confusions(Brightness(), data, resize)) for part, data in (("val", many), ("test", few))
+    }
+    write_images(tmp_path, Brightness(), parts, resize)
+    extremes = listed(tmp_path)
+    assert [entry["kind"] for entry in extremes["val"]] == ["worst"] * 4 + ["best"] * 4
+    assert extremes["val"][0]["picture"] == "pictures/val_worst_1.png"
+    assert extremes["val"][4]["picture"] == "pictures/val_best_1.png"
+    miou = dict(zip(parts["val"][1].names, parts["val"][1].per_image_miou(), strict=True))
+    for entry in extremes["val"]:
+        assert entry["miou"] == miou[entry["name"]]
+    assert [entry["miou"] for entry in extremes["val"][:4]] == sorted(miou.values())[:4]
+    assert [entry["miou"] for entry in extremes["val"][4:]] == sorted(miou.values())[:-5:-1]
+    first = error_picture(Brightness(), many, parts["val"][1].names.index(extremes["val"][0]["name"]), resize)
+    np.testing.assert_array_equal(images.read_image(tmp_path / "pictures" / "val_worst_1.png"), first)
+    assert {entry["name"] for entry in extremes["test"]} == {"halves_0", "halves_2"}, "one has no pixel that counts"
+
+
+def test_drawn_again_only_the_new_pictures_are_there_and_those_of_training_stay(tmp_path: Path) -> None:
+    many, few = Halves(count=10), Halves(count=1)
+    write_images(tmp_path, Brightness(), {"test": (many, image_confusions(Brightness(), many))})
+    during = tmp_path / "pictures" / "00000005_best_worst_1.png"
+    images.write_image(during, np.zeros((4, 4, 3), dtype=np.uint8))
+    write_images(tmp_path, Brightness(), {"val": (few, image_confusions(Brightness(), few))})
+    assert [entry["kind"] for entry in listed(tmp_path)["val"]] == ["worst"]
+    assert during.exists()
+    assert list(read_image_confusion(tmp_path)) == ["val"]
+
+
+def test_the_error_map_shows_what_was_counted_wrong() -> None:
+    image = np.full((2, 2, 3), 200, dtype=np.uint8)
+    drawn = error_map(image, np.array([[0, 1], [1, 255]], np.uint8), np.array([[0, 0], [1, 0]], np.uint8)).tolist()
+    assert drawn[0][0] == drawn[1][0] == [80, 80, 80]
+    red, green, blue = drawn[0][1]
+    assert red > 200 > 100 > green > blue
+    assert drawn[1][1] == list(IGNORE_COLOUR)
+
+
+@pytest.mark.parametrize("resize", [None, (24, 32)])
+def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = Halves()
+    height, width = examples.read(2).label.shape
+    monkeypatch.setattr("ssl_seg.pictures.ERROR_SIDE", width)  # pixel by pixel
+    sheet = error_picture(Brightness(), examples, 2, resize)
+    total = image_confusions(Brightness(), examples, resize).total([2])
+    errors = sheet[:height, 3 * (width + GAP) :]
+    coloured = errors[..., 0] != errors[..., 2]
+    assert coloured.sum() == total.sum() - total.trace() > 0
+    assert (errors == IGNORE_COLOUR).all(axis=2).sum() == height * width - total.sum()
+    np.testing.assert_array_equal(sheet[:height, :width], examples.read(2).image)
+
+
+def test_evaluate_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Brightness()
+    model.class_names = Halves().class_names
+    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda path: (model, None))
+    config = EvaluateConfig(model="x", data={"test": Unmasked()}, workers=0, device="cpu")
+    evaluate(config, tmp_path / "out")
+    summed = read_image_confusion(tmp_path / "out")["test"].total().tolist()
+    assert summed == json.loads((tmp_path / "out" / "confusion.json").read_text())["test"]
+    assert len(listed(tmp_path / "out")["test"]) == 2
+    with pytest.raises(UserError, match=r"data\.test: holds no image"):
+        evaluate(EvaluateConfig(model="x", data={"test": Halves(count=0)}), tmp_path / "empty")
 
 
 def test_the_model_s_classes_must_be_the_data_s(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

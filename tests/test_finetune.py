@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from ssl_seg import weights
 from ssl_seg.config import UserError, load
-from ssl_seg.evaluate import load_model, score_segmentation
+from ssl_seg.confusion import read_image_confusion
+from ssl_seg.evaluate import image_confusions, load_model
 from ssl_seg.finetune import SEGMENT, FinetuneConfig, Finetuned, choose_images, finetune, load_weights, resolve
 from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.runs import LOCK, read_metrics
 from ssl_seg.stage import Options, build_module
-from ssl_seg.store import load_state, read_metrics
+from ssl_seg.store import RUN_FILES, load_state
 from tests.small import MODEL, POOL, Textured, finetuning, pretraining
 
 
@@ -141,10 +143,39 @@ def test_the_exported_model_gives_the_scores_of_the_run(tmp_path: Path) -> None:
     done = run(tmp_path / "run")
     model, resize = load_model(done.folder)
     config = load(FinetuneConfig, finetuning())
-    again = score_segmentation(model, config.data.test, resize)
+    again = image_confusions(model, config.data.test, resize).scores()
     assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(done.test.confusion))
     image = torch.rand(1, 3, 37, 51)
     assert model(image).shape == (1, 2, 37, 51)
+
+
+def test_every_image_s_confusion_adds_up_to_the_run_s(tmp_path: Path) -> None:
+    done = run(tmp_path / "run")
+    kept = json.loads((done.folder / "confusion.json").read_text())
+    found = read_image_confusion(done.folder)
+    assert {part: confusions.total().tolist() for part, confusions in found.items()} == {
+        part: kept[part] for part in ("val", "test")
+    }
+    for part, seed in (("val", 6), ("test", 7)):
+        assert found[part].names == tuple(f"textured_{seed}_{index}" for index in range(3))
+        assert found[part].class_names == ("ground", "disc")
+    assert {path.name for path in done.folder.iterdir()} <= {*RUN_FILES, LOCK}, "--overwrite would leave the rest"
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_the_same_command_draws_and_counts_again_what_is_lost(select: str, tmp_path: Path) -> None:
+    def made() -> dict[str, bytes]:
+        pictures = (tmp_path / "run" / "pictures").glob("[!0-9]*.png")
+        others = [tmp_path / "run" / name for name in ("confusion_images.safetensors", "extremes.json")]
+        return {path.name: path.read_bytes() for path in (*others, *pictures)}
+
+    run(tmp_path / "run", {"select": select})
+    first = made()
+    assert set(first) > {"extremes.json", "val_worst_1.png", "val_worst_2.png", "val_best_1.png", "test_best_1.png"}
+    for name in first:
+        next((tmp_path / "run").rglob(name)).unlink()
+    run(tmp_path / "run", {"select": select})
+    assert made() == first
 
 
 def test_the_best_weights_are_selected_and_the_last_on_request(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from ssl_seg.config import load
 from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.runs import read_metrics
 from ssl_seg.stage import Options
-from ssl_seg.store import read_metrics
 from tests.small import pretraining
 
 KEPT = Path(__file__).parent / "golden" / "pretraining.json"

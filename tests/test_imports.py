@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Every file may import those of the rows above it, and its neighbours to the left.
 ROWS = [
-    ["config", "rng", "switch_norm", "norm", "losses", "metrics"],
+    ["config", "rng", "switch_norm", "norm", "losses", "confusion", "metrics"],
     ["models", "models.timm", "models.smp"],
-    ["images", "pictures", "files", "terminal"],
+    ["images", "pictures", "plots", "files", "runs", "terminal"],
     ["worlds", "worlds.drawing", "worlds.squares", "worlds.shapes"],
     [
         "worlds.street.perspective",
@@ -30,8 +30,9 @@ ROWS = [
         "worlds.street",
     ],
     ["datasets", "datasets.folder", "datasets.camvid", "datasets.synthetic"],
-    ["tasks", "data", "train", "store", "fingerprint", "weights"],
-    ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "compare", "norms", "synth"],
+    ["tasks", "data", "train", "store", "fingerprint", "weights", "tracking"],
+    ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "synth"],
+    ["compare", "norms", "answers", "page", "report"],
     ["testing"],
     ["cli", "__main__"],
 ]
@@ -40,7 +41,8 @@ PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"train"},
     "mlflow": {"tracking"},
-    "matplotlib": {"norms"},
+    "matplotlib": {"plots"},
+    "jinja2": {"page"},
     "timm": {"models.timm"},
     "segmentation_models_pytorch": {"models.smp"},
     "omegaconf": {"config"},

@@ -24,8 +24,8 @@ from ssl_seg.config import load, use_plugin
 from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.metrics import ConfusionMatrix
 from ssl_seg.models import DecoderNet, DenseHead, EncoderSpec, Features
+from ssl_seg.runs import read_metrics
 from ssl_seg.stage import Options
-from ssl_seg.store import read_metrics
 from ssl_seg.tasks import Batch, PretextTask, Segment, View
 from tests.small import Textured, finetuning
 

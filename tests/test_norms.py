@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_seg import cli, evaluate, norms
+from ssl_seg import cli, evaluate, norms, plots
 from ssl_seg.config import UserError, load
 from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.norm import Shares, norm_shares
+from ssl_seg.norm import norm_shares
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options
 from ssl_seg.switch_norm import SHARES
@@ -62,19 +60,8 @@ def test_a_pretrained_run_has_an_encoder_and_the_tasks_decoders(pretrained: Path
     assert [layer.name for layer in found.parts[1].layers][:2] == ["blocks.0.conv1.1", "blocks.0.conv2.1"]
     assert found.picture == pretrained / "pictures" / "norms.png"
     with Image.open(found.picture) as picture:
-        assert picture.width == norms.WIDTH * norms.DOTS_PER_INCH
-        assert picture.height > 61 * norms.ROW * norms.DOTS_PER_INCH
-
-
-def test_the_picture_shows_each_share_in_its_colour() -> None:
-    layers = [Shares("a", 8, (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)), Shares("b", 8, (0.0, 1.0, 0.0), (0.5, 0.0, 0.5))] * 8
-    drawn = Image.open(io.BytesIO(norms.draw([norms.Part("encoder", tuple(layers))]))).convert("RGB")
-    halves = np.split(np.asarray(drawn), 2, axis=1)
-    colours = [tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5)) for colour, _ in norms.COLOURS]
-    counts = [[int((half == colour).all(-1).sum()) for colour in colours] for half in halves]
-    row = (counts[1][0] + counts[1][2]) / 16  # pixels of a whole bar
-    assert counts[0] == pytest.approx([8 * row, 8 * row, 0], abs=row)
-    assert counts[1] == pytest.approx([4 * row, 0, 12 * row], abs=row)
+        assert picture.width == plots.WIDTH * plots.DOTS_PER_INCH
+        assert picture.height > 61 * plots.ROW * plots.DOTS_PER_INCH
 
 
 def test_the_command_prints_a_row_a_layer(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from ssl_seg import store
+from ssl_seg import runs, store
 from ssl_seg.config import UserError, load
 from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.pretrain import PretrainConfig, pretrain
@@ -34,8 +34,8 @@ STAGES = {"pretrain": (pretraining, PretrainConfig, pretrain), "finetune": (fine
 
 def figures(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
-    lines = store.read_metrics(folder)
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+    lines = runs.read_metrics(folder)
+    return [{name: value for name, value in line.items() if name not in ("images_per_s", "time")} for line in lines]
 
 
 def last_state(folder: Path) -> dict[str, torch.Tensor]:

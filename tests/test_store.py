@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 from torch import Tensor
 
-from ssl_seg import store
+from ssl_seg import runs, store
 from ssl_seg.config import Config
 from tests.faults import PROCESSES, FullDisk, crash_everywhere, leftovers, message_of
 
@@ -39,6 +39,11 @@ class Settings(Config):
 
 def open_run(folder: Path, config: Config | None = None, stage: str = "pretrain", **options) -> store.Run:
     return store.Run.open(folder, stage, config or Settings(), **options)
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The metrics without the time of day."""
+    return [{key: value for key, value in line.items() if key != runs.TIME} for line in runs.read_metrics(folder)]
 
 
 def tensors_of(step: int, size: int = 50) -> dict[str, Tensor]:
@@ -353,7 +358,7 @@ def check_same_changed_command_starts_anew(folder: Path) -> None:
 def check_resumes(folder: Path) -> None:
     with open_run(folder) as run:
         assert_whole(run.resume())
-    assert store.read_metrics(folder) == [{"step": 1, "loss": 1.0}]
+    assert logged(folder) == [{"step": 1, "loss": 1.0}]
     assert leftovers(folder) == []
 
 
@@ -493,7 +498,7 @@ def test_a_finished_run_without_checkpoints_is_refused(tmp_path, config):
     run.close()
     assert "finished" in message_of(lambda: open_run(tmp_path / "a", config))
     assert "finished" in message_of(lambda: open_run(tmp_path / "a", config, allow_changed=["*"]))
-    assert store.read_metrics(tmp_path / "a") == [{"step": 1, "loss": 1.0}]
+    assert logged(tmp_path / "a") == [{"step": 1, "loss": 1.0}]
     open_run(tmp_path / "a", config, overwrite=True).close()
 
 
@@ -513,7 +518,7 @@ def test_a_changed_config_starts_anew_where_there_is_no_checkpoint_to_lose(tmp_p
     with open_run(folder, Settings(lr=0.5)) as run:
         assert run.read_json("tasks.json") is None
         assert run.resume() is None
-        assert store.read_metrics(folder) == []
+        assert logged(folder) == []
         assert sorted(entry.name for entry in folder.iterdir()) == ["config.yaml", "lock", "notes.txt", "run.json"]
         run.save_state(1, tensors_of(1), {"step": 1})
     record = json.loads((folder / "run.json").read_text())
@@ -526,13 +531,13 @@ def test_a_damaged_checkpoint_is_still_something_to_lose(tmp_path):
     make_finished_run(tmp_path / "a")
     (tmp_path / "a/state/step_00000001/manifest.json").unlink()
     assert "lr was" in message_of(lambda: open_run(tmp_path / "a", Settings(lr=0.5)))
-    assert store.read_metrics(tmp_path / "a") == [{"step": 1, "loss": 1.0}]
+    assert logged(tmp_path / "a") == [{"step": 1, "loss": 1.0}]
 
 
 def test_another_stage_is_refused_even_without_a_checkpoint(tmp_path):
     make_run_without_checkpoint(tmp_path / "a")
     assert "pretrain" in message_of(lambda: open_run(tmp_path / "a", stage="finetune"))
-    assert store.read_metrics(tmp_path / "a") == [{"step": 1, "loss": 1.0}]
+    assert logged(tmp_path / "a") == [{"step": 1, "loss": 1.0}]
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path):
@@ -543,7 +548,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path):
     with open_run(tmp_path / "a") as run:
         assert run.read_json("tasks.json") is None
         assert run.resume() is None
-        assert store.read_metrics(tmp_path / "a") == []
+        assert logged(tmp_path / "a") == []
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -650,15 +655,15 @@ def test_metrics_come_back(tmp_path):
     run.metrics(1, {"train/loss": torch.tensor(0.25), "lr": 1e-3})
     run.metrics(2, {"train/loss": math.nan, "lr": math.inf})
     lines = (tmp_path / "a/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "train/loss": 0.25, "lr": 0.001},
-        {"step": 2, "train/loss": None, "lr": None},
-    ]
+    written = [json.loads(line) for line in lines]
+    times = [line.pop("time") / 1000 for line in written]
+    assert written == [{"step": 1, "train/loss": 0.25, "lr": 0.001}, {"step": 2, "train/loss": None, "lr": None}]
+    assert time.time() - 60 < times[0] <= times[1] <= time.time()
     assert "NaN" not in "".join(lines)
-    first, second = store.read_metrics(tmp_path / "a")
+    first, second = logged(tmp_path / "a")
     assert first == {"step": 1, "train/loss": 0.25, "lr": 0.001}
     assert math.isnan(second["lr"])
-    assert store.read_metrics(tmp_path) == []
+    assert logged(tmp_path) == []
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', '{"step": 3, "loss": 3.0}', "\x00\x00"])
@@ -671,16 +676,16 @@ def test_resuming_drops_the_metrics_after_the_checkpoint_and_a_torn_line(tmp_pat
     run.close("killed")
     with (tmp_path / "a/metrics.jsonl").open("a") as file:
         file.write(torn)
-    assert [line["step"] for line in store.read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in logged(tmp_path / "a")] == [1, 2, 3, 4, 5]
     with open_run(tmp_path / "a") as run:
         assert run.resume().step == 3
         run.metrics(4, {"loss": 4.5})
-    assert [tuple(line.values()) for line in store.read_metrics(tmp_path / "a")] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
+    assert [tuple(line.values()) for line in logged(tmp_path / "a")] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    assert "line 2" in message_of(lambda: store.read_metrics(tmp_path))
+    assert "line 2" in message_of(lambda: logged(tmp_path))
 
 
 def test_pictures_have_a_place(tmp_path):

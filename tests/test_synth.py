@@ -42,6 +42,17 @@ class Sliding(World):
         return Scene(np.full((*size, 3), 10 * frame, dtype=np.uint8), label)
 
 
+def test_a_folder_of_drawn_images_knows_its_classes(tmp_path: Path) -> None:
+    drawn = synth(shapes(2), tmp_path / "out", jobs=1)
+    found = Folder(images=str(drawn.out / "images"), masks=str(drawn.out / "masks"))
+    assert found.class_names == drawn.class_names
+    np.testing.assert_array_equal(found.read(1).label, shapes(2).scene(1).label)
+    assert Folder(images=found.images, masks=found.masks, classes=9).class_names[0] == "class_0", "what is given wins"
+    (drawn.out / "dataset.json").write_text('{"class_names": "ground"}')
+    with pytest.raises(UserError, match="classes is missing"):
+        len(Folder(images=found.images, masks=found.masks))
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}

@@ -14,15 +14,16 @@ import torch
 
 from ssl_seg import store
 from ssl_seg.config import load
+from ssl_seg.confusion import COLUMNS
 from ssl_seg.data import Packed, Samples
-from ssl_seg.evaluate import score_segmentation, score_tasks
+from ssl_seg.evaluate import image_confusions, score_tasks
 from ssl_seg.finetune import SEGMENT, FinetuneConfig, assemble, resolve
 from ssl_seg.models import SegmentationModel
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options, build_module, open_streams, pool_tasks
 from ssl_seg.tasks import Segment
 from ssl_seg.train import Learner, Processes, backward, finish_gradients, train
-from tests.small import POOL, finetuning, pretraining
+from tests.small import POOL, Textured, finetuning, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
 STEPS = 20
@@ -49,13 +50,14 @@ def record(views: str, encode: str) -> dict[str, Any]:
     return {"gradients": gradients, "losses": losses, "scores": scores, "world": processes.world}
 
 
-def evaluate() -> torch.Tensor:
-    """The confusion matrix of an untrained model on three images: one process has two of them, the other one."""
+def evaluate(count: int = 3) -> dict[str, Any]:
+    """What an untrained model takes each image for: of three, one process has two and the other one."""
     config = load(FinetuneConfig, finetuning())
     processes = Processes(config.train)
     module = build_module(config.model, {SEGMENT: Segment(num_classes=2)}, seed=1)
     model = SegmentationModel(module.encoder, module.heads[SEGMENT], ("ground", "disc"))
-    return torch.as_tensor(score_segmentation(model, config.data.val, processes=processes).confusion)
+    found = image_confusions(model, Textured(count=count, seed=6), processes=processes)
+    return {"names": found.names, **{column: getattr(found, column).tolist() for column in COLUMNS}}
 
 
 def score_one_image() -> dict[str, float]:
@@ -138,7 +140,7 @@ def resume_after_every_step(
 
 def compare_modes(out: str) -> None:
     seen = {f"{views}-{encode}": record(views, encode) for views, encode in MODES}
-    seen["confusion"] = evaluate()
+    seen["confusions"] = [evaluate(count) for count in range(4)]
     seen["one image"] = score_one_image()
     seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}
     seen["nan"] = meet_nan()

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ssl_seg.config import UserError
 from ssl_seg.datasets import Dataset, Example
+from ssl_seg.files import read_json
 from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image, read_mask, show_path
 
 IGNORE = 255
@@ -33,8 +34,9 @@ class Folder(Dataset):
     Images are all files with a known suffix in the folder and its subfolders, ordered by relative path; hidden files
     are skipped, links to folders are not followed, and a link to an image that is listed anyway is left out. `masks`
     may lie inside `images`, or be the same folder where the images are JPEGs. A mask without an image is no fault:
-    labels are often published for more images than one keeps. `classes` are the names or their number; a stored 255 is
-    ignored, and so are the ids of `ignore`. The sequence of an image is its subfolder.
+    labels are often published for more images than one keeps. `classes` are the names or their number; left out, the
+    `class_names` of a dataset.json beside the masks, as `ssl-seg synth` writes it. A stored 255 is ignored, and so are
+    the ids of `ignore`. The sequence of an image is its subfolder.
 
     `mapping` turns stored values into classes: its keys are ids or colours ("#rrggbb" or "r,g,b"), its values class
     ids, class names or "ignore". An id it does not name keeps its value, unless another value is mapped to that class.
@@ -90,7 +92,7 @@ class Folder(Dataset):
         if self.masks is None:
             return ()
         if self.classes is None:
-            raise UserError(self._ask_for_classes(self._scan()))
+            return self._names_beside
         if isinstance(self.classes, int):
             return tuple(f"class_{index}" for index in range(self.classes))
         return self.classes
@@ -129,12 +131,20 @@ class Folder(Dataset):
         return "" if parent == "." else parent
 
     @cached_property
+    def _names_beside(self) -> tuple[str, ...]:
+        """The names in dataset.json. Raises UserError that says what the masks hold where there are none."""
+        path = Path(self.masks).expanduser().parent / "dataset.json"
+        names = read_json(path).get("class_names") if path.is_file() else None
+        if not isinstance(names, list) or not names:
+            raise UserError(self._ask_for_classes(self._scan()))
+        return tuple(str(name) for name in names)
+
+    @cached_property
     def _files(self) -> tuple[tuple[str, str], ...]:
         """The relative paths of each image and its mask ('' where there are no masks); loader workers inherit them."""
-        files = self._scan()
         if self.masks is not None and self.classes is None:
-            raise UserError(self._ask_for_classes(files))
-        return files
+            _ = self._names_beside  # which says what is missing
+        return self._scan()
 
     def _scan(self) -> tuple[tuple[str, str], ...]:
         folder = Path(self.images).expanduser()

@@ -1,0 +1,206 @@
+"""What a segmentation confuses, over a whole set and image by image, and every score that follows from it.
+
+Needs no torch, so that whoever reads the scores of many runs, or resamples the images of one, starts at once. Ours are
+the scores (torchmetrics counts an absent class 0 and smp counts it 1, and both enter the mean; here it is nan and left
+out) and the sparse file: an image shows a few of the K * K cells, so 2,000 images of 150 classes take some megabytes
+where dense matrices would take 360. Whole sets are summed before anything is divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from ssl_seg.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGES_FILE = "confusion_images.safetensors"  # in a run folder, and in what `evaluate --out` writes
+COLUMNS = ("image", "cell", "count")
+
+# An image's place in its data set, its name, and its cells that hold pixels with how many each: what processes share.
+Row = tuple[int, str, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationScores:
+    """Everything that follows from a confusion matrix; shares in [0, 1], nan where there is nothing to divide by."""
+
+    confusion: np.ndarray  # (K, K) int64 pixels, [truth, prediction]
+    iou: np.ndarray  # (K,) float64; nan for a class in neither truth nor prediction
+    miou: float  # the mean over classes with union > 0: one that is predicted but absent counts 0
+    accuracy: float  # share of the counted pixels that are right
+    class_accuracy: np.ndarray  # (K,) float64, the recall; nan for a class that is absent in the truth
+    dice: np.ndarray  # (K,) float64, also called F1; nan as for `iou`
+
+    @classmethod
+    def from_confusion(cls, counts: Tensor | np.ndarray) -> Self:
+        """The scores of a matrix `(K, K)` of pixels; a tensor lies on the CPU."""
+        confusion = np.asarray(counts, dtype=np.int64).copy()
+        hits = confusion.diagonal()
+        truth = confusion.sum(axis=1)
+        predicted = confusion.sum(axis=0)
+        union = truth + predicted - hits
+        iou = _divide(hits, union)
+        return cls(
+            confusion=confusion,
+            iou=iou,
+            miou=float(_divide(np.nansum(iou), (union > 0).sum())),
+            accuracy=float(_divide(hits.sum(), confusion.sum())),
+            class_accuracy=_divide(hits, truth),
+            dice=_divide(2 * hits, truth + predicted),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; nan is None, since JSON has none."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageConfusions:
+    """The confusion matrix of each of N images, as the cells that hold pixels: E entries in three columns.
+
+    Entries are ordered by image, then by cell, and each (image, cell) comes once, so equal matrices are equal arrays.
+    """
+
+    class_names: tuple[str, ...]  # K
+    names: tuple[str, ...]  # N, the images' in their data set's order
+    image: np.ndarray  # (E,) int32 in [0, N)
+    cell: np.ndarray  # (E,) int32 in [0, K * K): truth * K + prediction
+    count: np.ndarray  # (E,) int32 pixels, at least 1
+
+    @classmethod
+    def from_rows(cls, class_names: Sequence[str], rows: Sequence[Row]) -> Self:
+        """The images of all processes, put back into the data set's order."""
+        ordered = sorted(rows, key=lambda row: row[0])
+        _, names, cells, counts = zip(*ordered, strict=True) if ordered else ((), (), (), ())
+        none = np.zeros(0, dtype=np.int64)
+        return cls(
+            class_names=tuple(class_names),
+            names=tuple(names),
+            image=np.repeat(np.arange(len(names), dtype=np.int32), [len(cell) for cell in cells]),
+            cell=np.concatenate([none, *cells]).astype(np.int32),
+            count=np.concatenate([none, *counts]).astype(np.int32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def total(self, indices: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """The summed matrix `(K, K)` int64 of all images, or of those at `indices`, each as often as it is named."""
+        num_classes = len(self.class_names)
+        pixels = self.count.astype(np.float64)  # what bincount sums; exact up to 2**53 pixels
+        if indices is not None:
+            pixels *= np.bincount(np.asarray(indices, dtype=np.int64), minlength=len(self))[self.image]
+        summed = np.bincount(self.cell, weights=pixels, minlength=num_classes**2)
+        return summed.astype(np.int64).reshape(num_classes, num_classes)
+
+    def scores(self, indices: Sequence[int] | np.ndarray | None = None) -> SegmentationScores:
+        """The scores of all images together, or of those at `indices` (a resample may name one many times)."""
+        return SegmentationScores.from_confusion(self.total(indices))
+
+    def per_image_miou(self) -> np.ndarray:
+        """`(N,)` float64: over the classes in an image's truth or prediction; nan where no pixel of it counts."""
+        num_classes = len(self.class_names)
+        truth, prediction = np.divmod(self.cell, max(1, num_classes))
+        hits = self._by_class(truth, truth == prediction)
+        union = self._by_class(truth) + self._by_class(prediction) - hits
+        iou = _divide(hits, union)
+        return _divide(np.nansum(iou, axis=1), (union > 0).sum(axis=1))
+
+    def extremes(self, most: int) -> tuple[list[int], list[int]]:
+        """The indices of the `most` worst and the `most` best images by their mIoU, the most extreme first.
+
+        An image without a score is in neither; of fewer than 2 `most` images each is in one half, the worse ones first.
+        """
+        miou = self.per_image_miou()
+        ordered = [index for index in np.argsort(miou, kind="stable").tolist() if not math.isnan(miou[index])]
+        num_worst = min(most, (len(ordered) + 1) // 2)
+        num_best = min(most, len(ordered) // 2)
+        return ordered[:num_worst], ordered[::-1][:num_best]
+
+    def _by_class(self, of_class: np.ndarray, counted: np.ndarray | bool = True) -> np.ndarray:
+        """Pixels `(N, K)` int64 of each image, by the class that each entry has."""
+        num_classes = len(self.class_names)
+        slots = self.image.astype(np.int64) * num_classes + of_class
+        summed = np.bincount(slots, weights=self.count * counted, minlength=len(self) * num_classes)
+        return summed.astype(np.int64).reshape(len(self), num_classes)
+
+
+def image_confusion_bytes(parts: Mapping[str, ImageConfusions]) -> bytes:
+    """A .safetensors file of parts (`val`, `test`) that share their classes; `read_image_confusion` reads it back.
+
+    Tensors `<part>/image`, `<part>/cell` and `<part>/count`. The header's metadata holds, as `about`, JSON in ASCII
+    (names may be no valid text): `classes`, the `names` of each part's images, and a `sha256` of all that.
+    """
+    arrays = {f"{part}/{column}": getattr(found, column) for part, found in parts.items() for column in COLUMNS}
+    about = {
+        "classes": next(iter(parts.values())).class_names,
+        "names": {part: found.names for part, found in parts.items()},
+    }
+    digested = {**about, "sha256": _digest(arrays, about)}
+    # Under one key: safetensors writes several in an order of chance, and equal scores are to be equal files.
+    return safetensors.numpy.save(arrays, {"about": json.dumps(digested)})
+
+
+def read_image_confusion(folder: str | Path) -> dict[str, ImageConfusions]:
+    """What each image of a run was taken for, by part: `val`, `test`. `folder` is a run or one of `evaluate --out`.
+
+    Raises UserError where there is no such file, and for one that is not as it was written.
+    """
+    path = Path(folder) / IMAGES_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: is not there; give a finished run, or score its model by ssl-seg evaluate --out")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = file.keys()
+            arrays = {name: file.get_tensor(name) for name in tensors}
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(_damaged(path)) from error
+    if about.pop("sha256", None) != _digest(arrays, about):
+        raise UserError(_damaged(path))
+    classes = tuple(about["classes"])
+    return {
+        part: ImageConfusions(classes, tuple(names), *(arrays[f"{part}/{column}"] for column in COLUMNS))
+        for part, names in about["names"].items()
+    }
+
+
+def _digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
+    """Of all that the file holds: safetensors itself notices no flipped bit."""
+    hashed = hashlib.sha256(json.dumps(about).encode())
+    for name in sorted(arrays):
+        hashed.update(f"\0{name}\0{arrays[name].dtype}\0".encode())
+        hashed.update(arrays[name].tobytes())
+    return hashed.hexdigest()
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: damaged; give the run's command again, or score its model by ssl-seg evaluate --out"
+
+
+def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """float64; nan, without a warning, where the divisor is 0."""
+    result = np.full(np.shape(below), np.nan)
+    return np.divide(above, below, out=result, where=np.asarray(below) > 0)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

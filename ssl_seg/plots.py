@@ -1,0 +1,485 @@
+"""All that matplotlib draws: SVG that takes a page's colours, light or dark, and the picture of norm shares as PNG.
+
+Ours is the step from matplotlib's SVG to one that lives inside a page: it has fixed colours, fonts and names that would
+collide with those of the next figure. Titles and legends are the page's: HTML wraps a long label, a figure does not.
+Labels of groups and classes are foreign text: never mathtext, never trusted to have glyphs in the font.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from ssl_seg.norm import Shares
+
+# A page sets each as a CSS variable: (on light, on dark). The hues are those of Okabe and Ito, 2008, which colour-blind
+# readers tell apart too, darkened or lightened until they stand out from the paper by 3 to 1 (WCAG 2, graphics).
+COLOURS = {
+    "paper": ("#fdfdfb", "#16181c"),
+    "ink": ("#1b1e22", "#e9e7e2"),
+    "muted": ("#5a626b", "#a7aeb7"),
+    "line": ("#d3d7dc", "#3b4149"),
+    "cell": ("#0071b1", "#3d9fdc"),
+    "on_cell": ("#fefefe", "#0d0f12"),
+    "base": ("#6f7782", "#949ca6"),
+    "blue": ("#0072b2", "#5ab0e8"),
+    "vermilion": ("#c44f00", "#f07f3c"),
+    "green": ("#00805b", "#2fbd92"),
+    "purple": ("#b0528a", "#dd93bd"),
+    "amber": ("#a06c00", "#e3a72f"),
+    "sky": ("#2c8fc4", "#8fd0f5"),
+}
+GROUP_COLOURS = ("blue", "vermilion", "green", "purple", "amber", "sky")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":", "-.")
+# Of the bar and of the number on it, the same on any paper.
+SHARE_COLOURS = (("#0173B2", "white"), ("#E69F00", "black"), ("#009E73", "white"))
+ROW, MARGIN, WIDTH = 0.2, 0.9, 10.0  # inches of the shares' picture: of a layer, around all of them, of the whole
+NARROW = 0.06  # a share with less room than its own number
+DOTS_PER_INCH = 130
+
+PANEL = 4.4  # inches: at 1/72 inch a unit, text of 9 can be read where a telephone makes the panel 340 pixels wide
+NARROW_PANEL = 3.7  # where three stand beside each other
+SMALL, TEXT = 8.0, 9.0  # of numbers and of words
+LABEL_WIDTH = 52  # letters of a label in a line
+NUMBERED = 16  # classes up to which a confusion matrix has its numbers
+NAMED = 48  # and up to which each class has its name
+POINTS = 80  # of a line; more cannot be told apart in a panel
+WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
+
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+ElementTree.register_namespace("", SVG)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one group looks in every figure: colour by name, marker, dash."""
+
+    colour: str = "ink"
+    marker: str = "o"
+    dash: str = "-"
+
+    @property
+    def hex(self) -> str:
+        return _light(self.colour)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A labelled line of dots; `note` stands at its right end."""
+
+    label: str
+    values: tuple[float, ...]
+    style: Style
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A figure over steps for the runs of one group: `(steps, values)` of each, nan where there is no number."""
+
+    runs: tuple[tuple[Sequence[float], Sequence[float]], ...]
+    style: Style
+
+
+@dataclass(frozen=True)
+class Series:
+    """For each class the figures of a group's runs, none where the class is absent."""
+
+    values: tuple[tuple[float, ...], ...]
+    style: Style
+
+
+def styles(baselines: Sequence[bool]) -> list[Style]:
+    """A style a group: grey for the baselines, else colours in turn; by marker and dash more can be told apart."""
+    found, greys, coloured = [], 0, 0
+    for is_baseline in baselines:
+        if is_baseline:
+            found.append(Style("base", MARKERS[greys % len(MARKERS)], DASHES[greys % len(DASHES)]))
+            greys += 1
+        else:
+            colour, lap = GROUP_COLOURS[coloured % len(GROUP_COLOURS)], coloured // len(GROUP_COLOURS)
+            found.append(Style(colour, MARKERS[lap % len(MARKERS)], DASHES[lap % len(DASHES)]))
+            coloured += 1
+    return found
+
+
+# ---- figures of a report ----
+
+
+def swatch(name: str, style: Style) -> str:
+    """The mark of a group, for a legend."""
+    figure = Figure(figsize=(0.36, 0.16))
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.plot([0, 2], [0, 0], color=style.hex, linestyle=style.dash, linewidth=1.4)
+    panel.plot([1], [0], color=style.hex, marker=style.marker, markersize=6, linestyle="none")
+    panel.set(xlim=(0, 2), ylim=(-1, 1))
+    panel.set_axis_off()
+    return to_svg(figure, name, None)
+
+
+def dots(name: str, rows: Sequence[Row], axis: str, about: str, zero: bool = False) -> str:
+    """Every single value of each row on one common axis, the mean as an upright stroke; `zero` draws a line there."""
+    labels = [textwrap.wrap(plain(row.label), LABEL_WIDTH - len(row.note)) or [""] for row in rows]
+    heights = [0.33 + 0.15 * len(lines) for lines in labels]
+    figure, panel = _panel(sum(heights), bottom=0.46, left=0.12, right=0.16)
+    top = 0.0
+    for row, lines, height in zip(rows, labels, heights, strict=True):
+        middle = top + height - 0.21
+        panel.axhline(middle, color=_light("line"), linewidth=0.8, zorder=0)
+        if zero:
+            panel.plot([0, 0], [middle - 0.14, middle + 0.14], color=_light("muted"), linewidth=1.0, zorder=1)
+        panel.plot(row.values, [middle] * len(row.values), **_dot(row.style, 5.5), alpha=0.72)
+        panel.plot([np.mean(row.values)] * 2, [middle - 0.1, middle + 0.1], color=row.style.hex, linewidth=2.2)
+        for number, line in enumerate(lines):
+            _beside(panel, 0.0, top + 0.06 + 0.15 * number, line, "left", "ink")
+        _beside(panel, 1.0, top + 0.06, row.note, "right", "muted")
+        top += height
+    panel.set_ylim(top, -0.02)
+    panel.set_yticks([])
+    every = [value for row in rows for value in row.values]
+    _fit_x(panel, [*every, 0.0] if zero else every, zero)
+    panel.set_xlabel(axis, fontsize=TEXT, color=_light("muted"))
+    return to_svg(figure, name, about)
+
+
+def curves(name: str, lines: Sequence[Curve], about: str, by_logarithm: bool = False) -> str:
+    """Figures over steps: the mean of a group's runs as a strong line, each single run as a thin one."""
+    figure, panel = _panel(1.75, bottom=0.44, left=0.56, right=0.14, top=0.1, width=NARROW_PANEL)
+    for curve in lines:
+        for steps, values in curve.runs if len(curve.runs) > 1 else ():
+            panel.plot(*thin(steps, values), color=curve.style.hex, linewidth=0.7, alpha=0.38)
+        steps, values = thin(*mean_line(curve.runs))
+        alone = {"marker": curve.style.marker, "markersize": 4} if len(steps) < 8 else {}
+        panel.plot(steps, values, color=curve.style.hex, linewidth=1.7, linestyle=curve.style.dash, **alone)
+    values = [value for curve in lines for _, own in curve.runs for value in own if np.isfinite(value)]
+    if by_logarithm and values and min(values) > 0 and max(values) > WIDE_RANGE * min(values):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        panel.yaxis.set_minor_locator(NullLocator())
+    else:
+        panel.yaxis.set_major_locator(MaxNLocator(5))
+    panel.yaxis.set_major_formatter(FuncFormatter(_short))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.grid(axis="y", color=_light("line"), linewidth=0.6)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    panel.set_xlabel("step", fontsize=TEXT, color=_light("muted"))
+    return to_svg(figure, name, about)
+
+
+def classes(
+    name: str, names: Sequence[str], series: Sequence[Series], axis: str, about: str, zero: bool = False
+) -> str:
+    """A row a class, in the given order: for each group a mark at the mean, a line from the least to the most."""
+    lane = 0.1 if len(series) <= len(GROUP_COLOURS) else 0.075
+    row = max(0.24, lane * len(series) + 0.06)
+    words = [_cut(plain(own), 22) for own in names]
+    left = 0.14 + 0.07 * max(len(word) for word in words)
+    figure, panel = _panel(row * len(names), bottom=0.46, left=left, right=0.16)
+    for index in range(len(names)):
+        panel.axhline(index - 0.5, color=_light("line"), linewidth=0.6, zorder=0)
+        offsets = np.linspace(-0.5, 0.5, len(series) + 2)[1:-1]
+        for own, offset in zip(series, offsets, strict=True):
+            values = own.values[index]
+            if not values:
+                continue
+            panel.plot([min(values), max(values)], [index + offset] * 2, color=own.style.hex, linewidth=1.3, alpha=0.5)
+            panel.plot([np.mean(values)], [index + offset], **_dot(own.style, 4.6))
+        if not any(own.values[index] for own in series):
+            _beside(panel, 0.01, index, "absent", "left", "muted", style="italic")
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_yticks(range(len(names)), words, fontsize=SMALL)
+    every = [value for own in series for values in own.values for value in values]
+    _fit_x(panel, [*every, 0.0], zero)
+    if zero:
+        panel.axvline(0.0, color=_light("muted"), linewidth=1.0, zorder=1)
+    panel.grid(axis="x", color=_light("line"), linewidth=0.6)
+    panel.set_xlabel(axis, fontsize=TEXT, color=_light("muted"))
+    return to_svg(figure, name, about)
+
+
+def confusion(name: str, counts: np.ndarray, names: Sequence[str], about: str) -> str:
+    """A heat map of `(K, K)` pixel counts, [truth, prediction], each row as shares of its truth.
+
+    Numbers are per cent, those under half a per cent left out; with many classes only some have their name.
+    """
+    number = len(names)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    words = [_cut(plain(own), 18) for own in names]
+    left = 0.36 + 0.066 * max(len(word) for word in words)
+    side = PANEL - left - 0.1 if number <= NUMBERED else 5.6
+    figure, panel = _panel(side, bottom=left - 0.02, left=left, right=0.1, width=side + left + 0.1, top=0.06)
+    colour = [int(_light("cell")[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    if number <= NUMBERED:
+        for truth, prediction in np.argwhere(shares > 0).tolist():
+            share = shares[truth, prediction]
+            cell = Rectangle((prediction - 0.5, truth - 0.5), 1, 1, facecolor=_light("cell"), alpha=share, linewidth=0)
+            panel.add_patch(cell)
+            ink = _light("on_cell" if share > 0.7 else "ink")
+            if share >= 0.005:
+                text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
+                panel.text(prediction, truth, f"{share * 100:.0f}", **text)
+    else:
+        # One value a cell, and no smoothing: as paths the 22,500 cells of 150 classes would be megabytes.
+        pixels = np.concatenate([np.broadcast_to(colour, (number, number, 3)), shares[..., None]], axis=-1)
+        panel.imshow(pixels, interpolation="none", aspect="auto")
+    for truth in np.flatnonzero(totals[:, 0] == 0).tolist():
+        if number <= NAMED:
+            kind = {"ha": "left", "va": "center", "fontsize": SMALL, "color": _light("muted"), "style": "italic"}
+            panel.text(-0.35, truth, "no such pixel", **kind)
+    every = 1 if number <= NAMED else -(-number // NAMED)
+    size = SMALL if number <= NUMBERED else 7.0
+    panel.set_xticks(range(0, number, every), words[::every], fontsize=size, rotation=90)
+    panel.set_yticks(range(0, number, every), words[::every], fontsize=size)
+    panel.set(xlim=(-0.5, number - 0.5), ylim=(number - 0.5, -0.5))
+    for edge in np.arange(number + 1) - 0.5 if number <= NUMBERED else (-0.5, number - 0.5):
+        panel.axvline(edge, color=_light("line"), linewidth=0.6)
+        panel.axhline(edge, color=_light("line"), linewidth=0.6)
+    panel.tick_params(length=0)
+    panel.set_xlabel("predicted", fontsize=TEXT, color=_light("muted"))
+    panel.set_ylabel("truth", fontsize=TEXT, color=_light("muted"))
+    return to_svg(figure, name, about)
+
+
+def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS points of a line: means of neighbours, nan where none of them is a number."""
+    chunks = min(POINTS, len(steps))
+    if chunks == 0:
+        return np.zeros(0), np.zeros(0)
+    places = np.array_split(np.asarray(steps, dtype=float), chunks)
+    figures = np.array_split(np.asarray(values, dtype=float), chunks)
+    return np.array([own.mean() for own in places]), np.array([_mean_of_finite(own) for own in figures])
+
+
+def mean_line(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean at every step that all runs have: it ends where the first ends, and does not jump when one drops out."""
+    tables = [dict(zip(steps, values, strict=True)) for steps, values in runs]
+    common = sorted(set(tables[0]).intersection(*tables[1:])) if tables else []
+    means = [float(np.mean([table[step] for table in tables])) for step in common]
+    return np.array(common, dtype=float), np.array(means)
+
+
+# ---- norm shares ----
+
+
+def norm_shares(parts: Mapping[str, Sequence[Shares]], kinds: Sequence[str]) -> Figure:
+    """A row per layer, first on top, under its part's name; a stacked bar of the shares of the `kinds` for the mean,
+    one for the variance."""
+    layers = [layer for own in parts.values() for layer in own]
+    heads = _head_rows(parts)
+    rows = [head + 1 + index for head, own in zip(heads, parts.values(), strict=True) for index in range(len(own))]
+    height = MARGIN + ROW * (len(layers) + len(parts))
+    figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
+    of_mean, of_var = figure.subplots(1, 2, sharey=True)
+    bars = _draw_bars(of_mean, "shares in the mean", rows, [layer.mean for layer in layers])
+    _draw_bars(of_var, "shares in the variance", rows, [layer.var for layer in layers])
+    names = [f"{layer.name}  ({layer.channels})" for layer in layers]
+    of_mean.set_yticks(rows, names, fontsize=7)
+    of_mean.set_ylim(rows[-1] + 0.7, -0.7)
+    for part, row in zip(parts, heads, strict=True):
+        of_mean.text(0.0, row, part, fontsize=8, fontweight="bold", va="center", color=_light("ink"))
+    of_mean.text(-0.01, heads[0], "layer  (channels)", fontsize=7, ha="right", va="center", color=_light("muted"))
+    legend = figure.legend(bars, kinds, loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_color(_light("ink"))
+    return figure
+
+
+def _draw_bars(panel: Axes, title: str, rows: Sequence[float], values: Sequence[Sequence[float]]) -> list[BarContainer]:
+    bars = []
+    lefts = [0.0] * len(rows)
+    for index, (colour, ink) in enumerate(SHARE_COLOURS):
+        shares = [value[index] for value in values]
+        bars.append(panel.barh(rows, shares, left=lefts, color=colour, height=0.86))
+        for row, left, share in zip(rows, lefts, shares, strict=True):
+            if share >= NARROW:
+                panel.text(left + share / 2, row, f"{share:.0%}", fontsize=6, color=ink, ha="center", va="center")
+        lefts = [left + share for left, share in zip(lefts, shares, strict=True)]
+    panel.set_title(title, fontsize=9, color=_light("ink"))
+    panel.set_xlim(0, 1)
+    panel.set_xticks([0, 1 / 3, 2 / 3, 1], ["0", "1/3", "2/3", "1"], fontsize=7)
+    panel.get_xticklabels()[-1].set_horizontalalignment("right")  # else it is cut off at the edge
+    for equal in (1 / 3, 2 / 3):
+        panel.axvline(equal, color=_light("ink"), linewidth=0.6, linestyle=":")  # where a fresh layer starts
+    _plain_axes(panel)
+    panel.tick_params(labelsize=7)
+    return bars
+
+
+def _head_rows(parts: Mapping[str, Sequence[Shares]]) -> list[int]:
+    """The row of each part's name, above those of its layers."""
+    sizes = [len(layers) + 1 for layers in parts.values()]
+    return [sum(sizes[:index]) for index in range(len(sizes))]
+
+
+# ---- from figure to file ----
+
+
+def to_png(figure: Figure) -> bytes:
+    """On white, in the colours of light paper."""
+    file = io.BytesIO()
+    with _foreign_text(figure):
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def to_svg(figure: Figure, name: str, about: str | None) -> str:
+    """An `<svg>` to stand inside an HTML page: the same bytes for the same figure.
+
+    Colours are the page's variables, letters the page's font, names begin with `name`, so that no two figures of a page
+    share one. `about` says what it shows to those who cannot see it; None for one that only decorates.
+    """
+    file = io.StringIO()
+    figure.patch.set_visible(False)
+    with _foreign_text(figure, name):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(file.getvalue())
+    for unwanted in root.findall(f"{{{SVG}}}metadata"):
+        root.remove(unwanted)
+    for definitions in root.iter(f"{{{SVG}}}defs"):
+        for style in definitions.findall(f"{{{SVG}}}style"):
+            definitions.remove(style)  # it would hold for the whole page
+    wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', file.getvalue()))
+    for element in root.iter():
+        _settle_in(element, name, wanted)
+    box = root.get("viewBox")
+    root.attrib.clear()
+    root.attrib.update({"viewBox": box, "style": "stroke-linejoin: round"})
+    root.attrib.update({"aria-hidden": "true"} if about is None else {"role": "img", "aria-label": plain(about)})
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def plain(text: str) -> str:
+    """Foreign text in one line that any XML file can hold; what it cannot is shown as the replacement character."""
+    one_line = " ".join(text.split())
+    return "".join(letter if _is_xml(letter) else "\ufffd" for letter in one_line)
+
+
+def with_minus(number: str) -> str:
+    """A number in print: its sign as wide as a plus."""
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def _settle_in(element: ElementTree.Element, name: str, wanted: set[str]) -> None:
+    """One element of matplotlib's, with the page's colours and font and without names that nothing refers to."""
+    own = element.attrib.pop("id", None)
+    if own in wanted:
+        element.set("id", f"{name}-{own}")
+    link = element.attrib.pop(f"{{{XLINK}}}href", None)
+    if link is not None:
+        element.set("href", f"#{name}-{link[1:]}" if link.startswith("#") else link)
+    if "clip-path" in element.attrib:
+        element.set("clip-path", element.get("clip-path").replace("url(#", f"url(#{name}-"))
+    if "style" in element.attrib:
+        unfonted = re.sub(r"font-family:[^;]*;? ?", "", element.get("style"))
+        element.set("style", VARIABLE.sub(lambda found: VARIABLES[found[0]], unfonted))
+    if element.get("transform", "").startswith("rotate(-0 "):
+        del element.attrib["transform"]
+    if "d" in element.attrib:
+        element.set("d", " ".join(element.get("d").split()))
+
+
+@contextmanager
+def _foreign_text(figure: Figure, salt: str = "") -> Iterator[None]:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    # Those of ticks come into being while it is drawn. Text stays text in SVG: whether a letter can be shown is up to
+    # the reader's fonts, not to matplotlib's.
+    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def _light(colour: str) -> str:
+    return COLOURS[colour][0]
+
+
+VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
+VARIABLE = re.compile("|".join(VARIABLES))
+
+
+def _panel(
+    height: float, bottom: float, left: float, right: float, top: float = 0.02, width: float = PANEL
+) -> tuple[Figure, Axes]:
+    """One set of axes of `height` inches with margins of fixed size, whatever its labels are."""
+    whole = height + bottom + top
+    figure = Figure(figsize=(width, whole))
+    box = (left / width, bottom / whole, 1 - (left + right) / width, height / whole)
+    panel = figure.add_axes(box)
+    _plain_axes(panel)
+    return figure, panel
+
+
+def _plain_axes(panel: Axes) -> None:
+    panel.set_facecolor("none")
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0, labelsize=SMALL, labelcolor=_light("muted"), color=_light("line"))
+    panel.set_axisbelow(True)
+
+
+def _dot(style: Style, size: float) -> dict[str, object]:
+    return {
+        "color": style.hex,
+        "marker": style.marker,
+        "markersize": size,
+        "linestyle": "none",
+        "markeredgewidth": 0,
+        "clip_on": False,
+    }
+
+
+def _beside(panel: Axes, x: float, y: float, text: str, side: str, colour: str, **more: str) -> None:
+    """Text at `x` of the axes' width and `y` of its data."""
+    place = panel.get_yaxis_transform()
+    panel.text(x, y, text, transform=place, ha=side, va="center", fontsize=TEXT, color=_light(colour), **more)
+
+
+def _fit_x(panel: Axes, values: Sequence[float], zero: bool) -> None:
+    """The axis holds all values with some room, also where they are all the same; with `zero` numbers have signs."""
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    room = 0.06 * (high - low) or max(0.5, 0.02 * abs(high))
+    panel.set_xlim(low - room, high + room)
+    panel.xaxis.set_major_locator(MaxNLocator(6))
+    panel.xaxis.set_major_formatter(FuncFormatter(_signed if zero else _short))
+
+
+def _short(value: float, _: object = None) -> str:
+    return with_minus(f"{value:.4g}")
+
+
+def _signed(value: float, _: object = None) -> str:
+    return "0" if abs(value) < 1e-12 else with_minus(f"{value:+.4g}")
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _mean_of_finite(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else np.nan
+
+
+def _is_xml(letter: str) -> bool:
+    """https://www.w3.org/TR/xml/#charsets, without line breaks and tabs."""
+    return " " <= letter <= "\ud7ff" or "\ue000" <= letter <= "\ufffd" or letter >= "\U00010000"

@@ -1,0 +1,604 @@
+"""`ssl-seg report`: what one or many runs have shown, on one page.
+
+The answer comes first, in one sentence; then all it rests on, section by section in the order of SECTIONS.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from safetensors import SafetensorError, safe_open
+
+from ssl_seg import compare, files, plots
+from ssl_seg.answers import (
+    NOTHING,
+    PARTS,
+    answer,
+    count_of,
+    foremost,
+    images_of,
+    percent,
+    points,
+    spoken,
+    state,
+    unit_of,
+)
+from ssl_seg.compare import Comparison, Spread
+from ssl_seg.config import UserError, flatten
+from ssl_seg.page import (
+    OPEN,
+    SHOWN,
+    Arm,
+    Fold,
+    Gallery,
+    Heading,
+    Listing,
+    Page,
+    Panel,
+    Panels,
+    Section,
+    Table,
+    TableRow,
+    Text,
+    drawn,
+    folds,
+    legend,
+    make_page,
+    not_shown,
+    render,
+    shot,
+    which,
+)
+from ssl_seg.plots import with_minus
+from ssl_seg.runs import RunFolder, as_text
+
+ABREAST = 5  # groups that stand beside each other in a table of keys; more stand below each other
+STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
+MACHINE = ("lr", "grad_norm", "images_per_s")  # figures of the training itself, not of what was learnt
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` gives back."""
+
+    path: Path
+    headline: str
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:
+    """Write one page about the runs in `folders`; a folder without a run.json stands for the runs in it.
+
+    By default RUN/report.html for one run, else report.html in the folder that holds them all. Raises UserError for
+    what is no run, a damaged file of one, and a page that cannot be written.
+    """
+    found = [run for folder in folders for run in compare.find_runs(Path(folder))]
+    runs = list({run.folder.resolve(): run for run in found}.values())  # named twice, a run would count as two
+    path = Path(out) if out is not None else default_path(runs)
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
+    comparison = _compared(runs)
+    told = answer(comparison, runs)
+    page = make_page(runs, comparison)
+    sections = [section for build in SECTIONS for section in build(page)]
+    files.write_atomic(path, render(page, told, sections))
+    return Report(path, told.headline)
+
+
+def default_path(runs: Sequence[RunFolder]) -> Path:
+    """Where the page about `runs` goes unless a person says otherwise."""
+    if len(runs) == 1:
+        return runs[0].folder / "report.html"
+    return Path(os.path.commonpath([run.folder.resolve().parent for run in runs])) / "report.html"
+
+
+def _compared(runs: Sequence[RunFolder]) -> Comparison:
+    if any(run.result is not None for run in runs):
+        return compare.compare([run.folder for run in runs])
+    return Comparison((), {}, tuple(str(run.folder) for run in runs))
+
+
+# ---- the sections, in their order ----
+
+
+def _scores(page: Page) -> Iterator[Section]:
+    blocks: list[Any] = []
+    segmenting = [arm for arm in page.arms if page.score is not None and page.spread(arm, page.score) is not None]
+    if segmenting:
+        blocks.append(_score_table(page, segmenting))
+        if sum(len(arm.runs) for arm in segmenting) > 1:
+            blocks.append(Panels(tuple(_score_dots(page, segmenting)), shape="wide"))
+    for stage in dict.fromkeys(arm.stage for arm in page.arms if arm not in segmenting and arm.group is not None):
+        blocks += _figure_table(page, [arm for arm in page.arms if arm.stage == stage and arm not in segmenting])
+    if len(page.runs) > 1:
+        blocks.append(Fold("Every single run", (_run_table(page),)))
+    yield Section("scores", "Scores", tuple(blocks))
+
+
+def _score_table(page: Page, arms: Sequence[Arm]) -> Table:
+    parts = [part for part in PARTS if f"{part}/miou" in page.comparison.scores]
+    gains = {arm.label: page.gain(arm, page.score) for arm in arms}
+    columns = ["Group", "Runs"]
+    columns += [f"{name}, {part}, %" for part in parts for name in ("mIoU", "Pixel accuracy")]
+    told = ["Gain over scratch, points", "Least to most", "Pairs"] if any(gains.values()) else []
+    rows = []
+    for arm in arms:
+        cells = [str(len(arm.runs))]
+        cells += [percent(page.spread(arm, f"{part}/{name}")) for part in parts for name in ("miou", "accuracy")]
+        cells += _gain_cells(gains[arm.label]) if told else []
+        rows.append(TableRow(arm.label, tuple(cells), arm.mark))
+    several = any(len(arm.runs) > 1 for arm in arms)
+    caption = (
+        "Mean ± standard deviation over the runs of a group, which differ in their seeds alone." if several else ""
+    )
+    if told:
+        main = f"{page.part} mIoU"
+        caption += f" Gains are paired differences of {main} to the run from scratch with the same seeds."
+    return Table(caption, tuple(columns + told), tuple(rows))
+
+
+def _gain_cells(gain: Spread | None) -> list[str]:
+    if gain is None:
+        return [NOTHING] * 3
+    spread = "" if gain.sd is None else f" ± {100 * gain.sd:.1f}"
+    return [
+        f"{points(gain.mean)}{spread}",
+        f"{points(min(gain.values))} to {points(max(gain.values))}",
+        str(gain.n),
+    ]
+
+
+def _score_dots(page: Page, arms: Sequence[Arm]) -> Iterator[Panel]:
+    def row(arm: Arm, spread: Spread, note: str) -> plots.Row:
+        return plots.Row(arm.label, tuple(100 * value for value in spread.values), arm.style, note)
+
+    spreads = [(arm, page.spread(arm, page.score)) for arm in arms]
+    rows = [row(arm, spread, percent(spread)) for arm, spread in spreads]
+    about = f"{page.part} mIoU of every run: " + "; ".join(f"{own.label} {own.note}" for own in rows)
+    yield Panel(
+        "Every run is a dot, the stroke is the mean.", drawn(plots.dots, "dots", rows, f"{page.part} mIoU, %", about)
+    )
+    gains = [(arm, gain) for arm in arms if (gain := page.gain(arm, page.score)) is not None]
+    if gains:
+        rows = [row(arm, gain, _gain_cells(gain)[0]) for arm, gain in gains]
+        about = "paired gains over scratch: " + "; ".join(f"{own.label} {own.note}" for own in rows)
+        svg = drawn(plots.dots, "gains", rows, "gain over scratch, points of mIoU", about, zero=True)
+        yield Panel("Every pair is a dot: a run minus the one from scratch with its seeds.", svg)
+
+
+def _figure_table(page: Page, arms: Sequence[Arm]) -> list[Table]:
+    """What groups reach that have no mIoU: the figures of pretext tasks, a row each."""
+    rows = []
+    for name in page.comparison.scores:
+        spreads = [page.spread(arm, name) for arm in arms]
+        if any(spreads):
+            cells = tuple(NOTHING if spread is None else _to_digits(spread, unit_of(name)[0]) for spread in spreads)
+            rows.append(TableRow(_with_unit(name.partition("/")[2]), cells))
+    columns = ("Figure", *(f"{arm.label}, {count_of(len(arm.runs), 'run')}" for arm in arms))
+    caption = "Pretext tasks on held-out images: mean ± standard deviation over the runs of a group."
+    return [Table(caption, columns, tuple(rows))] if rows else []
+
+
+def _with_unit(name: str) -> str:
+    unit = unit_of(name)[1]
+    return f"{spoken(name)}, {unit}" if unit else spoken(name)
+
+
+def _to_digits(spread: Spread, factor: float) -> str:
+    """Three digits or so of the mean, and as many places of the standard deviation."""
+    scaled = Spread(tuple(factor * value for value in spread.values))
+    size = abs(scaled.mean)
+    digits = 0 if size == 0 else max(0, min(6, 2 - math.floor(math.log10(size))))
+    return with_minus(scaled.text(digits))
+
+
+def _run_table(page: Page) -> Table:
+    groups = {run.folder: arm for arm in page.arms for run in arm.runs}
+    scores = {outcome.name: outcome.scores for group in page.comparison.groups for outcome in group.outcomes}
+    rows = []
+    for run in page.runs:
+        arm = groups.get(run.folder)
+        score = scores.get(str(run.folder), {}).get(page.score)
+        cells = (
+            arm.label if arm else NOTHING,
+            str(run.config.get("seed", NOTHING)),
+            state(run),
+            NOTHING if score is None else f"{100 * score:.1f}",
+            str(run.record.get("started", NOTHING)),
+        )
+        rows.append(TableRow(run.name, cells, arm.mark if arm else None))
+    columns = ("Run", "Group", "Seed", "State", f"{page.part} mIoU, %" if page.score else "Score", "Started")
+    return Table("In the order in which they were given.", columns, tuple(rows), words=True)
+
+
+def _differences(page: Page) -> Iterator[Section]:
+    differing = page.comparison.differing
+    if len(page.arms) < 2 or not differing:
+        return
+    told = {key: tuple(NOTHING if value is None else value for value in own) for key, own in differing.items()}
+    labels = [arm.label for arm in page.arms]
+    if len(page.arms) <= ABREAST:
+        columns = ("Key", *labels)
+        rows = [TableRow(key, own) for key, own in told.items()]
+    else:
+        columns = ("Group", *told)
+        turned = zip(*told.values(), strict=True)
+        rows = [TableRow(arm.label, own, arm.mark) for arm, own in zip(page.arms, turned, strict=True)]
+    caption = "Config keys in which the groups differ; all others are the same, seeds aside."
+    yield Section("differences", "What differs", (Table(caption, columns, tuple(rows), words=True),))
+
+
+def _curves(page: Page) -> Iterator[Section]:
+    blocks: list[Any] = []
+    stages = list(dict.fromkeys(arm.stage for arm in page.arms))
+    for stage in stages:
+        arms = [arm for arm in page.arms if arm.stage == stage]
+        first, more = _curve_panels(arms, stage)
+        if len(stages) > 1 and (first or more):
+            blocks.append(Heading(STAGES.get(stage, stage)))
+        if first:
+            blocks.append(Panels(first, legend(arms)))
+        if more:
+            blocks.append(
+                Fold("More curves: other figures, learning rate, gradient, speed", (Panels(more, legend(arms)),))
+            )
+    if blocks:
+        several = any(len(arm.runs) > 1 for arm in page.arms)
+        long = any(len(lines) > plots.POINTS for arm in page.arms for lines in arm.metrics)
+        notes = ["Strong: the mean of a group's runs; thin: each of them."] * several
+        notes += [f"Of more than {plots.POINTS} points neighbours are averaged."] * long
+        blocks = [*(Text(note) for note in notes), *blocks]
+    yield Section("curves", "Curves", tuple(blocks))
+
+
+def _curve_panels(arms: Sequence[Arm], stage: str) -> tuple[tuple[Panel, ...], tuple[Panel, ...]]:
+    """Small multiples: each task's loss and its foremost figure first, then all others; a single point is no curve."""
+    names = list(dict.fromkeys(name for arm in arms for lines in arm.metrics for line in lines for name in line))
+    losses = [name for name in names if name.startswith("train/") and name.count("/") > 1]
+    held_out = [name for name in names if name.startswith("val/") and not name.startswith(("val/iou/", "val/averaged"))]
+    first = [*losses, *foremost(held_out)]
+    whole = ["train/loss"] if len(losses) > 1 else []
+    panels: dict[str, Panel] = {}
+    for number, name in enumerate(dict.fromkeys([*first, *whole, *held_out, *MACHINE])):
+        lines = [plots.Curve(runs, arm.style) for arm in arms if (runs := _lines(arm, name))]
+        if any(len(steps) > 1 for line in lines for steps, _ in line.runs):
+            shown = _with_unit(name)
+            about = f"{shown} over steps for {', '.join(arm.label for arm in arms)}"
+            svg = drawn(plots.curves, f"{stage}{number}", lines, about, by_logarithm="loss" in name)
+            panels[name] = Panel(shown, svg)
+    return (
+        tuple(panel for name, panel in panels.items() if name in first),
+        tuple(panel for name, panel in panels.items() if name not in first),
+    )
+
+
+def _lines(arm: Arm, name: str) -> tuple[tuple[list[float], list[float]], ...]:
+    found = []
+    factor, _ = unit_of(name)
+    for records in arm.metrics:
+        having = [record for record in records if name in record]
+        if having:
+            found.append(([record["step"] for record in having], [factor * record[name] for record in having]))
+    return tuple(found)
+
+
+def _classes(page: Page) -> Iterator[Section]:
+    names = class_names(page)
+    arms = [arm for arm in page.arms if page.score is not None and page.spread(arm, page.score) is not None]
+    if not arms or not names:
+        return
+    keys = [f"{page.part}/iou/{name}" for name in names]
+    figures = [
+        Panel(
+            "IoU of each class: mean, and a line from least to most.",
+            drawn(
+                plots.classes, "classes", names, _series(arms, keys, page.spread), f"{page.part} IoU, %", _about(names)
+            ),
+        )
+    ]
+    if any(page.gain(arm, key) is not None for arm in arms for key in keys):
+        svg = drawn(
+            plots.classes,
+            "class_gains",
+            names,
+            _series(arms, keys, page.gain),  # of all groups, so that the rows are as high as beside it
+            "gain over scratch, points of IoU",
+            f"paired gains of each class over scratch: {', '.join(names)}",
+            zero=True,
+        )
+        figures.append(Panel("The same, as paired gains over scratch.", svg))
+    panels = Panels(tuple(figures), legend(arms), shape="wide")
+    yield Section("classes", "Classes", (panels, _class_table(page, arms, names)))
+
+
+def _about(names: Sequence[str]) -> str:
+    return f"IoU of the classes {', '.join(names)}; the table below has the numbers"
+
+
+def _series(
+    arms: Sequence[Arm], keys: Sequence[str], spread_of: Callable[[Arm, str], Spread | None]
+) -> list[plots.Series]:
+    def values(spread: Spread | None) -> tuple[float, ...]:
+        return () if spread is None else tuple(100 * value for value in spread.values)
+
+    return [plots.Series(tuple(values(spread_of(arm, key)) for key in keys), arm.style) for arm in arms]
+
+
+def _class_table(page: Page, arms: Sequence[Arm], names: Sequence[str]) -> Fold:
+    rows = []
+    for name in names:
+        key = f"{page.part}/iou/{name}"
+        cells = []
+        for arm in arms:
+            spread, gain = page.spread(arm, key), page.gain(arm, key)
+            own = "absent" if spread is None else percent(spread)
+            cells.append(own if gain is None else f"{own} ({points(gain.mean)})")
+        rows.append(TableRow(name, tuple(cells)))
+    caption = (
+        "IoU in %, mean ± standard deviation, in brackets the mean paired gain over scratch. Absent: the class is "
+    )
+    caption += "neither in the truth nor in a prediction, and no part of the mIoU."
+    return Fold("The numbers", (Table(caption, ("Class", *(arm.label for arm in arms)), tuple(rows)),))
+
+
+def class_names(page: Page) -> list[str]:
+    """Of all runs, in the order of the data set."""
+    found: dict[str, None] = {}
+    for run in page.runs:
+        matrix = run.read("confusion.json") or {}
+        scores = (run.result or {}).get(page.part) or {}
+        listed = [name.removeprefix("iou/") for name in scores if name.startswith("iou/")]
+        found |= dict.fromkeys([*matrix.get("classes", ()), *listed])
+    return list(found)
+
+
+def _confusions(page: Page) -> Iterator[Section]:
+    def panel(arm: Arm) -> Panel | None:
+        matrices = [matrix for run in arm.runs if (matrix := run.read("confusion.json")) and page.part in matrix]
+        names = {tuple(matrix["classes"]) for matrix in matrices}
+        if len(names) != 1:
+            return None
+        counts = np.sum([np.asarray(matrix[page.part], dtype=np.int64) for matrix in matrices], axis=0)
+        about = f"confusion matrix of {arm.label}, {len(counts)} classes; rows are the truth"
+        summed = f", summed over {len(matrices)} runs" if len(matrices) > 1 else ""
+        svg = drawn(plots.confusion, f"confusion{page.arms.index(arm)}", counts, *names, about)
+        return Panel(f"{arm.label}: {counts.sum():,} pixels{summed}", svg)
+
+    found = [(arm, own) for arm in page.arms if (own := panel(arm)) is not None]
+    if not found:
+        return
+    of = PARTS.get(page.part, page.part)
+    panels = tuple(own for _, own in found[:SHOWN])
+    shape = "full" if len(class_names(page)) > plots.NUMBERED else "wide"
+    blocks: list[Any] = [Text(f"Of a class's pixels in the {of} (a row), per cent that were predicted as each class.")]
+    blocks.append(Panels(panels[:OPEN], shape=shape))
+    blocks += [Fold("More groups", (Panels(panels[OPEN:], shape=shape),))] if panels[OPEN:] else []
+    blocks += not_shown([arm for arm, _ in found[SHOWN:]])
+    yield Section("confusion", "What is taken for what", tuple(blocks))
+
+
+def _pretext(page: Page) -> Iterator[Section]:
+    def blocks(arm: Arm) -> list[Any]:
+        made = [picture for picture in arm.shown.pictures() if picture.name != "predictions"]
+        found: list[Any] = []
+        as_configured = [name for name in arm.shown.config.get("tasks") or () if any(own.name == name for own in made)]
+        for task in dict.fromkeys([*as_configured, *(picture.name for picture in made)]):
+            own = [picture for picture in made if picture.name == task]
+            chosen = sorted({0, (len(own) - 1) // 2, len(own) - 1})
+            shots = [shot(own[index].path, f"{task}, step {own[index].step:,}") for index in chosen]
+            found.append(Gallery(tuple(shots)))
+        return found
+
+    shown = folds(page.arms, blocks)
+    if shown:
+        note = Text(
+            "Fixed held-out images, a row each: what the task is given, what it answers, what it should answer."
+        )
+        yield Section("pretext", "Pretext tasks over time", (note, *shown))
+
+
+def _predictions(page: Page) -> Iterator[Section]:
+    def extremes(arm: Arm) -> list[Any]:
+        listed = (arm.shown.read("extremes.json") or {}).get(page.part) or []
+        found: list[Any] = []
+        for kind in ("worst", "best"):
+            own = [entry for entry in listed if entry.get("kind") == kind]
+            shots = [shot(path, _extreme(entry)) for entry in own if (path := _inside(arm.shown, entry)) is not None]
+            if shots:
+                found += [
+                    Text(f"{kind.capitalize()}: image, prediction, truth, errors."),
+                    Gallery(tuple(shots), wide=True),
+                ]
+        return found
+
+    blocks: list[Any] = []
+    panels = [(arm, path) for arm in page.arms if (path := _panel_of(arm.shown)) is not None]
+    if panels:
+        shots = [shot(path, f"{arm.label} ({which(arm)})") for arm, path in panels[:SHOWN]]
+        blocks += [Text("A row an image: image, prediction, truth."), Gallery(tuple(shots), wide=True)]
+        blocks += not_shown([arm for arm, _ in panels[SHOWN:]])
+    yield Section("predictions", "Predictions", (*blocks, *folds(page.arms, extremes)))
+
+
+def _panel_of(run: RunFolder) -> Path | None:
+    """The last prediction panel of a run, or that of `evaluate`."""
+    panels = [picture.path for picture in run.pictures() if picture.name == "predictions"]
+    scored = run.folder / "predictions.png"
+    return panels[-1] if panels else scored if scored.is_file() else None
+
+
+def _extreme(entry: Mapping[str, Any]) -> str:
+    miou = entry.get("miou")
+    score = "no score" if miou is None else f"mIoU {100 * miou:.1f} %"
+    return f"{entry.get('name', '')}: {score}"
+
+
+def _inside(run: RunFolder, entry: Mapping[str, Any]) -> Path | None:
+    """The picture of an entry if it is one of the run's own: a page must not carry what a stranger's list points at."""
+    path = run.folder / str(entry.get("picture", ""))
+    return path if path.is_file() and path.resolve().is_relative_to(run.folder.resolve()) else None
+
+
+def _norm_shares(page: Page) -> Iterator[Section]:
+    def blocks(arm: Arm) -> list[Any]:
+        model = arm.shown.config.get("model")
+        if not (isinstance(model, Mapping) and str(model.get("norm", "")).startswith("switch")):
+            return []
+        from ssl_seg import norms  # reads weights, so it costs the import of torch: for runs with switch norm only
+
+        try:
+            parts = norms.read_parts(arm.shown.folder)
+        except UserError as error:  # a run whose weights were cleared away still has all the rest to report
+            return [Text(str(error))]
+        about = f"shares of instance, layer and batch statistics in each switch norm layer of {arm.label}"
+        svg = Markup(plots.to_svg(norms.draw(parts), f"norms{page.arms.index(arm)}", about))
+        return [Panels((Panel("Shares of each layer, first layer on top.", svg),), shape="full")]
+
+    shown = folds(page.arms, blocks)
+    if shown:
+        note = Text(
+            "Which statistics each switch norm layer has learnt to use; dotted: the equal shares of a new layer."
+        )
+        yield Section("norms", "Norm shares", (note, *shown))
+
+
+def _costs(page: Page) -> Iterator[Section]:
+    rows, known = [], []
+    for arm in page.arms:
+        costs = [cost_of(run) for run in arm.runs]
+        known += [cost.seconds for cost in costs if cost.seconds is not None]
+        cells = (
+            _average([cost.seconds for cost in costs], duration),
+            _average([cost.images for cost in costs], lambda number: f"{number:,.0f}"),
+            _average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
+            _average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
+            _average([numbers_in(arm.shown)], lambda number: f"{number / 1e6:.2f} M"),
+        )
+        rows.append(TableRow(arm.label, (str(len(arm.runs)), *cells), arm.mark))
+    if not any(cell != NOTHING for row in rows for cell in row.cells[1:]):
+        return
+    columns = ("Group", "Runs", "Time", "Images seen", "Images a second", "Peak memory", "Network")
+    caption = (
+        "Means of a group's runs. Time is that of training and evaluating; of runs that did not note it, from start "
+    )
+    caption += "to end. Network: numbers in the exported file, weights and statistics."
+    blocks: list[Any] = [Table(caption, columns, tuple(rows))]
+    if len(known) > 1:
+        blocks.append(Text(f"Together {duration(sum(known))} for {len(known)} runs."))
+    yield Section("cost", "Cost", tuple(blocks))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run has used, None where it did not note it."""
+
+    seconds: float | None
+    images: float | None
+    rate: float | None  # images a second
+    peak_memory_mib: float | None
+
+
+def cost_of(run: RunFolder) -> Cost:
+    noted = run.record.get("cost") or {}
+    seconds = noted.get("seconds", _from_start_to_end(run))
+    number = noted.get("images")
+    if number and noted.get("seconds"):
+        return Cost(seconds, number, number / seconds, noted.get("peak_memory_mib"))
+    rates = [line["images_per_s"] for line in run.metrics() if "images_per_s" in line]
+    return Cost(seconds, number, rates[-1] if rates else None, noted.get("peak_memory_mib"))
+
+
+def _from_start_to_end(run: RunFolder) -> float | None:
+    """Of a run that did not note its cost; None for one that was interrupted, since the pause would count."""
+    started, ended = run.record.get("started"), run.record.get("ended")
+    if not started or not ended or run.record.get("resumed"):
+        return None
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
+
+
+def numbers_in(run: RunFolder) -> int | None:
+    """How many numbers the exported network holds; None where there is none."""
+    for name in ("model", "encoder"):
+        path = files.committed(run.folder / name) / f"{name}.safetensors"
+        if path.is_file():
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    names = file.keys()
+                    return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+            except SafetensorError:
+                return None
+    return None
+
+
+def _average(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    return shown(sum(known) / len(known)) if known else NOTHING
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `1 min 55 s`, `2 h 3 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _set_up(page: Page) -> Iterator[Section]:
+    def blocks(arm: Arm) -> list[Any]:
+        run = arm.shown
+        facts = [TableRow(name, (value,)) for name, value in _facts(run) if value]
+        listing = "\n".join(f"{key}: {as_text(value)}" for key, value in flatten(run.config).items())
+        return [Table("", ("", ""), tuple(facts), words=True), Fold("Config", (Listing(listing),))]
+
+    yield Section("setup", "Config and versions", tuple(folds(page.arms, blocks, num_open=len(page.arms) == 1)))
+
+
+def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
+    record = run.record
+    counts = images_of(run)
+    yield "Folder", str(run.folder)
+    yield "Command", str(record.get("command", ""))
+    yield "State", state(run)
+    yield "Started", str(record.get("started", ""))
+    for again in record.get("resumed") or ():
+        yield "Resumed", f"{again.get('at', '')} after step {again.get('after_step', '')}"
+    yield "Ended", str(record.get("ended") or "")
+    yield "Seed", str(record.get("seed", ""))
+    yield "Device", str(record.get("device", ""))
+    versions = record.get("versions") or {}
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    yield "Commit", str(record.get("git_commit") or "")
+    yield "Images", ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    for part, receipt in (run.read("receipts.json") or {}).items():
+        yield f"Loaded: {part}", _receipt_in_words(receipt)
+
+
+def _receipt_in_words(receipt: Mapping[str, Any]) -> str:
+    lengths = {name: len(receipt.get(name) or ()) for name in ("matched", "missing", "left_over", "mismatched")}
+    counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
+    same = {True: "; gives the exporter's features", False: "; features differ from the exporter's"}
+    tail = same.get(receipt.get("features_equal"), "")
+    return f"{receipt.get('share', 0):.0%} of the parameters ({counted} tensors) from {receipt.get('path', '')}{tail}"
+
+
+SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
+    _scores,
+    _differences,
+    _curves,
+    _classes,
+    _confusions,
+    _pretext,
+    _predictions,
+    _norm_shares,
+    _costs,
+    _set_up,
+)

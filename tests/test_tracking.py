@@ -1,0 +1,584 @@
+"""MLflow beside the run folder: what arrives, that nothing arrives twice, and servers that are dead, silent or broken.
+
+With a real server on 127.0.0.1 and real runs; where a run's own work does not matter, its folder is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
+
+from ssl_seg import compare, images, store, tracking
+from ssl_seg.config import Config, load
+from ssl_seg.finetune import FinetuneConfig, finetune
+from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.runs import TIME, RunFolder, described, read_metrics
+from ssl_seg.stage import Options
+from ssl_seg.tracking import Mirror, Tracking, TrackingField
+from tests.faults import message_of
+from tests.small import finetuning, pretraining
+from tests.test_cli import SMALL, as_words
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 40  # seconds for what happens in another process
+
+
+# ---- parts ----
+
+
+class Settings(Config):
+    lr: float = 1e-3
+    seed: int = 0
+    tracking: TrackingField = Tracking(system_metrics=False)
+
+
+def written(folder: Path, steps: int = 3, status: str = "finished", ready: bool = True, **settings: object) -> Path:
+    """A run folder as a run leaves it, beside a database that has its tables already."""
+    if ready:
+        make_ready(folder.parent)
+    tracked = settings.pop("tracking", {"system_metrics": False})
+    config = load(Settings, {**settings, "tracking": tracked})
+    run = store.Run.open(folder, "finetune", config)
+    for step in range(1, steps + 1):
+        run.metrics(step, {"train/loss": 1 / step, "val/miou": math.nan if step == 1 else step / 10})
+    images.write_image(run.picture_path("predictions", steps), np.full((8, 8, 3), 9, dtype=np.uint8))
+    run.write_json("result.json", {"steps": steps, "val": {"miou": 0.4 + config.seed / 100, "iou/road": 0.5}})
+    run.close(status)
+    return folder
+
+
+@cache
+def fresh_database() -> bytes:
+    """What MLflow makes of an empty file in some seconds, made once."""
+    with tempfile.TemporaryDirectory() as place:
+        MlflowClient(sqlite_uri(Path(place))).search_experiments()
+        return (Path(place) / "mlflow.db").read_bytes()
+
+
+def make_ready(place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / "mlflow.db").exists():
+        (place / "mlflow.db").write_bytes(fresh_database())
+
+
+def sqlite_uri(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def only_run(uri: str, experiment: str = "ssl_seg"):
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return client, client.get_run(found.info.run_id)
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, int, float]]:
+    points = client.get_metric_history(run_id, name)
+    return sorted((point.step, point.timestamp, point.value) for point in points)
+
+
+def assert_mirrors(uri: str, folder: Path, experiment: str = "ssl_seg") -> None:
+    """Every point of the folder is there, once, and none besides."""
+    client, run = only_run(uri, experiment)
+    lines = read_metrics(folder)
+    names = {name for line in lines for name in line} - {"step", TIME}
+    assert names == {name for name in run.data.metrics if not name.startswith(("result/", "system/"))}
+    for name in names:
+        expected = sorted((line["step"], line[TIME], line[name]) for line in lines if name in line)
+        np.testing.assert_equal(history(client, run.info.run_id, name), expected)
+
+
+def shown(client: MlflowClient, run_id: str) -> list[str]:
+    """The keys and steps of a run's images."""
+    paths = [artifact.path for artifact in client.list_artifacts(run_id, "images")]
+    return sorted(path.removeprefix("images/").partition("+timestamp")[0] for path in paths if path.endswith(".png"))
+
+
+def wait_for(happened: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """A real server that keeps what it has in `folder`."""
+    make_ready(folder)
+    stored = ["--backend-store-uri", sqlite_uri(folder), "--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen([*command, *stored], stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for(lambda: is_open(port), f"no server: {(folder / 'log').read_text()}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def is_open(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as uri:
+        yield uri
+
+
+class _Broken(BaseHTTPRequestHandler):
+    """Answers everything by an internal error."""
+
+    def do_GET(self) -> None:
+        self.send_error(500)
+
+    do_POST = do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def broken_server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def no_mirror_is_left() -> Iterator[None]:
+    yield
+    while tracking._left_behind:
+        process = tracking._left_behind.pop()
+        process.kill()
+        process.wait()
+
+
+# ---- what arrives ----
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/ with a pretraining and two fine-tunings, mirrored to runs/mlflow.db as by default."""
+    place = tmp_path_factory.mktemp("tracked") / "runs"
+    shown_by = {"every": 0.2, "parent": "trial", "tags": {"team": "x"}}
+    values = {**pretraining(steps=4, eval_every=2), "tracking": shown_by}
+    pretrain(load(PretrainConfig, values), Options(place / "pre", quiet=True))
+    for seed in (0, 1):
+        values = {**finetuning(steps=3), "seed": seed, "init": str(place / "pre"), "tracking": shown_by}
+        finetune(load(FinetuneConfig, values), Options(place / f"fine_{seed}", quiet=True))
+    return place
+
+
+def runs_of(place: Path) -> tuple[MlflowClient, dict[str, object]]:
+    client = MlflowClient(sqlite_uri(place))
+    found = client.search_runs([client.get_experiment_by_name("ssl_seg").experiment_id])
+    return client, {run.info.run_name: client.get_run(run.info.run_id) for run in found}
+
+
+def test_a_run_is_in_mlflow_as_it_is_in_its_folder(tracked: Path) -> None:
+    client, runs = runs_of(tracked)
+    assert set(runs) == {"pre", "fine_0", "fine_1", "trial"}
+    for name in ("pre", "fine_0"):
+        run, folder = runs[name], RunFolder.open(tracked / name)
+        assert run.info.status == "FINISHED"
+        assert run.data.params == described(folder.config, folder.record["origin"])
+        lines = read_metrics(folder.folder)
+        for key in {key for line in lines for key in line} - {"step", TIME}:
+            expected = [(line["step"], line[TIME], line[key]) for line in lines if key in line]
+            np.testing.assert_equal(history(client, run.info.run_id, key), expected)
+        assert run.data.tags["stage"] == folder.stage
+        assert run.data.tags["version.torch"] == folder.record["versions"]["torch"]
+        assert run.data.tags["team"] == "x"
+        assert run.info.end_time >= run.info.start_time
+        assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(tracked / "mlartifacts")
+        files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "run.json", "metrics.jsonl", "result.json", "data.json"} <= files
+        assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert shown(client, runs["pre"].info.run_id) == [
+        f"{task}+step+{step}" for task in ("denoise", "rotate") for step in (2, 4)
+    ]
+    assert "init.tasks.denoise.weight" in runs["fine_0"].data.params
+
+
+def test_data_sets_are_inputs_with_digests(tracked: Path) -> None:
+    _, runs = runs_of(tracked)
+    inputs = {one.tags[0].value: one.dataset for one in runs["fine_0"].inputs.dataset_inputs}
+    assert set(inputs) == {"labelled", "val", "test"}
+    recorded = json.loads((tracked / "fine_0" / "data.json").read_text())
+    assert inputs["val"].digest == recorded["val"]["sha256_of_names"][:32]
+    assert json.loads(inputs["val"].profile) == {"images": 3}
+    assert inputs["val"].digest != inputs["test"].digest
+
+
+def test_results_are_those_of_the_chosen_step(tracked: Path) -> None:
+    client, runs = runs_of(tracked)
+    run = runs["fine_1"]
+    result = json.loads((tracked / "fine_1" / "result.json").read_text())
+    assert run.data.metrics["result/test/miou"] == result["test"]["miou"]
+    assert run.data.metrics["result/val/iou/disc"] == result["val"]["iou/disc"]
+    files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"confusion.json", "confusion_val.png", "confusion_test.png"} <= files
+
+
+def test_runs_of_a_parent_are_shown_below_it(tracked: Path) -> None:
+    _, runs = runs_of(tracked)
+    for name in ("pre", "fine_0", "fine_1"):
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["trial"].info.run_id
+    assert runs["trial"].info.status == "FINISHED"
+    assert runs["fine_0"].data.tags["init.run_id"] == runs["pre"].info.run_id
+
+
+def test_an_experiment_compares_as_its_folders_do(tracked: Path) -> None:
+    by_folder = compare.compare([tracked / "pre", tracked / "fine_0", tracked / "fine_1"])
+    by_name = compare.compare_experiment("ssl_seg", sqlite_uri(tracked))
+    assert [group.label for group in by_name.groups] == [group.label for group in by_folder.groups]
+    assert by_name.differing == by_folder.differing
+    for one, other in zip(by_name.groups, by_folder.groups, strict=True):
+        assert len(one.outcomes) == len(other.outcomes)
+        assert one.spread("test/miou") == other.spread("test/miou")
+    assert set(by_name.scores) == set(by_folder.scores)
+
+
+def test_a_second_replay_sends_nothing(tracked: Path) -> None:
+    again = tracking.track(tracked / "pre")
+    assert (again.lines, again.pictures) == (0, 0)
+    client, runs = runs_of(tracked)
+    assert len(shown(client, runs["pre"].info.run_id)) == 4
+
+
+def test_words_that_cannot_be_compared_are_one_line(tracked: Path) -> None:
+    assert "has none of that name, only: " in message_of(lambda: tracking.fetch("nothing", sqlite_uri(tracked)))
+    assert "no such database" in message_of(lambda: tracking.fetch("ssl_seg", sqlite_uri(tracked / "elsewhere")))
+    assert "no such database" in message_of(lambda: compare.compare_experiment("ssl_seg", "sqlite:///nowhere.db"))
+
+
+def test_another_server_gets_a_run_of_its_own(tracked: Path, server: str) -> None:
+    sent = tracking.track(tracked / "fine_0", uri=server, experiment="elsewhere")
+    assert sent.lines == len(read_metrics(tracked / "fine_0")) + 1  # a line of the machine's load
+    assert_mirrors(server, tracked / "fine_0", "elsewhere")
+    client, run = only_run(server, "elsewhere")
+    assert run.info.status == "FINISHED"
+    assert "confusion_val.png" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+
+
+@pytest.mark.parametrize(("status", "expected"), [("failed", "FAILED"), ("killed", "KILLED"), ("finished", "FINISHED")])
+def test_the_status_is_the_true_one(tmp_path: Path, status: str, expected: str) -> None:
+    written(tmp_path / "runs" / "a", status=status)
+    tracking.track(tmp_path / "runs" / "a")
+    _, run = only_run(sqlite_uri(tmp_path / "runs"))
+    assert run.info.status == expected
+    assert_mirrors(sqlite_uri(tmp_path / "runs"), tmp_path / "runs" / "a")
+
+
+def test_a_run_deleted_in_mlflow_is_sent_anew(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    first = tracking.track(folder)
+    MlflowClient(first.uri).delete_run(first.run_id)
+    second = tracking.track(folder)
+    assert second.run_id != first.run_id
+    assert second.lines == 3
+
+
+def test_a_parameter_that_has_changed_is_told_by_a_tag(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    tracking.track(folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["lr"] = 0.5
+    (folder / "run.json").write_text(json.dumps(record))
+    tracking.track(folder)
+    _, run = only_run(sqlite_uri(tmp_path / "runs"))
+    assert run.data.params["lr"] == "0.001"
+    assert run.data.tags["changed.lr"] == "0.5"
+
+
+@given(st.text(min_size=1, max_size=300))
+def test_every_name_becomes_one_that_mlflow_takes(key: str) -> None:
+    name = tracking._name(key)
+    assert validate_param_and_metric_name(name)
+    assert not path_not_unique(name)
+    assert len(name) <= 250
+
+
+@pytest.mark.parametrize("pair", [("iou/a(b)", "iou/a[b]"), ("a//b", "a/b"), ("../x", "x"), ("x" * 300, "x" * 301)])
+def test_two_names_stay_two(pair: tuple[str, str]) -> None:
+    assert tracking._name(pair[0]) != tracking._name(pair[1])
+
+
+# ---- where ----
+
+
+def test_runs_are_kept_in_the_folder_called_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path.resolve()
+    assert tracking._resolved(None, Path("runs/deep/a")) == f"sqlite:///{here}/runs/mlflow.db"
+    assert tracking._resolved(None, Path("out/a")) == f"sqlite:///{here}/out/mlflow.db"
+    assert tracking._resolved("sqlite:///x.db", Path("runs/a")) == f"sqlite:///{here}/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    assert tracking._resolved(None, Path("runs/a")) == "http://server"
+    assert tracking._resolved("http://other", Path("runs/a")) == "http://other"
+
+
+def test_tracking_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+    with store.Run.open(tmp_path / "a", "finetune", Settings()) as run:
+        run.save_state(1, {}, {})
+    with store.Run.open(tmp_path / "a", "finetune", Settings(tracking=Tracking(uri="http://x"))):
+        pass
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["config"]["tracking"]["uri"] == "http://x"
+    assert "lr was" in message_of(lambda: store.Run.open(tmp_path / "a", "finetune", Settings(lr=0.5)))
+
+
+def test_without_mlflow_a_run_wants_tracking_none(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['mlflow'] = None; from ssl_seg import cli; cli.main(sys.argv[1:])"
+    values = {key: value for key, value in pretraining(steps=1).items() if key != "tracking"}
+    command = [sys.executable, "-c", script, "pretrain", *as_words(values), "--plugin", SMALL, "--out"]
+    refused = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("ssl-seg: tracking: mlflow is not installed")
+    assert not (tmp_path / "a").exists()
+    words = [str(tmp_path / "b"), "tracking=none"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "b" / "tracking").exists()
+
+
+# ---- how a run ends ----
+
+
+def start_run(out: Path, *words: str, launcher: Sequence[str] = ("-m", "ssl_seg")) -> subprocess.Popen[str]:
+    values = {**pretraining(steps=4000, save_every=20, log_every=2), "tracking": {"every": 0.2}}
+    command = [sys.executable, *launcher, "pretrain", *as_words(values), *words, "--plugin", SMALL, "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def has_lines(out: Path, number: int) -> bool:
+    path = out / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") >= number
+
+
+def is_sent(out: Path) -> bool:
+    """Whether the mirror has found or made its MLflow run."""
+    return bool(tracking._read_record(out / "tracking" / "mlflow.json")["runs"])
+
+
+def status_of(uri: str) -> str:
+    return only_run(uri)[1].info.status
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_is_killed_in_mlflow_and_goes_on_there(tmp_path: Path, signum: int, code: int) -> None:
+    out, uri = tmp_path / "runs" / "a", sqlite_uri(tmp_path / "runs")
+    make_ready(tmp_path / "runs")
+    run = start_run(out)
+    wait_for(lambda: has_lines(out, 15) and is_sent(out), "no lines")
+    run.send_signal(signum)
+    run.communicate()
+    assert run.returncode == code
+    wait_for(lambda: status_of(uri) == "KILLED", "still running in MLflow")
+    first = only_run(uri)[1].info.run_id
+    assert_mirrors(uri, out)
+    # The same command, but for the number of steps, so that it ends.
+    more = start_run(out, f"train.steps={read_metrics(out)[-1]['step'] + 5}", "--allow-changed", "train.steps")
+    said = more.communicate()[1]
+    assert more.returncode == 0, said
+    client, done = only_run(uri)
+    assert done.info.run_id == first
+    assert done.info.status == "FINISHED"
+    for name in ("train/loss", "lr", "train/denoise/loss"):
+        steps = [step for step, _, _ in history(client, first, name)]
+        assert steps == [line["step"] for line in read_metrics(out)], "each step once"
+
+
+def test_a_run_under_torchrun_is_mirrored_once_and_ends_killed(tmp_path: Path) -> None:
+    out, uri = tmp_path / "runs" / "a", sqlite_uri(tmp_path / "runs")
+    make_ready(tmp_path / "runs")
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ssl_seg"]
+    run = start_run(out, launcher=two)
+    wait_for(lambda: has_lines(out, 5) and is_sent(out), "no lines")
+    run.send_signal(signal.SIGTERM)
+    run.communicate()
+    wait_for(lambda: status_of(uri) == "KILLED", "still running in MLflow")
+    assert_mirrors(uri, out)
+
+
+def test_a_run_that_fails_is_failed_in_mlflow(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "a"
+    make_ready(tmp_path / "runs")
+    values = {**pretraining(steps=40, lr=1e30, clip=None), "tracking": {"every": 0.2}}
+    command = [sys.executable, "-m", "ssl_seg", "pretrain", *as_words(values), "--plugin", SMALL, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    wait_for(lambda: status_of(sqlite_uri(tmp_path / "runs")) == "FAILED", "not failed")
+
+
+# ---- servers that are down, silent, broken ----
+
+
+def mirrored_run(folder: Path, uri: str, between: Callable[[int], None] = lambda step: None) -> float:
+    """Write a run with its mirror beside it, calling `between` after each step; the seconds its steps took."""
+    config = load(Settings, {"tracking": {"uri": uri, "every": 0.2, "system_metrics": False}})
+    with Mirror(config.tracking, folder, quiet=True) as mirror, store.Run.open(folder, "finetune", config) as run:
+        mirror.start()
+        started = time.monotonic()
+        for step in range(1, 41):
+            run.metrics(step, {"train/loss": 1 / step})
+            between(step)
+        images.write_image(run.picture_path("predictions", 40), np.full((8, 8, 3), 9, dtype=np.uint8))
+        run.write_json("result.json", {"steps": 40, "val": {"miou": 0.4}})
+        took = time.monotonic() - started
+    return took
+
+
+def wait_for_mirror(folder: Path) -> None:
+    """Until no process mirrors the folder."""
+
+    def free() -> bool:
+        try:
+            with tracking._alone(folder, 0.0):
+                return True
+        except tracking.UserError:
+            return False
+
+    wait_for(free, "the mirror does not end")
+
+
+def test_a_server_that_was_down_gets_everything_later(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "runs" / "a"
+    uri = f"http://127.0.0.1:{port}"
+    mirrored_run(folder, uri)
+    wait_for_mirror(folder)
+    assert "did not take it" in json.loads((folder / "tracking" / "mlflow.json").read_text())["error"]
+    assert "did not take it" in message_of(lambda: tracking.track(folder))
+    with mlflow_server(tmp_path / "server", port):
+        assert tracking.track(folder).lines == 40
+        assert tracking.track(folder).lines == 0
+        assert_mirrors(uri, folder)
+        client, run = only_run(uri)
+        assert run.info.status == "FINISHED"
+        assert shown(client, run.info.run_id) == ["predictions+step+40"]
+
+
+def test_a_server_killed_in_mid_run_and_started_again_misses_nothing(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "runs" / "a"
+    servers = [mlflow_server(tmp_path / "server", port), mlflow_server(tmp_path / "server", port)]
+    uri = servers[0].__enter__()
+
+    def between(step: int) -> None:
+        if step == 10:
+            wait_for(lambda: is_sent(folder), "nothing was sent")
+        if step == 20:
+            servers[0].__exit__(None, None, None)
+            time.sleep(1)  # for a message that fails
+        if step == 30:
+            servers[1].__enter__()
+
+    mirrored_run(folder, uri, between)
+    try:
+        wait_for_mirror(folder)
+        tracking.track(folder)  # where the mirror came to its end between two tries
+        assert_mirrors(uri, folder)
+        assert status_of(uri) == "FINISHED"
+    finally:
+        servers[1].__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("bad", [broken_server, silent_server])
+def test_a_bad_server_neither_slows_nor_stops_a_run(tmp_path: Path, bad: Callable[[], object], server: str) -> None:
+    folder = tmp_path / "runs" / "a"
+    with bad() as uri:
+        started = time.monotonic()
+        mirrored_run(folder, uri, lambda step: time.sleep(0.05))
+        assert time.monotonic() - started < 2 + tracking.FAREWELL + 5
+        assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    sent = tracking.track(folder, uri=server, experiment=bad.__name__)
+    assert sent.lines == 40
+    assert_mirrors(server, folder, bad.__name__)
+
+
+def test_a_locked_database_gets_everything_later(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    tracking.track(written(tmp_path / "runs" / "first"), experiment="first")  # the tables are there
+    uri = sqlite_uri(tmp_path / "runs")
+    with closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        mirrored_run(folder, uri)
+        other.rollback()
+    wait_for_mirror(folder)
+    tracking.track(folder)
+    assert_mirrors(uri, folder)
+
+
+# ---- many at once ----
+
+
+def replay_all(folders: Sequence[Path]) -> list[int]:
+    command = [sys.executable, "-m", "ssl_seg", "track"]
+    started = [
+        subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for folder in folders
+    ]
+    return [process.wait() if process.communicate() else 0 for process in started]
+
+
+def check_first_uses_at_once(place: Path, number: int) -> None:
+    wanted = {"tracking": {"parent": "study", "system_metrics": False}, "ready": False}
+    folders = [written(place / f"cell_{index}", seed=index, **wanted) for index in range(number)]
+    assert replay_all(folders) == [0] * number
+    _, runs = runs_of(place)
+    assert set(runs) == {"study", *(folder.name for folder in folders)}, "one parent, one run a cell"
+    parents = {run.data.tags.get("mlflow.parentRunId") for name, run in runs.items() if name != "study"}
+    assert parents == {runs["study"].info.run_id}
+
+
+def test_first_uses_at_once_do_not_break_the_database(tmp_path: Path) -> None:
+    check_first_uses_at_once(tmp_path / "runs", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_eight_first_uses_at_once_twenty_times(tmp_path: Path) -> None:
+    for turn in range(20):
+        check_first_uses_at_once(tmp_path / str(turn) / "runs", 8)
