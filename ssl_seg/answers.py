@@ -33,7 +33,8 @@ RULES = (
     "have one sign or their mean is further from 0 than twice their standard deviation divided by the root of their "
     "number. A pair is two runs with the same seeds: the same labelled images in the same order.",
     "This is a rule for reading and no test of significance. Where pretraining does nothing at all, n differences "
-    "have one sign by chance in 1 of 2^(n-1) comparisons: 1 of 4 for n = 3, 1 of 32 for n = 6.",
+    "have one sign by chance in 1 of 2^(n-1) comparisons: 1 of 4 for n = 3, 1 of 32 for n = 6; in more where "
+    "pairs share a run from scratch or a pretraining.",
 )
 
 Verdict = Literal["gain", "loss", "none", "few"]
@@ -65,8 +66,10 @@ def answer(comparison: Comparison, runs: Sequence[RunFolder]) -> Answer:
     bases = {id(base): base for group, _ in paired if (base := comparison.baseline(group)) is not None}
     if len(bases) == 1:
         below.append(f"From scratch: {percent(next(iter(bases.values())).spread(score))} % mIoU.")
+    if any(len({run.start for run in group.outcomes}) < len(group.outcomes) for group, _ in paired):
+        below.append("Runs that start from one pretraining do not show how much pretrainings differ among themselves.")
     single = [(group.label, sentence(gain, group.label)) for group, gain in paired]
-    alone = [group.label for group, gain in gains if gain is None and not group.from_scratch]
+    alone = [own.label for own, gain in gains if gain is None and own.stage == "finetune" and not own.from_scratch]
     missing = "no run from scratch has the same settings and seeds, so no gain can be told."
     single += [(label, f"{label}: {missing}") for label in alone]
     headline = single[0][1] if len(paired) == 1 else _of_many(paired)

@@ -160,10 +160,14 @@ def track_command(
         raise UserError("track: name one run folder or more")
     from ssl_seg import tracking
 
+    tracking.check(tracking.Tracking())
+    tracking.set_environment()
+    from ssl_seg.tracking import mirror
+
     if follow is not None:
-        raise typer.Exit(tracking.follow(runs[0], follow))
+        raise typer.Exit(mirror.follow(runs[0], follow))
     for run in runs:
-        sent = tracking.track(run, uri, experiment)
+        sent = mirror.track(run, uri, experiment)
         what = f"{sent.lines} lines and {sent.pictures} pictures"
         _print_lines([f"{run}: {what} sent to {sent.experiment} at {sent.uri} (run {sent.run_id})"])
 

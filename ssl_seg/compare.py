@@ -6,6 +6,7 @@ crops: the spread of such gains is smaller than that of the scores, and is what 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ssl_seg import tracking
 from ssl_seg.config import UserError
 from ssl_seg.runs import RunFolder, described, origin
+from ssl_seg.tracking import Tracking, check, set_environment
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
 TIMM = "model.encoder.pretrained"
@@ -136,18 +137,22 @@ class Comparison:
 
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
-    """Group the runs in `folders`; a folder without a run.json stands for the runs in it.
+    """Group the runs in `folders`; a folder without a run.json stands for the runs in it. None counts twice.
 
     Raises UserError for one that neither is nor holds a run, and where no run has a result yet.
     """
-    found = [run for folder in folders for run in find_runs(Path(folder))]
+    found = list({run.folder.resolve(): run for folder in folders for run in find_runs(Path(folder))}.values())
     outcomes = [_outcome(run) for run in found if run.result is not None]
     return group(outcomes, [str(run.folder) for run in found if run.result is None])
 
 
 def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
     """The same for the runs of an MLflow experiment, which need no folders here."""
-    fetched = tracking.fetch(experiment, uri)
+    check(Tracking())
+    set_environment()
+    from ssl_seg.tracking.server import fetch  # mlflow is wanted here alone
+
+    fetched = fetch(experiment, uri)
     done = [run for run in fetched if run.scores]
     outcomes = [outcome(run.name, run.stage, run.description, run.scores) for run in done]
     return group(outcomes, [run.name for run in fetched if not run.scores])
@@ -183,7 +188,7 @@ def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a result.json, `part/name`."""
     parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
     flat = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-    return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+    return {name: value for name, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _outcome(run: RunFolder) -> Outcome:

@@ -201,14 +201,14 @@ def _counts(page: Page) -> str:
 def _arms(comparison: Comparison, runs: Sequence[RunFolder]) -> Iterator[Arm]:
     if not comparison.groups:
         looks = plots.styles([False] * len(runs))
-        for number, (run, style) in enumerate(zip(runs, looks, strict=True)):
-            yield Arm(run.name, style, Markup(plots.swatch(f"mark{number}", style)), None, (run,), run)
+        for run, style in zip(runs, looks, strict=True):
+            yield Arm(run.name, style, Markup(plots.swatch(style)), None, (run,), run)
         return
     by_name = {str(run.folder): run for run in runs}
     looks = plots.styles([group.from_scratch for group in comparison.groups])
-    for number, (group, style) in enumerate(zip(comparison.groups, looks, strict=True)):
+    for group, style in zip(comparison.groups, looks, strict=True):
         own = tuple(by_name[outcome.name] for outcome in group.outcomes)
-        mark = Markup(plots.swatch(f"mark{number}", style))
+        mark = Markup(plots.swatch(style))
         yield Arm(group.label, style, mark, group, own, by_name[_median(group, comparison.main_score)])
 
 

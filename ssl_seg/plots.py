@@ -22,9 +22,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.markers import MarkerStyle
+from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Affine2D
 
 if TYPE_CHECKING:
     from ssl_seg.norm import Shares
@@ -124,15 +126,16 @@ def styles(baselines: Sequence[bool]) -> list[Style]:
 # ---- figures of a report ----
 
 
-def swatch(name: str, style: Style) -> str:
-    """The mark of a group, for a legend."""
+def swatch(style: Style) -> str:
+    """The mark of a group, for legends and tables: it may stand on a page many times, so nothing in it has a name."""
     figure = Figure(figsize=(0.36, 0.16))
-    panel = figure.add_axes((0, 0, 1, 1))
-    panel.plot([0, 2], [0, 0], color=style.hex, linestyle=style.dash, linewidth=1.4)
-    panel.plot([1], [0], color=style.hex, marker=style.marker, markersize=6, linestyle="none")
-    panel.set(xlim=(0, 2), ylim=(-1, 1))
+    panel = figure.add_axes((0, 0, 1, 1), xlim=(0, 0.36), ylim=(-0.08, 0.08))  # inches
     panel.set_axis_off()
-    return to_svg(figure, name, None)
+    panel.plot([0, 0.36], [0, 0], color=style.hex, linestyle=style.dash, linewidth=1.4, clip_on=False)
+    marker = MarkerStyle(style.marker)
+    outline = marker.get_path().transformed(marker.get_transform() + Affine2D().scale(0.084).translate(0.18, 0))
+    panel.add_patch(PathPatch(outline, facecolor=style.hex, linewidth=0, clip_on=False))
+    return to_svg(figure, "mark", None)
 
 
 def dots(name: str, rows: Sequence[Row], axis: str, about: str, zero: bool = False) -> str:
@@ -147,7 +150,8 @@ def dots(name: str, rows: Sequence[Row], axis: str, about: str, zero: bool = Fal
         if zero:
             panel.plot([0, 0], [middle - 0.14, middle + 0.14], color=_light("muted"), linewidth=1.0, zorder=1)
         panel.plot(row.values, [middle] * len(row.values), **_dot(row.style, 5.5), alpha=0.72)
-        panel.plot([np.mean(row.values)] * 2, [middle - 0.1, middle + 0.1], color=row.style.hex, linewidth=2.2)
+        if len(row.values) > 1:
+            panel.plot([np.mean(row.values)] * 2, [middle - 0.1, middle + 0.1], color=row.style.hex, linewidth=2.2)
         for number, line in enumerate(lines):
             _beside(panel, 0.0, top + 0.06 + 0.15 * number, line, "left", "ink")
         _beside(panel, 1.0, top + 0.06, row.note, "right", "muted")
@@ -193,7 +197,9 @@ def classes(
     row = max(0.24, lane * len(series) + 0.06)
     words = [_cut(plain(own), 22) for own in names]
     left = 0.14 + 0.07 * max(len(word) for word in words)
-    figure, panel = _panel(row * len(names), bottom=0.46, left=left, right=0.16)
+    is_long = len(names) > NUMBERED
+    figure, panel = _panel(row * len(names), bottom=0.46, left=left, right=0.16, top=0.24 if is_long else 0.02)
+    panel.tick_params(labeltop=is_long)
     for index in range(len(names)):
         panel.axhline(index - 0.5, color=_light("line"), linewidth=0.6, zorder=0)
         offsets = np.linspace(-0.5, 0.5, len(series) + 2)[1:-1]
@@ -217,9 +223,15 @@ def classes(
 
 
 def confusion(name: str, counts: np.ndarray, names: Sequence[str], about: str) -> str:
+    """`draw_confusion` to stand inside an HTML page."""
+    return to_svg(draw_confusion(counts, names), name, about)
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """A heat map of `(K, K)` pixel counts, [truth, prediction], each row as shares of its truth.
 
-    Numbers are per cent, those under half a per cent left out; with many classes only some have their name.
+    Numbers are per cent, those under half a per cent left out. More than NUMBERED classes have none, and a colour by
+    the square root of the share; of more than NAMED only some have their name.
     """
     number = len(names)
     totals = counts.sum(axis=1, keepdims=True)
@@ -240,7 +252,8 @@ def confusion(name: str, counts: np.ndarray, names: Sequence[str], about: str) -
                 panel.text(prediction, truth, f"{share * 100:.0f}", **text)
     else:
         # One value a cell, and no smoothing: as paths the 22,500 cells of 150 classes would be megabytes.
-        pixels = np.concatenate([np.broadcast_to(colour, (number, number, 3)), shares[..., None]], axis=-1)
+        # By the square root, or a class that is spread over many others would look as if it were nowhere.
+        pixels = np.concatenate([np.broadcast_to(colour, (number, number, 3)), np.sqrt(shares)[..., None]], axis=-1)
         panel.imshow(pixels, interpolation="none", aspect="auto")
     for truth in np.flatnonzero(totals[:, 0] == 0).tolist():
         if number <= NAMED:
@@ -257,7 +270,7 @@ def confusion(name: str, counts: np.ndarray, names: Sequence[str], about: str) -
     panel.tick_params(length=0)
     panel.set_xlabel("predicted", fontsize=TEXT, color=_light("muted"))
     panel.set_ylabel("truth", fontsize=TEXT, color=_light("muted"))
-    return to_svg(figure, name, about)
+    return figure
 
 
 def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -396,6 +409,9 @@ def _settle_in(element: ElementTree.Element, name: str, wanted: set[str]) -> Non
         del element.attrib["transform"]
     if "d" in element.attrib:
         element.set("d", " ".join(element.get("d").split()))
+    if not (element.text or "").strip():
+        element.text = None
+    element.tail = None  # letters stand in elements without others inside, so this is white space
 
 
 @contextmanager

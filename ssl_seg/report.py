@@ -62,6 +62,16 @@ from ssl_seg.runs import RunFolder, as_text
 
 ABREAST = 5  # groups that stand beside each other in a table of keys; more stand below each other
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
+# What tables show.
+OF_SCORES = "Mean ± standard deviation over the runs of a group, which differ in their seeds alone."
+OF_CLASSES = (
+    "IoU in %, mean ± standard deviation, in brackets the mean paired gain over scratch. Absent: the class is neither "
+    "in the truth nor in a prediction, and no part of the mIoU."
+)
+OF_COST = (
+    "Means of a group's runs. Time is that of training and evaluating; of runs that did not note it, from start to "
+    "end. Network: numbers in the exported file, weights and statistics."
+)
 MACHINE = ("lr", "grad_norm", "images_per_s")  # figures of the training itself, not of what was learnt
 
 
@@ -84,7 +94,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     path = Path(out) if out is not None else default_path(runs)
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
-    comparison = _compared(runs)
+    comparison = compared(runs)
     told = answer(comparison, runs)
     page = make_page(runs, comparison)
     sections = [section for build in SECTIONS for section in build(page)]
@@ -99,7 +109,8 @@ def default_path(runs: Sequence[RunFolder]) -> Path:
     return Path(os.path.commonpath([run.folder.resolve().parent for run in runs])) / "report.html"
 
 
-def _compared(runs: Sequence[RunFolder]) -> Comparison:
+def compared(runs: Sequence[RunFolder]) -> Comparison:
+    """As `compare`, and without a group where no run has a result yet."""
     if any(run.result is not None for run in runs):
         return compare.compare([run.folder for run in runs])
     return Comparison((), {}, tuple(str(run.folder) for run in runs))
@@ -134,14 +145,10 @@ def _score_table(page: Page, arms: Sequence[Arm]) -> Table:
         cells += [percent(page.spread(arm, f"{part}/{name}")) for part in parts for name in ("miou", "accuracy")]
         cells += _gain_cells(gains[arm.label]) if told else []
         rows.append(TableRow(arm.label, tuple(cells), arm.mark))
-    several = any(len(arm.runs) > 1 for arm in arms)
-    caption = (
-        "Mean ± standard deviation over the runs of a group, which differ in their seeds alone." if several else ""
-    )
-    if told:
-        main = f"{page.part} mIoU"
-        caption += f" Gains are paired differences of {main} to the run from scratch with the same seeds."
-    return Table(caption, tuple(columns + told), tuple(rows))
+    captions = [OF_SCORES] * any(len(arm.runs) > 1 for arm in arms)
+    paired = f"Gains are paired differences of {page.part} mIoU to the run from scratch with the same seeds."
+    captions += [paired] * bool(told)
+    return Table(" ".join(captions), tuple(columns + told), tuple(rows))
 
 
 def _gain_cells(gain: Spread | None) -> list[str]:
@@ -341,11 +348,7 @@ def _class_table(page: Page, arms: Sequence[Arm], names: Sequence[str]) -> Fold:
             own = "absent" if spread is None else percent(spread)
             cells.append(own if gain is None else f"{own} ({points(gain.mean)})")
         rows.append(TableRow(name, tuple(cells)))
-    caption = (
-        "IoU in %, mean ± standard deviation, in brackets the mean paired gain over scratch. Absent: the class is "
-    )
-    caption += "neither in the truth nor in a prediction, and no part of the mIoU."
-    return Fold("The numbers", (Table(caption, ("Class", *(arm.label for arm in arms)), tuple(rows)),))
+    return Fold("The numbers", (Table(OF_CLASSES, ("Class", *(arm.label for arm in arms)), tuple(rows)),))
 
 
 def class_names(page: Page) -> list[str]:
@@ -376,8 +379,10 @@ def _confusions(page: Page) -> Iterator[Section]:
         return
     of = PARTS.get(page.part, page.part)
     panels = tuple(own for _, own in found[:SHOWN])
-    shape = "full" if len(class_names(page)) > plots.NUMBERED else "wide"
-    blocks: list[Any] = [Text(f"Of a class's pixels in the {of} (a row), per cent that were predicted as each class.")]
+    many = len(class_names(page)) > plots.NUMBERED
+    shape = "full" if many else "wide"
+    how = "the share (its square root, as depth of colour)" if many else "per cent"
+    blocks: list[Any] = [Text(f"Of a class's pixels in the {of} (a row), {how} that was predicted as each class.")]
     blocks.append(Panels(panels[:OPEN], shape=shape))
     blocks += [Fold("More groups", (Panels(panels[OPEN:], shape=shape),))] if panels[OPEN:] else []
     blocks += not_shown([arm for arm, _ in found[SHOWN:]])
@@ -398,10 +403,8 @@ def _pretext(page: Page) -> Iterator[Section]:
 
     shown = folds(page.arms, blocks)
     if shown:
-        note = Text(
-            "Fixed held-out images, a row each: what the task is given, what it answers, what it should answer."
-        )
-        yield Section("pretext", "Pretext tasks over time", (note, *shown))
+        note = "The same images each time, a row each: what the task is given, what it answers, what it should answer."
+        yield Section("pretext", "Pretext tasks over time", (Text(note), *shown))
 
 
 def _predictions(page: Page) -> Iterator[Section]:
@@ -461,12 +464,10 @@ def _norm_shares(page: Page) -> Iterator[Section]:
         svg = Markup(plots.to_svg(norms.draw(parts), f"norms{page.arms.index(arm)}", about))
         return [Panels((Panel("Shares of each layer, first layer on top.", svg),), shape="full")]
 
-    shown = folds(page.arms, blocks)
+    shown = folds(page.arms, blocks, num_open=1)
     if shown:
-        note = Text(
-            "Which statistics each switch norm layer has learnt to use; dotted: the equal shares of a new layer."
-        )
-        yield Section("norms", "Norm shares", (note, *shown))
+        note = "Which statistics each switch norm layer has learnt to use; dotted: the equal shares of a new layer."
+        yield Section("norms", "Norm shares", (Text(note), *shown))
 
 
 def _costs(page: Page) -> Iterator[Section]:
@@ -485,11 +486,7 @@ def _costs(page: Page) -> Iterator[Section]:
     if not any(cell != NOTHING for row in rows for cell in row.cells[1:]):
         return
     columns = ("Group", "Runs", "Time", "Images seen", "Images a second", "Peak memory", "Network")
-    caption = (
-        "Means of a group's runs. Time is that of training and evaluating; of runs that did not note it, from start "
-    )
-    caption += "to end. Network: numbers in the exported file, weights and statistics."
-    blocks: list[Any] = [Table(caption, columns, tuple(rows))]
+    blocks: list[Any] = [Table(OF_COST, columns, tuple(rows))]
     if len(known) > 1:
         blocks.append(Text(f"Together {duration(sum(known))} for {len(known)} runs."))
     yield Section("cost", "Cost", tuple(blocks))

@@ -156,8 +156,8 @@ def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
         written(tmp_path / f"s{seed}", laid(CONFIG, {"seed": seed}), {"val": {"miou": 0.1 + seed, "iou/x": None}})
     written(tmp_path / "going", CONFIG, None, status="killed")
     (tmp_path / "mlflow.db").write_bytes(b"")
-    found = compare.compare([tmp_path])
-    assert len(found.groups[0].outcomes) == 2
+    found = compare.compare([tmp_path, tmp_path / "s0"])
+    assert len(found.groups[0].outcomes) == 2, "a run that is named twice counts once"
     assert found.unfinished == (str(tmp_path / "going"),)
     assert found.scores == ("val/miou",)
     assert found.groups[0].spread("val/iou/x") is None

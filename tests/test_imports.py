@@ -30,7 +30,8 @@ ROWS = [
         "worlds.street",
     ],
     ["datasets", "datasets.folder", "datasets.camvid", "datasets.synthetic"],
-    ["tasks", "data", "train", "store", "fingerprint", "weights", "tracking"],
+    ["tasks", "data", "train", "store", "fingerprint", "weights"],
+    ["tracking", "tracking.load", "tracking.server", "tracking.mirror"],
     ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "synth"],
     ["compare", "norms", "answers", "page", "report"],
     ["testing"],
@@ -40,7 +41,7 @@ ORDER = [name for row in ROWS for name in row]
 PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"train"},
-    "mlflow": {"tracking"},
+    "mlflow": {"tracking.load", "tracking.server"},
     "matplotlib": {"plots"},
     "jinja2": {"page"},
     "timm": {"models.timm"},

@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_packages_and_recipes_and_nothing_else(wheel: Path) 
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"ssl_seg", "pretext"}
-    assert "ssl_seg/configs/squares.yaml" in names
+    assert {"ssl_seg/configs/squares.yaml", "ssl_seg/templates/report.html"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

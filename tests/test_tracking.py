@@ -30,12 +30,12 @@ from mlflow import MlflowClient
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
 
 from ssl_seg import compare, images, store, tracking
-from ssl_seg.config import Config, load
+from ssl_seg.config import Config, UserError, load
 from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.runs import TIME, RunFolder, described, read_metrics
 from ssl_seg.stage import Options
-from ssl_seg.tracking import Mirror, Tracking, TrackingField
+from ssl_seg.tracking import Mirror, Tracking, TrackingField, mirror, server
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 from tests.test_cli import SMALL, as_words
@@ -88,7 +88,8 @@ def sqlite_uri(folder: Path) -> str:
 
 def only_run(uri: str, experiment: str = "ssl_seg"):
     client = MlflowClient(uri)
-    (found,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    (found,) = [run for run in runs if "parent_of" not in run.data.tags]
     return client, client.get_run(found.info.run_id)
 
 
@@ -149,7 +150,7 @@ def is_open(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as uri:
         yield uri
 
@@ -282,23 +283,23 @@ def test_an_experiment_compares_as_its_folders_do(tracked: Path) -> None:
 
 
 def test_a_second_replay_sends_nothing(tracked: Path) -> None:
-    again = tracking.track(tracked / "pre")
+    again = mirror.track(tracked / "pre")
     assert (again.lines, again.pictures) == (0, 0)
     client, runs = runs_of(tracked)
     assert len(shown(client, runs["pre"].info.run_id)) == 4
 
 
 def test_words_that_cannot_be_compared_are_one_line(tracked: Path) -> None:
-    assert "has none of that name, only: " in message_of(lambda: tracking.fetch("nothing", sqlite_uri(tracked)))
-    assert "no such database" in message_of(lambda: tracking.fetch("ssl_seg", sqlite_uri(tracked / "elsewhere")))
+    assert "has none of that name, only: " in message_of(lambda: server.fetch("nothing", sqlite_uri(tracked)))
+    assert "no such database" in message_of(lambda: server.fetch("ssl_seg", sqlite_uri(tracked / "elsewhere")))
     assert "no such database" in message_of(lambda: compare.compare_experiment("ssl_seg", "sqlite:///nowhere.db"))
 
 
-def test_another_server_gets_a_run_of_its_own(tracked: Path, server: str) -> None:
-    sent = tracking.track(tracked / "fine_0", uri=server, experiment="elsewhere")
+def test_another_server_gets_a_run_of_its_own(tracked: Path, running_server: str) -> None:
+    sent = mirror.track(tracked / "fine_0", uri=running_server, experiment="elsewhere")
     assert sent.lines == len(read_metrics(tracked / "fine_0")) + 1  # a line of the machine's load
-    assert_mirrors(server, tracked / "fine_0", "elsewhere")
-    client, run = only_run(server, "elsewhere")
+    assert_mirrors(running_server, tracked / "fine_0", "elsewhere")
+    client, run = only_run(running_server, "elsewhere")
     assert run.info.status == "FINISHED"
     assert "confusion_val.png" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
 
@@ -306,7 +307,7 @@ def test_another_server_gets_a_run_of_its_own(tracked: Path, server: str) -> Non
 @pytest.mark.parametrize(("status", "expected"), [("failed", "FAILED"), ("killed", "KILLED"), ("finished", "FINISHED")])
 def test_the_status_is_the_true_one(tmp_path: Path, status: str, expected: str) -> None:
     written(tmp_path / "runs" / "a", status=status)
-    tracking.track(tmp_path / "runs" / "a")
+    mirror.track(tmp_path / "runs" / "a")
     _, run = only_run(sqlite_uri(tmp_path / "runs"))
     assert run.info.status == expected
     assert_mirrors(sqlite_uri(tmp_path / "runs"), tmp_path / "runs" / "a")
@@ -314,20 +315,20 @@ def test_the_status_is_the_true_one(tmp_path: Path, status: str, expected: str) 
 
 def test_a_run_deleted_in_mlflow_is_sent_anew(tmp_path: Path) -> None:
     folder = written(tmp_path / "runs" / "a")
-    first = tracking.track(folder)
+    first = mirror.track(folder)
     MlflowClient(first.uri).delete_run(first.run_id)
-    second = tracking.track(folder)
+    second = mirror.track(folder)
     assert second.run_id != first.run_id
     assert second.lines == 3
 
 
 def test_a_parameter_that_has_changed_is_told_by_a_tag(tmp_path: Path) -> None:
     folder = written(tmp_path / "runs" / "a")
-    tracking.track(folder)
+    mirror.track(folder)
     record = json.loads((folder / "run.json").read_text())
     record["config"]["lr"] = 0.5
     (folder / "run.json").write_text(json.dumps(record))
-    tracking.track(folder)
+    mirror.track(folder)
     _, run = only_run(sqlite_uri(tmp_path / "runs"))
     assert run.data.params["lr"] == "0.001"
     assert run.data.tags["changed.lr"] == "0.5"
@@ -335,7 +336,7 @@ def test_a_parameter_that_has_changed_is_told_by_a_tag(tmp_path: Path) -> None:
 
 @given(st.text(min_size=1, max_size=300))
 def test_every_name_becomes_one_that_mlflow_takes(key: str) -> None:
-    name = tracking._name(key)
+    name = server._name(key)
     assert validate_param_and_metric_name(name)
     assert not path_not_unique(name)
     assert len(name) <= 250
@@ -343,7 +344,7 @@ def test_every_name_becomes_one_that_mlflow_takes(key: str) -> None:
 
 @pytest.mark.parametrize("pair", [("iou/a(b)", "iou/a[b]"), ("a//b", "a/b"), ("../x", "x"), ("x" * 300, "x" * 301)])
 def test_two_names_stay_two(pair: tuple[str, str]) -> None:
-    assert tracking._name(pair[0]) != tracking._name(pair[1])
+    assert server._name(pair[0]) != server._name(pair[1])
 
 
 # ---- where ----
@@ -353,12 +354,12 @@ def test_runs_are_kept_in_the_folder_called_runs(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     here = tmp_path.resolve()
-    assert tracking._resolved(None, Path("runs/deep/a")) == f"sqlite:///{here}/runs/mlflow.db"
-    assert tracking._resolved(None, Path("out/a")) == f"sqlite:///{here}/out/mlflow.db"
-    assert tracking._resolved("sqlite:///x.db", Path("runs/a")) == f"sqlite:///{here}/x.db"
+    assert server._resolved(None, Path("runs/deep/a")) == f"sqlite:///{here}/runs/mlflow.db"
+    assert server._resolved(None, Path("out/a")) == f"sqlite:///{here}/out/mlflow.db"
+    assert server._resolved("sqlite:///x.db", Path("runs/a")) == f"sqlite:///{here}/x.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
-    assert tracking._resolved(None, Path("runs/a")) == "http://server"
-    assert tracking._resolved("http://other", Path("runs/a")) == "http://other"
+    assert server._resolved(None, Path("runs/a")) == "http://server"
+    assert server._resolved("http://other", Path("runs/a")) == "http://other"
 
 
 def test_tracking_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
@@ -401,14 +402,17 @@ def has_lines(out: Path, number: int) -> bool:
 
 def is_sent(out: Path) -> bool:
     """Whether the mirror has found or made its MLflow run."""
-    return bool(tracking._read_record(out / "tracking" / "mlflow.json")["runs"])
+    return bool(tracking.read_record(out)["runs"])
 
 
 def status_of(uri: str) -> str:
     return only_run(uri)[1].info.status
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_is_killed_in_mlflow_and_goes_on_there(tmp_path: Path, signum: int, code: int) -> None:
     out, uri = tmp_path / "runs" / "a", sqlite_uri(tmp_path / "runs")
     make_ready(tmp_path / "runs")
@@ -460,8 +464,8 @@ def test_a_run_that_fails_is_failed_in_mlflow(tmp_path: Path) -> None:
 def mirrored_run(folder: Path, uri: str, between: Callable[[int], None] = lambda step: None) -> float:
     """Write a run with its mirror beside it, calling `between` after each step; the seconds its steps took."""
     config = load(Settings, {"tracking": {"uri": uri, "every": 0.2, "system_metrics": False}})
-    with Mirror(config.tracking, folder, quiet=True) as mirror, store.Run.open(folder, "finetune", config) as run:
-        mirror.start()
+    with Mirror(config.tracking, folder, quiet=True) as beside, store.Run.open(folder, "finetune", config) as run:
+        beside.start()
         started = time.monotonic()
         for step in range(1, 41):
             run.metrics(step, {"train/loss": 1 / step})
@@ -477,9 +481,9 @@ def wait_for_mirror(folder: Path) -> None:
 
     def free() -> bool:
         try:
-            with tracking._alone(folder, 0.0):
+            with mirror.alone(folder, 0.0):
                 return True
-        except tracking.UserError:
+        except UserError:
             return False
 
     wait_for(free, "the mirror does not end")
@@ -491,10 +495,10 @@ def test_a_server_that_was_down_gets_everything_later(tmp_path: Path) -> None:
     mirrored_run(folder, uri)
     wait_for_mirror(folder)
     assert "did not take it" in json.loads((folder / "tracking" / "mlflow.json").read_text())["error"]
-    assert "did not take it" in message_of(lambda: tracking.track(folder))
+    assert "did not take it" in message_of(lambda: mirror.track(folder))
     with mlflow_server(tmp_path / "server", port):
-        assert tracking.track(folder).lines == 40
-        assert tracking.track(folder).lines == 0
+        assert mirror.track(folder).lines == 40
+        assert mirror.track(folder).lines == 0
         assert_mirrors(uri, folder)
         client, run = only_run(uri)
         assert run.info.status == "FINISHED"
@@ -518,7 +522,7 @@ def test_a_server_killed_in_mid_run_and_started_again_misses_nothing(tmp_path: P
     mirrored_run(folder, uri, between)
     try:
         wait_for_mirror(folder)
-        tracking.track(folder)  # where the mirror came to its end between two tries
+        mirror.track(folder)  # where the mirror came to its end between two tries
         assert_mirrors(uri, folder)
         assert status_of(uri) == "FINISHED"
     finally:
@@ -526,28 +530,30 @@ def test_a_server_killed_in_mid_run_and_started_again_misses_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize("bad", [broken_server, silent_server])
-def test_a_bad_server_neither_slows_nor_stops_a_run(tmp_path: Path, bad: Callable[[], object], server: str) -> None:
+def test_a_bad_server_neither_slows_nor_stops_a_run(
+    tmp_path: Path, bad: Callable[[], object], running_server: str
+) -> None:
     folder = tmp_path / "runs" / "a"
     with bad() as uri:
         started = time.monotonic()
         mirrored_run(folder, uri, lambda step: time.sleep(0.05))
         assert time.monotonic() - started < 2 + tracking.FAREWELL + 5
         assert json.loads((folder / "run.json").read_text())["status"] == "finished"
-    sent = tracking.track(folder, uri=server, experiment=bad.__name__)
+    sent = mirror.track(folder, uri=running_server, experiment=bad.__name__)
     assert sent.lines == 40
-    assert_mirrors(server, folder, bad.__name__)
+    assert_mirrors(running_server, folder, bad.__name__)
 
 
 def test_a_locked_database_gets_everything_later(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
-    tracking.track(written(tmp_path / "runs" / "first"), experiment="first")  # the tables are there
+    mirror.track(written(tmp_path / "runs" / "first"), experiment="first")  # the tables are there
     uri = sqlite_uri(tmp_path / "runs")
     with closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         mirrored_run(folder, uri)
         other.rollback()
     wait_for_mirror(folder)
-    tracking.track(folder)
+    mirror.track(folder)
     assert_mirrors(uri, folder)
 
 

@@ -1,9 +1,4 @@
-"""MLflow mirrors a run folder: a process of its own reads what the run has written and sends it. mlflow's only home.
-
-Ours is the mirror, not the tracking: a logger inside the training process waits for a dead server, loses what it could
-not send, and cannot say that it was killed. Beside it, the folder stays the truth, `ssl-seg track RUN` sends whatever
-the server has not got, and what it has is asked of the server, so nothing arrives twice.
-"""
+"""What is said to MLflow, and read from it."""
 
 from __future__ import annotations
 
@@ -14,8 +9,6 @@ import math
 import os
 import posixpath
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,22 +16,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TextIO
+from typing import Any, Self, TextIO
 
-from pydantic import BeforeValidator, Field, PositiveFloat
+import numpy as np
+from mlflow import Image, MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from requests import RequestException
+from sqlalchemy.exc import SQLAlchemyError
 
-from ssl_seg import files
-from ssl_seg.config import Config, UserError
+from ssl_seg import files, plots
+from ssl_seg.config import UserError
 from ssl_seg.runs import TIME, Picture, RunFolder, described
-from ssl_seg.terminal import say
+from ssl_seg.tracking import FOLDER, RECORD, SYSTEM, Tracking, read_record
 
-if TYPE_CHECKING:
-    import psutil
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
-
-FOLDER = "tracking"  # in the run's: which MLflow run it is, the machine's load, the mirror's log and lock
-RECORD, SYSTEM, LOG, LOCK = "mlflow.json", "system.jsonl", "log", "lock"
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 # What is kept beside the points: small files, and pictures that belong to no step.
 RECORDS = ("config.yaml", "run.json", "metrics.jsonl", "tasks.json", "data.json", "split.json", "receipts.json")
@@ -48,214 +40,6 @@ RESULT = "result"  # result.json's figures are metrics of this prefix: those of 
 POINTS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # MLflow's limits of one call
 LONGEST_TEXT, LONGEST_NAME = 6000, 250
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-# A silent server must not keep the mirror for minutes: MLflow's own are 120 s and 7 times.
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "30",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run tells nobody but the server it was given
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-GLANCE = 0.25  # seconds between two looks at whether the run is over
-LONGEST_PAUSE = 60.0  # seconds between two tries of a server that does not answer
-FAREWELL = 10.0  # seconds that a finished run waits for its mirror, which goes on without it
-SAMPLE_EVERY = 10.0  # seconds, of the machine's load; as MLflow's own
-LAST_TRY = 30.0  # seconds that `track` waits for the mirror of a run that has just ended
-INCOMPLETE = 3  # exit code of a mirror that could not send everything
-
-
-class Tracking(Config):
-    """`tracking`: where a run is shown while and after it runs. It may change when a run goes on."""
-
-    type: Literal["mlflow", "none"] = "mlflow"
-    # Where MLflow keeps runs. None: MLFLOW_TRACKING_URI, else mlflow.db in the folder `runs` that the run lies in.
-    uri: str | None = None
-    experiment: str = Field(default="ssl_seg", min_length=1)
-    name: str | None = None  # None: the folder's
-    parent: str | None = Field(default=None, min_length=1)  # runs that name the same parent are shown below it
-    tags: dict[str, str] = Field(default={})
-    system_metrics: bool = True  # load and memory of the machine and its GPUs (those want nvidia-ml-py)
-    weights: bool = False  # send the exported weights too; they are in the run's folder anyway
-    every: PositiveFloat = 5.0  # seconds between two messages
-
-
-def _word_is_type(value: Any) -> Any:
-    return {"type": value} if isinstance(value, str) else value
-
-
-TrackingField = Annotated[Tracking, BeforeValidator(_word_is_type)]
-
-
-# ---- beside the training process ----
-
-_left_behind: list[subprocess.Popen[bytes]] = []  # mirrors that are still sending; Python warns of one it forgets
-
-
-class Mirror:
-    """Starts the process that mirrors a run, and at the end waits for it for a moment.
-
-    It reads files and nothing else, so it can neither slow nor stop the training. It ends by itself once the run has
-    ended or its process is gone, and notes then how.
-    """
-
-    def __init__(self, tracking: Tracking, folder: Path, main: bool = True, quiet: bool = False) -> None:
-        self.folder = folder
-        self.quiet = quiet
-        self.wanted = main and tracking.type == "mlflow"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Call it when run.json and the metrics are those that the run goes on from."""
-        if not self.wanted:
-            return
-        _left_behind[:] = [process for process in _left_behind if process.poll() is None]
-        with files.naming(self.folder / FOLDER):
-            (self.folder / FOLDER).mkdir(exist_ok=True)
-            log = (self.folder / FOLDER / LOG).open("w")
-        command = [sys.executable, "-m", "ssl_seg", "track", str(self.folder), "--follow", str(os.getpid())]
-        # A session of its own: Ctrl-C and a killed process group must not take the witness too.
-        with log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process is None:
-            return
-        last = self._error()
-        until = time.monotonic() + (0.0 if last else FAREWELL)
-        while self.process.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        last = last or self._error()
-        if self.process.poll() is None:
-            _left_behind.append(self.process)
-        if last:
-            say(f"MLflow: {last}; nothing is lost, ssl-seg track {self.folder} sends the rest", self.quiet)
-        elif self.process.poll() is None:
-            say("MLflow: the rest is being sent in the background", self.quiet)
-        elif self.process.returncode:
-            say(f"MLflow: the mirror stopped, see {self.folder / FOLDER / LOG}", self.quiet)
-
-    def _error(self) -> str | None:
-        with suppress(UserError):
-            return files.read_json(self.folder / FOLDER / RECORD).get("error")
-        return None
-
-
-def check(tracking: Tracking) -> None:
-    """Whether the run can be mirrored at all, before any work is done."""
-    if tracking.type == "mlflow":
-        from importlib.util import find_spec
-
-        if find_spec("mlflow") is None:
-            raise UserError("tracking: mlflow is not installed; pip install mlflow, or set tracking=none")
-
-
-# ---- the mirror ----
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """What `track` gives back for each run."""
-
-    folder: Path
-    uri: str
-    experiment: str
-    run_id: str
-    lines: int  # of metrics sent now
-    pictures: int
-
-
-def track(folder: str | Path, uri: str | None = None, experiment: str | None = None) -> Tracked:
-    """Send what MLflow has not got of a run, whichever way that ended; a second call sends nothing.
-
-    Raises UserError where the server does not take it, and for a run that is being mirrored this moment.
-    """
-    run = RunFolder.open(folder)
-    given = {"uri": uri, "experiment": experiment}
-    tracking = _tracking_of(run).model_copy(update={key: value for key, value in given.items() if value is not None})
-    check(tracking.model_copy(update={"type": "mlflow"}))
-    _set_environment()
-    with _alone(run.folder, LAST_TRY), MirroredRun(run, tracking) as mirrored:
-        with _explained(mirrored.uri):
-            mirrored.open()
-            mirrored.send()
-            if run.status != "running":
-                mirrored.finish(run.status)
-        sent = {"lines": mirrored.lines, "pictures": mirrored.num_pictures}
-        return Tracked(run.folder, mirrored.uri, tracking.experiment, mirrored.run_id, **sent)
-
-
-def follow(folder: str | Path, pid: int) -> int:
-    """Mirror a run until it ends or process `pid` is gone; the exit code says whether everything arrived."""
-    import psutil
-
-    folder = Path(folder)
-    with suppress(psutil.Error):
-        psutil.Process().nice(10)  # the training comes first
-    _set_environment()
-    owner = _Owner(pid)
-    with _alone(folder, math.inf):
-        run = RunFolder.open(folder)
-        with MirroredRun(run, _tracking_of(run)) as mirrored:
-            return _follow(mirrored, owner)
-
-
-def _follow(mirrored: MirroredRun, owner: _Owner) -> int:
-    run, tracking = mirrored.run, mirrored.tracking
-    load = Load(run.folder, owner) if tracking.system_metrics else None
-    next_try, pause = time.monotonic(), tracking.every
-    while True:
-        over = not owner.lives or RunFolder(run.folder).record.get("status") != "running"
-        if load is not None:
-            load.sample(time.monotonic())
-        if over or time.monotonic() >= next_try:
-            error = _tried(mirrored, RunFolder(run.folder) if over else None)
-            mirrored.record(error)
-            if over:
-                return INCOMPLETE if error else 0
-            pause = min(2 * pause, LONGEST_PAUSE) if error else tracking.every
-            next_try = time.monotonic() + pause
-        time.sleep(GLANCE)
-
-
-def _tried(mirrored: MirroredRun, ended: RunFolder | None) -> str | None:
-    """Send what there is; what went wrong, in one line."""
-    try:
-        with _explained(mirrored.uri):
-            mirrored.open()
-            mirrored.send()
-            if ended is not None:
-                mirrored.finish(ended.status)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-class _Owner:
-    """The process that trains."""
-
-    def __init__(self, pid: int) -> None:
-        import psutil
-
-        self._zombie = psutil.STATUS_ZOMBIE
-        self._gone = psutil.Error
-        self.process: psutil.Process | None = None
-        with suppress(psutil.Error):
-            self.process = psutil.Process(pid)
-
-    @property
-    def lives(self) -> bool:
-        """psutil knows a new process of the same number by its start."""
-        if self.process is None:
-            return False
-        try:
-            return self.process.is_running() and self.process.status() != self._zombie
-        except self._gone:
-            return False
 
 
 class MirroredRun:
@@ -266,7 +50,7 @@ class MirroredRun:
         self.tracking = tracking
         self.uri = _resolved(tracking.uri, run.folder)
         self.run_id = ""
-        self.lines = 0
+        self.num_lines = 0
         self.num_pictures = 0
         self.client: MlflowClient | None = None
         self.tails = [_Tail(run.folder / "metrics.jsonl"), _Tail(run.folder / FOLDER / SYSTEM)]
@@ -291,7 +75,7 @@ class MirroredRun:
             found = self._known(client)
             parent = _parent(client, experiment, self.tracking.parent)
         self.run_id = found.info.run_id if found else self._create(client, experiment, parent)
-        self.record(None)
+        self.note(None)
         if found:
             client.update_run(self.run_id, status="RUNNING")
             self._learn_what_is_there(client, found)
@@ -326,22 +110,20 @@ class MirroredRun:
         if parent:
             client.set_terminated(parent, "FINISHED")
 
-    def record(self, error: str | None) -> None:
-        """Note in the folder which run this is, for those who go on with it or wait for it."""
+    def note(self, error: str | None) -> None:
+        """Write into the folder which run this is, for those who go on with it, and what is wrong, for who waits."""
         path = self.run.folder / FOLDER / RECORD
-        known = _read_record(path)
-        if self.run_id:
-            known["runs"][self.uri] = self.run_id
-        files.write_atomic(path, files.json_bytes({**known, "error": error}))
+        known = read_record(self.run.folder)
+        runs = known["runs"] | ({self.uri: self.run_id} if self.run_id else {})
+        wanted = {"runs": runs, "error": error}
+        if wanted != known:
+            files.write_atomic(path, files.json_bytes(wanted))
 
     # ---- what it is ----
 
     def _known(self, client: MlflowClient) -> Run | None:
         """The MLflow run that this folder has been mirrored to, unless a person has deleted it."""
-        from mlflow.exceptions import MlflowException
-        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-        run_id = _read_record(self.run.folder / FOLDER / RECORD)["runs"].get(self.uri)
+        run_id = read_record(self.run.folder)["runs"].get(self.uri)
         if run_id is None:
             return None
         try:
@@ -360,8 +142,6 @@ class MirroredRun:
 
     def _describe(self, client: MlflowClient, found: Run | None) -> None:
         """Parameters, tags and data sets. A parameter cannot change: of one that has, a tag says what it is now."""
-        from mlflow.entities import Param, RunTag
-
         record = self.run.record
         wanted = {
             _name(key): text[:LONGEST_TEXT] for key, text in described(self.run.config, record.get("origin")).items()
@@ -392,13 +172,11 @@ class MirroredRun:
         }
         init = self.run.config.get("init")
         for place in [] if init is None else [Path(init), Path(init).parent]:
-            tags.setdefault("init.run_id", _read_record(place / FOLDER / RECORD)["runs"].get(self.uri))
+            tags.setdefault("init.run_id", read_record(place)["runs"].get(self.uri))
         return {_name(key): text for key, text in tags.items() if text is not None}
 
     def _describe_data(self, client: MlflowClient) -> None:
         """Each part's data set with a digest: of its images' names, as the run has recorded them."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         inputs = []
         for part, known in (self.run.read("data.json") or {}).items():
             source = self.run.config["data"][part]
@@ -437,7 +215,7 @@ class MirroredRun:
                 if points:
                     self.client.log_batch(self.run_id, metrics=points)
                 del tail.waiting[:taken]
-                self.lines += bool(points) and taken
+                self.num_lines += bool(points) and taken
 
     def _packed(self, lines: Sequence[Mapping[str, Any]]) -> tuple[list[Metric], int]:
         """The points of as many whole lines as one call may hold, and how many lines that is."""
@@ -450,8 +228,6 @@ class MirroredRun:
         return points, len(lines)
 
     def _points(self, line: Mapping[str, Any]) -> list[Metric]:
-        from mlflow.entities import Metric
-
         step, at = line["step"], line.get(TIME, 0)
         named = {_name(key): value for key, value in line.items() if key not in ("step", TIME)}
         return [
@@ -461,8 +237,6 @@ class MirroredRun:
         ]
 
     def _send_picture(self, picture: Picture) -> None:
-        from mlflow import Image
-
         at = picture.path.stat().st_mtime_ns // 10**6
         key = re.sub(r"[^a-zA-Z0-9_\-. ]", "_", picture.name)
         self.client.log_image(self.run_id, Image(str(picture.path)), key=key, step=picture.step, timestamp=at)
@@ -470,8 +244,6 @@ class MirroredRun:
         self.num_pictures += 1
 
     def _send_result(self, result: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric
-
         parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
         flat = {f"{RESULT}/{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
         step = result.get("selected_step", result.get("steps", 0))
@@ -490,15 +262,13 @@ class MirroredRun:
                 (client or self.client).log_artifact(self.run_id, str(self.run.folder / name))
 
     def _draw_confusion(self) -> None:
-        matrices = self.run.read("confusion.json")
-        if matrices is None:
-            return
-        from ssl_seg import plots
-
-        for part in ("val", "test"):
-            if part in matrices:
-                figure = plots.confusion(matrices[part], matrices["classes"])
-                self.client.log_figure(self.run_id, figure, f"confusion_{part}.png")
+        matrices = self.run.read("confusion.json") or {}
+        for part in set(matrices) - {"classes"}:
+            figure = plots.draw_confusion(np.array(matrices[part]), matrices["classes"])
+            with tempfile.TemporaryDirectory() as folder:
+                picture = Path(folder) / f"confusion_{part}.png"
+                picture.write_bytes(plots.to_png(figure))
+                self.client.log_artifact(self.run_id, str(picture))
 
     def _lasting_pictures(self) -> list[Path]:
         of_steps = {picture.path for picture in self.run.pictures()}
@@ -530,50 +300,6 @@ class _Tail:
             self.file.close()
 
 
-class Load:
-    """The load of machine and run, measured by MLflow's own monitors and kept in the folder until it can be sent."""
-
-    def __init__(self, folder: Path, owner: _Owner) -> None:
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        self.path = folder / FOLDER / SYSTEM
-        self.owner = owner
-        self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
-            self.monitors.append(GPUMonitor())
-        self.step = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
-        self.due = 0.0
-
-    def sample(self, now: float) -> None:
-        """Once every SAMPLE_EVERY seconds."""
-        if now < self.due:
-            return
-        self.due = now + SAMPLE_EVERY
-        figures: dict[str, float] = {"run_memory_megabytes": self._memory()}
-        for monitor in self.monitors:
-            monitor.collect_metrics()
-            figures |= monitor.aggregate_metrics()
-            monitor.clear_metrics()
-        line = {"step": self.step, TIME: time.time_ns() // 10**6}
-        line |= {f"system/{name}": value for name, value in figures.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.step += 1
-
-    def _memory(self) -> float:
-        """Of the training process and its loaders; shared pages count in each."""
-        import psutil
-
-        total = 0
-        with suppress(psutil.Error):
-            for process in [self.owner.process, *self.owner.process.children(recursive=True)]:
-                total += process.memory_info().rss
-        return total / 1e6
-
-
 # ---- experiments that others have filled ----
 
 
@@ -589,13 +315,11 @@ class Fetched:
 
 def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
     """The runs of ours in an MLflow experiment, oldest first. Raises UserError where there are none."""
-    check(Tracking())
-    _set_environment()
     uri = _resolved(uri, Path("runs", "run"))
     if uri.startswith("sqlite:///") and not _database(uri).exists():
         raise UserError(f"{uri}: no such database; name another with --uri")
     found: list[Run] = []
-    with _explained(uri):
+    with explained(uri):
         client = _client(uri)
         known = client.get_experiment_by_name(experiment)
         if known is None:
@@ -621,12 +345,6 @@ def _fetched(run: Run) -> Fetched:
 
 
 # ---- places and names ----
-
-
-def _tracking_of(run: RunFolder) -> Tracking:
-    """As the run was started; the folders of older runs know no tracking."""
-    given = run.config.get("tracking") or {}
-    return Tracking.model_validate({**given, "type": "mlflow"})
 
 
 def _resolved(uri: str | None, folder: Path) -> str:
@@ -657,8 +375,6 @@ def _place(uri: str, folder: Path) -> Path | None:
 
 
 def _client(uri: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -699,39 +415,8 @@ def _parent(client: MlflowClient, experiment: str, name: str | None) -> str | No
 
 
 @contextmanager
-def _alone(folder: Path, patience: float) -> Iterator[None]:
-    """One mirror at a time for a run, waiting `patience` seconds for the former, which may still be sending."""
-    with files.naming(folder / FOLDER):
-        (folder / FOLDER).mkdir(exist_ok=True)
-        lock = (folder / FOLDER / LOCK).open("w")
-    with lock:
-        until = time.monotonic() + patience
-        while not _taken(lock):
-            if time.monotonic() > until:
-                raise UserError(f"{folder}: is being mirrored by the run itself; wait for its end")
-            time.sleep(GLANCE)
-        yield
-
-
-def _taken(lock: TextIO) -> bool:
-    with suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _set_environment() -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """What MLflow raises where a server does not answer or refuses, as one line."""
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
@@ -745,11 +430,6 @@ def _name(key: str) -> str:
     if clean == key:
         return key
     return f"{clean}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    known = files.read_json(path) if path.is_file() else {}
-    return {"runs": {}, "error": None, **known}
 
 
 def _milliseconds(moment: str | None) -> int | None:

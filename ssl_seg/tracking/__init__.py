@@ -1,0 +1,137 @@
+"""MLflow mirrors a run folder: a process of its own reads what the run has written and sends it.
+
+Ours is the mirror, not the tracking: a logger inside the training process waits for a dead server, loses what it could
+not send, and cannot say that it was killed. Beside it, the folder stays the truth, `ssl-seg track RUN` sends whatever
+the server has not got, and what it has is asked of the server, so nothing arrives twice.
+
+This file is what a run needs: the config and the start of the mirror. `mirror` is that process, `server` what it says
+to MLflow, `load` what it measures; the three are imported by it alone, since mlflow takes its time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, PositiveFloat
+
+from ssl_seg import files
+from ssl_seg.config import Config, UserError
+from ssl_seg.terminal import say
+
+FOLDER = "tracking"  # in the run's: which MLflow run it is, the machine's load, the mirror's log and lock
+RECORD, SYSTEM, LOG, LOCK = "mlflow.json", "system.jsonl", "log", "lock"
+# A silent server must not keep the mirror for minutes: MLflow's own are 120 s and 7 times.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "30",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a run tells nobody but the server it was given
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+FAREWELL = 10.0  # seconds that a finished run waits for its mirror, which goes on without it
+
+
+class Tracking(Config):
+    """`tracking`: where a run is shown while and after it runs. It may change when a run goes on."""
+
+    type: Literal["mlflow", "none"] = "mlflow"
+    # Where MLflow keeps runs. None: MLFLOW_TRACKING_URI, else mlflow.db in the folder `runs` that the run lies in.
+    uri: str | None = None
+    experiment: str = Field(default="ssl_seg", min_length=1)
+    name: str | None = None  # None: the folder's
+    parent: str | None = Field(default=None, min_length=1)  # runs that name the same parent are shown below it
+    tags: dict[str, str] = Field(default={})
+    system_metrics: bool = True  # load and memory of the machine and its GPUs (those want nvidia-ml-py)
+    weights: bool = False  # send the exported weights too; they are in the run's folder anyway
+    every: PositiveFloat = 5.0  # seconds between two messages
+
+
+def _word_is_type(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+TrackingField = Annotated[Tracking, BeforeValidator(_word_is_type)]
+
+
+_left_behind: list[subprocess.Popen[bytes]] = []  # mirrors that are still sending; Python warns of one it forgets
+
+
+class Mirror:
+    """Starts the process that mirrors a run, and at the end waits for it for a moment.
+
+    It reads files and nothing else, so it can neither slow nor stop the training. It ends by itself once the run has
+    ended or its process is gone, and notes then how.
+    """
+
+    def __init__(self, tracking: Tracking, folder: Path, main: bool = True, quiet: bool = False) -> None:
+        self.folder = folder
+        self.quiet = quiet
+        self.wanted = main and tracking.type == "mlflow"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Call it when run.json and the metrics are those that the run goes on from."""
+        if not self.wanted:
+            return
+        _left_behind[:] = [process for process in _left_behind if process.poll() is None]
+        with files.naming(self.folder / FOLDER):
+            (self.folder / FOLDER).mkdir(exist_ok=True)
+            log = (self.folder / FOLDER / LOG).open("w")
+        former = read_record(self.folder)
+        files.write_atomic(self.folder / FOLDER / RECORD, files.json_bytes({**former, "error": None}))
+        command = [sys.executable, "-m", "ssl_seg", "track", str(self.folder), "--follow", str(os.getpid())]
+        # A session of its own: Ctrl-C and a killed process group must not take the witness too.
+        with log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**ENVIRONMENT, **os.environ},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is None:
+            return
+        last = read_record(self.folder)["error"]
+        until = time.monotonic() + (0.0 if last else FAREWELL)
+        while self.process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        last = last or read_record(self.folder)["error"]
+        if self.process.poll() is None:
+            _left_behind.append(self.process)
+        if last:
+            say(f"MLflow: {last}; nothing is lost, ssl-seg track {self.folder} sends the rest", self.quiet)
+        elif self.process.poll() is None:
+            say("MLflow: the rest is being sent in the background", self.quiet)
+        elif self.process.returncode:
+            say(f"MLflow: the mirror stopped, see {self.folder / FOLDER / LOG}", self.quiet)
+
+
+def check(tracking: Tracking) -> None:
+    """Whether the run can be mirrored at all, before any work is done."""
+    if tracking.type == "mlflow" and find_spec("mlflow") is None:
+        raise UserError("tracking: mlflow is not installed; pip install mlflow, or set tracking=none")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run's folder knows of MLflow: `runs`, its run id at each server, and the last `error`."""
+    path = folder / FOLDER / RECORD
+    known = files.read_json(path) if path.is_file() else {}
+    return {"runs": {}, "error": None, **known}
+
+
+def set_environment() -> None:
+    """Before mlflow is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,145 @@
+"""The process that mirrors a run while it lives, and the same once more for a run that has ended."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from ssl_seg import files
+from ssl_seg.config import UserError
+from ssl_seg.runs import RunFolder
+from ssl_seg.tracking import FOLDER, LOCK, Tracking
+from ssl_seg.tracking.load import Load
+from ssl_seg.tracking.server import MirroredRun, explained
+
+GLANCE = 0.25  # seconds between two looks at whether the run is over
+LONGEST_PAUSE = 60.0  # seconds between two tries of a server that does not answer
+LAST_TRY = 30.0  # seconds that `track` waits for the mirror of a run that has just ended
+INCOMPLETE = 3  # exit code of a mirror that could not send everything
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What `track` gives back."""
+
+    folder: Path
+    uri: str
+    experiment: str
+    run_id: str
+    lines: int  # of metrics sent now
+    pictures: int
+
+
+def track(folder: str | Path, uri: str | None = None, experiment: str | None = None) -> Tracked:
+    """Send what MLflow has not got of a run, whichever way that ended; a second call sends nothing.
+
+    Raises UserError where the server does not take it, and for a run that is being mirrored this moment.
+    """
+    run = RunFolder.open(folder)
+    given = {"uri": uri, "experiment": experiment}
+    tracking = _tracking_of(run).model_copy(update={key: value for key, value in given.items() if value is not None})
+    with alone(run.folder, LAST_TRY), MirroredRun(run, tracking) as mirrored:
+        with explained(mirrored.uri):
+            mirrored.open()
+            mirrored.send()
+            mirrored.finish(_end_of(run))
+        sent = {"lines": mirrored.num_lines, "pictures": mirrored.num_pictures}
+        return Tracked(run.folder, mirrored.uri, tracking.experiment, mirrored.run_id, **sent)
+
+
+def follow(folder: str | Path, pid: int) -> int:
+    """Mirror a run until it ends or process `pid` is gone; the exit code says whether everything arrived."""
+    with suppress(psutil.Error):
+        psutil.Process().nice(10)  # the training comes first
+    owner = _process(pid)
+    with alone(Path(folder), math.inf):
+        run = RunFolder.open(folder)
+        with MirroredRun(run, _tracking_of(run)) as mirrored:
+            return _follow(mirrored, owner)
+
+
+def _follow(mirrored: MirroredRun, owner: psutil.Process | None) -> int:
+    folder, tracking = mirrored.run.folder, mirrored.tracking
+    load = Load(folder, owner) if tracking.system_metrics else None
+    next_try, pause = time.monotonic(), tracking.every
+    while True:
+        over = not _lives(owner) or RunFolder(folder).record.get("status") != "running"
+        if load is not None:
+            load.sample(time.monotonic())
+        if over or time.monotonic() >= next_try:
+            error = _tried(mirrored, over)
+            mirrored.note(error)
+            if over:
+                return INCOMPLETE if error else 0
+            pause = min(2 * pause, LONGEST_PAUSE) if error else tracking.every
+            next_try = time.monotonic() + pause
+        time.sleep(GLANCE)
+
+
+def _tried(mirrored: MirroredRun, over: bool) -> str | None:
+    """Send what there is; what went wrong, in one line."""
+    try:
+        with explained(mirrored.uri):
+            mirrored.open()
+            mirrored.send()
+            if over:
+                mirrored.finish(_end_of(RunFolder(mirrored.run.folder)))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _end_of(run: RunFolder) -> str:
+    """How a run ended that no longer lives: without a word if it was killed. It may have been started again since."""
+    return "killed" if run.status == "running" else run.status
+
+
+def _tracking_of(run: RunFolder) -> Tracking:
+    """As the run was started; the folders of older runs know no tracking, and some were not to be tracked then."""
+    given = run.config.get("tracking") or {}
+    return Tracking.model_validate({**given, "type": "mlflow"})
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.Error:
+        return None
+
+
+def _lives(owner: psutil.Process | None) -> bool:
+    """psutil tells a new process of the same number by its start."""
+    try:
+        return owner is not None and owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@contextmanager
+def alone(folder: Path, patience: float) -> Iterator[None]:
+    """One mirror at a time for a run, waiting `patience` seconds for the former, which may still be sending."""
+    with files.naming(folder / FOLDER):
+        (folder / FOLDER).mkdir(exist_ok=True)
+        lock = (folder / FOLDER / LOCK).open("w")
+    with lock:
+        until = time.monotonic() + patience
+        while not _taken(lock):
+            if time.monotonic() >= until:
+                raise UserError(f"{folder}: is being mirrored by the run itself; wait for its end")
+            time.sleep(GLANCE)
+        yield
+
+
+def _taken(lock: TextIO) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

@@ -1,0 +1,202 @@
+"""Figures: well-formed SVG whatever the labels are, in the page's colours, the same bytes each time; norm shares."""
+
+from __future__ import annotations
+
+import io
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ssl_seg import plots
+from ssl_seg.norm import Shares
+from ssl_seg.plots import Curve, Row, Series, Style
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '" onload="x',
+    "$x_1$ and $y$",
+    "Straße 道路 🚲",
+    "a\nb\tc",
+    "\x00\x0b\udc80",
+    "&amp;",
+]
+SVG = f"{{{plots.SVG}}}"
+
+
+def texts(svg: str) -> list[str]:
+    """What a reader can read in a figure."""
+    return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def dots(labels: list[str], name: str = "dots", values: tuple[float, ...] = (1.0, 2.0, 4.0)) -> str:
+    return plots.dots(name, [Row(label, values, Style("blue")) for label in labels], "mIoU, %", "about")
+
+
+def confusion(counts: np.ndarray, names: list[str]) -> str:
+    return plots.confusion("matrix", counts, names, "about")
+
+
+def every_figure(label: str) -> list[str]:
+    lines = [Curve((([1, 2, 3], [0.5, np.nan, 0.2]), ([1, 2], [0.4, 0.3])), Style("green", "s", "--"))]
+    return [
+        dots([label]),
+        plots.dots("gains", [Row(label, (-1.0, 2.0), Style(), "+0.5")], "points", label, zero=True),
+        plots.curves("curves", lines, label, by_logarithm=True),
+        plots.classes("classes", [label, "car"], [Series(((1.0, 2.0), ()), Style())], "IoU, %", label),
+        confusion(np.array([[5, 1], [0, 0]]), [label, "car"]),
+    ]
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_hostile_labels_are_text_and_nothing_else(label: str) -> None:
+    for svg in every_figure(label):
+        root = ElementTree.fromstring(svg)
+        assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
+            "svg", "g", "path", "defs", "use", "text", "tspan", "clipPath", "rect", "image",
+        }  # fmt: skip
+        names = {name for element in root.iter() for name in element.attrib}
+        assert not [name for name in names if name.startswith("on")]
+    shown = "".join(texts(dots([label]))).replace(" ", "")
+    assert plots.plain(label).replace(" ", "") in shown, "neither typeset as mathematics nor left out"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.text(max_size=30))
+def test_any_text_makes_a_well_formed_figure(label: str) -> None:
+    ElementTree.fromstring(dots([label]))
+    plots.plain(label).encode()
+
+
+def test_colours_are_the_pages_variables_and_fonts_are_its_own() -> None:
+    for svg in every_figure("road"):
+        assert not re.findall(r"#[0-9a-f]{6}", svg), "a colour that dark paper cannot change"
+        used = set(re.findall(r"var\(--(\w+)\)", svg))
+        assert used <= set(plots.COLOURS)
+        assert "muted" in used
+        assert "font-family" not in svg
+        assert "<style" not in svg, "it would hold for the whole page"
+
+
+def test_no_two_figures_share_a_name_and_every_reference_finds_its_target() -> None:
+    found: list[str] = []
+    for svg in every_figure("road"):
+        own = re.findall(r'\bid="([^"]+)"', svg)
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg)) <= {
+            pair for name in own for pair in ((name, ""), ("", name))
+        }
+        found += own
+    assert found
+    assert len(found) == len(set(found))
+
+
+def test_the_same_figure_is_the_same_bytes() -> None:
+    assert every_figure("road") == every_figure("road")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.2."""
+    shares = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_everything_stands_out_from_the_paper(scheme: int) -> None:
+    paper = plots.COLOURS["paper"][scheme]
+    least = {"ink": 7.0, "muted": 4.5, **dict.fromkeys(("base", *plots.GROUP_COLOURS), 3.0)}
+    for name, ratio in least.items():
+        assert contrast(plots.COLOURS[name][scheme], paper) >= ratio, name
+    assert contrast(plots.COLOURS["on_cell"][scheme], plots.COLOURS["cell"][scheme]) >= 4.5
+
+
+def test_groups_look_different_and_baselines_are_grey() -> None:
+    found = plots.styles([True, True] + [False] * 30)
+    assert len(set(found)) == 32
+    assert [style.colour for style in found[:2]] == ["base", "base"]
+    assert "base" not in {style.colour for style in found[2:]}
+    assert plots.styles([False, True])[0] == plots.styles([False])[0]
+
+
+def test_every_run_is_a_dot_at_its_value() -> None:
+    marks = ElementTree.fromstring(dots(["a"])).iter(f"{SVG}use")
+    x = sorted(float(mark.get("x")) for mark in marks)
+    assert len(x) == 3
+    assert (x[1] - x[0]) * 2 == pytest.approx(x[2] - x[1], rel=1e-3), "values 1, 2 and 4"
+
+
+def test_long_labels_are_wrapped_whole() -> None:
+    label = " ".join(f"train.key_{number}=0.{number}" for number in range(20))
+    lines = texts(dots([label]))
+    assert max(len(line) for line in lines) <= plots.LABEL_WIDTH
+    assert all(word in " ".join(lines) for word in label.split())
+
+
+def test_a_class_without_figures_is_said_to_be_absent_and_one_of_zero_is_a_dot() -> None:
+    series = [Series(((0.0,), (), (50.0,)), Style())]
+    svg = plots.classes("classes", ["pole", "train", "road"], series, "IoU", "about")
+    assert texts(svg).count("absent") == 1
+    assert len(re.findall("<use ", svg)) == 2
+
+
+def test_the_mean_line_ends_where_the_first_run_ends() -> None:
+    steps, values = plots.mean_line([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 6.0])])
+    assert steps.tolist() == [1, 2]
+    assert values.tolist() == [2.0, 4.0]
+
+
+def test_thinning_keeps_the_mean_and_leaves_gaps() -> None:
+    values = np.linspace(0, 1, 4 * plots.POINTS)
+    steps, means = plots.thin(range(len(values)), values)
+    assert len(steps) == len(means) == plots.POINTS
+    assert means.mean() == pytest.approx(values.mean())
+    values[:8] = np.nan
+    _, means = plots.thin(range(len(values)), values)
+    assert np.isnan(means[:2]).all()
+    assert np.isfinite(means[2:]).all()
+    assert plots.thin([], [])[0].size == 0
+
+
+def test_a_confusion_matrix_shows_shares_of_each_row() -> None:
+    counts = np.array([[3, 1, 0], [0, 0, 0], [0, 2, 998]])
+    shown = texts(confusion(counts, ["sky", "pole", "road"]))
+    assert [text for text in shown if text.isdigit()] == ["75", "25", "100"]
+    assert shown.count("no such pixel") == 1
+
+
+def test_a_matrix_of_many_classes_stays_small_and_names_some() -> None:
+    counts = np.eye(150, dtype=int) * 7
+    svg = confusion(counts, [f"class {number}" for number in range(150)])
+    assert len(svg) < 60_000
+    assert svg.count("data:image/png") == 1
+    named = [text for text in texts(svg) if text.startswith("class")]
+    assert 20 <= len(named) <= 2 * plots.NAMED
+
+
+def test_the_shares_picture_shows_each_share_in_its_colour() -> None:
+    layers = [Shares("a", 8, (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)), Shares("b", 8, (0.0, 1.0, 0.0), (0.5, 0.0, 0.5))] * 8
+    figure = plots.norm_shares({"encoder": layers}, ("instance", "layer", "batch"))
+    drawn = Image.open(io.BytesIO(plots.to_png(figure))).convert("RGB")
+    halves = np.split(np.asarray(drawn), 2, axis=1)
+    colours = [tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5)) for colour, _ in plots.SHARE_COLOURS]
+    counts = [[int((half == colour).all(-1).sum()) for colour in colours] for half in halves]
+    row = (counts[1][0] + counts[1][2]) / 16  # pixels of a whole bar
+    assert counts[0] == pytest.approx([8 * row, 8 * row, 0], abs=row)
+    assert counts[1] == pytest.approx([4 * row, 0, 12 * row], abs=row)
+
+
+def test_the_shares_of_a_page_keep_their_colours_and_take_its_ink() -> None:
+    figure = plots.norm_shares({"encoder": [Shares("a", 8, (0.5, 0.3, 0.2), (0.2, 0.3, 0.5))]}, ("i", "l", "b"))
+    svg = plots.to_svg(figure, "norms", "about")
+    assert all(colour.lower() in svg for colour, _ in plots.SHARE_COLOURS)
+    assert "var(--ink)" in svg
+    assert "50%" in texts(svg)
