@@ -7,10 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow check format bench clean
 
 demo: $(READY)
-	$(BIN)/ssl-seg pretrain squares --out runs/demo/pretrained
-	$(BIN)/ssl-seg finetune squares_labelled --out runs/demo/scratch
-	$(BIN)/ssl-seg finetune squares_labelled init=runs/demo/pretrained --out runs/demo/encoder
-	$(BIN)/ssl-seg compare runs/demo/scratch runs/demo/encoder
+	$(BIN)/python -m experiments.demo.run --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -126,10 +126,13 @@ def run_all(runs: Sequence[tuple[Sequence[str], Path]], jobs: int) -> None:
     """Run those that have no result yet, `jobs` at a time; raises the first failure after the others have ended."""
     left = [(words, folder) for words, folder in runs if not (folder / "result.json").exists()]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda run: ssl_seg(*run, alone=jobs == 1), left))
+        started = [pool.submit(ssl_seg, words, folder, alone=jobs == 1) for words, folder in left]
+        for number, done in enumerate(as_completed(started), start=1):
+            print(f"{number} of {len(left)}: {done.result()}", flush=True)
 
 
-def ssl_seg(words: Sequence[str], folder: Path, alone: bool) -> None:
+def ssl_seg(words: Sequence[str], folder: Path, alone: bool) -> str:
+    """Make one run; gives its name, score and time in words."""
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Several runs share the cores best with a thread each.
@@ -140,7 +143,9 @@ def ssl_seg(words: Sequence[str], folder: Path, alone: bool) -> None:
     if done.returncode:
         raise RuntimeError(f"{folder.name}: exit {done.returncode}, see {folder.with_suffix('.log')}")
     shutil.rmtree(folder / "state", ignore_errors=True)  # checkpoints: gigabytes, over so many runs
-    print(f"{folder.name}: {time.monotonic() - started:.0f} s", flush=True)
+    miou = scores(folder).get("miou")
+    scored = "" if miou is None else f"mIoU {miou:.4f}, "
+    return f"{folder.name}: {scored}{time.monotonic() - started:.0f} s"
 
 
 def write_table(rows: Sequence[Mapping], path: Path) -> None:

@@ -9,6 +9,7 @@ hand over `uint8` pixels with an `int64` key; corruption runs on the device.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -288,12 +289,22 @@ class Packed:
 
 def loader(samples: Any, batches: Any, workers: int, pin: bool = False) -> Iterator[Packed]:
     """Batches in the order asked for. A file that cannot be read ends them with its UserError, in this process."""
-    loading = DataLoader(Caught(samples), batch_sampler=batches, num_workers=workers, collate_fn=pack, pin_memory=pin)
+    options = {"collate_fn": pack, "pin_memory": pin, "worker_init_fn": _outlive_signals}
+    loading = DataLoader(Caught(samples), batch_sampler=batches, num_workers=workers, **options)
     for packed in loading:
         if isinstance(packed, UserError):
             packed.of_one_process = True
             raise packed
         yield packed
+
+
+def _outlive_signals(_: int) -> None:
+    """In a worker: a signal to the whole process group is the main process's to answer, which still wants batches.
+
+    torch lets a worker die of SIGTERM, and then the run fails in place of saving its state.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def pack(samples: Sequence[Sample | UserError]) -> Packed | UserError:

@@ -31,6 +31,7 @@ from ssl_seg.train import Learner, NonFiniteError, Processes, TrainConfig, due, 
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 SAVES_PER_RUN = 10
+LEAST_BETWEEN_SAVES = 200  # steps: writing one of resnet18 takes as long as ten of small crops on a CPU
 CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
 
@@ -134,12 +135,14 @@ def fit(job: Job) -> int:
     if should_stop(job):
         return job.start  # stopped before, by its own rule
     learner, config = job.learner, job.learner.config
-    save_every = config.save_every or max(1, config.steps // SAVES_PER_RUN)
+    save_every = config.save_every or max(LEAST_BETWEEN_SAVES, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
     last = job.start
     if job.mirror is not None:
         job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
     job.count_time()
+    if last == 0:
+        draw(job, last)  # what the network does before it has learnt anything
     with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
         for step in train(learner, streams, job.start, job.seed, wants_stop=job.signals.asked):
             last = step.number
@@ -153,9 +156,7 @@ def fit(job: Job) -> int:
                 evaluated = job.evaluate()
                 figures.update(evaluated)
                 new_best = job.score in evaluated and job.progressed.better(last, evaluated[job.score])
-                if learner.processes.is_main:
-                    for name, picture in job.pictures().items():
-                        images.write_image(job.run.picture_path(name, last), picture)
+                draw(job, last)
                 stop = learner.processes.any(stop or job.signals.asked())  # evaluating may have taken long
             if figures:
                 job.run.metrics(last, figures)
@@ -170,6 +171,13 @@ def fit(job: Job) -> int:
             if enough:
                 break
     return last
+
+
+def draw(job: Job, step: int) -> None:
+    """Write the pictures of what the network does after `step`."""
+    if job.learner.processes.is_main:
+        for name, picture in job.pictures().items():
+            images.write_image(job.run.picture_path(name, step), picture)
 
 
 def should_stop(job: Job) -> bool:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ssl_seg.config import Interrupted
 
+SAME_SIGNAL = 2.0  # seconds
 SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
 
 
@@ -75,11 +76,13 @@ def say(text: str, quiet: bool = False) -> None:
 class Signals:
     """SIGTERM and SIGINT: an end at once, or inside `deferred` a note, so that a step is never cut in half.
 
-    A second one ends at once everywhere.
+    A second one ends at once everywhere, unless it comes within `SAME_SIGNAL` seconds: torchrun passes on to each
+    process what a terminal, systemd or Slurm has told every process of the job already.
     """
 
     def __init__(self) -> None:
         self.noted: int | None = None
+        self.noted_at = 0.0
         self.defers = False
 
     def asked(self) -> bool:
@@ -99,8 +102,11 @@ class Signals:
             self.defers = False
 
     def handle(self, signum: int, _: object) -> None:
+        now = time.monotonic()
         if self.defers and self.noted is None:
-            self.noted = signum
+            self.noted, self.noted_at = signum, now
+            return
+        if self.defers and now - self.noted_at < SAME_SIGNAL:
             return
         raise Interrupted(signum, "stopped; the same command continues")
 

@@ -64,7 +64,7 @@ class TrainConfig(Config):
     encode: Literal["together", "in_turn"] = "together"
     workers: NonNegativeInt = 2
     eval_every: PositiveInt | None = None  # steps; None: at the end only
-    save_every: PositiveInt | None = None  # steps; None: ten times a run
+    save_every: PositiveInt | None = None  # steps; None: ten times a run, but not more often than every 200
     log_every: PositiveInt = 10
 
 

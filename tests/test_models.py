@@ -156,6 +156,7 @@ def test_drop_path_and_options_reach_the_network():
         ({"pretrained": "foo"}, "timm has no weights 'foo' for resnet18"),
         ({"name": "hf-hub:timm/resnet18"}, "unknown timm model"),
         ({"options": {"in_chans": 1}}, "'in_chans' is set by the encoder itself"),
+        ({"options": {"checkpoint_path": "a.pth"}}, "'checkpoint_path' is set by the encoder itself"),
         ({"drop_path": 1.5}, "drop_path"),
     ],
 )

@@ -93,12 +93,15 @@ def finish(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-def start(stage: str, config: list[str], out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ssl_seg", stage, *config, "--out", str(out)]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def start(stage: str, config: list[str], out: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The run as the first of a process group of its own."""
+    command = [sys.executable, *launcher, "-m", "ssl_seg", stage, *config, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
 
 
 def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
@@ -129,16 +132,33 @@ def test_kills_at_random_steps_leave_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, tmp_path: Path) -> None:
-    config = words(pretraining(steps=60, save_every=60), tmp_path)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, workers: int, tmp_path: Path) -> None:
+    """To the process alone; or, with loader workers, to all of its group, as a terminal and a scheduler send it."""
+    config = words(pretraining(steps=400, save_every=400, workers=workers), tmp_path)
     out = tmp_path / "run"
     process = start("pretrain", config, out)
     wait_for_step(process, out, 3)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum) if workers else process.send_signal(signum)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
+    assert process.returncode == 128 + signum, said
     assert "Traceback" not in said
     assert "the same command continues" in said
+    check_saved(out)
+
+
+def test_a_signal_to_every_process_under_torchrun_saves_the_step(tmp_path: Path) -> None:
+    """Each gets it twice: from the group, and passed on by torchrun, whose own exit code is not ours."""
+    out = tmp_path / "run"
+    process = start("pretrain", words(pretraining(steps=400, save_every=400, workers=2), tmp_path), out, TWO)
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert "the same command continues" in said
+    check_saved(out)
+
+
+def check_saved(out: Path) -> None:
     assert json.loads((out / "run.json").read_text())["status"] == "killed"
     assert store.load_state(out).step == len(figures(out)) >= 3
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ssl_seg.config import Interrupted
-from ssl_seg.terminal import reporter, watch_signals
+from ssl_seg.terminal import SAME_SIGNAL, reporter, watch_signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +61,9 @@ def test_a_signal_ends_at_once_unless_deferred_and_the_second_always() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.asked()
             assert signals.first == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)  # the same once more, passed on by a launcher
+            assert signals.first == signal.SIGINT
+            signals.noted_at -= SAME_SIGNAL
             with pytest.raises(Interrupted, match="SIGTERM"):
                 os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

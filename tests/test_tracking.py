@@ -257,8 +257,8 @@ def test_results_are_those_of_the_chosen_step(tracked: Path) -> None:
     client, runs = runs_of(tracked)
     run = runs["fine_1"]
     result = json.loads((tracked / "fine_1" / "result.json").read_text())
-    assert run.data.metrics["result/test/miou"] == result["test"]["miou"]
-    assert run.data.metrics["result/val/iou/disc"] == result["val"]["iou/disc"]
+    assert run.data.metrics["result/test.miou"] == result["test"]["miou"]
+    assert run.data.metrics["result/val.iou.disc"] == result["val"]["iou/disc"]
     files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"confusion.json", "confusion_val.png", "confusion_test.png"} <= files
 

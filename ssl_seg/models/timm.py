@@ -32,7 +32,9 @@ MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; a
 PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 HUB_TIMEOUT = 5.0  # seconds to wait for the first answer of the hub
-RESERVED = ("features_only", "in_chans", "output_stride", "pretrained", "drop_path_rate", "out_indices")
+BUILT_IN = ("features_only", "in_chans", "output_stride", "drop_path_rate", "out_indices")
+LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+RESERVED = (*BUILT_IN, *LOADING)
 # How timm's families are told to take any input size: plain transformers, windowed ones, and networks that always do.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 # What timm's constructors raise for an argument or a use they do not have.

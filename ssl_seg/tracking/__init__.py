@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "30",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a run tells nobody but the server it was given
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 FAREWELL = 10.0  # seconds that a finished run waits for its mirror, which goes on without it
 

@@ -36,7 +36,8 @@ DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 RECORDS = ("config.yaml", "run.json", "metrics.jsonl", "tasks.json", "data.json", "split.json", "receipts.json")
 RESULTS = ("result.json", "confusion.json", "confusion_images.safetensors", "extremes.json", "report.html")
 WEIGHTS = ("encoder", "decoders", "model")
-RESULT = "result"  # result.json's figures are metrics of this prefix: those of the chosen step, not of the last
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow 3 opens it as one of language models
+RESULT = "result/"  # of metrics: the figures of result.json, which are those of the chosen step and not of the last
 POINTS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # MLflow's limits of one call
 LONGEST_TEXT, LONGEST_NAME = 6000, 250
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -50,6 +51,7 @@ class MirroredRun:
         self.tracking = tracking
         self.uri = _resolved(tracking.uri, run.folder)
         self.run_id = ""
+        self.started = _milliseconds(run.record.get("started")) or time.time_ns() // 10**6
         self.num_lines = 0
         self.num_pictures = 0
         self.client: MlflowClient | None = None
@@ -96,6 +98,7 @@ class MirroredRun:
         record = run.record
         if run.result is not None:
             self._send_result(run.result)
+            self.client.set_tag(self.run_id, "selected_step", run.result.get("selected_step", run.result.get("steps")))
         self._send_files((*RECORDS, *RESULTS))
         self._draw_confusion()
         for picture in self._lasting_pictures():
@@ -137,8 +140,7 @@ class MirroredRun:
     def _create(self, client: MlflowClient, experiment: str, parent: str | None) -> str:
         tags = {} if parent is None else {"mlflow.parentRunId": parent}
         name = self.tracking.name or self.run.name
-        started = _milliseconds(self.run.record.get("started"))
-        return client.create_run(experiment, started, tags, name).info.run_id
+        return client.create_run(experiment, self.started, tags, name).info.run_id
 
     def _describe(self, client: MlflowClient, found: Run | None) -> None:
         """Parameters, tags and data sets. A parameter cannot change: of one that has, a tag says what it is now."""
@@ -181,7 +183,7 @@ class MirroredRun:
         for part, known in (self.run.read("data.json") or {}).items():
             source = self.run.config["data"][part]
             place = source.get("root") or source.get("images")
-            name = source["type"] if place is None else f"{source['type']} {Path(place).name}"
+            name = source["type"] if place is None else Path(place).name
             # The digest of a data set has room for 36 characters.
             dataset = Dataset(
                 name=name,
@@ -228,7 +230,7 @@ class MirroredRun:
         return points, len(lines)
 
     def _points(self, line: Mapping[str, Any]) -> list[Metric]:
-        step, at = line["step"], line.get(TIME, 0)
+        step, at = line["step"], line.get(TIME, self.started)  # runs of the first versions have no times
         named = {_name(key): value for key, value in line.items() if key not in ("step", TIME)}
         return [
             Metric(name, math.nan if value is None else value, at, step)
@@ -245,13 +247,13 @@ class MirroredRun:
 
     def _send_result(self, result: Mapping[str, Any]) -> None:
         parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
-        flat = {f"{RESULT}/{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-        step = result.get("selected_step", result.get("steps", 0))
+        flat = {_result_name(part, name): value for part, named in parts.items() for name, value in named.items()}
+        step = 0  # MLflow draws what has but this one as bars, one a run
         at = (self.run.folder / "result.json").stat().st_mtime_ns // 10**6
         points = [
-            Metric(_name(key), value, at, step)
-            for key, value in flat.items()
-            if isinstance(value, int | float) and (_name(key), step) not in self.present
+            Metric(name, value, at, step)
+            for name, value in flat.items()
+            if isinstance(value, int | float) and (name, step) not in self.present
         ]
         for start in range(0, len(points), POINTS_AT_ONCE):
             self.client.log_batch(self.run_id, metrics=points[start : start + POINTS_AT_ONCE])
@@ -339,9 +341,18 @@ def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
 
 
 def _fetched(run: Run) -> Fetched:
-    prefix = f"{RESULT}/"
-    scores = {name.removeprefix(prefix): value for name, value in run.data.metrics.items() if name.startswith(prefix)}
+    scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT)}
     return Fetched(run.info.run_name, run.data.tags["stage"], dict(run.data.params), scores)
+
+
+def _result_name(part: str, name: str) -> str:
+    """`result/val.iou.road`: with slashes MLflow would open a section of charts for each part of it."""
+    return _name(f"{RESULT}{part}.{name.replace('/', '.', 1)}")
+
+
+def _score_name(name: str) -> str:
+    """The other way round: `val/iou/road`."""
+    return name.removeprefix(RESULT).replace(".", "/", 2)
 
 
 # ---- places and names ----
@@ -395,7 +406,7 @@ def _experiment(client: MlflowClient, name: str, uri: str, place: Path | None) -
     found = client.get_experiment_by_name(name)
     if found is None:
         # Told where: else MLflow writes artefacts into whatever folder the run was started from.
-        return client.create_experiment(name, None if place is None else str(place / ARTIFACTS))
+        return client.create_experiment(name, None if place is None else str(place / ARTIFACTS), TRAINING)
     if found.lifecycle_stage != "active":
         raise UserError(f"tracking.experiment: '{name}' was deleted at {uri}; restore it there or name another")
     return found.experiment_id

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -20,6 +22,7 @@ from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module, open_streams
 from ssl_seg.tasks import MultiTask
 from ssl_seg.train import Learner, Processes, build_optimizer, train
+from tests.test_tracking import silent_server
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -125,3 +128,19 @@ def test_the_colour_target_against_all_distances() -> None:
         f"{1e6 * grey:.0f} us; by distance {1e6 * at_stride:.0f} us at stride 4, {1e6 * full:.0f} us at full "
         f"resolution: {at_stride / (target + bins):.0f} and {full / (target + bins):.0f} times as long"
     )
+
+
+def test_a_run_with_its_mirror_against_one_without(tmp_path: Path) -> None:
+    """What training and evaluating take on all cores while a process sends it to a file, or to a silent server."""
+    run = [sys.executable, "-m", "ssl_seg", "pretrain", "squares", "train.steps=150", "train.eval_every=50"]
+    taken: dict[str, list[float]] = {"none": [], "a file": [], "a silent server": []}
+    with silent_server() as silent:
+        words = {"none": "tracking=none", "a file": "tracking.every=1", "a silent server": f"tracking.uri={silent}"}
+        for turn in range(3):
+            for name, word in words.items():
+                out = tmp_path / f"{name}_{turn}"
+                subprocess.run([*run, word, "--out", str(out)], capture_output=True, check=True)
+                taken[name].append(json.loads((out / "run.json").read_text())["cost"]["seconds"])
+    bare = median(taken["none"])
+    ratios = ", ".join(f"{name} {median(own):.1f} s = {median(own) / bare:.3f}" for name, own in taken.items())
+    print(f"\n150 steps beside a mirror (medians of 3): {ratios}")
