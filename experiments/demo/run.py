@@ -37,7 +37,8 @@ def main() -> None:
     say(f"2 of 4: pretraining by four tasks on {SCENES['pool']} scenes without masks")
     pretrained = given.out / "pretrained"
     parent = f"tracking.parent={given.out.name}"
-    ssl_seg("pretrain", "street", f"data.pool.images={scenes}/pool/images", parent, "--out", pretrained)
+    seen = [f"data.pool.images={scenes}/pool/images", f"data.val.images={scenes}/test/images"]
+    ssl_seg("pretrain", "street", *seen, parent, "--out", pretrained)
     number = len(ARMS) * len(given.seeds)
     say(f"3 of 4: {number} fine-tunings on 8 labelled scenes each, {given.jobs} at a time")
     data = []
