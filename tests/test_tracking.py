@@ -238,7 +238,7 @@ def test_a_run_is_in_mlflow_as_it_is_in_its_folder(tracked: Path) -> None:
         assert {"config.yaml", "run.json", "metrics.jsonl", "result.json", "data.json"} <= files
         assert "system/cpu_utilization_percentage" in run.data.metrics
     assert shown(client, runs["pre"].info.run_id) == [
-        f"{task}+step+{step}" for task in ("denoise", "rotate") for step in (2, 4)
+        f"{task}+step+{step}" for task in ("denoise", "rotate") for step in (0, 2, 4)
     ]
     assert "init.tasks.denoise.weight" in runs["fine_0"].data.params
 
@@ -286,7 +286,7 @@ def test_a_second_replay_sends_nothing(tracked: Path) -> None:
     again = mirror.track(tracked / "pre")
     assert (again.lines, again.pictures) == (0, 0)
     client, runs = runs_of(tracked)
-    assert len(shown(client, runs["pre"].info.run_id)) == 4
+    assert len(shown(client, runs["pre"].info.run_id)) == 6
 
 
 def test_words_that_cannot_be_compared_are_one_line(tracked: Path) -> None:

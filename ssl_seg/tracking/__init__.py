@@ -133,6 +133,6 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def set_environment() -> None:
-    """Before mlflow is imported."""
+    """What MLflow reads of its patience; best before it is imported. What a person has set stays."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

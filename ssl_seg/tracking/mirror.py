@@ -16,7 +16,7 @@ import psutil
 from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.runs import RunFolder
-from ssl_seg.tracking import FOLDER, LOCK, Tracking
+from ssl_seg.tracking import FOLDER, LOCK, Tracking, set_environment
 from ssl_seg.tracking.load import Load
 from ssl_seg.tracking.server import MirroredRun, explained
 
@@ -46,6 +46,7 @@ def track(folder: str | Path, uri: str | None = None, experiment: str | None = N
     run = RunFolder.open(folder)
     given = {"uri": uri, "experiment": experiment}
     tracking = _tracking_of(run).model_copy(update={key: value for key, value in given.items() if value is not None})
+    set_environment()
     with alone(run.folder, LAST_TRY), MirroredRun(run, tracking) as mirrored:
         with explained(mirrored.uri):
             mirrored.open()
