@@ -25,7 +25,7 @@ TIMM = "model.encoder.pretrained"
 STARTS = ("init", "init_allow", "transfer", TIMM)
 SCRATCH = "scratch"
 SEED_IN_NAME = re.compile(r"[_\-. ]*(?:p|s|seed)?[_\-. ]*[0-9]+$")  # of pretrained_0, four_p1, run-seed2
-MAIN_SCORES = ("test/miou", "val/miou")  # the first that a group has is the one to look at
+MAIN_SCORES = ("test/miou", "val/miou")
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,11 @@ class Comparison:
 
     @cached_property
     def main_score(self) -> str | None:
-        """The mIoU to look at; None among pretrainings."""
-        return next((name for name in MAIN_SCORES if name in self.scores), None)
+        """The mIoU to look at: that which most fine-tunings have; None among pretrainings."""
+        outcomes = [outcome for group in self.groups for outcome in group.outcomes]
+        counts = {name: sum(name in outcome.scores for outcome in outcomes) for name in MAIN_SCORES}
+        name = max(MAIN_SCORES, key=counts.__getitem__)  # the first of equals
+        return name if counts[name] else None
 
     def baseline(self, group: Group) -> Group | None:
         """The fine-tunings from scratch with the same settings otherwise; None for themselves, or if there are none."""
@@ -123,16 +126,15 @@ class Comparison:
         return next((other for other in others if _without_start(other) == _without_start(group)), None)
 
     def gain(self, group: Group, score: str) -> Spread | None:
-        """Paired differences to the baseline: of each run to the one with its seeds; None without such pairs."""
+        """Paired differences to the baseline, one for each choice of seeds; None without such pairs.
+
+        Runs of the same seeds, as those from several pretrainings, count by their mean: they share their baseline.
+        """
         baseline = self.baseline(group)
         if baseline is None:
             return None
-        base = {tuple(sorted(outcome.seeds.items())): outcome.scores.get(score) for outcome in baseline.outcomes}
-        differences = []
-        for outcome in group.outcomes:
-            own, other = outcome.scores.get(score), base.get(tuple(sorted(outcome.seeds.items())))
-            if own is not None and other is not None:
-                differences.append(own - other)
+        base, own = _by_seeds(baseline, score), _by_seeds(group, score)
+        differences = [mean(own[seeds]) - mean(base[seeds]) for seeds in own if seeds in base]
         return Spread(tuple(differences)) if differences else None
 
 
@@ -142,8 +144,9 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
     Raises UserError for one that neither is nor holds a run, and where no run has a result yet.
     """
     found = list({run.folder.resolve(): run for folder in folders for run in find_runs(Path(folder))}.values())
-    outcomes = [_outcome(run) for run in found if run.result is not None]
-    return group(outcomes, [str(run.folder) for run in found if run.result is None])
+    # A run that goes on with other settings holds the result of the former ones until its own end.
+    done = [run for run in found if run.result is not None and run.status == "finished"]
+    return group([_outcome(run) for run in done], [str(run.folder) for run in found if run not in done])
 
 
 def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
@@ -215,6 +218,14 @@ def _tells_apart(key: str, description: Mapping[str, str]) -> bool:
     return bare not in SEEDS and f"{key}.stage" not in description
 
 
+def _by_seeds(group: Group, score: str) -> dict[tuple[tuple[str, str], ...], list[float]]:
+    found: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for outcome in group.outcomes:
+        if score in outcome.scores:
+            found.setdefault(tuple(sorted(outcome.seeds.items())), []).append(outcome.scores[score])
+    return found
+
+
 def _without_start(group: Group) -> dict[str, str]:
     return {key: value for key, value in group.settings.items() if not _is_start(key)}
 
@@ -283,14 +294,19 @@ def _labels(kinds: Sequence[Sequence[Outcome]], differing: Mapping[str, Sequence
 
 
 def _is_scratch(own: Iterable[Outcome]) -> bool:
-    return all(outcome.stage == "finetune" and _start_label([outcome]) == SCRATCH for outcome in own)
+    return all(outcome.stage == "finetune" and outcome.start is None and not _of_timm(outcome) for outcome in own)
+
+
+def _of_timm(outcome: Outcome) -> bool:
+    """`pretrained` is true, a tag or a file."""
+    return outcome.settings.get(TIMM, "false") not in ("false", "null")
 
 
 def _start_label(own: Iterable[Outcome]) -> str:
     outcomes = list(own)
     names = list(dict.fromkeys(outcome.start for outcome in outcomes if outcome.start is not None))
     if not names:
-        return "weights of timm" if outcomes[0].settings.get(TIMM) == "true" else SCRATCH
+        return "weights of timm" if _of_timm(outcomes[0]) else SCRATCH
     if len(names) > 1:
         names = list(dict.fromkeys(SEED_IN_NAME.sub("", name) or name for name in names))
     return ", ".join(names)

@@ -434,7 +434,8 @@ def _panel_of(run: RunFolder) -> Path | None:
     """The last prediction panel of a run, or that of `evaluate`."""
     panels = [picture.path for picture in run.pictures() if picture.name == "predictions"]
     scored = run.folder / "predictions.png"
-    return panels[-1] if panels else scored if scored.is_file() else None
+    own = scored.is_file() and not scored.is_symlink()
+    return panels[-1] if panels else scored if own else None
 
 
 def _extreme(entry: Mapping[str, Any]) -> str:

@@ -87,7 +87,8 @@ class RunFolder:
 
     def pictures(self) -> list[Picture]:
         """All that were made while training, by name and step."""
-        entries = (self.folder / "pictures").glob("*.png")
+        # A link could lead a report to what is not the run's.
+        entries = (entry for entry in (self.folder / "pictures").glob("*.png") if not entry.is_symlink())
         matched = [(PICTURE.fullmatch(entry.name), entry) for entry in entries]
         found = [Picture(match[2], int(match[1]), entry) for match, entry in matched if match]
         return sorted(found, key=lambda picture: (picture.name, picture.step))
@@ -111,7 +112,8 @@ def origin(init: str | None) -> dict[str, Any] | None:
     for place in places:
         if (place / "run.json").is_file():
             record = files.read_json(place / "run.json")
-            return {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
+            if isinstance(record.get("config"), Mapping) and "stage" in record:
+                return {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
     return None
 
 

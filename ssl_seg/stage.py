@@ -132,15 +132,16 @@ class Job:
 
 def fit(job: Job) -> int:
     """Run the steps that are left; gives the number of the last one made."""
+    if job.mirror is not None:
+        job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
+    job.count_time()
     if should_stop(job):
+        job.note_cost(job.start)
         return job.start  # stopped before, by its own rule
     learner, config = job.learner, job.learner.config
     save_every = config.save_every or max(LEAST_BETWEEN_SAVES, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
     last = job.start
-    if job.mirror is not None:
-        job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
-    job.count_time()
     if last == 0:
         draw(job, last)  # what the network does before it has learnt anything
     with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
@@ -164,12 +165,12 @@ def fit(job: Job) -> int:
             enough = should_stop(job)
             if due(last, save_every, config.steps) or new_best or enough or stop:
                 job.save(last)
-            if stop or enough or last == config.steps:
-                job.note_cost(last)
             if stop:
+                job.note_cost(last)
                 raise Interrupted(job.signals.first, f"state saved in {job.run.folder}; the same command continues")
             if enough:
                 break
+    job.note_cost(last)
     return last
 
 
@@ -214,7 +215,7 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
     if refusal:
         raise UserError(refusal)
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
-    with watch_signals() as signals, mirror, run:
+    with mirror, watch_signals() as signals, run:
         try:
             yield Opened(run, signals, mirror)
         except Interrupted:

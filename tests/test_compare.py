@@ -110,6 +110,38 @@ def test_gains_are_paired_by_seed() -> None:
     assert found.gain(found.groups[0], "val/miou") is None
 
 
+def test_runs_of_the_same_seeds_count_once() -> None:
+    scratch = [finetuned(0.2, seed=0), finetuned(0.4, seed=0), finetuned(0.5, seed=1)]
+    starts = [(0, 0.4), (1, 0.6)]
+    pretrained = [finetuned(miou, {"seed": start}, seed=0, init=f"runs/pre_{start}") for start, miou in starts]
+    for outcomes in ([*scratch, *pretrained], [*pretrained, *reversed(scratch)]):
+        found = group(outcomes)
+        assert found.gain(found.groups[1], "val/miou").values == pytest.approx([0.2]), "0.5 less 0.3"
+
+
+@pytest.mark.parametrize("pretrained", ["a1_in1k", "weights.safetensors", True])
+def test_weights_by_tag_or_file_are_no_scratch(pretrained: object) -> None:
+    found = group([finetuned(0.3, model__encoder__pretrained=pretrained)])
+    assert not found.groups[0].from_scratch
+
+
+def test_a_start_called_scratch_is_no_baseline() -> None:
+    found = group([finetuned(0.1), finetuned(0.3, {}, init="runs/scratch")])
+    assert [own.from_scratch for own in found.groups] == [True, False]
+
+
+def test_the_main_score_is_that_which_most_runs_have() -> None:
+    tested = compare.outcome("scores", "evaluate", {"model": "runs/a"}, {"test/miou": 0.9})
+    assert group([finetuned(0.1), finetuned(0.2, seed=1), tested]).main_score == "val/miou"
+
+
+def test_a_run_that_goes_on_has_no_result_yet(tmp_path: Path) -> None:
+    written(tmp_path / "a", CONFIG, {"val": {"miou": 0.4}})
+    written(tmp_path / "b", laid(CONFIG, {"train.steps": 9}), {"val": {"miou": 0.4}}, status="killed")
+    found = compare.compare([tmp_path])
+    assert found.unfinished == (str(tmp_path / "b"),)
+
+
 def test_the_baseline_has_the_same_labels_and_steps() -> None:
     outcomes = [finetuned(0.1 * count / 10, labels__count=count) for count in (10, 30)]
     outcomes += [finetuned(0.5, {}, labels__count=count, init="runs/pre") for count in (10, 30, 50)]

@@ -185,9 +185,10 @@ def check_safe(page: str) -> None:
     [
         ((0.01, 0.02, 0.03), "gain"),
         ((-0.01, -0.02, -0.03), "loss"),
-        ((0.001, 0.2, 0.001), "gain"),  # one sign, though the mean is within two standard errors
-        ((0.02, 0.03, 0.02, 0.03, 0.02, -0.001), "gain"),  # not one sign, but far from 0
-        ((-0.02, -0.03, -0.02, -0.03, -0.02, 0.001), "loss"),
+        ((0.001, 0.2, 0.001), "none"),  # one sign, but the mean is within two standard errors
+        ((0.02, 0.03, 0.02, 0.03, 0.02, -0.001), "none"),  # far from 0, but not of one sign
+        ((-0.02, -0.03, -0.02, -0.03, -0.02, 0.001), "none"),
+        ((0.0001, 0.0002, 0.0001), "none"),  # what is written as 0.0 is none
         ((0.03, -0.02, 0.01), "none"),
         ((-0.03, 0.02, -0.01), "none"),
         ((0.0, 0.0, 0.0), "none"),

@@ -347,6 +347,56 @@ def test_two_names_stay_two(pair: tuple[str, str]) -> None:
     assert server._name(pair[0]) != server._name(pair[1])
 
 
+def test_another_experiment_gets_a_run_of_its_own(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    first = mirror.track(folder)
+    other = mirror.track(folder, experiment="other")
+    assert other.run_id != first.run_id
+    assert_mirrors(first.uri, folder, "other")
+
+
+def test_a_result_that_has_changed_is_sent(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    mirror.track(folder)
+    (folder / "result.json").write_text(json.dumps({"steps": 9, "val": {"miou": 0.9}}))
+    mirror.track(folder)
+    _, run = only_run(sqlite_uri(tmp_path / "runs"))
+    assert run.data.metrics["result/val.miou"] == 0.9
+
+
+def test_what_lies_behind_a_link_is_not_sent(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    (tmp_path / "secret").write_text("{}")
+    (folder / "tasks.json").symlink_to(tmp_path / "secret")
+    sent = mirror.track(folder)
+    files = {artifact.path for artifact in MlflowClient(sent.uri).list_artifacts(sent.run_id)}
+    assert "result.json" in files
+    assert "tasks.json" not in files
+
+
+def test_a_run_that_lives_is_not_sent_by_another(tmp_path: Path) -> None:
+    with store.Run.open(tmp_path / "runs" / "a", "finetune", Settings()):
+        assert "is still running" in message_of(lambda: mirror.track(tmp_path / "runs" / "a"))
+
+
+def test_a_folder_that_cannot_be_tracked_fails_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "a"
+    beside = Mirror(Tracking(), folder)
+    with beside, store.Run.open(folder, "finetune", Settings()):
+        (folder / "tracking").write_text("in the way")
+        beside.start()
+    assert "MLflow: no mirror (" in capsys.readouterr().err
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_mirror_leaves_a_folder_that_another_run_has_taken(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a", status="running")
+    with mirror.alone(folder, 0.0) as lock:
+        assert mirror._is_ours(folder, lock)
+        store.Run.open(folder, "finetune", Settings(lr=0.5), overwrite=True).close()
+        assert not mirror._is_ours(folder, lock)
+
+
 # ---- where ----
 
 

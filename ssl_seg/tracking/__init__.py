@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -75,18 +76,25 @@ class Mirror:
         self.quiet = quiet
         self.wanted = main and tracking.type == "mlflow"
         self.process: subprocess.Popen[bytes] | None = None
+        self.started = time.time()
 
     def start(self) -> None:
         """Call it when run.json and the metrics are those that the run goes on from."""
         if not self.wanted:
             return
+        try:
+            self._start()
+        except (OSError, UserError) as error:  # no run fails for what only shows it
+            say(f"MLflow: no mirror ({error}); ssl-seg track {self.folder} sends the run later", self.quiet)
+
+    def _start(self) -> None:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]
         with files.naming(self.folder / FOLDER):
             (self.folder / FOLDER).mkdir(exist_ok=True)
             log = (self.folder / FOLDER / LOG).open("w")
-        former = read_record(self.folder)
-        files.write_atomic(self.folder / FOLDER / RECORD, files.json_bytes({**former, "error": None}))
-        command = [sys.executable, "-m", "ssl_seg", "track", str(self.folder), "--follow", str(os.getpid())]
+        # -P: nothing that lies in the working directory is imported.
+        command = [sys.executable, "-P", "-m", "ssl_seg", "track", str(self.folder), "--follow", str(os.getpid())]
+        paths = [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])]
         # A session of its own: Ctrl-C and a killed process group must not take the witness too.
         with log:
             self.process = subprocess.Popen(
@@ -94,7 +102,7 @@ class Mirror:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**ENVIRONMENT, **os.environ},
+                env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 start_new_session=True,
             )
 
@@ -102,21 +110,32 @@ class Mirror:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process is None:
-            return
-        last = read_record(self.folder)["error"]
+        if self.process is not None:
+            with suppress(KeyboardInterrupt):  # the run is over; the mirror goes on alone
+                self._take_leave(self.process)
+
+    def _take_leave(self, process: subprocess.Popen[bytes]) -> None:
+        _left_behind.append(process)
+        last = self._error()
         until = time.monotonic() + (0.0 if last else FAREWELL)
-        while self.process.poll() is None and time.monotonic() < until:
+        while process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
-        last = last or read_record(self.folder)["error"]
-        if self.process.poll() is None:
-            _left_behind.append(self.process)
+        last = last or self._error()
         if last:
             say(f"MLflow: {last}; nothing is lost, ssl-seg track {self.folder} sends the rest", self.quiet)
-        elif self.process.poll() is None:
+        elif process.poll() is None:
             say("MLflow: the rest is being sent in the background", self.quiet)
-        elif self.process.returncode:
-            say(f"MLflow: the mirror stopped, see {self.folder / FOLDER / LOG}", self.quiet)
+        elif process.returncode:
+            log = self.folder / FOLDER / LOG
+            say(f"MLflow: the mirror stopped, see {log}; ssl-seg track {self.folder} sends the rest", self.quiet)
+
+    def _error(self) -> str | None:
+        """What this run's mirror has met; a former one may have left another."""
+        path = self.folder / FOLDER / RECORD
+        with suppress(OSError, UserError):
+            if path.stat().st_mtime >= self.started:
+                return read_record(self.folder)["error"]
+        return None
 
 
 def check(tracking: Tracking) -> None:

@@ -43,9 +43,9 @@ class Load:
             monitor.clear_metrics()
         line = {"step": self.step, TIME: time.time_ns() // 10**6}
         line |= {f"system/{name}": value for name, value in figures.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk, or a folder that is gone
             file.write(json.dumps(line) + "\n")
-        self.step += 1
+            self.step += 1
 
     def _memory(self) -> float:
         """Of the training process and its loaders; shared pages count in each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,15 +44,23 @@ def track(folder: str | Path, uri: str | None = None, experiment: str | None = N
 
     Raises UserError where the server does not take it, and for a run that is being mirrored this moment.
     """
-    run = RunFolder.open(folder)
+    RunFolder.open(folder)  # before a folder is made in it
     given = {"uri": uri, "experiment": experiment}
-    tracking = _tracking_of(run).model_copy(update={key: value for key, value in given.items() if value is not None})
     set_environment()
-    with alone(run.folder, LAST_TRY), MirroredRun(run, tracking) as mirrored:
+    with alone(Path(folder), LAST_TRY):
+        run = RunFolder.open(folder)  # as it is now: a mirror that was waited for may have seen its end
+        if run.status == "running":
+            raise UserError(f"{folder}: is still running; stop it or wait for its end")
+        wanted = {key: value for key, value in given.items() if value is not None}
+        return _track(run, _tracking_of(run).model_copy(update=wanted))
+
+
+def _track(run: RunFolder, tracking: Tracking) -> Tracked:
+    with MirroredRun(run, tracking) as mirrored:
         with explained(mirrored.uri):
             mirrored.open()
             mirrored.send()
-            mirrored.finish(_end_of(run))
+            mirrored.finish(run.status)
         sent = {"lines": mirrored.num_lines, "pictures": mirrored.num_pictures}
         return Tracked(run.folder, mirrored.uri, tracking.experiment, mirrored.run_id, **sent)
 
@@ -61,17 +70,20 @@ def follow(folder: str | Path, pid: int) -> int:
     with suppress(psutil.Error):
         psutil.Process().nice(10)  # the training comes first
     owner = _process(pid)
-    with alone(Path(folder), math.inf):
+    with alone(Path(folder), math.inf) as lock:
         run = RunFolder.open(folder)
         with MirroredRun(run, _tracking_of(run)) as mirrored:
-            return _follow(mirrored, owner)
+            return _follow(mirrored, owner, lock)
 
 
-def _follow(mirrored: MirroredRun, owner: psutil.Process | None) -> int:
+def _follow(mirrored: MirroredRun, owner: psutil.Process | None, lock: TextIO) -> int:
     folder, tracking = mirrored.run.folder, mirrored.tracking
     load = Load(folder, owner) if tracking.system_metrics else None
     next_try, pause = time.monotonic(), tracking.every
     while True:
+        if not _is_ours(folder, lock):
+            mirrored.abandon()
+            return INCOMPLETE
         over = not _lives(owner) or RunFolder(folder).record.get("status") != "running"
         if load is not None:
             load.sample(time.monotonic())
@@ -124,9 +136,20 @@ def _lives(owner: psutil.Process | None) -> bool:
         return False
 
 
+def _is_ours(folder: Path, lock: TextIO) -> bool:
+    """Whether the folder still holds the run that is mirrored: it may have been removed, or overwritten by another."""
+    with suppress(OSError):
+        there = (folder / "run.json").is_file() and (folder / FOLDER / LOCK).stat().st_ino
+        return there == os.fstat(lock.fileno()).st_ino
+    return False
+
+
 @contextmanager
-def alone(folder: Path, patience: float) -> Iterator[None]:
-    """One mirror at a time for a run, waiting `patience` seconds for the former, which may still be sending."""
+def alone(folder: Path, patience: float) -> Iterator[TextIO]:
+    """One mirror at a time for a run, waiting `patience` seconds for the former, which may still be sending.
+
+    Gives the lock, whose file is another one once the run is overwritten.
+    """
     with files.naming(folder / FOLDER):
         (folder / FOLDER).mkdir(exist_ok=True)
         lock = (folder / FOLDER / LOCK).open("w")
@@ -136,7 +159,7 @@ def alone(folder: Path, patience: float) -> Iterator[None]:
             if time.monotonic() >= until:
                 raise UserError(f"{folder}: is being mirrored by the run itself; wait for its end")
             time.sleep(GLANCE)
-        yield
+        yield lock
 
 
 def _taken(lock: TextIO) -> bool:

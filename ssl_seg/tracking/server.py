@@ -56,6 +56,7 @@ class MirroredRun:
         self.num_pictures = 0
         self.client: MlflowClient | None = None
         self.tails = [_Tail(run.folder / "metrics.jsonl"), _Tail(run.folder / FOLDER / SYSTEM)]
+        self.results: dict[str, float] = {}  # the figures of a result that are there
         self.present: set[tuple[str, int]] = set()  # points that were there before: (name, step)
         self.pictures: set[tuple[str, int]] = set()  # those that are there: (name, step)
 
@@ -74,7 +75,7 @@ class MirroredRun:
         with _first_use(self.uri, place):
             client = _client(self.uri)
             experiment = _experiment(client, self.tracking.experiment, self.uri, place)
-            found = self._known(client)
+            found = self._known(client, experiment)
             parent = _parent(client, experiment, self.tracking.parent)
         self.run_id = found.info.run_id if found else self._create(client, experiment, parent)
         self.note(None)
@@ -107,11 +108,23 @@ class MirroredRun:
             for part in WEIGHTS:
                 if (run.folder / part).is_dir():
                     client.log_artifacts(self.run_id, str(run.folder / part), part)
-        ended = _milliseconds(record.get("ended")) or time.time_ns() // 10**6
+        ended = _milliseconds(record.get("ended")) or self._last_sign()
         client.set_terminated(self.run_id, STATUSES[status], ended)
         parent = client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
         if parent:
             client.set_terminated(parent, "FINISHED")
+
+    def _last_sign(self) -> int:
+        """When a run that could not say its end wrote last, in milliseconds."""
+        metrics = self.run.folder / "metrics.jsonl"
+        written = metrics if metrics.exists() else self.run.folder / "run.json"
+        return written.stat().st_mtime_ns // 10**6
+
+    def abandon(self) -> None:
+        """The folder is gone or another run's: what was sent is all there is."""
+        with suppress(UserError), explained(self.uri):
+            if self.client is not None:
+                self.client.set_terminated(self.run_id, STATUSES["killed"])
 
     def note(self, error: str | None) -> None:
         """Write into the folder which run this is, for those who go on with it, and what is wrong, for who waits."""
@@ -124,8 +137,8 @@ class MirroredRun:
 
     # ---- what it is ----
 
-    def _known(self, client: MlflowClient) -> Run | None:
-        """The MLflow run that this folder has been mirrored to, unless a person has deleted it."""
+    def _known(self, client: MlflowClient, experiment: str) -> Run | None:
+        """The run of this experiment that the folder has been mirrored to, unless a person has deleted it."""
         run_id = read_record(self.run.folder)["runs"].get(self.uri)
         if run_id is None:
             return None
@@ -135,7 +148,8 @@ class MirroredRun:
             if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
             return None
-        return found if found.info.lifecycle_stage == "active" else None
+        is_there = found.info.lifecycle_stage == "active" and found.info.experiment_id == experiment
+        return found if is_there else None
 
     def _create(self, client: MlflowClient, experiment: str, parent: str | None) -> str:
         tags = {} if parent is None else {"mlflow.parentRunId": parent}
@@ -174,7 +188,7 @@ class MirroredRun:
         }
         init = self.run.config.get("init")
         for place in [] if init is None else [Path(init), Path(init).parent]:
-            tags.setdefault("init.run_id", read_record(place)["runs"].get(self.uri))
+            tags["init.run_id"] = tags.get("init.run_id") or read_record(place)["runs"].get(self.uri)
         return {_name(key): text for key, text in tags.items() if text is not None}
 
     def _describe_data(self, client: MlflowClient) -> None:
@@ -199,6 +213,7 @@ class MirroredRun:
     # ---- what is there ----
 
     def _learn_what_is_there(self, client: MlflowClient, found: Run) -> None:
+        self.results = {name: value for name, value in found.data.metrics.items() if name.startswith(RESULT)}
         for name in found.data.metrics:
             self.present |= {(name, point.step) for point in client.get_metric_history(self.run_id, name)}
         for artifact in client.list_artifacts(self.run_id, "images"):
@@ -253,14 +268,15 @@ class MirroredRun:
         points = [
             Metric(name, value, at, step)
             for name, value in flat.items()
-            if isinstance(value, int | float) and (name, step) not in self.present
+            if isinstance(value, int | float) and self.results.get(name) != value
         ]
         for start in range(0, len(points), POINTS_AT_ONCE):
             self.client.log_batch(self.run_id, metrics=points[start : start + POINTS_AT_ONCE])
 
     def _send_files(self, names: Sequence[str], client: MlflowClient | None = None) -> None:
         for name in names:
-            if (self.run.folder / name).is_file():
+            path = self.run.folder / name
+            if path.is_file() and not path.is_symlink():
                 (client or self.client).log_artifact(self.run_id, str(self.run.folder / name))
 
     def _draw_confusion(self) -> None:
@@ -341,7 +357,8 @@ def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
 
 
 def _fetched(run: Run) -> Fetched:
-    scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT)}
+    done = run.info.status == STATUSES["finished"]  # one that goes on holds the result of what it was before
+    scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
     return Fetched(run.info.run_name, run.data.tags["stage"], dict(run.data.params), scores)
 
 
@@ -361,7 +378,7 @@ def _score_name(name: str) -> str:
 def _resolved(uri: str | None, folder: Path) -> str:
     """Where MLflow keeps runs, a path of this machine made absolute."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
+    if not uri:
         return f"sqlite:///{_runs_folder(folder) / DATABASE}"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{_database(uri)}"
@@ -393,7 +410,7 @@ def _client(uri: str) -> MlflowClient:
 def _first_use(uri: str, place: Path | None) -> Iterator[None]:
     """One process at a time: several that meet an empty database, or make the same experiment, break it or fail."""
     folder = place or Path(tempfile.gettempdir())
-    name = DATABASE if place else f"ssl_seg-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
+    name = DATABASE if place else f"ssl_seg-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
     with files.naming(folder, "cannot hold MLflow's files"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / f".{name}.lock").open("w")
