@@ -249,7 +249,7 @@ def _unfinished_in_words(runs: Sequence[RunFolder]) -> str:
 
 def state(run: RunFolder) -> str:
     """`running, at step 20 of 400`."""
-    if run.result is not None:
+    if run.is_done:
         return "finished"
     lines = run.metrics()
     steps = run.config.get("train", {}).get("steps")

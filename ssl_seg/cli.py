@@ -160,8 +160,7 @@ def track_command(
         raise UserError("track: name one run folder or more")
     from ssl_seg import tracking
 
-    tracking.check(tracking.Tracking())
-    tracking.set_environment()
+    tracking.prepare()
     from ssl_seg.tracking import mirror
 
     if follow is not None:

@@ -6,7 +6,6 @@ crops: the spread of such gains is smaller than that of the scores, and is what 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from ssl_seg.config import UserError
-from ssl_seg.runs import RunFolder, described, origin
-from ssl_seg.tracking import Tracking, check, set_environment
+from ssl_seg.runs import RunFolder, described, find_runs, origin, scores_of
+from ssl_seg.tracking import prepare
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
 TIMM = "model.encoder.pretrained"
@@ -143,30 +142,20 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
 
     Raises UserError for one that neither is nor holds a run, and where no run has a result yet.
     """
-    found = list({run.folder.resolve(): run for folder in folders for run in find_runs(Path(folder))}.values())
-    # A run that goes on with other settings holds the result of the former ones until its own end.
-    done = [run for run in found if run.result is not None and run.status == "finished"]
-    return group([_outcome(run) for run in done], [str(run.folder) for run in found if run not in done])
+    found = find_runs(folders)
+    unfinished = [str(run.folder) for run in found if not run.is_done]
+    return group([_outcome(run) for run in found if run.is_done], unfinished)
 
 
 def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
     """The same for the runs of an MLflow experiment, which need no folders here."""
-    check(Tracking())
-    set_environment()
+    prepare()
     from ssl_seg.tracking.server import fetch  # mlflow is wanted here alone
 
     fetched = fetch(experiment, uri)
     done = [run for run in fetched if run.scores]
     outcomes = [outcome(run.name, run.stage, run.description, run.scores) for run in done]
     return group(outcomes, [run.name for run in fetched if not run.scores])
-
-
-def find_runs(folder: Path) -> list[RunFolder]:
-    """The run in a folder, or those directly in it."""
-    inside = sorted(path.parent for path in folder.glob("*/run.json"))
-    if (folder / "run.json").is_file() or not inside:
-        return [RunFolder.open(folder)]
-    return [RunFolder.open(run) for run in inside]
 
 
 def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Comparison:
@@ -185,13 +174,6 @@ def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Compar
     labels = _labels(kinds, differing)
     groups = tuple(Group(label, tuple(own)) for label, own in zip(labels, kinds, strict=True))
     return Comparison(groups, differing, tuple(unfinished))
-
-
-def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a result.json, `part/name`."""
-    parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
-    flat = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-    return {name: value for name, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _outcome(run: RunFolder) -> Outcome:

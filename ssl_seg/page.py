@@ -173,7 +173,7 @@ def render(page: Page, told: Answer, sections: Sequence[Section]) -> bytes:
         told=told,
         single=[(marks.get(label), words) for label, words in told.single],
         rules=RULES,
-        unfinished=[(run.name, state(run)) for run in page.runs if run.result is None],
+        unfinished=[(run.name, state(run)) for run in page.runs if not run.is_done],
         sections=[section for section in sections if section.blocks],
         colours=plots.COLOURS,
         version=metadata.version("ssl_seg"),
@@ -190,7 +190,12 @@ def _has_control(line: str) -> bool:
 def _title(runs: Sequence[RunFolder]) -> str:
     if len(runs) == 1:
         return runs[0].name
-    return Path(os.path.commonpath([run.folder.resolve().parent for run in runs])).name or "runs"
+    return common_folder(runs).name or "runs"
+
+
+def common_folder(runs: Sequence[RunFolder]) -> Path:
+    """The nearest folder that all of them lie in."""
+    return Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
 
 
 def _counts(page: Page) -> str:

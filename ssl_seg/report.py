@@ -6,7 +6,6 @@ The answer comes first, in one sentence; then all it rests on, section by sectio
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,6 +47,7 @@ from ssl_seg.page import (
     Table,
     TableRow,
     Text,
+    common_folder,
     drawn,
     folds,
     legend,
@@ -58,7 +58,7 @@ from ssl_seg.page import (
     which,
 )
 from ssl_seg.plots import with_minus
-from ssl_seg.runs import RunFolder, as_text
+from ssl_seg.runs import RunFolder, as_text, find_runs
 
 ABREAST = 5  # groups that stand beside each other in a table of keys; more stand below each other
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
@@ -89,8 +89,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     By default RUN/report.html for one run, else report.html in the folder that holds them all. Raises UserError for
     what is no run, a damaged file of one, and a page that cannot be written.
     """
-    found = [run for folder in folders for run in compare.find_runs(Path(folder))]
-    runs = list({run.folder.resolve(): run for run in found}.values())  # named twice, a run would count as two
+    runs = find_runs(folders)
     path = Path(out) if out is not None else default_path(runs)
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
@@ -106,12 +105,12 @@ def default_path(runs: Sequence[RunFolder]) -> Path:
     """Where the page about `runs` goes unless a person says otherwise."""
     if len(runs) == 1:
         return runs[0].folder / "report.html"
-    return Path(os.path.commonpath([run.folder.resolve().parent for run in runs])) / "report.html"
+    return common_folder(runs) / "report.html"
 
 
 def compared(runs: Sequence[RunFolder]) -> Comparison:
     """As `compare`, and without a group where no run has a result yet."""
-    if any(run.result is not None for run in runs):
+    if any(run.is_done for run in runs):
         return compare.compare([run.folder for run in runs])
     return Comparison((), {}, tuple(str(run.folder) for run in runs))
 

@@ -9,7 +9,8 @@ import fcntl
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +78,11 @@ class RunFolder:
         """result.json; None until the run has finished."""
         return self.read("result.json")
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is that of the settings: a run that goes on holds its former one until its own end."""
+        return self.result is not None and self.status == "finished"
+
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it has none."""
         path = self.folder / name
@@ -92,6 +98,19 @@ class RunFolder:
         matched = [(PICTURE.fullmatch(entry.name), entry) for entry in entries]
         found = [Picture(match[2], int(match[1]), entry) for match, entry in matched if match]
         return sorted(found, key=lambda picture: (picture.name, picture.step))
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
+    """The run in each folder, or those directly in it; named twice, a run is found once."""
+    found = [run for folder in folders for run in _runs_in(Path(folder))]
+    return list({run.folder.resolve(): run for run in found}.values())
+
+
+def _runs_in(folder: Path) -> list[RunFolder]:
+    inside = sorted(path.parent for path in folder.glob("*/run.json"))
+    if (folder / "run.json").is_file() or not inside:
+        return [RunFolder.open(folder)]
+    return [RunFolder.open(run) for run in inside]
 
 
 def is_held(folder: Path) -> bool:
@@ -132,6 +151,18 @@ def described(config: Mapping[str, Any], start: Mapping[str, Any] | None) -> dic
 def as_text(value: Any) -> str:
     """A config value as tables and MLflow's parameters show it."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a result.json, `part/name`."""
+    parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
+    flat = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
+    return {name: value for name, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def now() -> int:
+    """Milliseconds since 1970, as lines of metrics have them."""
+    return time.time_ns() // 10**6
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

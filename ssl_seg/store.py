@@ -136,7 +136,7 @@ class Run:
         """
         if self._lock is None:
             return
-        line = {"step": step, TIME: time.time_ns() // 10**6, **{name: float(value) for name, value in values.items()}}
+        line = {"step": step, TIME: runs.now(), **{name: float(value) for name, value in values.items()}}
         path = self.folder / "metrics.jsonl"
         with files.naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(files.finite(line)) + "\n")

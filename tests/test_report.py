@@ -23,9 +23,9 @@ import pytest
 
 from ssl_seg import cli, images, report
 from ssl_seg.answers import RULES, Answer, answer, percent, points, sentence, verdict
-from ssl_seg.compare import Spread, compare, find_runs
+from ssl_seg.compare import Spread, compare
 from ssl_seg.config import UserError
-from ssl_seg.runs import RunFolder
+from ssl_seg.runs import RunFolder, find_runs
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = [
@@ -102,7 +102,7 @@ def page_of(*folders: Path, out: Path | None = None) -> str:
 
 def answer_of(folder: Path) -> Answer:
     """As the page has it, without drawing the page."""
-    runs = find_runs(folder)
+    runs = find_runs([folder])
     return answer(report.compared(runs), runs)
 
 
@@ -178,6 +178,12 @@ def check_safe(page: str) -> None:
 
 
 # ---- the first sentence ----
+
+
+def test_a_run_made_again_and_killed_has_no_answer_yet(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 0.25, status="killed")
+    assert headline_of(tmp_path).startswith("No answer yet: the run is killed, ")
+    assert "mIoU" not in page_of(tmp_path).split("</h1>")[0]
 
 
 @pytest.mark.parametrize(

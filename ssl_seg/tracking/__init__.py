@@ -151,7 +151,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {"runs": {}, "error": None, **known}
 
 
-def set_environment() -> None:
-    """What MLflow reads of its patience; best before it is imported. What a person has set stays."""
+def prepare() -> None:
+    """Call it before mlflow is imported: whether it is there, and how patient it is. What a person has set stays."""
+    check(Tracking())
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-from ssl_seg.runs import TIME
+from ssl_seg.runs import TIME, now
 from ssl_seg.tracking import FOLDER, SYSTEM
 
 SAMPLE_EVERY = 10.0  # seconds; as MLflow's own
@@ -31,17 +30,17 @@ class Load:
         self.step = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
         self.due = 0.0
 
-    def sample(self, now: float) -> None:
+    def sample(self, moment: float) -> None:
         """Once every SAMPLE_EVERY seconds."""
-        if now < self.due:
+        if moment < self.due:
             return
-        self.due = now + SAMPLE_EVERY
+        self.due = moment + SAMPLE_EVERY
         figures: dict[str, float] = {"run_memory_megabytes": self._memory()}
         for monitor in self.monitors:
             monitor.collect_metrics()
             figures |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        line = {"step": self.step, TIME: time.time_ns() // 10**6}
+        line = {"step": self.step, TIME: now()}
         line |= {f"system/{name}": value for name, value in figures.items()}
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk, or a folder that is gone
             file.write(json.dumps(line) + "\n")

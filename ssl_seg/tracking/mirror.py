@@ -17,7 +17,7 @@ import psutil
 from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.runs import RunFolder
-from ssl_seg.tracking import FOLDER, LOCK, Tracking, set_environment
+from ssl_seg.tracking import FOLDER, LOCK, Tracking, prepare
 from ssl_seg.tracking.load import Load
 from ssl_seg.tracking.server import MirroredRun, explained
 
@@ -46,7 +46,7 @@ def track(folder: str | Path, uri: str | None = None, experiment: str | None = N
     """
     RunFolder.open(folder)  # before a folder is made in it
     given = {"uri": uri, "experiment": experiment}
-    set_environment()
+    prepare()
     with alone(Path(folder), LAST_TRY):
         run = RunFolder.open(folder)  # as it is now: a mirror that was waited for may have seen its end
         if run.status == "running":

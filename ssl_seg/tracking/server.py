@@ -10,7 +10,6 @@ import os
 import posixpath
 import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ssl_seg import files, plots
 from ssl_seg.config import UserError
-from ssl_seg.runs import TIME, Picture, RunFolder, described
+from ssl_seg.runs import TIME, Picture, RunFolder, described, now, scores_of
 from ssl_seg.tracking import FOLDER, RECORD, SYSTEM, Tracking, read_record
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
@@ -51,7 +50,7 @@ class MirroredRun:
         self.tracking = tracking
         self.uri = _resolved(tracking.uri, run.folder)
         self.run_id = ""
-        self.started = _milliseconds(run.record.get("started")) or time.time_ns() // 10**6
+        self.started = _milliseconds(run.record.get("started")) or now()
         self.num_lines = 0
         self.num_pictures = 0
         self.client: MlflowClient | None = None
@@ -95,12 +94,11 @@ class MirroredRun:
     def finish(self, status: str) -> None:
         """Everything that is known at the end, and how the run ended."""
         client = self.client
-        run = RunFolder(self.run.folder)
-        record = run.record
+        run = RunFolder(self.run.folder)  # as it is now
         if run.result is not None:
             self._send_result(run.result)
-            self.client.set_tag(self.run_id, "selected_step", run.result.get("selected_step", run.result.get("steps")))
-        self._send_files((*RECORDS, *RESULTS))
+            client.set_tag(self.run_id, "selected_step", run.result.get("selected_step", run.result.get("steps")))
+        self._send_files((*RECORDS, *RESULTS), client)
         self._draw_confusion()
         for picture in self._lasting_pictures():
             client.log_artifact(self.run_id, str(picture), "pictures")
@@ -108,7 +106,7 @@ class MirroredRun:
             for part in WEIGHTS:
                 if (run.folder / part).is_dir():
                     client.log_artifacts(self.run_id, str(run.folder / part), part)
-        ended = _milliseconds(record.get("ended")) or self._last_sign()
+        ended = _milliseconds(run.record.get("ended")) or self._last_sign()
         client.set_terminated(self.run_id, STATUSES[status], ended)
         parent = client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
         if parent:
@@ -118,7 +116,7 @@ class MirroredRun:
         """When a run that could not say its end wrote last, in milliseconds."""
         metrics = self.run.folder / "metrics.jsonl"
         written = metrics if metrics.exists() else self.run.folder / "run.json"
-        return written.stat().st_mtime_ns // 10**6
+        return _written_at(written)
 
     def abandon(self) -> None:
         """The folder is gone or another run's: what was sent is all there is."""
@@ -166,10 +164,10 @@ class MirroredRun:
         params = [Param(key, text) for key, text in wanted.items() if key not in there]
         changed = {f"changed.{key}": text for key, text in wanted.items() if there.get(key, text) != text}
         tags = [RunTag(key, str(text)) for key, text in {**self._tags(record), **changed}.items()]
-        for start in range(0, len(params), PARAMS_AT_ONCE):
-            client.log_batch(self.run_id, params=params[start : start + PARAMS_AT_ONCE])
-        for start in range(0, len(tags), PARAMS_AT_ONCE):
-            client.log_batch(self.run_id, tags=tags[start : start + PARAMS_AT_ONCE])
+        for batch in _batches(params, PARAMS_AT_ONCE):
+            client.log_batch(self.run_id, params=batch)
+        for batch in _batches(tags, PARAMS_AT_ONCE):
+            client.log_batch(self.run_id, tags=batch)
         if found is None or not found.inputs.dataset_inputs:
             self._describe_data(client)
         self._send_files(("config.yaml", "run.json"), client)
@@ -254,30 +252,25 @@ class MirroredRun:
         ]
 
     def _send_picture(self, picture: Picture) -> None:
-        at = picture.path.stat().st_mtime_ns // 10**6
+        at = _written_at(picture.path)
         key = re.sub(r"[^a-zA-Z0-9_\-. ]", "_", picture.name)
         self.client.log_image(self.run_id, Image(str(picture.path)), key=key, step=picture.step, timestamp=at)
         self.pictures.add((picture.name, picture.step))
         self.num_pictures += 1
 
     def _send_result(self, result: Mapping[str, Any]) -> None:
-        parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
-        flat = {_result_name(part, name): value for part, named in parts.items() for name, value in named.items()}
+        named = {_result_name(score): value for score, value in scores_of(result).items()}
         step = 0  # MLflow draws what has but this one as bars, one a run
-        at = (self.run.folder / "result.json").stat().st_mtime_ns // 10**6
-        points = [
-            Metric(name, value, at, step)
-            for name, value in flat.items()
-            if isinstance(value, int | float) and self.results.get(name) != value
-        ]
-        for start in range(0, len(points), POINTS_AT_ONCE):
-            self.client.log_batch(self.run_id, metrics=points[start : start + POINTS_AT_ONCE])
+        at = _written_at(self.run.folder / "result.json")
+        points = [Metric(name, value, at, step) for name, value in named.items() if self.results.get(name) != value]
+        for batch in _batches(points, POINTS_AT_ONCE):
+            self.client.log_batch(self.run_id, metrics=batch)
 
-    def _send_files(self, names: Sequence[str], client: MlflowClient | None = None) -> None:
+    def _send_files(self, names: Sequence[str], client: MlflowClient) -> None:
         for name in names:
             path = self.run.folder / name
             if path.is_file() and not path.is_symlink():
-                (client or self.client).log_artifact(self.run_id, str(self.run.folder / name))
+                client.log_artifact(self.run_id, str(path))
 
     def _draw_confusion(self) -> None:
         matrices = self.run.read("confusion.json") or {}
@@ -362,13 +355,13 @@ def _fetched(run: Run) -> Fetched:
     return Fetched(run.info.run_name, run.data.tags["stage"], dict(run.data.params), scores)
 
 
-def _result_name(part: str, name: str) -> str:
-    """`result/val.iou.road`: with slashes MLflow would open a section of charts for each part of it."""
-    return _name(f"{RESULT}{part}.{name.replace('/', '.', 1)}")
+def _result_name(score: str) -> str:
+    """`result/val.iou.road` for `val/iou/road`: with slashes MLflow would open a section of charts for each part."""
+    return _name(f"{RESULT}{score.replace('/', '.', 2)}")
 
 
 def _score_name(name: str) -> str:
-    """The other way round: `val/iou/road`."""
+    """The other way round."""
     return name.removeprefix(RESULT).replace(".", "/", 2)
 
 
@@ -458,6 +451,16 @@ def _name(key: str) -> str:
     if clean == key:
         return key
     return f"{clean}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """What one call may hold at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _written_at(path: Path) -> int:
+    """In milliseconds."""
+    return path.stat().st_mtime_ns // 10**6
 
 
 def _milliseconds(moment: str | None) -> int | None:
