@@ -21,6 +21,8 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+from ssl_seg.compare import Spread, paired
+
 SCRATCH = "scratch"
 
 
@@ -156,20 +158,35 @@ def write_table(rows: Sequence[Mapping], path: Path) -> None:
 
 
 def summary(rows: Sequence[Mapping], arms: Iterable[str]) -> str:
-    """A table a budget and number of labels: per arm its mIoU and its paired gain over scratch, in points."""
+    """A table a budget and number of labels: per arm its mIoU and its paired gain over scratch, in points.
+
+    n counts runs; a gain is one a seed, the runs of several pretrainings by their mean, as `ssl-seg compare` has it.
+    """
     lines = []
     for steps, labels in sorted({(row["steps"], row["labels"]) for row in rows}):
         own = [row for row in rows if (row["steps"], row["labels"]) == (steps, labels)]
         lines += ["", f"{labels} labels, {steps} steps", "", "| arm | mIoU (sd) | gain (sd) | least, most | n |"]
         lines.append("|---|---|---|---|---|")
-        base = {row["seed"]: row["miou"] for row in own if row["arm"] == SCRATCH}
+        by_seed = {arm: _by_seed([row for row in own if row["arm"] == arm]) for arm in arms}
         for arm in arms:
-            chosen = [row for row in own if row["arm"] == arm]
-            values = [100 * row["miou"] for row in chosen]
-            gains = [100 * (row["miou"] - base[row["seed"]]) for row in chosen]
-            shown = "| | |" if arm == SCRATCH else f"| {spread(gains, '+.1f')} | {min(gains):+.1f}, {max(gains):+.1f} |"
+            values = [value for of_seed in by_seed[arm].values() for value in of_seed]
+            shown = "| | |" if arm == SCRATCH else _gain(paired(by_seed[SCRATCH], by_seed[arm]))
             lines.append(f"| {arm} | {spread(values, '.1f')} {shown} {len(values)} |")
     return "\n".join(lines[1:])
+
+
+def _by_seed(rows: Iterable[Mapping]) -> dict[int, list[float]]:
+    """mIoU in points."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], []).append(100 * row["miou"])
+    return found
+
+
+def _gain(gain: Spread | None) -> str:
+    if gain is None:
+        return "| | |"
+    return f"| {spread(gain.values, '+.1f')} | {min(gain.values):+.1f}, {max(gain.values):+.1f} |"
 
 
 def spread(values: Sequence[float], form: str) -> str:

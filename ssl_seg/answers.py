@@ -6,16 +6,16 @@ several comparisons none is picked out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_seg.compare import Comparison, Group, Spread
+from ssl_seg.compare import SCRATCH, Comparison, Group, Spread
+from ssl_seg.evidence import Interval, holm, sign_flip_p, t_interval, t_test_p
 from ssl_seg.plots import with_minus
 from ssl_seg.runs import RunFolder
 
-MIN_PAIRS = 3  # two differences have one sign every second time, where there is nothing to find
+MIN_PAIRS = 3  # two pairs would have an interval of 12.7 standard errors to each side
 NAMED = 2  # comparisons that the headline tells one by one; more are counted
 PARTS = {"test": "test images", "val": "validation images"}
 NOTHING = "\N{EN DASH}"
@@ -28,17 +28,23 @@ WORDS = {
     "grad_norm": "gradient norm",
 }
 UNITS = {"psnr": (1, "dB"), "miou": (100, "%"), "accuracy": (100, "%"), "solved": (100, "%")}  # factor to it, its name
+ALPHA = 0.05  # of comparisons where pretraining does nothing this share is told as a gain or a loss
 RULES = (
-    f"A gain (or a loss) is told where there are at least {MIN_PAIRS} pairs, all paired differences have one sign, and "
-    "their mean is further from 0 than twice their standard deviation divided by the root of their number. A pair is "
-    "two runs with the same seeds: the same labelled images in the same order. Several runs with the same seeds, as "
-    "those of several pretrainings, count as one, by their mean.",
-    "This is a rule for reading and no test of significance. Where pretraining does nothing at all, a gain or a loss "
-    "is told by chance in 18 of 100 comparisons for 3 pairs, 11 for 4, 3 for 6 and 1 for 8 (normal differences, "
-    "simulated).",
+    f"A gain (or a loss) is told where there are at least {MIN_PAIRS} pairs and the 95 % interval of their mean "
+    "difference (Student's t) lies above 0 (or below). A mean that is written as 0.0 is none. A pair is two runs with "
+    "the same seeds: the same labelled images in the same order. Several runs with the same seeds, as those of several "
+    "pretrainings, count as one, by their mean.",
+    "Where pretraining does nothing at all, a gain or a loss is told by chance in 5 of 100 comparisons, whatever the "
+    "number of pairs. Every comparison on a page has its own 5. So the first sentence of a page with several also says "
+    "what stands when they are corrected for their number (Holm 1979): something false does on 5 of 100 pages at most.",
+    "The interval is about other seeds: another choice among the labelled images, other orders, other first weights. "
+    "The scored images stay the same, and so does whatever all pairs share, such as a single pretraining. It supposes "
+    "differences that are roughly normal. The exact p, told from 8 pairs on, does not: it is the share of all ways to "
+    "swap the two runs within pairs whose mean is at least as far from 0.",
 )
 
 Verdict = Literal["gain", "loss", "none", "few"]
+TOLD = ("gain", "loss")
 
 
 @dataclass(frozen=True)
@@ -62,18 +68,20 @@ def answer(comparison: Comparison, runs: Sequence[RunFolder]) -> Answer:
     gains = [(group, comparison.gain(group, score)) for group in scored]
     paired = [(group, gain) for group, gain in gains if gain is not None]
     if not paired:
-        return _of_scores(scored, score, runs)
+        return _of_scores(scored, score, runs, comparable=len(comparison.tables) == 1)
     below = [_measured_on(score, scored, runs)]
     bases = {id(base): base for group, _ in paired if (base := comparison.baseline(group)) is not None}
     if len(bases) == 1:
         below.append(f"From scratch: {percent(next(iter(bases.values())).spread(score))} % mIoU.")
     if any(len({run.start for run in group.outcomes}) < len(group.outcomes) for group, _ in paired):
-        below.append("Runs that start from one pretraining do not show how much pretrainings differ among themselves.")
+        below.append(
+            "Runs that start from one pretraining do not show how much pretrainings differ; intervals leave it out."
+        )
     single = [(group.label, sentence(gain, group.label)) for group, gain in paired]
     alone = [own.label for own, gain in gains if gain is None and own.stage == "finetune" and not own.from_scratch]
     missing = "no run from scratch has the same settings and seeds, so no gain can be told."
     single += [(label, f"{label}: {missing}") for label in alone]
-    headline = single[0][1] if len(paired) == 1 else _of_many(paired)
+    headline = single[0][1] if len(paired) == 1 else of_many([(group.label, gain) for group, gain in paired])
     return Answer(headline, tuple(below), tuple(single) if len(single) > 1 else (), has_gains=True)
 
 
@@ -81,27 +89,47 @@ def verdict(gain: Spread) -> Verdict:
     """By the rules in RULES; `gain` holds paired differences."""
     if gain.n < MIN_PAIRS:
         return "few"
-    clear = abs(gain.mean) > 2 * gain.sd / math.sqrt(gain.n) and round(100 * gain.mean, 1) != 0
-    if clear and min(gain.values) > 0:
+    interval = t_interval(gain.values, 1 - ALPHA)
+    written = round(100 * gain.mean, 1)
+    if written > 0 and interval.low > 0:
         return "gain"
-    if clear and max(gain.values) < 0:
+    if written < 0 and interval.high < 0:
         return "loss"
     return "none"
 
 
-def sentence(gain: Spread, label: str) -> str:
-    """What the paired differences of one group to its runs from scratch say."""
-    over = f"pretraining ({label}) differs from scratch by {points(gain.mean)} points of mIoU"
-    spread = f"from {points(min(gain.values))} to {points(max(gain.values))}"
+def sentence(gain: Spread, label: str, base: str = SCRATCH, pretrained: bool = True) -> str:
+    """What the paired differences of one group to its `base` say; a group may also differ in something else."""
+    subject = f"pretraining ({label})" if pretrained else label
+    begun = _begun(subject) if pretrained else label  # a name stays as it is
+    over = f"{subject} differs from {base} by {points(gain.mean)} points of mIoU"
     if gain.n < MIN_PAIRS:
-        return f"Too few runs to tell (n = {gain.n}): {over}{f', {spread}' if gain.n > 1 else ''}."
-    figures = f"mean of {gain.n} paired runs, sd {100 * gain.sd:.1f}, {spread}"
+        spread = f", from {points(min(gain.values))} to {points(max(gain.values))}" if gain.n > 1 else ""
+        return f"Too few runs to tell (n = {gain.n}): {over}{spread}."
     size = f"{100 * abs(gain.mean):.1f} points of mIoU"
-    return {
-        "gain": f"Pretraining ({label}) gave +{size} over scratch: {figures}.",
-        "loss": f"Pretraining ({label}) lost {size} against scratch: {figures}.",
-        "none": f"No gain can be told: {over}, {figures}.",
+    told = {
+        "gain": f"{begun} gave +{size} over {base}",
+        "loss": f"{begun} lost {size} against {base}",
+        "none": f"No gain can be told: {over}",
     }[verdict(gain)]
+    return f"{told} ({certainty(gain)})."
+
+
+def certainty(gain: Spread) -> str:
+    """`95 % interval +0.4 to +2.8, 8 pairs, exact p = 0.016`; of at least 2 pairs."""
+    interval = span(t_interval(gain.values, 1 - ALPHA))
+    p = sign_flip_p(gain.values)
+    return f"{interval}, {gain.n} pairs" + ("" if p is None else f", exact {p_in_words(p)}")
+
+
+def span(interval: Interval) -> str:
+    """Of differences of shares, in hundredths: `95 % interval +0.4 to +2.8`."""
+    return f"{100 * interval.level:g} % interval {points(interval.low)} to {points(interval.high)}"
+
+
+def p_in_words(p: float) -> str:
+    """`p = 0.016`."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def points(difference: float) -> str:
@@ -114,39 +142,88 @@ def percent(spread: Spread | None) -> str:
     return NOTHING if spread is None else Spread(tuple(100 * value for value in spread.values)).text(1)
 
 
-def _of_many(paired: Sequence[tuple[Group, Spread]]) -> str:
-    """Of several comparisons none is picked out: the best of many would look good by chance alone."""
+def of_many(
+    paired: Sequence[tuple[str, Spread]],
+    base: str = SCRATCH,
+    subject: str = "pretraining",
+    unit: str = "points of mIoU",
+) -> str:
+    """Of several comparisons, (label, gain), none is picked out: the best of many would look good by chance alone."""
     counts = {kind: sum(verdict(gain) == kind for _, gain in paired) for kind in ("gain", "loss", "none", "few")}
+    means_of = _means_of(paired, unit)
+    total = len(paired)
+    if counts["few"] == total:
+        return f"Too few runs to tell in any of {total} comparisons with {base}: {means_of}."
+    if counts["gain"] + counts["loss"] == 0:
+        return f"No gain can be told in any of {total} comparisons with {base}: {means_of}."
+    return f"{_counted(counts, base, subject)}: {means_of}.{_corrected([gain for _, gain in paired])}"
+
+
+def _means_of(paired: Sequence[tuple[str, Spread]], unit: str) -> str:
     means = [gain.mean for _, gain in paired]
     sizes = sorted({gain.n for _, gain in paired})
     pairs = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    if len(paired) <= NAMED:
-        each = " and ".join(f"{points(gain.mean)} ({group.label})" for group, gain in paired)
-        means_of = f"{each} points of mIoU, each the mean of {pairs} paired runs"
-    else:
-        span = f"from {points(min(means))} to {points(max(means))}"
-        means_of = f"mean differences {span} points of mIoU, {pairs} paired runs each"
-    total = len(paired)
-    if counts["few"] == total:
-        return f"Too few runs to tell in any of {total} comparisons with scratch: {means_of}."
-    if counts["gain"] + counts["loss"] == 0:
-        return f"No gain can be told in any of {total} comparisons with scratch: {means_of}."
+    if len(paired) > NAMED:
+        return f"mean differences from {points(min(means))} to {points(max(means))} {unit}, {pairs} pairs each"
+    each = [
+        f"{points(gain.mean)} ({label}; {span(t_interval(gain.values, 1 - ALPHA))})"
+        if gain.n >= MIN_PAIRS
+        else f"{points(gain.mean)} ({label})"
+        for label, gain in paired
+    ]
+    return f"{' and '.join(each)} {unit}, {pairs} pairs each"
+
+
+def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
+    """How many comparisons told a gain or a loss; some did."""
+    total = sum(counts.values())
     if counts["gain"] == total:
-        return f"Pretraining gave a gain over scratch in {_all_of(total)} comparisons: {means_of}."
+        return f"{_begun(subject)} gave a gain over {base} in {_all_of(total)} comparisons"
     if counts["loss"] == total:
-        return f"Pretraining lost against scratch in {_all_of(total)} comparisons: {means_of}."
-    words = [f"gave a gain in {counts['gain']} of {total} comparisons" if counts["gain"] else ""]
-    words += [f"lost in {counts['loss']}" if counts["loss"] else ""]
+        return f"{_begun(subject)} lost against {base} in {_all_of(total)} comparisons"
+    words = [
+        f"{verb} {counts[kind]}" for kind, verb in (("gain", "gave a gain in"), ("loss", "lost in")) if counts[kind]
+    ]
+    words[0] += f" of {total} comparisons"
     open_ones = counts["none"] + counts["few"]
-    words += [f"and in {open_ones} nothing can be told" if open_ones else ""]
-    return f"Against scratch, pretraining {', '.join(word for word in words if word)}: {means_of}."
+    words += [f"and in {open_ones} nothing can be told"] * (open_ones > 0)
+    return f"Against {base}, {subject} {', '.join(words)}"
+
+
+def stand(gains: Sequence[Spread]) -> list[bool]:
+    """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
+    compared = [index for index, gain in enumerate(gains) if gain.n >= MIN_PAIRS]
+    adjusted = holm([t_test_p(gains[index].values) for index in compared])
+    small = {index for index, p in zip(compared, adjusted, strict=True) if p <= ALPHA}
+    return [index in small and verdict(gain) in TOLD for index, gain in enumerate(gains)]
+
+
+def _corrected(gains: Sequence[Spread]) -> str:
+    """What of the gains and losses stands when all comparisons are corrected for their number."""
+    compared = [gain for gain in gains if gain.n >= MIN_PAIRS]
+    if len(compared) == 1:
+        return ""
+    told = sum(verdict(gain) in TOLD for gain in compared)
+    left = sum(stand(gains))
+    if told == 1:
+        stands = "it stands" if left else "it does not stand"
+    elif left == told:
+        stands = f"{_all_of(left)} stand"
+    else:
+        stands = {0: "none stands", 1: "1 of these stands"}.get(left, f"{left} of these stand")
+    return f" Corrected for {len(compared)} comparisons, {stands}."
+
+
+def _begun(sentence: str) -> str:
+    """With a capital, and the rest as it is: it may hold a name."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _all_of(total: int) -> str:
     return "both" if total == 2 else f"all {total}"
 
 
-def _of_scores(scored: Sequence[Group], score: str, runs: Sequence[RunFolder]) -> Answer:
+def _of_scores(scored: Sequence[Group], score: str, runs: Sequence[RunFolder], comparable: bool) -> Answer:
     """Without pairs: what one group reaches, or that several cannot be told apart by a baseline."""
     below = _measured_on(score, scored, runs)
     if len(scored) == 1:
@@ -154,6 +231,9 @@ def _of_scores(scored: Sequence[Group], score: str, runs: Sequence[RunFolder]) -
         spread = group.spread(score)
         over = f", mean of {spread.n} runs" if spread.n > 1 else ""
         return Answer(f"mIoU {percent(spread)} %{over}{_best_and_worst(group, score)}.", (below,))
+    if not comparable:
+        apart = "and the scores do not all mean the same (see below), so none is the highest."
+        return Answer(f"No gain can be told: there are no runs from scratch to pair with, {apart}", (below,))
     best = max(scored, key=lambda group: group.spread(score).mean)
     headline = (
         "No gain can be told: there are no runs from scratch with the same settings and seeds. "
@@ -175,9 +255,12 @@ def _best_and_worst(group: Group, score: str) -> str:
 
 
 def _measured_on(score: str, scored: Sequence[Group], runs: Sequence[RunFolder]) -> str:
-    part = score.partition("/")[0]
     names = {outcome.name for group in scored for outcome in group.outcomes}
-    own = [run for run in runs if str(run.folder) in names]
+    return measured_on(score.partition("/")[0], [run for run in runs if str(run.folder) in names])
+
+
+def measured_on(part: str, own: Sequence[RunFolder]) -> str:
+    """On how many images the `part` of these runs was scored, and what is to be known of them."""
     counts = sorted({count for run in own if (count := images_of(run).get(part)) is not None})
     number = "" if not counts else f"{counts[0]:,} " if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} "
     chosen = part == "val" and any(run.config.get("select") == "best" for run in own)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,11 @@ import typer
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
 
 if TYPE_CHECKING:
-    from ssl_seg.compare import Comparison
+    from rich.table import Table
+
+    from ssl_seg.compare import Comparison, Group, Spread
+    from ssl_seg.evidence import Interval
+    from ssl_seg.findings import Findings
     from ssl_seg.metrics import SegmentationScores
 
 app = typer.Typer(
@@ -139,13 +143,55 @@ def compare_command(
     runs: Runs = None,
     experiment: Annotated[str | None, typer.Option(help="An experiment of MLflow, in place of folders.")] = None,
     uri: Uri = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute every score from its matrices.")] = False,
+    drawn: Annotated[
+        Path | None, typer.Option("--pictures", metavar="DIR", help="Draw the images that changed most, side by side.")
+    ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Print the scores of runs, those that differ in seeds alone as one, beside only the config keys that differ."""
     if bool(runs) == bool(experiment):
         raise UserError("compare: name run folders, or --experiment NAME for runs of MLflow")
-    from ssl_seg import compare
+    if experiment and (verify or drawn):
+        raise UserError("compare: --verify and --pictures read run folders; name these in place of --experiment")
+    for module in plugin or []:
+        use_plugin(module)
+    from ssl_seg import compare, passport
 
-    _print_comparison(compare.compare(runs) if runs else compare.compare_experiment(experiment, uri))
+    if verify:
+        for run, verified in passport.verify_all(runs):
+            said = f"{verified.figures} figures follow from the confusion matrices"
+            _print_lines([f"{run}: {said} (largest difference {verified.largest:.1g})"])
+    found = compare.compare(runs) if runs else compare.compare_experiment(experiment, uri)
+    _print_comparison(found)
+    if drawn is not None:
+        written = compare.draw_changed(found, drawn)
+        _print_lines([f"{len(written)} images that changed most: {drawn}"])
+
+
+@app.command("study")
+def study_command(
+    words: Words = None,
+    out: Out = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    executor: Annotated[str, typer.Option(help="local, or submitit for Slurm.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be made; write nothing.")] = False,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune from several starts under the same conditions, and tell by how much pretraining helped, if it did."""
+    if executor not in ("local", "submitit"):
+        raise UserError(f"--executor {executor}: not known; write local or submitit")
+    values = _values(words, plugin)
+    folder = _needed(out)
+    from ssl_seg import plan, study
+
+    config = load(plan.StudyConfig, values)
+    if dry_run:
+        _print_lines(study.outline(config, folder))
+        return
+    options = study.StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
+    _print_findings(study.study(config, options))
 
 
 @app.command("track")
@@ -173,15 +219,18 @@ def track_command(
 
 @app.command("report")
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run folders, or folders of runs.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN ... | STUDY", help="Run folders, folders of runs, or a study's folder.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; by default report.html in RUN, or beside several of them.")
     ] = None,
 ) -> None:
-    """Write one HTML page about runs: the answer first, then scores, curves, pictures, cost and configs."""
-    from ssl_seg import report
+    """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
+    from ssl_seg import report, study_report
 
-    written = report.report(runs, out)
+    is_study = any(study_report.is_study(run) for run in runs)
+    written = study_report.report(runs, out) if is_study else report.report(runs, out)
     _print_lines([written.headline, f"report: {written.path}"])
 
 
@@ -241,7 +290,7 @@ def synth_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 something the user can mend, 128 + n stopped by signal n."""
+    """Run a command and exit: 0 done, 2 something the user can mend, 3 a leak, 128 + n stopped by signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(run(lambda: app(args=words, prog_name="ssl-seg", standalone_mode=False)))
 
@@ -253,7 +302,7 @@ def run(command: Callable[[], Any]) -> int:
     except ClickError as error:
         return _complain(error.format_message())
     except UserError as error:
-        return _complain(str(error), alone=error.of_one_process)
+        return _complain(str(error), error.exit_code, alone=error.of_one_process)
     except typer.Abort:
         return 130
     except BrokenPipeError:
@@ -264,11 +313,11 @@ def run(command: Callable[[], Any]) -> int:
         return 128 + error.signum
 
 
-def _complain(message: str, alone: bool = False) -> int:
+def _complain(message: str, code: int = 2, alone: bool = False) -> int:
     line = " ".join(message.split())
     if alone or _tells():
         print(f"ssl-seg: {line}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _tells() -> bool:
@@ -310,34 +359,104 @@ def _score_lines(part: str, scores: SegmentationScores, class_names: Sequence[st
 
 
 def _print_comparison(found: Comparison) -> None:
-    """A row a group with its main score; then what differs and every score, a column a group."""
+    """For each table: a row a group with its main score; then what differs, every score and gain, a column a group."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    numbers = {id(group): f"#{number}" for number, group in enumerate(found.groups, start=1)}
+    for groups in found.tables:
+        console.print(_main_table(found, groups, numbers))
+        for start in range(0, len(groups), GROUPS_ABREAST):
+            console.print(_figure_table(found, groups[start : start + GROUPS_ABREAST], numbers))
+    _print_lines(found.apart)
+    for run in found.unfinished:
+        print(f"not finished, left out: {run}", file=sys.stderr)
+
+
+def _main_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
+    from rich.table import Table
+
+    from ssl_seg.compare import main_score_of
+
+    score = main_score_of(groups)
+    gaining = [group for group in groups if score and found.baseline(group)]
+    columns = ["gain over scratch", "95 % over images"] if gaining else []
+    table = Table("", "group", "n", *([score] if score else []), *columns)
+    for group in groups:
+        row = [numbers[id(group)], group.label, str(len(group.outcomes))]
+        if score:
+            spread = group.spread(score)
+            row.append(spread.text() if spread else "-")
+        if group in gaining:
+            gain = found.gain(group, score)
+            row.append(f"{gain.text(sign='+')} (n = {gain.n})" if gain else "no pair: other seeds or labelled images")
+            row.append(_interval_text(found.over_images(group, score)))
+        table.add_row(*row)
+    return table
+
+
+def _figure_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
+    """Keys that differ, every score, and the gain over scratch in each."""
+    from rich.table import Table
+
+    table = Table("", *(numbers[id(group)] for group in groups))
+    for key, values in found.differing.items():
+        own = [value for group, value in zip(found.groups, values, strict=True) if group in groups]
+        table.add_row(key, *("-" if value is None else value for value in own))
+    table.add_section()
+    for name in found.scores:
+        spreads = [group.spread(name) for group in groups]
+        if any(spreads):
+            table.add_row(name, *("-" if spread is None else spread.text() for spread in spreads))
+    table.add_section()
+    for name in (name for name in found.scores if not name.endswith("/averaged_classes")):
+        gains = [found.gain(group, name) for group in groups]
+        if any(gains):
+            cells = (_gain_text(found, group, name, gain) for group, gain in zip(groups, gains, strict=True))
+            table.add_row(f"gain in {name}", *cells)
+    return table
+
+
+def _gain_text(found: Comparison, group: Group, name: str, gain: Spread | None) -> str:
+    """With its spread over seeds; of the pixels near boundaries also over images, as the main table has it of all."""
+    if gain is None:
+        return "-"
+    over_images = found.over_images(group, name) if name.endswith("/band/miou") else None
+    interval = "" if over_images is None else f" (over images {_interval_text(over_images)})"
+    return f"{gain.text(sign='+')}{interval}"
+
+
+def _print_findings(found: Findings) -> None:
+    """A row an arm under each condition, the baseline first, and where everything is."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    head = Table("", "group", "n", *([found.main_score, "gain over scratch"] if found.main_score else []))
-    for number, group in enumerate(found.groups, start=1):
-        row = [f"#{number}", group.label, str(len(group.outcomes))]
-        if found.main_score:
-            score, gain = group.spread(found.main_score), found.gain(group, found.main_score)
-            row.append(score.text() if score else "-")
-            unpaired = "no pair: other seeds" if found.baseline(group) else ""
-            row.append(f"{gain.text(sign='+')} (n = {gain.n})" if gain else unpaired)
-        head.add_row(*row)
-    console.print(head)
-    for start in range(0, len(found.groups), GROUPS_ABREAST):
-        shown = range(start, min(start + GROUPS_ABREAST, len(found.groups)))
-        table = Table("", *(f"#{index + 1}" for index in shown))
-        for key, values in found.differing.items():
-            table.add_row(key, *("-" if values[index] is None else values[index] for index in shown))
+    from ssl_seg.answers import percent, points
+    from ssl_seg.findings import CELLS_FILE, GAINS_FILE
+
+    def between(interval: Interval | None) -> str:
+        return "-" if interval is None else f"{points(interval.low)} to {points(interval.high)}"
+
+    level = f"{100 * found.record['level']:g} %"
+    columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]
+    table = Table(*found.axes, *columns, f"{level} over seeds", f"{level} over images", "exact p")
+    gains = {(gain.arm, gain.condition): gain for gain in found.gains}
+    for condition in found.conditions:
+        for arm in found.arms:
+            row = [*dict(condition).values(), arm, str(len(found.of(arm, condition)))]
+            row.append(percent(found.spread(arm, condition)))
+            gain = gains.get((arm, condition))
+            if gain is not None:
+                row += [f"{points(gain.gains.mean)} (n = {gain.gains.n})", between(gain.interval), between(gain.images)]
+                row += ["-" if gain.p is None else f"{gain.p:.3f}"]
+            table.add_row(*row)
         table.add_section()
-        for name in found.scores:
-            spreads = [found.groups[index].spread(name) for index in shown]
-            if any(spreads):
-                table.add_row(name, *("-" if spread is None else spread.text() for spread in spreads))
-        console.print(table)
-    for run in found.unfinished:
-        print(f"not finished, left out: {run}", file=sys.stderr)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _print_lines([f"tables: {found.folder / CELLS_FILE}, {found.folder / GAINS_FILE}"])
+
+
+def _interval_text(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.low:+.4f} to {interval.high:+.4f}"
 
 
 def _print_lines(lines: Sequence[str]) -> None:

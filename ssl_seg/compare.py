@@ -1,21 +1,28 @@
 """Runs side by side: groups that differ in seeds alone, their scores with spread, and only the keys that differ.
 
-Fine-tunings are paired with those from scratch that had the same seeds, and so the same labelled images, order and
-crops: the spread of such gains is smaller than that of the scores, and is what tells whether pretraining helped.
+Fine-tunings are paired with those from scratch that had the same seeds and labelled images, and so the same order and
+crops: the spread of such gains is smaller than that of the scores, and is what tells whether pretraining helped. Scores
+of different passports (another definition, other images) are never ranked together: they stand in tables of their own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
+from ssl_seg import files
 from ssl_seg.config import UserError
-from ssl_seg.runs import RunFolder, described, find_runs, origin, scores_of
+from ssl_seg.confusion import BAND, IMAGES_FILE, ImageConfusions, mean_changes, read_image_confusion
+from ssl_seg.evidence import Interval, block_bootstrap
+from ssl_seg.passport import Passports, definition_of, differing, passports_in
+from ssl_seg.runs import RunFolder, described, find_runs, labelled_digest, origin, scores_of
 from ssl_seg.tracking import prepare
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
@@ -25,6 +32,10 @@ STARTS = ("init", "init_allow", "transfer", TIMM)
 SCRATCH = "scratch"
 SEED_IN_NAME = re.compile(r"[_\-. ]*(?:p|s|seed)?[_\-. ]*[0-9]+$")  # of pretrained_0, four_p1, run-seed2
 MAIN_SCORES = ("test/miou", "val/miou")
+# Of images, for an interval at a glance: its ends then move by 3 % of its width from seed to seed, and 500 runs take
+# seconds. A study's own tables take more.
+RESAMPLES = 2_000
+NUM_CHANGED = 6  # images to look at, of each group
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,20 @@ class Outcome:
     seeds: dict[str, str]
     start: str | None  # the name of what it started from
     scores: dict[str, float]  # `val/miou`, `test/iou/road`, `val/denoise/psnr`
+    passports: Passports = field(default_factory=dict)  # what the scores of each part mean
+    labelled: str = ""  # digest of the labelled images; '' where there are none or they were not noted
+    folder: Path | None = None  # None for a run that is known from MLflow alone
 
     @property
     def kind(self) -> tuple[str, ...]:
         """What all runs of its group have in common."""
-        return self.stage, *(f"{key}={value}" for key, value in sorted(self.settings.items()))
+        settings = (f"{key}={value}" for key, value in sorted(self.settings.items()))
+        return self.stage, *settings, *definition_of(self.passports)
+
+    @property
+    def draws(self) -> tuple[Any, ...]:
+        """What two runs have in common that are a pair."""
+        return *sorted(self.seeds.items()), self.labelled
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,10 @@ class Group:
         return self.outcomes[0].stage
 
     @property
+    def passports(self) -> Passports:
+        return self.outcomes[0].passports
+
+    @property
     def from_scratch(self) -> bool:
         """Whether these are fine-tunings that started from no weights at all."""
         return _is_scratch(self.outcomes)
@@ -93,6 +117,15 @@ class Group:
         """Of the runs that have the score; None where none has it."""
         values = [outcome.scores[score] for outcome in self.outcomes if score in outcome.scores]
         return Spread(tuple(values)) if values else None
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An image that two groups of runs take for different things."""
+
+    index: int  # its place in the data set
+    name: str
+    difference: float  # of its mIoU, as a mean over pairs: above 0 where the baseline is worse
 
 
 @dataclass(frozen=True)
@@ -112,29 +145,106 @@ class Comparison:
     @cached_property
     def main_score(self) -> str | None:
         """The mIoU to look at: that which most fine-tunings have; None among pretrainings."""
-        outcomes = [outcome for group in self.groups for outcome in group.outcomes]
-        counts = {name: sum(name in outcome.scores for outcome in outcomes) for name in MAIN_SCORES}
-        name = max(MAIN_SCORES, key=counts.__getitem__)  # the first of equals
-        return name if counts[name] else None
+        return main_score_of(self.groups)
+
+    @cached_property
+    def tables(self) -> tuple[tuple[Group, ...], ...]:
+        """The groups whose scores may be ranked together: within one no two passports of a part differ."""
+        found: list[list[Group]] = []
+        for group in self.groups:
+            fitting = (table for table in found if not _differing_passports(table, group))
+            table = next(fitting, None)
+            if table is None:
+                found.append([group])
+            else:
+                table.append(group)
+        return tuple(tuple(table) for table in found)
+
+    @cached_property
+    def apart(self) -> tuple[str, ...]:
+        """A line for each table but the first: by what its scores are others; and one for scores without a passport."""
+        lines = []
+        for table in self.tables[1:]:
+            fields = _differing_passports(self.tables[0], table[0])
+            lines.append(f"not ranked with the first table: {_labels_of(table)}; it differs in {'; '.join(fields)}")
+        unknown = [group for group in self.groups if None in group.passports.values()]
+        if unknown:
+            lines.append(f"no passport, so nothing says whether the images are the same: {_labels_of(unknown)}")
+        return tuple(lines)
 
     def baseline(self, group: Group) -> Group | None:
         """The fine-tunings from scratch with the same settings otherwise; None for themselves, or if there are none."""
         if group.stage != "finetune" or group.from_scratch:
             return None
-        others = (other for other in self.groups if other.from_scratch)
-        return next((other for other in others if _without_start(other) == _without_start(group)), None)
+        wanted = _without_start(group)
+        scratch = [other for other in self.groups if other.from_scratch and _without_start(other) == wanted]
+        return next((other for other in scratch if not differing(other.passports, group.passports)), None)
 
     def gain(self, group: Group, score: str) -> Spread | None:
         """Paired differences to the baseline, one for each choice of seeds; None without such pairs.
 
-        Runs of the same seeds, as those from several pretrainings, count by their mean: they share their baseline.
+        A pair has the same seeds and the same labelled images. Runs of the same seeds, as those from several
+        pretrainings, count by their mean: they share their baseline.
         """
         baseline = self.baseline(group)
         if baseline is None:
             return None
-        base, own = _by_seeds(baseline, score), _by_seeds(group, score)
-        differences = [mean(own[seeds]) - mean(base[seeds]) for seeds in own if seeds in base]
-        return Spread(tuple(differences)) if differences else None
+        return paired(_by_draws(baseline, score), _by_draws(group, score))
+
+    def over_images(self, group: Group, score: str) -> Interval | None:
+        """Where the gain in a mIoU (`val/miou`, `val/band/miou`) lies for other images of the same kind, runs fixed.
+
+        None without pairs whose images were kept, and for too few images (`evidence.block_bootstrap`).
+        """
+        pairs = self._pairs_of_images(group, score)
+        if not pairs:
+            return None
+        lower, upper = zip(*pairs, strict=True)
+        return block_bootstrap(lower, upper, resamples=RESAMPLES)
+
+    def changed(self, group: Group, score: str) -> tuple[Changed, ...]:
+        """The images that differ most from the baseline come first; those that do not differ are left out."""
+        pairs = self._pairs_of_images(group, score)
+        if not pairs:
+            return ()
+        changes = mean_changes(pairs)
+        order = np.argsort(-np.abs(changes), kind="stable").tolist()  # nan comes last
+        names = pairs[0][0].names
+        return tuple(Changed(index, names[index], float(changes[index])) for index in order if abs(changes[index]) > 0)
+
+    def pairs(self, group: Group) -> list[tuple[Outcome, Outcome]]:
+        """A run of the baseline and one of the group, with the same seeds and the same labelled images."""
+        baseline = self.baseline(group)
+        if baseline is None:
+            return []
+        first = {outcome.draws: outcome for outcome in reversed(baseline.outcomes)}
+        return [(first[own.draws], own) for own in group.outcomes if own.draws in first]
+
+    def _pairs_of_images(self, group: Group, score: str) -> list[tuple[ImageConfusions, ImageConfusions]]:
+        both = [(self._images_of(one, score), self._images_of(other, score)) for one, other in self.pairs(group)]
+        kept = [(one, other) for one, other in both if one is not None and other is not None]
+        # Runs of the first versions have no passport; then their names tell whether they saw the same images.
+        return [(one, other) for one, other in kept if one.names == other.names == kept[0][0].names]
+
+    def _images_of(self, outcome: Outcome, score: str) -> ImageConfusions | None:
+        part, _, figure = score.partition("/")
+        if not _has_images(outcome):
+            return None
+        if outcome.folder not in self._read:
+            self._read[outcome.folder] = read_image_confusion(outcome.folder)
+        found = self._read[outcome.folder].get(part)
+        return found.at_boundaries() if found is not None and figure.startswith(f"{BAND}/") else found
+
+    @cached_property
+    def _read(self) -> dict[Path, dict[str, ImageConfusions]]:
+        """The files of images that were read so far."""
+        return {}
+
+
+def paired(base: Mapping[Any, Sequence[float]], own: Mapping[Any, Sequence[float]]) -> Spread | None:
+    """The differences of the scores that both have under a key, each side by its mean; None where they share none."""
+    differences = [mean(own[key]) - mean(base[key]) for key in own if key in base]
+    return Spread(tuple(differences)) if differences else None
 
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
@@ -147,6 +257,48 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
     return group([_outcome(run) for run in found if run.is_done], unfinished)
 
 
+def main_score_of(groups: Sequence[Group]) -> str | None:
+    """The mIoU that most runs of some groups have; None where none has one."""
+    outcomes = [outcome for group in groups for outcome in group.outcomes]
+    counts = {name: sum(name in outcome.scores for outcome in outcomes) for name in MAIN_SCORES}
+    name = max(MAIN_SCORES, key=counts.__getitem__)  # the first of equals
+    return name if counts[name] else None
+
+
+def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGED) -> list[Path]:
+    """A picture of each of the `most` images in which a group differs most from its baseline, by their first pair.
+
+    Written to `out` as `<group>_<rank>.png`, with `changed.json`: the images' names and how much their mIoU changed.
+    Raises UserError where no two runs are a pair whose images were kept, and for an `out` that exists.
+    """
+    folder = Path(out)
+    if folder.exists():
+        raise UserError(f"--pictures {folder}: exists already; name a new folder")
+    told: dict[str, list[dict[str, Any]]] = {}
+    drawn: list[Path] = []
+    from ssl_seg import evaluate, images  # torch and the networks, which no table needs
+
+    for number, group in enumerate(comparison.groups, start=1):
+        score = main_score_of([group])
+        changed = () if score is None else comparison.changed(group, score)[:most]
+        if not changed:
+            continue
+        kept = [pair for pair in comparison.pairs(group) if all(_has_images(outcome) for outcome in pair)]
+        part = score.partition("/")[0]
+        runs = [RunFolder.open(outcome.folder) for outcome in kept[0]]
+        found = evaluate.changed_pictures(*runs, part, [image.name for image in changed])
+        for rank, (image, picture) in enumerate(zip(changed, found, strict=True), start=1):
+            path = folder / f"group{number}_{rank}.png"
+            images.write_image(path, picture)
+            drawn.append(path)
+            entry = {"picture": path.name, "image": image.name, "difference": image.difference}
+            told.setdefault(group.label, []).append(entry)
+    if not drawn:
+        raise UserError("--pictures: no run has a baseline with the same seeds whose images were kept; name both")
+    files.write_atomic(folder / "changed.json", files.json_bytes(told))
+    return drawn
+
+
 def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
     """The same for the runs of an MLflow experiment, which need no folders here."""
     prepare()
@@ -154,7 +306,7 @@ def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
 
     fetched = fetch(experiment, uri)
     done = [run for run in fetched if run.scores]
-    outcomes = [outcome(run.name, run.stage, run.description, run.scores) for run in done]
+    outcomes = [outcome(run.name, run.stage, run.description, run.scores, run.passports, run.labelled) for run in done]
     return group(outcomes, [run.name for run in fetched if not run.scores])
 
 
@@ -179,17 +331,30 @@ def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Compar
 def _outcome(run: RunFolder) -> Outcome:
     # Runs of the first versions do not say where they came from.
     start = run.record["origin"] if "origin" in run.record else origin(run.config.get("init"))
-    scores = scores_of(run.result or {})
-    return outcome(str(run.folder), run.stage, described(run.config, start), scores)
+    result = run.result or {}
+    description = described(run.config, start)
+    labelled = labelled_digest(run.read("split.json"))
+    return outcome(
+        str(run.folder), run.stage, description, scores_of(result), passports_in(result), labelled, run.folder
+    )
 
 
-def outcome(name: str, stage: str, description: Mapping[str, str], scores: Mapping[str, float]) -> Outcome:
+def outcome(
+    name: str,
+    stage: str,
+    description: Mapping[str, str],
+    scores: Mapping[str, float],
+    passports: Passports | None = None,
+    labelled: str = "",
+    folder: Path | None = None,
+) -> Outcome:
     """A run from what `runs.described` says of it."""
     seeds = {key: description[key] for key in SEEDS if key in description}
     settings = {key: value for key, value in description.items() if _tells_apart(key, description)}
     init = Path(description.get("init", "null"))
     start = init.resolve().parent.name if init.name == "encoder" else init.name
-    return Outcome(name, stage, settings, seeds, None if start == "null" else start, dict(scores))
+    named = None if start == "null" else start
+    return Outcome(name, stage, settings, seeds, named, dict(scores), passports or {}, labelled, folder)
 
 
 def _tells_apart(key: str, description: Mapping[str, str]) -> bool:
@@ -200,12 +365,25 @@ def _tells_apart(key: str, description: Mapping[str, str]) -> bool:
     return bare not in SEEDS and f"{key}.stage" not in description
 
 
-def _by_seeds(group: Group, score: str) -> dict[tuple[tuple[str, str], ...], list[float]]:
-    found: dict[tuple[tuple[str, str], ...], list[float]] = {}
+def _labels_of(groups: Iterable[Group]) -> str:
+    return ", ".join(group.label for group in groups)
+
+
+def _has_images(outcome: Outcome) -> bool:
+    return outcome.folder is not None and (outcome.folder / IMAGES_FILE).is_file()
+
+
+def _by_draws(group: Group, score: str) -> dict[tuple[Any, ...], list[float]]:
+    found: dict[tuple[Any, ...], list[float]] = {}
     for outcome in group.outcomes:
         if score in outcome.scores:
-            found.setdefault(tuple(sorted(outcome.seeds.items())), []).append(outcome.scores[score])
+            found.setdefault(outcome.draws, []).append(outcome.scores[score])
     return found
+
+
+def _differing_passports(table: Sequence[Group], group: Group) -> list[str]:
+    found = (differing(other.passports, group.passports) for other in table)
+    return next((fields for fields in found if fields), [])
 
 
 def _without_start(group: Group) -> dict[str, str]:

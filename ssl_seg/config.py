@@ -36,8 +36,9 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class UserError(Exception):
-    """Something the user can mend: one line with what is wrong, where, and what to do next. The CLI exits with 2."""
+    """Something the user can mend: one line with what is wrong, where, and what to do next."""
 
+    exit_code = 2  # of the CLI
     of_one_process = False  # of several: then this one has to tell it, else the first tells it for all
 
 
@@ -237,6 +238,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"train.lr": 1}` as `{"train": {"lr": 1}}`; later keys lie over earlier ones as in `merge`."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -27,6 +27,7 @@ from ssl_seg.tasks import Batch
 
 IGNORE = 255
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
+NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
 LARGEST_HELD_OUT = 0.4  # of the images: rather a whole sequence of that size than neighbours on both sides
 
 
@@ -232,7 +233,10 @@ class Views:
 
 @dataclass(frozen=True)
 class Whole:
-    """A map from indices to whole images, with the mask, where it is wanted, at its own resolution."""
+    """A map from indices to whole images, with the mask, where it is wanted, at its own resolution.
+
+    With the mask comes a digest of both as they were read, before anything is resized.
+    """
 
     examples: Examples
     resize: tuple[int, int] | None = None
@@ -241,7 +245,7 @@ class Whole:
     def __getitem__(self, index: int) -> Sample:
         example = self.examples.read(index) if self.with_labels else self.examples.image(index)
         image = example.image if self.resize is None else images.resize_image(example.image, self.resize)
-        return Sample(image, example.label, index, example.name)
+        return Sample(image, example.label, index, example.name, digest_of(example) if self.with_labels else "")
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ class Sample:
     label: np.ndarray | None  # (H, W) uint8
     key: int
     name: str
+    digest: str = ""
 
 
 @dataclass
@@ -273,10 +278,11 @@ class Packed:
     key: Tensor  # (B,) int64
     label: Tensor | None
     names: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)  # of those that were read whole
 
     def pin_memory(self) -> Packed:
         label = None if self.label is None else self.label.pin_memory()
-        return Packed(self.image.pin_memory(), self.key, label, self.names)
+        return Packed(self.image.pin_memory(), self.key, label, self.names, self.digests)
 
     def to(self, device: torch.device, channels_last: bool = False) -> Batch:
         """Floats in [0, 1] on the device."""
@@ -289,7 +295,7 @@ class Packed:
 
 def loader(samples: Any, batches: Any, workers: int, pin: bool = False) -> Iterator[Packed]:
     """Batches in the order asked for. A file that cannot be read ends them with its UserError, in this process."""
-    options = {"collate_fn": pack, "pin_memory": pin, "worker_init_fn": _outlive_signals}
+    options = {"collate_fn": pack, "pin_memory": pin, "worker_init_fn": outlive_signals}
     loading = DataLoader(Caught(samples), batch_sampler=batches, num_workers=workers, **options)
     for packed in loading:
         if isinstance(packed, UserError):
@@ -298,7 +304,7 @@ def loader(samples: Any, batches: Any, workers: int, pin: bool = False) -> Itera
         yield packed
 
 
-def _outlive_signals(_: int) -> None:
+def outlive_signals(_: int) -> None:
     """In a worker: a signal to the whole process group is the main process's to answer, which still wants batches.
 
     torch lets a worker die of SIGTERM, and then the run fails in place of saving its state.
@@ -317,7 +323,25 @@ def pack(samples: Sequence[Sample | UserError]) -> Packed | UserError:
     if samples[0].label is not None:
         label = torch.stack([torch.from_numpy(np.ascontiguousarray(sample.label)) for sample in samples])
     key = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
-    return Packed(image, key, label, [sample.name for sample in samples])
+    names = [sample.name for sample in samples]
+    return Packed(image, key, label, names, [sample.digest for sample in samples])
+
+
+def sample_digest(examples: Examples, count: int = NUM_DIGESTED) -> str:
+    """sha256 of up to `count` examples, evenly apart: enough to notice other files under the same names."""
+    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
+    digests = [digest_of(examples.read(index)) for index in chosen]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def digest_of(example: Example) -> str:
+    """sha256 of the sizes and pixels of image and label: the same files under any path, decoded alike, have one."""
+    hashed = hashlib.sha256()
+    for pixels in (example.image, example.label):
+        if pixels is not None:
+            hashed.update(f"{pixels.dtype}{pixels.shape}".encode())
+            hashed.update(np.ascontiguousarray(pixels))
+    return hashed.hexdigest()
 
 
 def resized(example: Example, size: tuple[int, int] | None) -> Example:

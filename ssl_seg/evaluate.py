@@ -6,7 +6,7 @@ once at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from ssl_seg import files, images, pictures, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, SegmentationScores, image_confusion_bytes
-from ssl_seg.data import Augment, Examples, Views, Whole, loader, pack
+from ssl_seg.data import Augment, Examples, Packed, Views, Whole, hold_out, loader, pack
 from ssl_seg.datasets import Dataset
-from ssl_seg.metrics import ConfusionMatrix
+from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.passport import passport_of
+from ssl_seg.runs import RunFolder
 from ssl_seg.tasks import MultiTask, Task, evaluating, make_views
 from ssl_seg.train import Processes
 
@@ -56,14 +58,21 @@ def image_confusions(
             if packed.label is None:
                 raise UserError(f"{name}: has no mask, so it cannot be scored; name a labelled data set")
             ids = predict_ids(model, packed.to(device).image, packed.label.shape[-2:])
-            matrix = ConfusionMatrix(num_classes)
-            matrix.update(packed.label, ids.cpu())
-            pixels = matrix.counts.flatten().numpy()
-            cells = pixels.nonzero()[0]
-            rows.append((index, name, cells, pixels[cells]))
+            rows.append(count_image(index, packed, ids.cpu(), num_classes))
     if processes is not None:
         rows = processes.gather(rows)
     return ImageConfusions.from_rows(examples.class_names, rows)
+
+
+def count_image(index: int, packed: Packed, ids: Tensor, num_classes: int) -> Row:
+    """The confusion matrix of one example's class ids `(1, H, W)`, with how much of it lies near class boundaries."""
+    whole, near = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
+    whole.update(packed.label, ids)
+    where = torch.from_numpy(near_boundaries(packed.label[0].numpy()))
+    near.update(packed.label[0, where], ids[0, where])
+    pixels = whole.counts.flatten().numpy()
+    cells = pixels.nonzero()[0]
+    return Row(index, packed.names[0], cells, pixels[cells], near.counts.flatten().numpy()[cells], packed.digests[0])
 
 
 def predict_ids(model: nn.Module, image: Tensor, size: Size) -> Tensor:
@@ -182,6 +191,49 @@ def error_picture(model: nn.Module, examples: Examples, index: int, resize: Size
     return pictures.error_row(photograph, packed.label[0].numpy(), ids[0].byte().cpu().numpy(), examples.class_names)
 
 
+def changed_pictures(
+    baseline: RunFolder, other: RunFolder, part: str, names: Sequence[str], device: DeviceName = "auto"
+) -> Iterator[np.ndarray]:
+    """Of each named image of `part` (val, test): image | truth | `baseline`'s prediction | `other`'s | what changed.
+
+    The data set is that of `other`'s config, so its images have to be where they were, and a plug-in's module imported.
+    Raises UserError where a model or an image is not there.
+    """
+    examples = examples_of(other, part)
+    index_of = {examples.name(index): index for index in range(len(examples))}
+    gone = [name for name in names if name not in index_of]
+    if gone:
+        raise UserError(f"{other.folder}: its data.{part} has no image {gone[0]} any more; put the images back")
+    models = [load_model(_model_of(run)) for run in (baseline, other)]
+    place = choose_device(device)
+    for name in names:
+        index = index_of[name]
+        ids = []
+        for model, resize in models:
+            packed = pack([Whole(examples, resize)[index]])
+            with evaluating(model.to(place)):
+                ids.append(predict_ids(model, packed.to(place).image, packed.label.shape[-2:])[0].byte().cpu().numpy())
+        photograph = examples.image(index).image
+        yield pictures.change_row(photograph, packed.label[0].numpy(), *ids, examples.class_names)
+
+
+def examples_of(run: RunFolder, part: str) -> Examples:
+    """The images that the scores of a part of a run are about. Raises UserError where the config cannot be read."""
+    data = run.config.get("data", {})
+    if data.get(part) is not None:
+        return load(Dataset, data[part])
+    if part != "val" or data.get("labelled") is None:
+        raise UserError(f"{run.folder}: its config has no data.{part}; name runs that were scored on one")
+    _, held_out = hold_out(load(Dataset, data["labelled"]))
+    return held_out
+
+
+def _model_of(run: RunFolder) -> str | Path:
+    """The exported model that was scored: a run's own, or that which an evaluation names."""
+    named = run.config.get("model")
+    return named if isinstance(named, str) else run.folder
+
+
 def build_model(config: ModelConfig, class_names: tuple[str, ...]) -> SegmentationModel:
     """A segmentation model with fresh weights."""
     encoder = config.build_encoder()
@@ -244,25 +296,13 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
         folder = Path(out)
         folder.mkdir(parents=True)
         matrix = {"classes": model.class_names, "test": scores.confusion.tolist()}
-        result = {"test": named_scores(scores, model.class_names)}
+        result = {"test": found.named(), "passport": {"test": passport_of(found, resize).dump()}}
         write_images(folder, model, {"test": (data, found)}, resize)
         files.write_atomic(folder / "confusion.json", files.json_bytes(matrix))
         files.write_atomic(folder / "result.json", files.json_bytes(result))
         files.write_atomic(folder / "run.json", files.json_bytes({"stage": "evaluate", "config": config.dump()}))
         images.write_image(folder / "predictions.png", prediction_panel(model, data, resize))
     return Evaluated(scores, model.class_names, None if out is None else Path(out))
-
-
-def named_scores(scores: SegmentationScores, class_names: tuple[str, ...]) -> dict[str, float | None]:
-    """`miou`, over how many classes it averages, `accuracy` and `iou/<class>`.
-
-    A class that occurs neither in truth nor in prediction has no score (None) and is not averaged; where no pixel
-    counts nothing has one.
-    """
-    averaged = int(np.isfinite(scores.iou).sum())
-    named = {"miou": scores.miou, "averaged_classes": averaged, "accuracy": scores.accuracy}
-    named |= {f"iou/{name}": iou for name, iou in zip(class_names, scores.iou.tolist(), strict=True)}
-    return {name: None if np.isnan(value) else value for name, value in named.items()}
 
 
 def choose_device(name: DeviceName) -> torch.device:

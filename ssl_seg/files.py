@@ -192,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError for a file that is absent, damaged or holds anything else."""
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON; restore it or make it anew") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object; restore it or make it anew")

@@ -17,10 +17,12 @@ from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_
 from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.confusion import ImageConfusions, SegmentationScores
-from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts
+from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts, sample_digest
 from ssl_seg.datasets import Dataset
 from ssl_seg.dryrun import DryRun, dry_run
+from ssl_seg.leaks import Leaks, Question, guard
 from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.passport import passport_of
 from ssl_seg.stage import (
     Job,
     Options,
@@ -73,6 +75,7 @@ class FinetuneConfig(Config):
     select: Literal["best", "last"] = "best"
     stop: StopRule = StopRule()
     seed: int = 0
+    leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
 
     @field_validator("transfer")
@@ -129,9 +132,15 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         labelled, val = choose_images(config, run.read_json("split.json"))
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
+        trained = {"labelled": labelled, "pool": config.data.pool}
+        scored = {"val": val, "test": config.data.test}
+        question = Question(trained, scored, config.leaks, {"init": config.init})
+        guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
-        run.write_json("split.json", {"labelled": names_of(labelled), **held_out})
+        if processes.is_main:
+            split = {"labelled": names_of(labelled), **held_out, "sha256_of_labelled": sample_digest(labelled)}
+            run.write_json("split.json", split)
         resize = config.data.resize
         model = SegmentationModel(
             learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names
@@ -144,8 +153,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
         def figures() -> dict[str, float]:
             latest[:] = [confuse(val)]
-            named = evaluate.named_scores(latest[0].scores(), model.class_names)
-            return {f"val/{name}": value for name, value in named.items() if value is not None}
+            return {f"val/{name}": value for name, value in latest[0].named().items() if value is not None}
 
         job = Job(
             run=run,
@@ -179,10 +187,12 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             weights.export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)
             evaluate.write_images(run.folder, model, found, resize)
-            named = {part: evaluate.named_scores(scored, model.class_names) for part, scored in scores.items()}
+            named = {part: confusions.named() for part, (_, confusions) in found.items()}
+            passports = {part: passport_of(confusions, resize).dump() for part, (_, confusions) in found.items()}
             matrices = {part: scored.confusion.tolist() for part, scored in scores.items()}
             run.write_json("confusion.json", {"classes": model.class_names, **matrices})
-            run.write_json("result.json", {"steps": steps, "selected_step": selected, **named})
+            result = {"steps": steps, "selected_step": selected, **named, "passport": passports}
+            run.write_json("result.json", result)
         processes.barrier()
     return Finetuned(
         folder=run.folder,

@@ -5,11 +5,12 @@ The matrix is ours, a few lines around `bincount` that refuse ids without a clas
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_seg.confusion import SegmentationScores
+from ssl_seg.confusion import BAND_WIDTH, SegmentationScores
 from ssl_seg.losses import IGNORE_INDEX, regression
 
 # 10 log10 of a squared error under 1e-10 (a hundredth of a thousandth of the range) says nothing more, and one
@@ -49,9 +50,27 @@ class ConfusionMatrix:
         return SegmentationScores.from_confusion(self.counts)
 
     def _check_ids(self, what: str, ids: Tensor) -> None:
-        wrong = ids[(ids < 0) | (ids >= self.num_classes)]
-        if len(wrong):
-            raise ValueError(f"{what} holds class id {int(wrong[0])}, but there are {self.num_classes} classes")
+        least, most = (int(end) for end in ids.aminmax()) if len(ids) else (0, 0)
+        if least < 0 or most >= self.num_classes:
+            wrong = least if least < 0 else most
+            raise ValueError(f"{what} holds class id {wrong}, but there are {self.num_classes} classes")
+
+
+def near_boundaries(label: np.ndarray) -> np.ndarray:
+    """Where a class boundary is near: bool `(H, W)` of class ids `(H, W)` uint8.
+
+    True for a pixel that counts (is not 255) with one of another class at most `BAND_WIDTH` of the diagonal away, at
+    least 1 pixel, in rows or columns, whichever is more: the trimap of Kohli et al. (IJCV 2009), for any number of
+    classes. Ignored pixels are no class, so where only they adjoin there is no boundary; but a thin ignored line
+    between two classes, as Pascal VOC draws it, does not hide theirs. The border of the image is none either.
+    """
+    reach = max(1, round(BAND_WIDTH * float(np.hypot(*label.shape))))
+    window = np.ones((2 * reach + 1, 2 * reach + 1), dtype=np.uint8)
+    counted = label != IGNORE_INDEX
+    # 255 is never a minimum and 0 never a maximum, so neither takes part where the pixel itself counts.
+    least = cv2.erode(label, window)
+    most = cv2.dilate(np.where(counted, label, 0).astype(np.uint8), window)
+    return counted & ((least != label) | (most != label))
 
 
 def psnr(prediction: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:

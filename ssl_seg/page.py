@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -48,6 +48,7 @@ class TableRow:
     head: str
     cells: tuple[str, ...]
     mark: Markup | None = None
+    link: str | None = None  # where the head leads, relative to the page
 
 
 @dataclass(frozen=True)
@@ -156,24 +157,38 @@ class Page:
         return None if arm.group is None else arm.group.spread(score)
 
 
+@dataclass(frozen=True)
+class Front:
+    """What stands above the sections."""
+
+    title: str
+    counts: str  # `12 runs in 3 groups`
+    told: Answer
+    marks: Mapping[str, Markup]  # of the groups that `told` names
+    unfinished: tuple[tuple[str, str], ...] = ()  # what has no result, and why
+    rules: tuple[str, ...] = RULES
+
+
 def make_page(runs: Sequence[RunFolder], comparison: Comparison) -> Page:
     """The groups of a comparison with their runs, each with its look."""
     return Page(tuple(runs), comparison, tuple(_arms(comparison, runs)))
 
 
-def render(page: Page, told: Answer, sections: Sequence[Section]) -> bytes:
-    """The HTML file; sections without content are left out."""
+def make_front(page: Page, told: Answer) -> Front:
+    """The head of a page about runs."""
     marks = {arm.label: arm.mark for arm in page.arms}
+    unfinished = tuple((run.name, state(run)) for run in page.runs if not run.is_done)
+    return Front(_title(page.runs), _counts(page), told, marks, unfinished)
+
+
+def render(front: Front, sections: Sequence[Section]) -> bytes:
+    """The HTML file; sections without content are left out."""
     environment = Environment(
         loader=PackageLoader("ssl_seg"), autoescape=True, trim_blocks=True, lstrip_blocks=True, auto_reload=False
     )
     text = environment.get_template("report.html").render(
-        title=_title(page.runs),
-        counts=_counts(page),
-        told=told,
-        single=[(marks.get(label), words) for label, words in told.single],
-        rules=RULES,
-        unfinished=[(run.name, state(run)) for run in page.runs if not run.is_done],
+        front=front,
+        single=[(front.marks.get(label), words) for label, words in front.told.single],
         sections=[section for section in sections if section.blocks],
         colours=plots.COLOURS,
         version=metadata.version("ssl_seg"),

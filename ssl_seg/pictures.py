@@ -16,6 +16,7 @@ IGNORE_COLOUR = (224, 224, 224)
 FIRST_HUE = 105  # of 180: the first class is often the background or the sky, and a large area is calm in blue
 GAP = 4  # white pixels between panels
 WRONG_COLOUR = (255, 90, 0)  # light beside the dimmed image, for those too who do not tell red from green
+MENDED_COLOUR = (60, 170, 255)
 WRONG_SHADING = 0.4  # its share that the image may take away
 DIMMED = 0.4
 ERROR_SIDE = 400  # pixels of a panel's longer side: four of them fill a page, and a row takes about 300 kB
@@ -102,13 +103,42 @@ def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> n
     return drawn
 
 
+def change_map(image: np.ndarray, truth: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where `other` is right and `one` was wrong, and the other way round, in two colours as `error_map` has one.
+
+    A pixel that both have wrong, or both right, shows the dimmed image. Arrays as for `error_map`.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    drawn = np.repeat((grey * DIMMED).astype(np.uint8)[..., None], 3, axis=-1)  # (H, W) -> (H, W, 3)
+    right_before, right_after = one == truth, other == truth
+    for changed, colour in ((right_after & ~right_before, MENDED_COLOUR), (right_before & ~right_after, WRONG_COLOUR)):
+        shade = 1 - WRONG_SHADING * (1 - grey[changed, None] / 255)
+        drawn[changed] = (colour * shade).astype(np.uint8)
+    drawn[truth == IGNORE_INDEX] = IGNORE_COLOUR
+    return drawn
+
+
+def change_row(
+    image: np.ndarray, truth: np.ndarray, one: np.ndarray, other: np.ndarray, class_names: Sequence[str]
+) -> np.ndarray:
+    """Image | truth | one prediction | another | where that is better or worse; colours below, as `error_row`."""
+    size = _panel_size(truth.shape)
+    image = resize_image(image, size)
+    truth, one, other = (resize_mask(ids, size) for ids in (truth, one, other))
+    colours = palette(len(class_names))
+    row = grid([[image, colours[truth], colours[one], colours[other], change_map(image, truth, one, other)]])
+    shown = sorted({*np.unique(truth), *np.unique(one), *np.unique(other)} - {IGNORE_INDEX})
+    names = [*(class_names[index] for index in shown), "better", "worse", "ignored"]
+    swatches = [*colours[shown], MENDED_COLOUR, WRONG_COLOUR, IGNORE_COLOUR]
+    return np.vstack([row, legend(names, np.array(swatches, dtype=np.uint8), row.shape[1])])
+
+
 def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Image | prediction | truth | errors, and below the colours of the classes that occur; uint8 `(H, W, 3)`.
 
     Each panel's longer side is `ERROR_SIDE`, whatever the image's.
     """
-    scale = ERROR_SIDE / max(truth.shape)
-    size = (max(1, round(truth.shape[0] * scale)), max(1, round(truth.shape[1] * scale)))
+    size = _panel_size(truth.shape)
     image = resize_image(image, size)
     truth, prediction = resize_mask(truth, size), resize_mask(prediction, size)
     colours = palette(len(class_names))
@@ -117,3 +147,9 @@ def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, clas
     names = [*(class_names[index] for index in shown), "wrong", "ignored"]
     swatches = [*colours[shown], WRONG_COLOUR, IGNORE_COLOUR]
     return np.vstack([row, legend(names, np.array(swatches, dtype=np.uint8), row.shape[1])])
+
+
+def _panel_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) with the longer side `ERROR_SIDE`."""
+    scale = ERROR_SIDE / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

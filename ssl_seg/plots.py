@@ -109,6 +109,24 @@ class Series:
     style: Style
 
 
+@dataclass(frozen=True)
+class Band:
+    """A figure of one group at several places of an axis: every value there, and the interval of their mean."""
+
+    places: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]  # at each place; none where nothing is known
+    intervals: tuple[tuple[float, float] | None, ...]
+    style: Style
+
+
+@dataclass(frozen=True)
+class Change:
+    """A cell of a heat map: how much more or less, and whether its interval leaves 0 out."""
+
+    value: float
+    is_sure: bool
+
+
 def styles(baselines: Sequence[bool]) -> list[Style]:
     """A style a group: grey for the baselines, else colours in turn; by marker and dash more can be told apart."""
     found, greys, coloured = [], 0, 0
@@ -160,7 +178,7 @@ def dots(name: str, rows: Sequence[Row], axis: str, about: str, zero: bool = Fal
     panel.set_yticks([])
     every = [value for row in rows for value in row.values]
     _fit_x(panel, [*every, 0.0] if zero else every, zero)
-    panel.set_xlabel(axis, fontsize=TEXT, color=_light("muted"))
+    _name_axis(panel, axis)
     return to_svg(figure, name, about)
 
 
@@ -186,6 +204,93 @@ def curves(name: str, lines: Sequence[Curve], about: str, by_logarithm: bool = F
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     panel.set_xlabel("step", fontsize=TEXT, color=_light("muted"))
+    return to_svg(figure, name, about)
+
+
+def bands(
+    name: str,
+    lines: Sequence[Band],
+    axis: str,
+    about: str,
+    reach: tuple[float, float],
+    by_logarithm: bool = False,
+    zero: bool = False,
+) -> str:
+    """Figures over a numeric axis: mean as a line, its interval as a band, every value as a small dot.
+
+    Only places that have values are ticks. Dots of several groups stand beside each other, or they would hide each
+    other. `reach` is what the upright axis holds, so that figures can share it. `zero` draws a line there, and numbers
+    have signs.
+    """
+    figure, panel = _panel(2.15, bottom=0.46, left=0.5, right=0.14, top=0.1)
+    places = sorted({place for line in lines for place in line.places})
+    to_axis, from_axis = (np.log, np.exp) if by_logarithm else (np.array, np.array)
+    length = float(np.ptp(to_axis(places))) or 1.0
+    for lane, line in enumerate(lines):
+        aside = 0.016 * length * (lane - (len(lines) - 1) / 2)
+        means = [np.mean(values) if values else np.nan for values in line.values]
+        low, high = np.array([own or (np.nan, np.nan) for own in line.intervals]).reshape(-1, 2).T
+        panel.fill_between(line.places, low, high, color=line.style.hex, alpha=0.15, linewidth=0)
+        panel.plot(line.places, means, color=line.style.hex, linewidth=1.7, linestyle=line.style.dash)
+        panel.plot(line.places, means, **_dot(line.style, 4.6))
+        for place, values, own in zip(line.places, line.values, line.intervals, strict=True):
+            beside = [float(from_axis(to_axis(place) + aside))]
+            panel.plot(beside * len(values), values, **_dot(line.style, 2.4), alpha=0.5)
+            if own is not None:  # a band has no width at a single place
+                panel.plot(beside * 2, own, color=line.style.hex, linewidth=0.8, alpha=0.6)
+    if zero:
+        panel.axhline(0.0, color=_light("muted"), linewidth=1.0, zorder=1)
+    if by_logarithm:
+        panel.set_xscale("log")
+    panel.set_xlim(*from_axis(to_axis([places[0], places[-1]]) + np.array([-0.07, 0.07]) * length))
+    room = 0.05 * (reach[1] - reach[0]) or 0.5
+    panel.set_ylim(reach[0] - room, reach[1] + room)
+    panel.set_xticks(places, [_short(place) for place in places])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(MaxNLocator(6))
+    panel.yaxis.set_major_formatter(FuncFormatter(_signed if zero else _short))
+    panel.grid(axis="y", color=_light("line"), linewidth=0.6)
+    _name_axis(panel, axis)
+    return to_svg(figure, name, about)
+
+
+def changes(
+    name: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[Change | None]],
+    axis: str,
+    about: str,
+    largest: float,
+) -> str:
+    """A heat map of signed numbers, [row, column]: more is blue, less is orange, the deeper the farther from 0.
+
+    `largest` is what has the deepest colour, so that several maps can share it. Numbers whose interval leaves 0 out are
+    bold; None is a dash.
+    """
+    words = [_cut(plain(own), 22) for own in rows]
+    heads = [_cut(plain(own), 18) for own in columns]
+    upright = max(len(head) for head in heads) > 6
+    left = 0.14 + 0.07 * max(len(word) for word in words)
+    top = 0.14 + (0.07 * max(len(head) for head in heads) if upright else 0.1)
+    width = max(PANEL, left + 0.42 * len(columns) + 0.1)
+    figure, panel = _panel(0.19 * len(rows), bottom=0.3, left=left, right=0.1, top=top, width=width)
+    for row, own in enumerate(cells):
+        for column, change in enumerate(own):
+            text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": _light("ink")}
+            if change is None:
+                panel.text(column, row, "\N{EN DASH}", **text)
+                continue
+            depth = 0.62 * min(1.0, abs(change.value) / largest) if largest else 0.0
+            colour = _light("cell" if change.value > 0 else "vermilion")
+            panel.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, alpha=depth, linewidth=0))
+            shown = with_minus(f"{change.value:+.1f}")
+            panel.text(column, row, shown, fontweight="bold" if change.is_sure else "normal", **text)
+    panel.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    panel.tick_params(labeltop=True, labelbottom=False)
+    panel.set_xticks(range(len(columns)), heads, fontsize=SMALL, rotation=90 if upright else 0)
+    panel.set_yticks(range(len(rows)), words, fontsize=SMALL)
+    _name_axis(panel, axis)
     return to_svg(figure, name, about)
 
 
@@ -218,7 +323,7 @@ def classes(
     if zero:
         panel.axvline(0.0, color=_light("muted"), linewidth=1.0, zorder=1)
     panel.grid(axis="x", color=_light("line"), linewidth=0.6)
-    panel.set_xlabel(axis, fontsize=TEXT, color=_light("muted"))
+    _name_axis(panel, axis)
     return to_svg(figure, name, about)
 
 
@@ -468,6 +573,10 @@ def _beside(panel: Axes, x: float, y: float, text: str, side: str, colour: str, 
     """Text at `x` of the axes' width and `y` of its data."""
     place = panel.get_yaxis_transform()
     panel.text(x, y, text, transform=place, ha=side, va="center", fontsize=TEXT, color=_light(colour), **more)
+
+
+def _name_axis(panel: Axes, name: str) -> None:
+    panel.set_xlabel(_cut(plain(name), LABEL_WIDTH), fontsize=TEXT, color=_light("muted"))
 
 
 def _fit_x(panel: Axes, values: Sequence[float], zero: bool) -> None:

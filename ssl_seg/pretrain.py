@@ -13,6 +13,7 @@ from ssl_seg.config import Config
 from ssl_seg.data import Augment, Samples
 from ssl_seg.datasets import Dataset
 from ssl_seg.dryrun import DryRun, dry_run
+from ssl_seg.leaks import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.stage import (
     Job,
@@ -59,6 +60,7 @@ class PretrainConfig(Config):
     # 32, 64, 128, 256, 512 and 1,024 images.
     recalibrate: NonNegativeInt = 256
     seed: int = 0
+    leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
 
     @field_validator("recalibrate")
@@ -97,7 +99,10 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     if config.init and not store.has_checkpoint(options.out):
         weights.read_encoder_info(config.init)  # before anything is written
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
-        check_same_images(run, {"pool": config.data.pool, "val": config.data.val}, options.allow_changed)
+        pool, val = {"pool": config.data.pool}, {"val": config.data.val}
+        check_same_images(run, {**pool, **val}, options.allow_changed)
+        question = Question(pool, val, config.leaks, {"init": config.init})
+        guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 

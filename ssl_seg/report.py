@@ -51,6 +51,7 @@ from ssl_seg.page import (
     drawn,
     folds,
     legend,
+    make_front,
     make_page,
     not_shown,
     render,
@@ -97,7 +98,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     told = answer(comparison, runs)
     page = make_page(runs, comparison)
     sections = [section for build in SECTIONS for section in build(page)]
-    files.write_atomic(path, render(page, told, sections))
+    files.write_atomic(path, render(make_front(page, told), sections))
     return Report(path, told.headline)
 
 
@@ -123,6 +124,7 @@ def _scores(page: Page) -> Iterator[Section]:
     segmenting = [arm for arm in page.arms if page.score is not None and page.spread(arm, page.score) is not None]
     if segmenting:
         blocks.append(_score_table(page, segmenting))
+        blocks += [Text(f"{line[0].upper()}{line[1:]}.") for line in page.comparison.apart]
         if sum(len(arm.runs) for arm in segmenting) > 1:
             blocks.append(Panels(tuple(_score_dots(page, segmenting)), shape="wide"))
     for stage in dict.fromkeys(arm.stage for arm in page.arms if arm not in segmenting and arm.group is not None):

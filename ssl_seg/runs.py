@@ -6,22 +6,198 @@ Imports no torch, so that a table of many runs, or the process that mirrors one,
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from ssl_seg import files
 from ssl_seg.config import UserError, flatten
 
+WATCHING = ("tracking.", "leaks.")  # config keys by which nothing comes out differently
 LOCK = "lock"  # of the process that runs; its number stands in it
 TIME = "time"  # of a line of metrics: milliseconds since 1970
 PICTURE = re.compile(r"(\d{8,})_(.+)\.png")
+
+
+# ---- what the files hold: as much of their shape as readers rely on ----
+
+
+class _Shape(BaseModel):
+    """Keys of other versions may be there too. Strict: neither "0.4" nor true is a score."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+Number = float | None  # strict: an integer too, no text, no bool; null where there is nothing to divide by
+Finite = Annotated[float, Field(allow_inf_nan=False)] | None
+Pixels = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def _check_time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_check_time)] | None
+
+
+class _ConfigShape(_Shape):
+    init: str | None = None
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    tasks: dict[str, Any] | None = None
+
+
+class _OriginShape(_Shape):
+    stage: str
+    config: dict[str, Any]
+    origin: _OriginShape | None = None
+
+
+class _CostShape(_Shape):
+    seconds: Finite = None
+    images: Finite = None
+    peak_memory_mib: Finite = None
+
+
+class _RecordShape(_Shape):
+    stage: str
+    config: _ConfigShape
+    status: str = "finished"
+    origin: _OriginShape | None = None
+    started: Moment = None
+    ended: Moment = None
+    resumed: list[dict[str, Any]] | None = None
+    versions: dict[str, Any] | None = None
+    cost: _CostShape | None = None
+
+
+class _ResultShape(_Shape):
+    __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
+    passport: dict[str, dict[str, Any]] = {}
+
+
+class _SplitShape(_Shape):
+    labelled: list[str] = []
+    val: list[str] = []
+    sha256_of_labelled: str = ""
+
+
+class _PartShape(_Shape):
+    images: int = 0
+    sha256_of_names: str = ""
+
+
+class _ExtremeShape(_Shape):
+    kind: str
+    name: str
+    picture: str
+    miou: Number = None
+
+
+class _ReceiptShape(_Shape):
+    share: float = 0.0
+    features_equal: bool | None = None
+    matched: list[Any] | dict[str, Any] | None = None
+    missing: list[Any] | dict[str, Any] | None = None
+    left_over: list[Any] | dict[str, Any] | None = None
+    mismatched: list[Any] | dict[str, Any] | None = None
+
+
+class _LeakShape(_Shape):
+    kind: str
+    part: str
+    name: str
+    scored_part: str
+    scored: str
+    detail: str
+    allowed: bool
+
+
+class LeaksShape(_Shape):
+    checked: bool
+    trained: dict[str, int]
+    scored: dict[str, int]
+    leaks: list[_LeakShape]
+
+
+class _MatricesShape(_Shape):
+    __pydantic_extra__: dict[str, list[list[Pixels]]]
+    classes: list[str]
+
+
+SHAPES = {
+    "run.json": TypeAdapter(_RecordShape),
+    "result.json": TypeAdapter(_ResultShape),
+    "split.json": TypeAdapter(_SplitShape),
+    "data.json": TypeAdapter(dict[str, _PartShape]),
+    "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
+    "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
+    "leaks.json": TypeAdapter(LeaksShape),
+    "confusion.json": TypeAdapter(_MatricesShape),
+}
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """The object in a run's JSON file. Raises UserError as `files.read_json` and `check_shape`."""
+    values = files.read_json(path)
+    check_shape(path, values)
+    return values
+
+
+def check_shape(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on."""
+    shape = SHAPES.get(path.name)
+    try:
+        if shape is not None:
+            shape.validate_python(values)
+    except ValidationError as error:
+        # Of what may be several things the error that lies deepest is that of the right one.
+        place, message = max((_explained(found, values) for found in error.errors(include_url=False)), key=_depth)
+        raise UserError(
+            f"{path}: {'.'.join(place)} is not as a run writes it ({message}); restore the file or leave the run out"
+        ) from error
+    if path.name == "confusion.json":
+        _check_matrices(path, values)
+
+
+def _explained(error: ErrorDetails, values: Any) -> tuple[list[str], str]:
+    """The keys to the place of an error, without the types that pydantic puts between them, and what is wrong."""
+    keys = []
+    for part in error["loc"]:
+        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]
+            keys.append(str(part))
+    if error["type"] == "missing":
+        keys.append(str(error["loc"][-1]))
+    return keys, error["msg"].removeprefix("Value error, ")
+
+
+def _depth(explained: tuple[list[str], str]) -> int:
+    return len(explained[0])
+
+
+def _check_matrices(path: Path, values: Mapping[str, Any]) -> None:
+    count = len(values["classes"])
+    for part in set(values) - {"classes"}:
+        if len(values[part]) != count or any(len(row) != count for row in values[part]):
+            raise UserError(f"{path}: {part} is no matrix of {count} classes; restore the file or leave the run out")
+
+
+# ---- the folder ----
 
 
 @dataclass(frozen=True)
@@ -45,8 +221,10 @@ class RunFolder:
         found = cls(Path(folder))
         if not (found.folder / "run.json").is_file():
             raise UserError(f"{folder}: is no run folder (it has no run.json); give one that --out named")
-        if not isinstance(found.record.get("config"), Mapping) or "stage" not in found.record:
+        record = files.read_json(found.folder / "run.json")
+        if not isinstance(record.get("config"), Mapping) or "stage" not in record:
             raise UserError(f"{folder}: its run.json is not one of ours; give a folder that --out named")
+        check_shape(found.folder / "run.json", record)
         return found
 
     @property
@@ -56,7 +234,7 @@ class RunFolder:
     @cached_property
     def record(self) -> dict[str, Any]:
         """run.json."""
-        return files.read_json(self.folder / "run.json")
+        return read_checked(self.folder / "run.json")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -86,7 +264,7 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it has none."""
         path = self.folder / name
-        return files.read_json(path) if path.is_file() else None
+        return read_checked(path) if path.is_file() else None
 
     def metrics(self) -> list[dict[str, float]]:
         return read_metrics(self.folder)
@@ -129,9 +307,11 @@ def origin(init: str | None) -> dict[str, Any] | None:
     """Stage, config and own origin of the run that `init` names by its folder or encoder/; None for a mere file."""
     places = [] if init is None else [Path(init), Path(init).parent]
     for place in places:
-        if (place / "run.json").is_file():
-            record = files.read_json(place / "run.json")
+        path = place / "run.json"
+        if path.is_file():
+            record = files.read_json(path)
             if isinstance(record.get("config"), Mapping) and "stage" in record:
+                check_shape(path, record)
                 return {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
     return None
 
@@ -139,9 +319,9 @@ def origin(init: str | None) -> dict[str, Any] | None:
 def described(config: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, str]:
     """Every key of a run's config, dotted, with its value as text; under `init.` those of the run it started from.
 
-    `start` is that run's `origin`. Where a run is tracked says nothing about it and is left out.
+    `start` is that run's `origin`. What says nothing about it is left out: where it is tracked, what was checked.
     """
-    description = {key: as_text(value) for key, value in flatten(config).items() if not key.startswith("tracking.")}
+    description = {key: as_text(value) for key, value in flatten(config).items() if not key.startswith(WATCHING)}
     if start is not None:
         inner = {"stage": start["stage"], **described(start["config"], start["origin"])}
         description |= {f"init.{key}": value for key, value in inner.items()}
@@ -157,7 +337,22 @@ def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a result.json, `part/name`."""
     parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
     flat = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
-    return {name: value for name, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in flat.items() if _is_figure(value)}
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # which NaN is not
+
+
+def labelled_digest(split: Mapping[str, Any] | None) -> str:
+    """What tells the labelled images of one run from those of another, by its split.json: names, and pixels of some.
+
+    '' for a run that wrote none. Runs of the first versions noted the names alone.
+    """
+    if not split or "labelled" not in split:
+        return ""
+    names = json.dumps([split["labelled"], split.get("sha256_of_labelled", "")])
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def now() -> int:
@@ -174,6 +369,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
 
 
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line of a metrics file with its content. A line is whole once its line break is written."""
     if not path.exists():
@@ -182,7 +381,7 @@ def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
-            whole = isinstance(record["step"], int)
+            whole = isinstance(record["step"], int) and all(map(_is_number, record.values()))
         except (ValueError, LookupError, TypeError):
             whole = False
         if not whole:

@@ -18,8 +18,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -51,6 +51,10 @@ RUN_FILES = (
     "nonfinite.json",
     "tasks.json",
     "data.json",
+    "images.json",
+    "fingerprints.safetensors",
+    "leaks.json",
+    "leaks.png",
     "split.json",
     "receipts.json",
     "tracking",
@@ -58,7 +62,7 @@ RUN_FILES = (
 )
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
 STATE_TENSORS, STATE_DATA, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-FREE = ("tracking.*",)  # config keys that may change when a run goes on: the weights do not come from them
+FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
 NUM_NEWEST = 2  # one to resume from, one more for when a disk has damaged it
 
 
@@ -170,7 +174,7 @@ class Run:
         if self._lock is None:
             return
         lock, self._lock = self._lock, None
-        record = {**self._record, "status": status, "ended": _now()}
+        record = {**self._record, "status": status, "ended": now()}
         try:
             files.write_atomic(self.folder / "run.json", files.json_bytes(record))
         finally:
@@ -277,18 +281,25 @@ def _new_record(stage: str, config: Config, device: str, seed: int) -> dict[str,
     return {
         "stage": stage,
         "status": "running",
-        "command": shlex.join(sys.argv),
-        "started": _now(),
+        **provenance(),
         "resumed": [],
         "ended": None,
-        "git_commit": _git_commit(),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
         "device": device,
         "seed": seed,
         # What `init` was trained on and how, so that runs can be told apart when its folder is gone.
         "origin": runs.origin(getattr(config, "init", None)),
         # Also in config.yaml; that one a person may edit for the next run, this one tells what the weights come from.
         "config": config.dump(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """By what command, when, and of which versions something is made."""
+    return {
+        "command": shlex.join(sys.argv),
+        "started": now(),
+        "git_commit": _git_commit(),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
     }
 
 
@@ -308,7 +319,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, as records have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -338,6 +350,18 @@ def _take_lock(folder: Path) -> int:
     os.write(lock, str(os.getpid()).encode())
     _locks.add(lock)
     return lock
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes of ours out of a folder that is made where it is missing. Raises UserError if one has it."""
+    with files.naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder)
+    try:
+        yield
+    finally:
+        _free_lock(lock)
 
 
 def _free_lock(lock: int) -> None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from ssl_seg import compare, runs
-from ssl_seg.compare import Outcome, Spread, group
+from ssl_seg import cli, compare, report, runs
+from ssl_seg.compare import Group, Outcome, Spread, group
+from ssl_seg.confusion import IMAGES_FILE
+from ssl_seg.data import hold_out
+from ssl_seg.evaluate import changed_pictures, examples_of, image_confusions
+from ssl_seg.evidence import block_bootstrap
+from ssl_seg.images import read_image, resize_mask
+from ssl_seg.pictures import GAP, palette
+from ssl_seg.runs import RunFolder
+from ssl_seg.tracking import mirror
 from tests.faults import message_of
+from tests.small import Textured
+from tests.test_passport import change, scored, write_scored
 
 CONFIG = {
     "data": {"labelled": {"type": "camvid", "drives": ["a", "b"]}},
@@ -224,3 +240,296 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path, kind: str) -> None:
         written(folder, CONFIG, None)
     expected = {"nothing": "is no run folder", "stranger": "not one of ours", "unfinished": "has no result yet"}
     assert expected[kind] in message_of(lambda: compare.compare([folder]))
+
+
+# ---- what may be ranked, and over which images ----
+
+
+def of_images(folder: Path, answers: int, seed: int = 0, init: str | None = None, **scored_as: Any) -> Path:
+    """A finished fine-tuning with its images' matrices, from scratch or not."""
+    origin = None if init is None else {"stage": "pretrain", "config": PRETRAINING, "origin": None}
+    config = laid(CONFIG, {"seed": seed, "init": init})
+    run = write_scored(folder, {"val": scored(answers, **scored_as)}, config=config, origin=origin)
+    (run / "split.json").write_text(json.dumps({"labelled": ["a", "b"], "sha256_of_labelled": "0" * 64}))
+    return run
+
+
+def change_result(run: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    change(run / "result.json", edit)
+
+
+def names_of(table: Sequence[Group]) -> list[str]:
+    return [Path(outcome.name).name for own in table for outcome in own.outcomes]
+
+
+def test_scores_of_other_images_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    of_images(tmp_path / "scratch", 0)
+    of_images(tmp_path / "pre", 1, init="runs/pre")
+    of_images(tmp_path / "pre_on_others", 2, init="runs/pre", images="b")
+    found = compare.compare([tmp_path])
+    assert [names_of(table) for table in found.tables] == [["scratch", "pre"], ["pre_on_others"]]
+    gains = [found.gain(own, "val/miou") is not None for table in found.tables for own in table]
+    assert gains == [False, True, False], "the settings and seeds are the same, the images on disk are not"
+    (line,) = found.apart
+    assert line.endswith("it differs in val: split")
+
+
+def test_a_report_calls_none_of_them_the_highest(tmp_path: Path) -> None:
+    one = of_images(tmp_path / "one", 0, init="runs/pre")
+    other = of_images(tmp_path / "other", 1, init="runs/pre", images="b")
+    alike = of_images(tmp_path / "alike", 1, init="runs/pre")
+    change(alike / "run.json", lambda record: record["config"]["train"].update(steps=9))
+    assert "so none is the highest" in report.report([one, other]).headline
+    assert "it differs in val: split." in (tmp_path / "report.html").read_text()
+    assert "The highest mean mIoU" in report.report([one, alike]).headline
+
+
+def test_a_run_without_a_passport_is_ranked_among_its_like_alone(tmp_path: Path) -> None:
+    for name, init in (("scratch", None), ("pre", "runs/pre")):
+        of_images(tmp_path / f"new_{name}", 0, init=init)
+        change_result(of_images(tmp_path / f"old_{name}", 0, init=init), lambda result: result.pop("passport"))
+    found = compare.compare([tmp_path])
+    assert [names_of(table) for table in found.tables] == [["new_scratch", "new_pre"], ["old_scratch", "old_pre"]]
+    assert [found.gain(own, "val/miou") is None for table in found.tables for own in table] == [True, False] * 2
+    assert "differs in val: passport" in found.apart[0]
+    assert found.apart[1].startswith("no passport, so nothing says")
+    alone = compare.compare([tmp_path / "old_scratch", tmp_path / "old_pre"])
+    assert len(alone.tables) == len(alone.apart) == 1
+
+
+def test_the_size_of_the_input_and_the_software_do_not_keep_scores_apart(tmp_path: Path) -> None:
+    of_images(tmp_path / "one", 0)
+    other = {"resize": [24, 32], "software": "9.9"}
+    change_result(of_images(tmp_path / "two", 1, seed=1), lambda result: result["passport"]["val"].update(other))
+    found = compare.compare([tmp_path])
+    assert [len(own.outcomes) for own in found.groups] == [2]
+    assert found.apart == ()
+
+
+@pytest.mark.parametrize("split", [{"labelled": ["a", "c"]}, {"labelled": ["a", "b"], "sha256_of_labelled": "1"}, {}])
+def test_other_labelled_images_are_no_pair(split: dict[str, Any], tmp_path: Path) -> None:
+    of_images(tmp_path / "scratch", 0)
+    run = of_images(tmp_path / "pre", 1, init="runs/pre")
+    found = compare.compare([tmp_path])
+    assert found.gain(found.groups[1], "val/miou").n == 1
+    (run / "split.json").write_text(json.dumps(split))
+    found = compare.compare([tmp_path])
+    assert found.baseline(found.groups[1]) is found.groups[0]
+    assert found.gain(found.groups[1], "val/miou") is None
+    assert found.pairs(found.groups[1]) == []
+
+
+def test_differences_over_images_are_the_block_bootstrap_s(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        of_images(tmp_path / f"scratch_{seed}", seed, seed=seed, count=100)
+        of_images(tmp_path / f"pre_{seed}", 10 + seed, seed=seed, init="runs/pre", count=100)
+    of_images(tmp_path / "pre_9", 30, seed=9, init="runs/pre", count=100)  # without a pair
+    found = compare.compare([tmp_path])
+    scratch, group = found.groups
+    base, own = ([scored(seed, 100) for seed in seeds] for seeds in ((0, 1), (10, 11)))
+    expected = block_bootstrap(base, own, resamples=compare.RESAMPLES)
+    assert found.over_images(group, "val/miou") == expected
+    near = ([images.at_boundaries() for images in side] for side in (base, own))
+    assert found.over_images(group, "val/band/miou") == block_bootstrap(*near, resamples=compare.RESAMPLES)
+    assert found.over_images(group, "val/band/miou") != expected
+    assert found.over_images(scratch, "val/miou") is None
+    assert found.over_images(group, "test/miou") is None
+    (tmp_path / "pre_1" / IMAGES_FILE).unlink()
+    left = compare.compare([tmp_path]).over_images(group, "val/miou")
+    assert left == block_bootstrap(base[0], own[0], resamples=compare.RESAMPLES), "the pair whose images were kept"
+
+
+def test_the_images_that_changed_most_come_first(tmp_path: Path) -> None:
+    of_images(tmp_path / "scratch", 0)
+    of_images(tmp_path / "pre", 1, init="runs/pre")
+    found = compare.compare([tmp_path])
+    changed = found.changed(found.groups[1], "val/miou")
+    differences = scored(1).per_image_miou() - scored(0).per_image_miou()
+    assert [image.index for image in changed] == np.argsort(-np.abs(differences)).tolist()
+    assert [image.difference for image in changed] == pytest.approx([differences[image.index] for image in changed])
+    assert changed[0].name == f"a_{changed[0].index}"
+    assert found.changed(found.groups[0], "val/miou") == ()
+
+
+def ssl_seg(*words: object) -> int:
+    return cli.run(lambda: cli.app(args=[str(word) for word in words], standalone_mode=False))
+
+
+def test_the_command_verifies_and_keeps_tables_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_images(tmp_path / "scratch", 0, count=100)
+    of_images(tmp_path / "pre", 1, init="runs/pre", count=100)
+    of_images(tmp_path / "other", 2, init="runs/pre", images="b")
+    assert ssl_seg("compare", tmp_path, "--verify") == 0
+    said = capsys.readouterr().out
+    assert said.count("figures follow from the confusion matrices") == 3
+    for words in (
+        "95 % over images",
+        "gain in val/band/miou",
+        "gain in val/iou/sky",
+        "not ranked with the first table",
+    ):
+        assert words in said
+    change_result(tmp_path / "pre", lambda result: result["val"].update(miou=0.9))
+    assert ssl_seg("compare", tmp_path, "--verify") == 2
+    said = capsys.readouterr()
+    assert "gain in" not in said.out
+    assert said.err.startswith(f"ssl-seg: {tmp_path / 'pre'}: result.json says val/miou = 0.9")
+    assert ssl_seg("compare", "--experiment", "x", "--verify") == 2
+
+
+class Constant(nn.Module):
+    """One class everywhere."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        ids = torch.full((len(image), *image.shape[2:]), self.index)  # (B, H, W) -> (B, 2, H, W)
+        return nn.functional.one_hot(ids, 2).movedim(-1, 1).float()
+
+
+def test_the_images_that_changed_most_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    side = 80
+    monkeypatch.setattr("ssl_seg.pictures.ERROR_SIDE", side)
+    data = Textured(count=9)
+    models = {tmp_path / name: Constant(index) for index, name in enumerate(("scratch", "pre"))}
+    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda run: (models[run], (40, 40)))
+    for (folder, model), init in zip(models.items(), (None, "runs/pre"), strict=True):
+        config = laid(CONFIG, {"data.val": data.dump(), "init": init})
+        origin = None if init is None else {"stage": "pretrain", "config": PRETRAINING, "origin": None}
+        write_scored(folder, {"val": image_confusions(model, data)}, config=config, origin=origin)
+    out = tmp_path / "out"
+    assert ssl_seg("compare", *models, "--pictures", out) == 0
+    assert "6 images that changed most" in capsys.readouterr().out
+    listed = json.loads((out / "changed.json").read_text())["pre"]
+    assert [entry["picture"] for entry in listed] == [f"group2_{rank}.png" for rank in range(1, 7)]
+    sizes = [abs(entry["difference"]) for entry in listed]
+    assert sizes == sorted(sizes, reverse=True)
+    sheet = read_image(out / "group2_1.png")
+    assert sheet.shape[1] == 5 * side + 4 * GAP
+    index = int(listed[0]["image"].rpartition("_")[2])
+    truth = resize_mask(data.read(index).label, (side, side))
+    panels = [sheet[:side, start : start + side] for start in range(0, sheet.shape[1], side + GAP)]
+    for panel, ids in zip(panels[1:4], (truth, np.zeros_like(truth), np.ones_like(truth)), strict=True):
+        np.testing.assert_array_equal(panel, palette(2)[ids])
+    bluer = panels[4][..., 2].astype(int) - panels[4][..., 0]
+    np.testing.assert_array_equal(bluer > 0, truth == 1, "blue where the second is right")
+    np.testing.assert_array_equal(bluer < 0, truth == 0, "orange where the first was")
+    assert ssl_seg("compare", *models, "--pictures", out) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert ssl_seg("compare", tmp_path / "scratch", "--pictures", tmp_path / "none") == 2
+    assert "no run has a baseline" in capsys.readouterr().err
+
+
+def test_images_that_are_gone_are_named(tmp_path: Path) -> None:
+    run = RunFolder.open(written(tmp_path / "run", {"data": {"val": Textured(count=2).dump()}}, {}))
+    said = message_of(lambda: next(changed_pictures(run, run, "val", ["textured_0_7"])))
+    assert "has no image textured_0_7 any more" in said
+    assert "has no data.test" in message_of(lambda: examples_of(run, "test"))
+    labelled = Textured(count=10)
+    without = RunFolder.open(written(tmp_path / "held", {"data": {"labelled": labelled.dump(), "val": None}}, {}))
+    assert examples_of(without, "val") == hold_out(labelled)[1]
+
+
+@pytest.mark.slow  # a fresh database takes seconds; a quick one of test_tracking compares passports too
+def test_an_experiment_keeps_the_same_scores_apart_and_an_overwritten_run_counts_once(tmp_path: Path) -> None:
+    runs_folder = tmp_path / "runs"
+    folders = [
+        of_images(runs_folder / "scratch", 0),
+        of_images(runs_folder / "pre", 1, init="runs/pre"),
+        of_images(runs_folder / "pre_on_others", 2, init="runs/pre", images="b"),
+    ]
+    for folder in folders:
+        mirror.track(folder)
+    shutil.rmtree(folders[2])
+    of_images(folders[2], 5, init="runs/pre", images="b")
+    mirror.track(folders[2])
+    by_folder = compare.compare([runs_folder])
+    by_name = compare.compare_experiment("ssl_seg", f"sqlite:///{runs_folder / 'mlflow.db'}")
+    assert [len(table) for table in by_name.tables] == [len(table) for table in by_folder.tables] == [2, 1]
+    assert by_name.apart == by_folder.apart
+    for one, other in zip(by_name.groups, by_folder.groups, strict=True):
+        assert one.spread("val/miou") == other.spread("val/miou")
+        assert by_name.gain(one, "val/miou") == by_folder.gain(other, "val/miou")
+        assert one.outcomes[0].labelled == other.outcomes[0].labelled != ""
+    assert by_name.over_images(by_name.groups[1], "val/miou") is None, "images stay in their folders"
+
+
+# ---- what a stranger's folder may hold ----
+
+
+def with_config(**config: Any) -> dict[str, Any]:
+    return {"stage": "finetune", "config": config}
+
+
+def with_record(**record: Any) -> dict[str, Any]:
+    return {"stage": "finetune", "config": {}, **record}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("result.json", [1]),
+        ("result.json", {"val": {"miou": "0.4"}}),
+        ("result.json", {"val": {"miou": True}}),
+        ("result.json", {"val": [0.4]}),
+        ("result.json", {"val": {"miou": {"road": 1}}}),
+        ("result.json", {"val": {"miou": 0.5}, "passport": [1]}),
+        ("result.json", {"val": {"miou": 0.5}, "passport": {"val": 3}}),
+        ("run.json", [1]),
+        ("run.json", {"stage": "finetune", "config": [1]}),
+        ("run.json", {"stage": 3, "config": {}}),
+        ("run.json", with_config(init=3)),
+        ("run.json", with_config(train=[3])),
+        ("run.json", with_config(tasks=3)),
+        ("run.json", with_config(data=3)),
+        ("run.json", with_record(status=3)),
+        ("run.json", with_record(origin="x")),
+        ("run.json", with_record(origin={"stage": "x", "config": 3})),
+        ("run.json", with_record(started="yesterday")),
+        ("run.json", with_record(started="2026-01-01T00:00:00")),
+        ("run.json", with_record(cost={"seconds": math.nan})),
+        ("run.json", with_record(versions=3)),
+        ("run.json", with_record(resumed=3)),
+        ("split.json", {"labelled": [3]}),
+        ("split.json", {"labelled": 3}),
+        ("data.json", {"val": 3}),
+        ("data.json", {"val": {"images": "3"}}),
+        ("confusion.json", {"classes": 3}),
+        ("confusion.json", {"classes": ["a"], "val": 3}),
+        ("confusion.json", {"classes": ["a"], "val": [[1, 2]]}),
+        ("confusion.json", {"classes": ["a"], "val": [[-1]]}),
+        ("confusion.json", {"classes": ["a"], "val": [[0.5]]}),
+        ("confusion.json", {"val": [[1]]}),
+        ("extremes.json", {"val": 3}),
+        ("extremes.json", {"val": [3]}),
+        ("extremes.json", {"val": [{"kind": "best", "name": "a", "picture": "b", "miou": "0.3"}]}),
+        ("receipts.json", {"encoder": 3}),
+        ("receipts.json", {"encoder": {"share": "all"}}),
+        ("receipts.json", {"encoder": {"matched": 3}}),
+    ],
+)
+def test_a_file_of_a_stranger_that_makes_no_sense_is_one_line(name: str, values: Any, tmp_path: Path) -> None:
+    run = written(tmp_path / "run", CONFIG, {"val": {"miou": 0.5, "iou/a": 0.5}})
+    report.report([run])
+    (run / name).write_text(json.dumps(values))
+    assert str(run) in message_of(lambda: report.report([run]))
+    if name in ("run.json", "result.json", "split.json"):
+        assert str(run) in message_of(lambda: compare.compare([run]))
+
+
+def test_json_nested_without_end_and_metrics_that_are_no_numbers_are_one_line(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", CONFIG, {"val": {"miou": 0.5}})
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": "low"}\n')
+    assert "line 1 is no metrics record" in message_of(lambda: report.report([run]))
+    (run / "result.json").write_text("[" * 100_000)
+    assert "result.json: not readable as JSON" in message_of(lambda: compare.compare([run]))
+
+
+def test_a_score_that_is_no_finite_number_is_none() -> None:
+    result = {"val": {"miou": 0.5, "iou/a": math.nan, "iou/b": math.inf, "iou/c": None, "iou/d": 10**400}}
+    assert runs.scores_of(result) == {"val/miou": 0.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from ssl_seg.confusion import (
     Row,
     SegmentationScores,
     image_confusion_bytes,
+    mean_changes,
     read_image_confusion,
+    split_digest,
 )
 
 CLASSES = ("road", "Straße", "never")
@@ -29,8 +32,10 @@ AWKWARD = ("ü/ö.png", "two\nlines", "no \udcff text", "")
 
 
 def row(index: int, matrix: np.ndarray, name: str = "an image") -> Row:
+    """Of a matrix; half of the pixels of each cell, rounded down, lie near boundaries."""
     cells = np.flatnonzero(matrix)
-    return index, name, cells, matrix.ravel()[cells]
+    counts = matrix.ravel()[cells]
+    return Row(index, name, cells, counts, counts // 2, f"digest {index}")
 
 
 def of_matrices(matrices: list[np.ndarray], names: tuple[str, ...] = CLASSES) -> ImageConfusions:
@@ -52,7 +57,7 @@ def kept(folder: Path, parts: dict[str, ImageConfusions]) -> dict[str, ImageConf
 
 
 def assert_equal(one: ImageConfusions, other: ImageConfusions) -> None:
-    assert (one.class_names, one.names) == (other.class_names, other.names)
+    assert (one.class_names, one.names, one.digest) == (other.class_names, other.names, other.digest)
     for column in COLUMNS:
         np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
         assert getattr(one, column).dtype == getattr(other, column).dtype == np.int32
@@ -76,6 +81,52 @@ def test_it_is_the_dense_matrices(matrices: list[np.ndarray], data: st.DataObjec
     np.testing.assert_equal(found.scores(chosen).miou, SegmentationScores.from_confusion(dense[chosen].sum(0)).miou)
     alone = [SegmentationScores.from_confusion(matrix).miou for matrix in dense]
     np.testing.assert_array_equal(found.per_image_miou(), alone)
+
+
+@given(matrices=MATRICES)
+def test_at_boundaries_are_the_dense_matrices_of_those_pixels(matrices: list[np.ndarray]) -> None:
+    near = of_matrices(matrices).at_boundaries()
+    halves = [matrix // 2 for matrix in matrices]
+    assert_columns(near, of_matrices(halves))
+    assert near.names == of_matrices(matrices).names, "an image without such a pixel is still there"
+    expected = SegmentationScores.from_confusion(np.sum([np.zeros((3, 3), dtype=int), *halves], axis=0)).miou
+    np.testing.assert_equal(near.scores().miou, expected)
+
+
+def assert_columns(one: ImageConfusions, other: ImageConfusions) -> None:
+    for column in ("image", "cell", "count"):
+        np.testing.assert_array_equal(getattr(one, column), getattr(other, column))
+
+
+def test_the_named_figures_are_those_of_the_matrices() -> None:
+    found = of_matrices(drawn(5))
+    named = found.named()
+    scores = found.scores()
+    assert named["miou"] == scores.miou
+    assert named["iou/road"] == scores.iou[0]
+    assert named["band/miou"] == found.at_boundaries().scores().miou != scores.miou
+    nothing = of_matrices([np.zeros((3, 3), dtype=int)]).named()
+    assert nothing == dict.fromkeys(nothing, None) | {"averaged_classes": 0}
+    assert "band/miou" not in replace(found, band=None).named(), "a file of the first version knows none"
+
+
+def test_other_images_labels_names_or_another_order_have_another_digest() -> None:
+    rows = [row(index, matrix, f"image {index}") for index, matrix in enumerate(drawn(3))]
+    digests = {split_digest(rows), split_digest(rows[::-1]), split_digest(rows[:2])}
+    digests.add(split_digest([rows[0]._replace(name="image"), *rows[1:]]))
+    digests.add(split_digest([rows[0]._replace(digest="other pixels"), *rows[1:]]))
+    assert len(digests) == 5
+    counted = [rows[0]._replace(count=rows[0].count + 1), *rows[1:]]
+    assert split_digest(counted) == split_digest(rows), "what a model answers is no part of it"
+
+
+def test_changes_are_means_over_pairs() -> None:
+    found = [of_matrices(drawn(4, seed)) for seed in range(4)]
+    changes = mean_changes([(found[0], found[1]), (found[2], found[3])])
+    first = found[1].per_image_miou() - found[0].per_image_miou()
+    second = found[3].per_image_miou() - found[2].per_image_miou()
+    np.testing.assert_allclose(changes, (first + second) / 2)
+    assert np.isnan(changes[2])
 
 
 def test_an_image_s_score_is_scikit_learn_s() -> None:
@@ -127,6 +178,29 @@ def test_the_file_gives_back_what_was_written_whatever_the_names(tmp_path: Path)
         assert_equal(read[part], found)
 
 
+def test_a_file_of_the_first_version_has_no_band_and_no_digest(tmp_path: Path) -> None:
+    found = replace(of_matrices(drawn(3)), band=None, digest="")
+    read = kept(tmp_path, {"val": found})["val"]
+    assert read.band is None
+    assert read.at_boundaries() is None
+    assert read.digest == ""
+    np.testing.assert_array_equal(read.total(), found.total())
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("image", 3), ("image", -1), ("cell", 9), ("count", -1), ("band", 10_000), ("band", -1)],
+)
+def test_a_file_without_sense_is_refused_though_its_digest_is_right(column: str, value: int, tmp_path: Path) -> None:
+    found = of_matrices(drawn(3))
+    spoilt = getattr(found, column).copy()
+    spoilt[-1] = value
+    with pytest.raises(UserError, match=f"{IMAGES_FILE}: damaged"):
+        kept(tmp_path, {"val": replace(found, **{column: spoilt})})
+    with pytest.raises(UserError, match=f"{IMAGES_FILE}: damaged"):
+        kept(tmp_path, {"val": replace(found, **{column: spoilt[:-1]})})
+
+
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     kept(tmp_path, {"val": of_matrices(drawn(3))})
     script = (
@@ -142,7 +216,7 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
 def test_no_flipped_bit_and_no_cut_goes_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / IMAGES_FILE
     classes = ("a", "b", "c")  # no escapes: d and D are the same digit in one
-    kept(tmp_path, {"val": of_matrices(drawn(4), classes), "test": of_matrices(drawn(3, seed=1), classes)})
+    kept(tmp_path, {"val": of_matrices(drawn(3), classes), "test": of_matrices(drawn(1, seed=1), classes)})
     whole = path.read_bytes()
     random = np.random.default_rng(0)
     for place in range(len(whole)):

@@ -34,6 +34,7 @@ from ssl_seg.evaluate import EvaluateConfig, build_model
 from ssl_seg.finetune import FinetuneConfig
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm import Kind
+from ssl_seg.plan import StudyConfig, make_plan
 from ssl_seg.predict import PredictConfig
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.synth import EXTRAS
@@ -47,6 +48,7 @@ STAGES = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "study": StudyConfig,
 }
 POOL = {"data": {"pool": {"type": "folder", "images": "photos"}}, "tasks": {"denoise": {}}}
 # A config key, and no file such as data.json.
@@ -81,6 +83,7 @@ def blocks(language: str) -> list[Block]:
     return [block for block in found if block.language == language]
 
 
+STUDY = next(block.text for block in blocks("yaml") if block.text.startswith("# ssl-seg study\n"))
 FILES = {block.file: block for block in blocks("python") if block.file}
 
 
@@ -156,6 +159,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).write_text(block.text)
     readme = (ROOT / "README.md").read_text()
     (tmp_path / "mine.yaml").write_text(re.search(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)[1])
+    (tmp_path / "study.yaml").write_text(STUDY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Plugin, "extra_modules", [])
@@ -339,7 +343,19 @@ def load_yaml(text: str) -> Config:
         return load(Dataset, values)
     if kind == "# part of a config":
         return load(PretrainConfig, merge(POOL, values))
+    if kind == "# part of a study":
+        replaced = ("arms", "seeds") if "grid" in values else ()  # a grid with axes of its own for both
+        return checked_study({key: own for key, own in yaml.safe_load(STUDY).items() if key not in replaced} | values)
+    if kind == "# ssl-seg study":
+        return checked_study(values)
     return load(STAGES[kind.removeprefix("# ssl-seg ")], values)
+
+
+def checked_study(values: dict[str, Any]) -> StudyConfig:
+    """With the config of every run in it."""
+    study = load(StudyConfig, values)
+    make_plan(study, Path("runs/study"))
+    return study
 
 
 def test_every_yaml_block_loads() -> None:
@@ -350,7 +366,13 @@ def test_every_yaml_block_loads() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["# dataset\ntype: folder\nimage: a", "# part of a config\ntracking: {ever: 1}", "# ssl-seg pretrain\na: 1"]
+    "text",
+    [
+        "# dataset\ntype: folder\nimage: a",
+        "# part of a config\ntracking: {ever: 1}",
+        "# ssl-seg pretrain\na: 1",
+        "# part of a study\narms: {a: {trian.lr: 1}, b: {}}",
+    ],
 )
 def test_a_wrong_yaml_block_is_found(text: str) -> None:
     with pytest.raises(UserError):

@@ -12,9 +12,9 @@ import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
-from ssl_seg import images
+from ssl_seg import images, passport
 from ssl_seg.config import UserError, load
-from ssl_seg.confusion import read_image_confusion
+from ssl_seg.confusion import named_scores, read_image_confusion
 from ssl_seg.data import Subset
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evaluate import (
@@ -22,13 +22,13 @@ from ssl_seg.evaluate import (
     error_picture,
     evaluate,
     image_confusions,
-    named_scores,
     predict_ids,
     prediction_panel,
     score_tasks,
     task_pictures,
     write_images,
 )
+from ssl_seg.metrics import near_boundaries
 from ssl_seg.pictures import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module
@@ -130,7 +130,8 @@ def test_pictures_have_a_row_an_image() -> None:
         assert (below == colour).all(axis=2).any()
 
 
-def test_each_image_has_scikit_learn_s_confusion_matrix() -> None:
+def test_each_image_has_scikit_learn_s_confusion_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_seg.metrics.BAND_WIDTH", 0.1)  # wider than the ignored line between the halves
     found = image_confusions(Brightness(), Unmasked())
     assert found.names == ("halves_0", "halves_1", "halves_2")
     for index in range(3):
@@ -140,7 +141,31 @@ def test_each_image_has_scikit_learn_s_confusion_matrix() -> None:
         counted = example.label != 255
         oracle = confusion_matrix(example.label[counted], ids[counted], labels=range(3)) if counted.any() else 0
         np.testing.assert_array_equal(found.total([index]), np.zeros((3, 3)) + oracle)
+        near = near_boundaries(example.label)
+        oracle = confusion_matrix(example.label[near], ids[near], labels=range(3)) if near.any() else 0
+        np.testing.assert_array_equal(found.at_boundaries().total([index]), np.zeros((3, 3)) + oracle)
+    assert found.at_boundaries().total().sum() > 0
     assert np.isnan(found.per_image_miou()).tolist() == [False, True, False]
+
+
+class Doctored(Halves):
+    """The same images under the same names, with one pixel of the second changed."""
+
+    what: str = "image"
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        if index == 1:
+            pixels = example.image if self.what == "image" else example.label
+            pixels[0, 0] = 1
+        return example
+
+
+def test_the_digest_is_of_the_images_as_they_are_and_not_of_the_model_or_its_input() -> None:
+    digest = image_confusions(Brightness(), Halves()).digest
+    assert image_confusions(Brightness(), Halves(), (24, 32)).digest == digest
+    others = [image_confusions(Brightness(), data).digest for data in (Doctored(), Doctored(what="label"), Unmasked())]
+    assert len({digest, *others}) == 4
 
 
 def listed(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -216,6 +241,7 @@ def test_evaluate_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     evaluate(config, tmp_path / "out")
     summed = read_image_confusion(tmp_path / "out")["test"].total().tolist()
     assert summed == json.loads((tmp_path / "out" / "confusion.json").read_text())["test"]
+    assert passport.verify(tmp_path / "out").largest <= 1e-12
     assert len(listed(tmp_path / "out")["test"]) == 2
     with pytest.raises(UserError, match=r"data\.test: holds no image"):
         evaluate(EvaluateConfig(model="x", data={"test": Halves(count=0)}), tmp_path / "empty")

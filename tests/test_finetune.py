@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_seg import weights
+from ssl_seg import passport, weights
 from ssl_seg.config import UserError, load
 from ssl_seg.confusion import read_image_confusion
+from ssl_seg.data import sample_digest
 from ssl_seg.evaluate import image_confusions, load_model
 from ssl_seg.finetune import SEGMENT, FinetuneConfig, Finetuned, choose_images, finetune, load_weights, resolve
 from ssl_seg.pretrain import PretrainConfig, pretrain
@@ -160,6 +161,12 @@ def test_every_image_s_confusion_adds_up_to_the_run_s(tmp_path: Path) -> None:
         assert found[part].names == tuple(f"textured_{seed}_{index}" for index in range(3))
         assert found[part].class_names == ("ground", "disc")
     assert {path.name for path in done.folder.iterdir()} <= {*RUN_FILES, LOCK}, "--overwrite would leave the rest"
+    assert passport.verify(done.folder).largest <= 1e-9
+    said = json.loads((done.folder / "result.json").read_text())["passport"]
+    assert said["val"]["split"] == found["val"].digest != said["test"]["split"]
+    split = json.loads((done.folder / "split.json").read_text())
+    labelled = Textured(count=4, seed=5)
+    assert split["sha256_of_labelled"] == sample_digest(labelled) != sample_digest(Textured(count=4, seed=6))
 
 
 @pytest.mark.parametrize("select", ["best", "last"])

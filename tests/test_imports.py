@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     ["config", "rng", "switch_norm", "norm", "losses", "confusion", "metrics"],
     ["models", "models.timm", "models.smp"],
-    ["images", "pictures", "plots", "files", "runs", "terminal"],
+    ["images", "pictures", "plots", "files", "runs", "passport", "terminal"],
     ["worlds", "worlds.drawing", "worlds.squares", "worlds.shapes"],
     [
         "worlds.street.perspective",
@@ -31,9 +31,10 @@ ROWS = [
     ],
     ["datasets", "datasets.folder", "datasets.camvid", "datasets.synthetic"],
     ["tasks", "data", "train", "store", "fingerprint", "weights"],
-    ["tracking", "tracking.load", "tracking.server", "tracking.mirror"],
-    ["evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "synth"],
-    ["compare", "norms", "answers", "page", "report"],
+    ["tracking.record", "tracking", "tracking.load", "tracking.client", "tracking.server", "tracking.mirror"],
+    ["likeness", "sequences", "leaks", "evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "synth"],
+    ["evidence", "compare", "findings", "norms", "answers", "page", "report", "study_answers", "study_report"],
+    ["plan", "schedule", "study"],
     ["testing"],
     ["cli", "__main__"],
 ]
@@ -41,7 +42,7 @@ ORDER = [name for row in ROWS for name in row]
 PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"train"},
-    "mlflow": {"tracking.load", "tracking.server"},
+    "mlflow": {"tracking.load", "tracking.client", "tracking.server"},
     "matplotlib": {"plots"},
     "jinja2": {"page"},
     "timm": {"models.timm"},

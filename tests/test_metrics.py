@@ -10,10 +10,12 @@ import torch
 import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from sklearn import metrics as sk
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ssl_seg.metrics import MAX_PSNR, ConfusionMatrix, SegmentationScores, mae, psnr
+from ssl_seg.confusion import BAND_WIDTH
+from ssl_seg.metrics import MAX_PSNR, ConfusionMatrix, SegmentationScores, mae, near_boundaries, psnr
 
 
 @st.composite
@@ -166,3 +168,42 @@ def test_psnr_counts_only_where_it_should():
 def test_psnr_of_the_truth_is_finite():
     picture = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(3))
     assert psnr(picture, picture).item() == MAX_PSNR
+
+
+def near_by_hand(label: np.ndarray, reach: int) -> np.ndarray:
+    """Pixel by pixel, as the docstring says it."""
+    near = np.zeros(label.shape, dtype=bool)
+    for (row, column), own in np.ndenumerate(label):
+        window = label[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
+        near[row, column] = own != 255 and bool(((window != own) & (window != 255)).any())
+    return near
+
+
+@given(
+    label=arrays(
+        np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20)), elements=st.sampled_from([0, 1, 2, 254, 255])
+    )
+)
+def test_near_boundaries_are_those_of_every_pixel_s_own_window(label: np.ndarray) -> None:
+    before = label.copy()
+    np.testing.assert_array_equal(near_boundaries(label), near_by_hand(label, reach=1))
+    np.testing.assert_array_equal(label, before)
+
+
+@pytest.mark.parametrize(("size", "reach"), [((360, 480), 4), ((40, 60), 1), ((300, 900), 7)])
+def test_the_band_is_as_wide_as_the_diagonal_says(size: tuple[int, int], reach: int) -> None:
+    label = np.zeros(size, dtype=np.uint8)
+    label[:, size[1] // 2 :] = 7
+    columns = np.flatnonzero(near_boundaries(label).all(axis=0))
+    assert columns.tolist() == list(range(size[1] // 2 - reach, size[1] // 2 + reach))
+    assert reach == max(1, round(BAND_WIDTH * np.hypot(*size)))
+
+
+def test_where_ignored_pixels_adjoin_there_is_no_boundary_but_a_thin_line_of_them_hides_none() -> None:
+    label = np.zeros((360, 480), dtype=np.uint8)
+    label[:, 200:203] = 255
+    assert not near_boundaries(label).any(), "one class on both sides"
+    label[:, 203:] = 1
+    assert np.flatnonzero(near_boundaries(label)[0]).tolist() == [199, 203], "each sees over the line, 4 pixels far"
+    label[:, 190:203] = 255
+    assert not near_boundaries(label).any(), "a broad one says that nobody knows where the boundary is"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssl_seg import plots
 from ssl_seg.norm import Shares
-from ssl_seg.plots import Curve, Row, Series, Style
+from ssl_seg.plots import Band, Change, Curve, Row, Series, Style
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -43,11 +43,14 @@ def confusion(counts: np.ndarray, names: list[str]) -> str:
 
 def every_figure(label: str) -> list[str]:
     lines = [Curve((([1, 2, 3], [0.5, np.nan, 0.2]), ([1, 2], [0.4, 0.3])), Style("green", "s", "--"))]
+    band = Band((5.0, 40.0), ((1.0, 2.0), ()), ((0.5, 2.5), None), Style())
     return [
         dots([label]),
-        plots.dots("gains", [Row(label, (-1.0, 2.0), Style(), "+0.5")], "points", label, zero=True),
+        plots.bands("bands", [band], label, label, (-1.0, 3.0), by_logarithm=True, zero=True),
+        plots.changes("changes", [label], [label, "b"], [[Change(1.0, True), None]], label, label, 2.0),
+        plots.dots("gains", [Row(label, (-1.0, 2.0), Style(), "+0.5")], label, label, zero=True),
         plots.curves("curves", lines, label, by_logarithm=True),
-        plots.classes("classes", [label, "car"], [Series(((1.0, 2.0), ()), Style())], "IoU, %", label),
+        plots.classes("classes", [label, "car"], [Series(((1.0, 2.0), ()), Style())], label, label),
         confusion(np.array([[5, 1], [0, 0]]), [label, "car"]),
     ]
 
@@ -200,3 +203,62 @@ def test_the_shares_of_a_page_keep_their_colours_and_take_its_ink() -> None:
     assert all(colour.lower() in svg for colour, _ in plots.SHARE_COLOURS)
     assert "var(--ink)" in svg
     assert "50%" in texts(svg)
+
+
+def bands(places: tuple[float, ...], by_logarithm: bool) -> list[tuple[str, float]]:
+    """The ticks below the figure, with where they stand."""
+    line = Band(places, ((1.0,),) * len(places), (None,) * len(places), Style())
+    svg = plots.bands("bands", [line], "labels.count", "about", (0.0, 2.0), by_logarithm=by_logarithm)
+    found = re.findall(r'x="([0-9.]+)"[^>]*>([0-9]+)</text>', svg)
+    return [(text, float(x)) for x, text in found if float(text) in places]
+
+
+def test_ticks_stand_where_values_are_known_evenly_by_their_ratio() -> None:
+    for by_logarithm in (True, False):
+        ticks = bands((5.0, 10.0, 20.0, 40.0), by_logarithm)
+        assert [text for text, _ in ticks] == ["5", "10", "20", "40"]
+        steps = np.diff([x for _, x in ticks])
+        assert np.allclose(steps / steps[0], 1.0 if by_logarithm else [1, 2, 4], rtol=1e-3)
+
+
+def test_figures_of_one_reach_have_one_scale() -> None:
+    def zero(values: tuple[float, ...]) -> str:
+        line = Band((1.0, 2.0), (values, values), (None, None), Style())
+        svg = plots.bands("bands", [line], "steps", "about", (-5.0, 5.0), zero=True)
+        return re.search(r'<text[^>]*y="([0-9.]+)"[^>]*>0</text>', svg)[1]
+
+    assert zero((1.0, 2.0)) == zero((-4.0,))
+
+
+def test_where_no_interval_is_known_none_is_drawn() -> None:
+    def shapes(intervals: tuple[tuple[float, float] | None, ...], values: tuple[tuple[float, ...], ...]) -> int:
+        line = Band((1.0, 2.0, 3.0), values, intervals, Style())
+        return plots.bands("bands", [line], "steps", "about", (0.0, 3.0)).count("<path")
+
+    known = ((1.0, 2.0),) * 3
+    whole = shapes(((0.5, 2.5),) * 3, known)
+    assert shapes(((0.5, 2.5), None, None), known) == whole - 2
+    assert shapes((None, None, None), known) == whole - 4, "and no band"
+    plots.bands("bands", [Band((1.0,), ((),), (None,), Style())], "steps", "about", (0.0, 0.0))
+
+
+def test_a_map_of_changes_tells_more_from_less_and_what_is_sure() -> None:
+    cells = [[Change(2.0, True), Change(-2.0, False)], [None, Change(0.0, False)]]
+    svg = plots.changes("changes", ["sky", "road"], ["5", "10"], cells, "labels.count", "about", 2.0)
+    shown = texts(svg)
+    assert [text for text in shown if text[0] in "+\N{MINUS SIGN}\N{EN DASH}"] == [
+        "+2.0", "\N{MINUS SIGN}2.0", "\N{EN DASH}", "+0.0",
+    ]  # fmt: skip
+    assert re.findall(r"fill: var\(--(cell|vermilion)\)[^\"]*opacity: ([0-9.]+)", svg)[:2] == [
+        ("cell", "0.62"),
+        ("vermilion", "0.62"),
+    ]
+    bold = [
+        text
+        for weight, text in re.findall(r'style="([^"]*)"[^>]*>([^<]+)</text>', svg)
+        if "bold" in weight or "700" in weight
+    ]
+    assert bold == ["+2.0"]
+    half = plots.changes("changes", ["sky"], ["5"], [[Change(1.0, False)]], "labels.count", "about", 2.0)
+    assert "opacity: 0.31" in half, "maps of one largest change share their colours"
+    plots.changes("changes", ["sky"], ["5"], [[Change(0.0, False)]], "labels.count", "about", 0.0)

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from ssl_seg import cli, images, report
-from ssl_seg.answers import RULES, Answer, answer, percent, points, sentence, verdict
+from ssl_seg.answers import RULES, Answer, answer, p_in_words, percent, points, sentence, verdict
 from ssl_seg.compare import Spread, compare
 from ssl_seg.config import UserError
 from ssl_seg.runs import RunFolder, find_runs
@@ -156,7 +156,8 @@ def cells_of(page: str, head: str) -> list[str]:
     raise AssertionError(f"no row {head}")
 
 
-def check_safe(page: str) -> None:
+def check_safe(page: str, places: tuple[str, ...] = ()) -> None:
+    """`places` are folders beside the page that its links may lead into."""
     reader = read(page)
     tags = {tag for tag, _ in reader.elements}
     assert not tags & {"script", "iframe", "object", "embed", "link", "base", "form"}
@@ -164,7 +165,7 @@ def check_safe(page: str) -> None:
         assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "xlink:href", "action", "srcset", "background"):
             link = attributes.get(name)
-            assert link is None or link.startswith(("data:image/", "#")), link
+            assert link is None or link.startswith(("data:image/", "#", *places)), link
     names = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
     assert len(names) == len(set(names))
     links = [attributes["href"][1:] for _, attributes in reader.elements if attributes.get("href", "").startswith("#")]
@@ -189,12 +190,14 @@ def test_a_run_made_again_and_killed_has_no_answer_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("differences", "expected"),
     [
-        ((0.01, 0.02, 0.03), "gain"),
-        ((-0.01, -0.02, -0.03), "loss"),
-        ((0.001, 0.2, 0.001), "none"),  # one sign, but the mean is within two standard errors
-        ((0.02, 0.03, 0.02, 0.03, 0.02, -0.001), "none"),  # far from 0, but not of one sign
-        ((-0.02, -0.03, -0.02, -0.03, -0.02, 0.001), "none"),
-        ((0.0001, 0.0002, 0.0001), "none"),  # what is written as 0.0 is none
+        ((0.02, 0.03, 0.04), "gain"),
+        ((-0.02, -0.03, -0.04), "loss"),
+        ((0.001, 0.2, 0.001), "none"),  # one sign, but the interval is -22 to +35 points
+        ((0.01, 0.02, 0.03), "none"),  # 3.5 standard errors from 0: of three pairs Student wants 4.3
+        ((0.02, 0.03, 0.02, 0.03, 0.02, -0.001), "gain"),  # not of one sign, but far from 0
+        ((-0.02, -0.03, -0.02, -0.03, -0.02, 0.001), "loss"),
+        ((0.0002, 0.0002, 0.0002), "none"),  # what is written as 0.0 is none
+        ((-0.0002, -0.0002, -0.0002), "none"),
         ((0.03, -0.02, 0.01), "none"),
         ((-0.03, 0.02, -0.01), "none"),
         ((0.0, 0.0, 0.0), "none"),
@@ -211,35 +214,91 @@ def test_a_gain_is_told_by_the_rules_alone(differences: tuple[float, ...], expec
     assert sentence(gain, "x").startswith(opening.get(expected, f"Too few runs to tell (n = {gain.n}): "))
 
 
+@pytest.mark.parametrize("pairs", [3, 5, 8])
+def test_where_nothing_is_to_be_found_something_is_told_in_5_of_100(pairs: int) -> None:
+    drawn = np.random.default_rng(pairs).normal(0, 0.02, (2000, pairs))
+    told = [verdict(Spread(tuple(differences.tolist()))) in ("gain", "loss") for differences in drawn]
+    assert np.mean(told) == pytest.approx(0.05, abs=0.015)
+
+
 def test_the_sentence_of_one_comparison(tmp_path: Path) -> None:
-    write_pairs(tmp_path, [0.007, 0.013, 0.024])
+    write_pairs(tmp_path, [0.012, 0.013, 0.020])
     assert headline_of(tmp_path) == (
-        "Pretraining (four) gave +1.5 points of mIoU over scratch: mean of 3 paired runs, sd 0.9, from +0.7 to +2.4."
+        "Pretraining (four) gave +1.5 points of mIoU over scratch (95 % interval +0.4 to +2.6, 3 pairs)."
     )
+
+
+def test_from_eight_pairs_on_the_exact_p_is_told(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [0.007, 0.013, 0.024, 0.02, 0.011, 0.016, 0.018, -0.001])
+    assert headline_of(tmp_path) == (
+        "Pretraining (four) gave +1.4 points of mIoU over scratch "
+        "(95 % interval +0.7 to +2.0, 8 pairs, exact p = 0.016)."
+    )
+    assert p_in_words(1 / 1024) == "p < 0.001"
 
 
 def test_a_loss_and_a_null_result_are_as_plain(tmp_path: Path) -> None:
-    write_pairs(tmp_path / "a", [-0.01, -0.02, -0.03])
+    write_pairs(tmp_path / "a", [-0.017, -0.02, -0.023])
     assert headline_of(tmp_path / "a") == (
-        "Pretraining (four) lost 2.0 points of mIoU against scratch: mean of 3 paired runs, sd 1.0, from -3.0 to -1.0."
+        "Pretraining (four) lost 2.0 points of mIoU against scratch (95 % interval -2.7 to -1.3, 3 pairs)."
     ).replace(" -", " \N{MINUS SIGN}")
     write_pairs(tmp_path / "b", [-0.01, 0.02, 0.01])
-    assert headline_of(tmp_path / "b").startswith(
-        "No gain can be told: pretraining (four) differs from scratch by +0.7"
-    )
+    assert headline_of(tmp_path / "b") == (
+        "No gain can be told: pretraining (four) differs from scratch by +0.7 points of mIoU "
+        "(95 % interval -3.1 to +4.5, 3 pairs)."
+    ).replace(" -", " \N{MINUS SIGN}")
     write_pairs(tmp_path / "c", [0.05, 0.06])
-    assert headline_of(tmp_path / "c").startswith("Too few runs to tell (n = 2): ")
+    assert headline_of(tmp_path / "c") == (
+        "Too few runs to tell (n = 2): pretraining (four) differs from scratch by +5.5 points of mIoU, "
+        "from +5.0 to +6.0."
+    )
 
 
 def test_of_several_comparisons_none_is_picked_out(tmp_path: Path) -> None:
-    write_pairs(tmp_path, [0.01, 0.02, 0.03])
+    write_pairs(tmp_path, [0.01, 0.012, 0.014])
     for seed in range(3):
         write_run(tmp_path / f"one_{seed}", 0.25 + 0.01 * seed + (-0.01) ** seed, seed=seed, init="runs/one")
         write_run(tmp_path / f"bad_{seed}", 0.15, seed=seed, init="runs/bad")
     headline = headline_of(tmp_path)
     assert headline.startswith("Against scratch, pretraining gave a gain in 1 of 3 comparisons, lost in 1, and in 1 ")
+    assert headline.endswith("3 pairs each. Corrected for 3 comparisons, both stand.")
     told = [label for label, words in answer_of(tmp_path).single if f"({label})" in words]
     assert sorted(told) == ["bad", "four", "one"], "each has its own sentence below"
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected"),
+    [
+        (("clear", "null"), "Corrected for 2 comparisons, it stands."),
+        (("weak", "null"), "Corrected for 2 comparisons, it does not stand."),
+        (("weak", "null", "few"), "Corrected for 2 comparisons, it does not stand."),
+        (("clear", "weak", "null"), "Corrected for 3 comparisons, 1 of these stands."),
+        (("weak", "weak", "null", "null"), "Corrected for 4 comparisons, none stands."),
+        (("clear", "clear", "clear"), "Corrected for 3 comparisons, all 3 stand."),
+        (("clear", "few"), "2 to 3 pairs each."),
+        (("null", "null"), "3 pairs each."),
+    ],
+)
+def test_the_first_sentence_says_what_stands_among_so_many(tmp_path: Path, arms: Sequence[str], expected: str) -> None:
+    gains = {"clear": (0.01, 0.0101, 0.0102), "weak": (0.02, 0.013, 0.01), "null": (0.01, -0.01, 0.002)}
+    gains["few"] = gains["clear"][:2]
+    for seed in range(3):
+        write_run(tmp_path / f"scratch_{seed}", 0.25, seed=seed)
+    for number, arm in enumerate(arms):
+        for seed, gain in enumerate(gains[arm]):
+            name = "abcd"[number]
+            write_run(tmp_path / f"{name}_{seed}", 0.25 + gain, seed=seed, init=f"runs/{name}")
+    assert headline_of(tmp_path).endswith(f" {expected}")
+
+
+def test_two_comparisons_are_told_with_their_intervals(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [-0.01, 0.02, 0.01])
+    for seed in range(2):
+        write_run(tmp_path / f"two_{seed}", 0.27 + 0.01 * seed, seed=seed, init="runs/two")
+    assert headline_of(tmp_path) == (
+        "No gain can be told in any of 2 comparisons with scratch: +0.7 (four; 95 % interval -3.1 to +4.5) and "
+        "+2.0 (two) points of mIoU, 2 to 3 pairs each."
+    ).replace(" -", " \N{MINUS SIGN}")
 
 
 def test_without_runs_from_scratch_nothing_is_claimed(tmp_path: Path) -> None:
@@ -286,7 +345,7 @@ def test_a_score_that_is_no_number_is_no_score(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.01, 0.02, 0.03])
     write_run(tmp_path / "four_3", math.nan, seed=3, init="runs/four")
     write_run(tmp_path / "scratch_3", 0.2, seed=3)
-    assert "mean of 3 paired runs" in headline_of(tmp_path)
+    assert "3 pairs" in headline_of(tmp_path)
     assert not re.search(r"\bnan\b", "".join(read(page_of(tmp_path)).text))
 
 
@@ -395,7 +454,7 @@ def test_runs_without_a_result_are_listed_with_their_state(tmp_path: Path) -> No
         "x_gone: killed, at step 400 of 400",
         "x_running: running, at step 400 of 400",
     ]
-    assert "mean of 3 paired runs" in page
+    assert "3 pairs" in page
 
 
 def test_before_anything_is_finished_there_is_a_page_with_curves(tmp_path: Path) -> None:
@@ -493,7 +552,7 @@ def test_a_page_goes_into_the_run_or_beside_the_runs(tmp_path: Path) -> None:
 
 def test_a_run_named_twice_counts_once(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.01, 0.02, 0.03])
-    assert "mean of 3 paired runs" in report.report([tmp_path, tmp_path / "four_0", tmp_path]).headline
+    assert "3 pairs" in report.report([tmp_path, tmp_path / "four_0", tmp_path]).headline
 
 
 def test_what_cannot_be_reported_is_one_line(tmp_path: Path) -> None:

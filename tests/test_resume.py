@@ -243,7 +243,9 @@ def test_overwriting_what_a_run_starts_from_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_pool_smaller_than_a_batch_trains(count: int, tmp_path: Path) -> None:
     values = pretraining(steps=2)
-    values["data"] = {part: {"type": "textured", "count": count} for part in ("pool", "val")}
+    values["data"] = {
+        part: {"type": "textured", "count": count, "seed": seed} for seed, part in enumerate(("pool", "val"))
+    }
     done = pretrain(load(PretrainConfig, values), Options(tmp_path / "run", quiet=True))
     assert done.steps == 2
     assert all(value == value for value in done.scores.values())

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,19 @@ def test_a_signal_ends_at_once_unless_deferred_and_the_second_always() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.asked()
             assert signals.first == signal.SIGINT
-            os.kill(os.getpid(), signal.SIGTERM)  # the same once more, passed on by a launcher
+            os.kill(os.getpid(), signal.SIGINT)  # the same once more, passed on by a launcher
             assert signals.first == signal.SIGINT
-            signals.noted_at -= SAME_SIGNAL
             with pytest.raises(Interrupted, match="SIGTERM"):
                 os.kill(os.getpid(), signal.SIGTERM)
+            signals.noted_at -= SAME_SIGNAL
+            with pytest.raises(Interrupted, match="SIGINT"):
+                os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_person_is_heard_the_second_time() -> None:
+    with watch_signals() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # as fast as one who means it
+        with pytest.raises(Interrupted, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)

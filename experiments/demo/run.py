@@ -51,7 +51,7 @@ def main() -> None:
     ssl_seg("compare", given.out)
     ssl_seg("report", given.out)
     say(f"{time.monotonic() - started:.0f} seconds. The report is {given.out / 'report.html'}; all runs in MLflow:")
-    print(f"   mlflow ui --backend-store-uri {next(iter(read_record(pretrained)['runs']), 'URI')}", flush=True)
+    print(f"   mlflow ui --backend-store-uri {next(iter(read_record(pretrained).runs), 'URI')}", flush=True)
 
 
 def say(text: str) -> None:

@@ -4,13 +4,15 @@ Ours is the mirror, not the tracking: a logger inside the training process waits
 not send, and cannot say that it was killed. Beside it, the folder stays the truth, `ssl-seg track RUN` sends whatever
 the server has not got, and what it has is asked of the server, so nothing arrives twice.
 
-This file is what a run needs: the config and the start of the mirror. `mirror` is that process, `server` what it says
-to MLflow, `load` what it measures; the three are imported by it alone, since mlflow takes its time.
+This file is what a run needs: the config and the start of the mirror. `record` is what the folder knows of MLflow,
+`mirror` is that process, `server` what it says to MLflow, `client` how, `load` what it measures; these are imported by
+it alone, since mlflow takes its time.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -24,9 +26,9 @@ from pydantic import BeforeValidator, Field, PositiveFloat
 from ssl_seg import files
 from ssl_seg.config import Config, UserError
 from ssl_seg.terminal import say
+from ssl_seg.tracking.record import FOLDER, RECORD, read_record
 
-FOLDER = "tracking"  # in the run's: which MLflow run it is, the machine's load, the mirror's log and lock
-RECORD, SYSTEM, LOG, LOCK = "mlflow.json", "system.jsonl", "log", "lock"
+SYSTEM, LOG, LOCK = "system.jsonl", "log", "lock"  # in the folder's FOLDER
 # A silent server must not keep the mirror for minutes: MLflow's own are 120 s and 7 times.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -74,6 +76,8 @@ class Mirror:
     def __init__(self, tracking: Tracking, folder: Path, main: bool = True, quiet: bool = False) -> None:
         self.folder = folder
         self.quiet = quiet
+        # The command that sends what is missing; `track` takes no server from a folder alone.
+        self.replay = shlex.join(["ssl-seg", "track", str(folder), *(["--uri", tracking.uri] if tracking.uri else [])])
         self.wanted = main and tracking.type == "mlflow"
         self.process: subprocess.Popen[bytes] | None = None
         self.started = time.time()
@@ -85,7 +89,7 @@ class Mirror:
         try:
             self._start()
         except (OSError, UserError) as error:  # no run fails for what only shows it
-            say(f"MLflow: no mirror ({error}); ssl-seg track {self.folder} sends the run later", self.quiet)
+            say(f"MLflow: no mirror ({error}); {self.replay} sends the run later", self.quiet)
 
     def _start(self) -> None:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]
@@ -122,19 +126,20 @@ class Mirror:
             time.sleep(0.05)
         last = last or self._error()
         if last:
-            say(f"MLflow: {last}; nothing is lost, ssl-seg track {self.folder} sends the rest", self.quiet)
+            say(f"MLflow: {last}; nothing is lost, {self.replay} sends the rest", self.quiet)
         elif process.poll() is None:
             say("MLflow: the rest is being sent in the background", self.quiet)
         elif process.returncode:
             log = self.folder / FOLDER / LOG
-            say(f"MLflow: the mirror stopped, see {log}; ssl-seg track {self.folder} sends the rest", self.quiet)
+            end = _last_line(log)
+            say(f"MLflow: the mirror stopped ({end}; {log} says more); {self.replay} sends the rest", self.quiet)
 
     def _error(self) -> str | None:
         """What this run's mirror has met; a former one may have left another."""
         path = self.folder / FOLDER / RECORD
         with suppress(OSError, UserError):
             if path.stat().st_mtime >= self.started:
-                return read_record(self.folder)["error"]
+                return read_record(self.folder).error
         return None
 
 
@@ -144,11 +149,11 @@ def check(tracking: Tracking) -> None:
         raise UserError("tracking: mlflow is not installed; pip install mlflow, or set tracking=none")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a run's folder knows of MLflow: `runs`, its run id at each server, and the last `error`."""
-    path = folder / FOLDER / RECORD
-    known = files.read_json(path) if path.is_file() else {}
-    return {"runs": {}, "error": None, **known}
+def _last_line(log: Path) -> str:
+    """How a mirror's log ends: with its error, in one line."""
+    with suppress(OSError):
+        return next(reversed(log.read_text(errors="replace").strip().splitlines()), "without a word")[:200]
+    return "without a word"
 
 
 def prepare() -> None:

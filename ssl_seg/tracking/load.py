@@ -13,7 +13,8 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from ssl_seg.runs import TIME, now
-from ssl_seg.tracking import FOLDER, SYSTEM
+from ssl_seg.tracking import SYSTEM
+from ssl_seg.tracking.record import FOLDER
 
 SAMPLE_EVERY = 10.0  # seconds; as MLflow's own
 

@@ -6,7 +6,7 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import TextIO
 import psutil
 
 from ssl_seg import files
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, load
 from ssl_seg.runs import RunFolder
-from ssl_seg.tracking import FOLDER, LOCK, Tracking, prepare
+from ssl_seg.tracking import LOCK, Tracking, prepare
+from ssl_seg.tracking.client import explained, resolved
 from ssl_seg.tracking.load import Load
-from ssl_seg.tracking.server import MirroredRun, explained
+from ssl_seg.tracking.record import FOLDER
+from ssl_seg.tracking.server import MirroredRun
 
 GLANCE = 0.25  # seconds between two looks at whether the run is over
 LONGEST_PAUSE = 60.0  # seconds between two tries of a server that does not answer
@@ -42,7 +44,8 @@ class Tracked:
 def track(folder: str | Path, uri: str | None = None, experiment: str | None = None) -> Tracked:
     """Send what MLflow has not got of a run, whichever way that ended; a second call sends nothing.
 
-    Raises UserError where the server does not take it, and for a run that is being mirrored this moment.
+    Raises UserError where the server does not take it, for a run that is being mirrored this moment, and for one of
+    which only its own files name the server: whoever made them would get what is sent. Give that one as `uri`.
     """
     RunFolder.open(folder)  # before a folder is made in it
     given = {"uri": uri, "experiment": experiment}
@@ -51,8 +54,11 @@ def track(folder: str | Path, uri: str | None = None, experiment: str | None = N
         run = RunFolder.open(folder)  # as it is now: a mirror that was waited for may have seen its end
         if run.status == "running":
             raise UserError(f"{folder}: is still running; stop it or wait for its end")
+        tracking = _tracking_of(run)
+        if uri is None and resolved(tracking.uri, run.folder) != resolved(None, run.folder):
+            raise UserError(f"{folder}: only its own files say that it goes to {tracking.uri!r}; give that as --uri")
         wanted = {key: value for key, value in given.items() if value is not None}
-        return _track(run, _tracking_of(run).model_copy(update=wanted))
+        return _track(run, tracking.model_copy(update=wanted))
 
 
 def _track(run: RunFolder, tracking: Tracking) -> Tracked:
@@ -117,8 +123,11 @@ def _end_of(run: RunFolder) -> str:
 
 def _tracking_of(run: RunFolder) -> Tracking:
     """As the run was started; the folders of older runs know no tracking, and some were not to be tracked then."""
-    given = run.config.get("tracking") or {}
-    return Tracking.model_validate({**given, "type": "mlflow"})
+    given = run.config.get("tracking")
+    try:
+        return load(Tracking, {**(given if isinstance(given, Mapping) else {}), "type": "mlflow"})
+    except UserError as error:
+        raise UserError(f"{run.folder / 'run.json'}: tracking.{error}; restore the file") from error
 
 
 def _process(pid: int) -> psutil.Process | None:

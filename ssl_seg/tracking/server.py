@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
 import os
-import posixpath
+import platform
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,26 +18,54 @@ from typing import Any, Self, TextIO
 import numpy as np
 from mlflow import Image, MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-from requests import RequestException
-from sqlalchemy.exc import SQLAlchemyError
 
-from ssl_seg import files, plots
+from ssl_seg import plots
 from ssl_seg.config import UserError
-from ssl_seg.runs import TIME, Picture, RunFolder, described, now, scores_of
-from ssl_seg.tracking import FOLDER, RECORD, SYSTEM, Tracking, read_record
+from ssl_seg.passport import from_tags, to_tags
+from ssl_seg.runs import TIME, Picture, RunFolder, described, labelled_digest, now, scores_of
+from ssl_seg.tracking import SYSTEM, Tracking
+from ssl_seg.tracking.client import (
+    CONTINUES,
+    KEY,
+    PARENT,
+    PARENT_OF,
+    STATUSES,
+    batches,
+    connect,
+    database,
+    experiment_id,
+    explained,
+    first_use,
+    hand_over,
+    is_open,
+    mlflow_name,
+    parent_id,
+    place_of,
+    points_of,
+    resolved,
+    run_of,
+    tagged,
+)
+from ssl_seg.tracking.record import FOLDER, Record, claim, read_record, write_record
 
-DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 # What is kept beside the points: small files, and pictures that belong to no step.
 RECORDS = ("config.yaml", "run.json", "metrics.jsonl", "tasks.json", "data.json", "split.json", "receipts.json")
-RESULTS = ("result.json", "confusion.json", "confusion_images.safetensors", "extremes.json", "report.html")
+RESULTS = (
+    "result.json",
+    "confusion.json",
+    "confusion_images.safetensors",
+    "extremes.json",
+    "nonfinite.json",
+    "report.html",
+)
 WEIGHTS = ("encoder", "decoders", "model")
-TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow 3 opens it as one of language models
+SYSTEM_METRIC = "system/"  # of metrics: MLflow's own word for the machine's load
 RESULT = "result/"  # of metrics: the figures of result.json, which are those of the chosen step and not of the last
 POINTS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # MLflow's limits of one call
-LONGEST_TEXT, LONGEST_NAME = 6000, 250
-STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+LONGEST_TEXT = 6000  # of a parameter
+CHANGED = "changed."  # before the name of a parameter: a tag with what it is now
+HOST, LABELLED = "host", "labelled"  # tags: the machine; a digest of the labelled images
+ABSENT = "null"  # the text of a parameter that a config has no more
 
 
 class MirroredRun:
@@ -48,9 +74,10 @@ class MirroredRun:
     def __init__(self, run: RunFolder, tracking: Tracking) -> None:
         self.run = run
         self.tracking = tracking
-        self.uri = _resolved(tracking.uri, run.folder)
+        self.uri = resolved(tracking.uri, run.folder)
         self.run_id = ""
-        self.started = _milliseconds(run.record.get("started")) or now()
+        with _reading(run.folder / "run.json"):
+            self.started = _milliseconds(run.record.get("started")) or now()
         self.num_lines = 0
         self.num_pictures = 0
         self.client: MlflowClient | None = None
@@ -67,21 +94,30 @@ class MirroredRun:
             tail.close()
 
     def open(self) -> None:
-        """Find the run in MLflow, or make it; once."""
+        """Find the run in MLflow, or make it; once.
+
+        MLflow deletes no point, and draws two of one step both. So a run that goes on from a checkpoint with other
+        settings, and makes steps again that are there already, goes on as a run of its own; each names the other.
+        """
         if self.client is not None:
             return
-        place = _place(self.uri, self.run.folder)
-        with _first_use(self.uri, place):
-            client = _client(self.uri)
-            experiment = _experiment(client, self.tracking.experiment, self.uri, place)
-            found = self._known(client, experiment)
-            parent = _parent(client, experiment, self.tracking.parent)
-        self.run_id = found.info.run_id if found else self._create(client, experiment, parent)
+        place = place_of(self.uri, self.run.folder)
+        record = claim(self.run.folder)
+        with first_use(self.uri, place):
+            client = connect(self.uri)
+            experiment = experiment_id(client, self.tracking.experiment, self.uri, place)
+            found = self._known(client, experiment, record)
+            parent = parent_id(client, experiment, self.tracking.parent)
+        points = points_of(client, found) if found else []
+        if found and self._has_changed(found) and self._makes_again(points):
+            found, points = self._succeed(client, found, record), []
+        self.run_id = found.info.run_id if found else self._create(client, experiment, {KEY: record.key})
         self.note(None)
         if found:
-            client.update_run(self.run_id, status="RUNNING")
-            self._learn_what_is_there(client, found)
-        self._describe(client, found)
+            client.update_run(self.run_id, "RUNNING", self.tracking.name)
+            self._learn_what_is_there(client, found, points)
+        self._set_parent(client, found, parent)
+        self._describe(client, found, record)
         self.client = client
 
     def send(self) -> None:
@@ -106,9 +142,11 @@ class MirroredRun:
             for part in WEIGHTS:
                 if (run.folder / part).is_dir():
                     client.log_artifacts(self.run_id, str(run.folder / part), part)
-        ended = _milliseconds(run.record.get("ended")) or self._last_sign()
-        client.set_terminated(self.run_id, STATUSES[status], ended)
-        parent = client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
+        with _reading(run.folder / "run.json"):
+            ended = _milliseconds(run.record.get("ended")) or self._last_sign()
+            word = STATUSES[status]
+        client.set_terminated(self.run_id, word, ended)
+        parent = client.get_run(self.run_id).data.tags.get(PARENT)
         if parent:
             client.set_terminated(parent, "FINISHED")
 
@@ -126,47 +164,70 @@ class MirroredRun:
 
     def note(self, error: str | None) -> None:
         """Write into the folder which run this is, for those who go on with it, and what is wrong, for who waits."""
-        path = self.run.folder / FOLDER / RECORD
         known = read_record(self.run.folder)
-        runs = known["runs"] | ({self.uri: self.run_id} if self.run_id else {})
-        wanted = {"runs": runs, "error": error}
-        if wanted != known:
-            files.write_atomic(path, files.json_bytes(wanted))
+        runs = known.runs | ({self.uri: self.run_id} if self.run_id else {})
+        write_record(self.run.folder, known.model_copy(update={"runs": runs, "error": error}))
 
     # ---- what it is ----
 
-    def _known(self, client: MlflowClient, experiment: str) -> Run | None:
-        """The run of this experiment that the folder has been mirrored to, unless a person has deleted it."""
-        run_id = read_record(self.run.folder)["runs"].get(self.uri)
-        if run_id is None:
-            return None
-        try:
-            found = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                raise
-            return None
-        is_there = found.info.lifecycle_stage == "active" and found.info.experiment_id == experiment
-        return found if is_there else None
+    def _known(self, client: MlflowClient, experiment: str, record: Record) -> Run | None:
+        """The run of this experiment that the folder has been mirrored to, unless a person has deleted it.
 
-    def _create(self, client: MlflowClient, experiment: str, parent: str | None) -> str:
-        tags = {} if parent is None else {"mlflow.parentRunId": parent}
+        By its id, else by the folder's key: where a kill came before the id was noted, or the database was moved.
+        """
+        found = run_of(client, record.runs[self.uri]) if self.uri in record.runs else None
+        if found is not None and is_open(found) and found.info.experiment_id == experiment:
+            return found
+        return tagged(client, experiment, {KEY: record.key})
+
+    def _create(self, client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str:
         name = self.tracking.name or self.run.name
-        return client.create_run(experiment, self.started, tags, name).info.run_id
+        return client.create_run(experiment, self.started, dict(tags), name).info.run_id
 
-    def _describe(self, client: MlflowClient, found: Run | None) -> None:
+    def _succeed(self, client: MlflowClient, former: Run, record: Record) -> Run:
+        """The run that takes the place of `former`; made already, if a kill came before it was noted."""
+        experiment, tags = former.info.experiment_id, {KEY: record.key, CONTINUES: former.info.run_id}
+        made = tagged(client, experiment, tags) or client.get_run(self._create(client, experiment, tags))
+        hand_over(client, former, made.info.run_id)
+        return made
+
+    def _set_parent(self, client: MlflowClient, found: Run | None, parent: str | None) -> None:
+        """As the config has it now. What a person has put the run below by hand stays, where the config names none."""
+        former = None if found is None else found.data.tags.get(PARENT)
+        if parent is not None:
+            client.set_tag(self.run_id, PARENT, parent)
+        elif former is not None and PARENT_OF in client.get_run(former).data.tags:
+            client.delete_tag(self.run_id, PARENT)
+
+    def _settings(self) -> dict[str, str]:
+        """Every key of the config as a parameter of MLflow."""
+        settings = described(self.run.config, self.run.record.get("origin"))
+        return {mlflow_name(key): text[:LONGEST_TEXT] for key, text in settings.items()}
+
+    def _has_changed(self, found: Run) -> bool:
+        """Whether the settings are others than MLflow shows for a run."""
+        shown, wanted = _shown_settings(found), self._settings()
+        return any(shown.get(key, ABSENT) != wanted.get(key, ABSENT) for key in shown.keys() | wanted.keys())
+
+    def _makes_again(self, points: Sequence[Metric]) -> bool:
+        """Whether some points belong to steps that the run has dropped since, and makes again or has."""
+        lines = [(line["step"], line.get(TIME, self.started), line) for line in self.run.metrics()]
+        kept = {(mlflow_name(key), step, at) for step, at, line in lines for key in line}
+        own = [point for point in points if not point.key.startswith((RESULT, SYSTEM_METRIC))]
+        return any((point.key, point.step, point.timestamp) not in kept for point in own)
+
+    def _describe(self, client: MlflowClient, found: Run | None, record: Record) -> None:
         """Parameters, tags and data sets. A parameter cannot change: of one that has, a tag says what it is now."""
-        record = self.run.record
-        wanted = {
-            _name(key): text[:LONGEST_TEXT] for key, text in described(self.run.config, record.get("origin")).items()
-        }
         there = {} if found is None else found.data.params
+        shown = {} if found is None else _shown_settings(found)
+        wanted = {**dict.fromkeys(there, ABSENT), **self._settings()}
         params = [Param(key, text) for key, text in wanted.items() if key not in there]
-        changed = {f"changed.{key}": text for key, text in wanted.items() if there.get(key, text) != text}
-        tags = [RunTag(key, str(text)) for key, text in {**self._tags(record), **changed}.items()]
-        for batch in _batches(params, PARAMS_AT_ONCE):
+        changed = {f"{CHANGED}{key}": text for key, text in wanted.items() if shown.get(key, text) != text}
+        given = {KEY: record.key, **self._tags(self.run.record), **changed}
+        tags = [RunTag(key, str(text)) for key, text in given.items()]
+        for batch in batches(params, PARAMS_AT_ONCE):
             client.log_batch(self.run_id, params=batch)
-        for batch in _batches(tags, PARAMS_AT_ONCE):
+        for batch in batches(tags, PARAMS_AT_ONCE):
             client.log_batch(self.run_id, tags=batch)
         if found is None or not found.inputs.dataset_inputs:
             self._describe_data(client)
@@ -181,39 +242,39 @@ class MirroredRun:
             "stage": record.get("stage"),
             "device": record.get("device"),
             "folder": str(self.run.folder.resolve()),
+            HOST: platform.node(),
             **{f"version.{package}": version for package, version in record.get("versions", {}).items()},
             **self.tracking.tags,
         }
         init = self.run.config.get("init")
         for place in [] if init is None else [Path(init), Path(init).parent]:
-            tags["init.run_id"] = tags.get("init.run_id") or read_record(place)["runs"].get(self.uri)
-        return {_name(key): text for key, text in tags.items() if text is not None}
+            tags["init.run_id"] = tags.get("init.run_id") or read_record(place).runs.get(self.uri)
+        return {mlflow_name(key): text for key, text in tags.items() if text is not None}
 
     def _describe_data(self, client: MlflowClient) -> None:
         """Each part's data set with a digest: of its images' names, as the run has recorded them."""
-        inputs = []
-        for part, known in (self.run.read("data.json") or {}).items():
-            source = self.run.config["data"][part]
-            place = source.get("root") or source.get("images")
-            name = source["type"] if place is None else Path(place).name
-            # The digest of a data set has room for 36 characters.
-            dataset = Dataset(
-                name=name,
-                digest=known["sha256_of_names"][:32],
-                source_type="local",
-                source=json.dumps(source),
-                profile=json.dumps({"images": known["images"]}),
-            )
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", part)]))
+        with _reading(self.run.folder / "data.json"):
+            inputs = [self._data_input(part, known) for part, known in (self.run.read("data.json") or {}).items()]
         if inputs:
             client.log_inputs(self.run_id, inputs)
 
+    def _data_input(self, part: str, known: Mapping[str, Any]) -> DatasetInput:
+        source = self.run.config["data"][part]
+        place = source.get("root") or source.get("images")
+        dataset = Dataset(
+            name=source["type"] if place is None else Path(place).name,
+            digest=known["sha256_of_names"][:32],  # it has room for 36 characters
+            source_type="local",
+            source=json.dumps(source),
+            profile=json.dumps({"images": known["images"]}),
+        )
+        return DatasetInput(dataset, [InputTag("mlflow.data.context", part)])
+
     # ---- what is there ----
 
-    def _learn_what_is_there(self, client: MlflowClient, found: Run) -> None:
+    def _learn_what_is_there(self, client: MlflowClient, found: Run, points: Sequence[Metric]) -> None:
         self.results = {name: value for name, value in found.data.metrics.items() if name.startswith(RESULT)}
-        for name in found.data.metrics:
-            self.present |= {(name, point.step) for point in client.get_metric_history(self.run_id, name)}
+        self.present = {(point.key, point.step) for point in points}
         for artifact in client.list_artifacts(self.run_id, "images"):
             # As MLflow names the second file of an image, the smaller one: <name>+step+<step>+timestamp+...
             match = re.fullmatch(r"images/(.+)[+%]step[+%](\d+)[+%]timestamp.*compressed\.webp", artifact.path)
@@ -244,7 +305,7 @@ class MirroredRun:
 
     def _points(self, line: Mapping[str, Any]) -> list[Metric]:
         step, at = line["step"], line.get(TIME, self.started)  # runs of the first versions have no times
-        named = {_name(key): value for key, value in line.items() if key not in ("step", TIME)}
+        named = {mlflow_name(key): value for key, value in line.items() if key not in ("step", TIME)}
         return [
             Metric(name, math.nan if value is None else value, at, step)
             for name, value in named.items()
@@ -263,8 +324,10 @@ class MirroredRun:
         step = 0  # MLflow draws what has but this one as bars, one a run
         at = _written_at(self.run.folder / "result.json")
         points = [Metric(name, value, at, step) for name, value in named.items() if self.results.get(name) != value]
-        for batch in _batches(points, POINTS_AT_ONCE):
+        for batch in batches(points, POINTS_AT_ONCE):
             self.client.log_batch(self.run_id, metrics=batch)
+        tags = {**to_tags(result), LABELLED: labelled_digest(self.run.read("split.json"))}
+        self.client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in tags.items() if text])
 
     def _send_files(self, names: Sequence[str], client: MlflowClient) -> None:
         for name in names:
@@ -275,7 +338,8 @@ class MirroredRun:
     def _draw_confusion(self) -> None:
         matrices = self.run.read("confusion.json") or {}
         for part in set(matrices) - {"classes"}:
-            figure = plots.draw_confusion(np.array(matrices[part]), matrices["classes"])
+            with _reading(self.run.folder / "confusion.json"):
+                figure = plots.draw_confusion(np.array(matrices[part]), matrices["classes"])
             with tempfile.TemporaryDirectory() as folder:
                 picture = Path(folder) / f"confusion_{part}.png"
                 picture.write_bytes(plots.to_png(figure))
@@ -304,7 +368,9 @@ class _Tail:
         *lines, self.rest = (self.rest + self.file.read()).split("\n")
         for line in lines:
             with suppress(ValueError):  # a line that a kill has torn, with another after it
-                self.waiting.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    self.waiting.append(record)
 
     def close(self) -> None:
         if self.file is not None:
@@ -322,16 +388,18 @@ class Fetched:
     stage: str
     description: dict[str, str]
     scores: dict[str, float]  # empty until it has finished
+    passports: dict[str, Mapping[str, Any] | None]
+    labelled: str  # digest of the labelled images
 
 
 def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
     """The runs of ours in an MLflow experiment, oldest first. Raises UserError where there are none."""
-    uri = _resolved(uri, Path("runs", "run"))
-    if uri.startswith("sqlite:///") and not _database(uri).exists():
+    uri = resolved(uri, Path("runs", "run"))
+    if uri.startswith("sqlite:///") and not database(uri).exists():
         raise UserError(f"{uri}: no such database; name another with --uri")
     found: list[Run] = []
     with explained(uri):
-        client = _client(uri)
+        client = connect(uri)
         known = client.get_experiment_by_name(experiment)
         if known is None:
             names = ", ".join(other.name for other in client.search_experiments())
@@ -343,21 +411,34 @@ def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
             )
             found += page
             token = page.token or ""
-    ours = [run for run in found if run.data.tags.get("stage") and run.data.params]
+    ours = [run for run in found if run.data.tags.get("stage") and run.data.params and is_open(run)]
     if not ours:
         raise UserError(f"--experiment {experiment}: holds no run of ssl-seg; name another")
-    return [_fetched(run) for run in ours]
+    return [_fetched(run) for run in _newest(ours)]
 
 
 def _fetched(run: Run) -> Fetched:
     done = run.info.status == STATUSES["finished"]  # one that goes on holds the result of what it was before
     scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
-    return Fetched(run.info.run_name, run.data.tags["stage"], dict(run.data.params), scores)
+    tags = run.data.tags
+    passports = from_tags(tags, scores)
+    return Fetched(run.info.run_name, tags["stage"], _shown_settings(run), scores, passports, tags.get(LABELLED, ""))
+
+
+def _newest(runs: Sequence[Run]) -> list[Run]:
+    """Without those that a later run of the same folder on the same machine has overwritten; `runs` is oldest first."""
+    newest = {_of_folder(run): run for run in runs}
+    return [run for run in runs if newest[_of_folder(run)] is run]
+
+
+def _of_folder(run: Run) -> tuple[str, str]:
+    tags = run.data.tags
+    return tags.get(HOST, ""), tags.get("folder", run.info.run_id)
 
 
 def _result_name(score: str) -> str:
     """`result/val.iou.road` for `val/iou/road`: with slashes MLflow would open a section of charts for each part."""
-    return _name(f"{RESULT}{score.replace('/', '.', 2)}")
+    return mlflow_name(f"{RESULT}{score.replace('/', '.', 2)}")
 
 
 def _score_name(name: str) -> str:
@@ -365,97 +446,23 @@ def _score_name(name: str) -> str:
     return name.removeprefix(RESULT).replace(".", "/", 2)
 
 
-# ---- places and names ----
+# ---- parts ----
 
 
-def _resolved(uri: str | None, folder: Path) -> str:
-    """Where MLflow keeps runs, a path of this machine made absolute."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        return f"sqlite:///{_runs_folder(folder) / DATABASE}"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{_database(uri)}"
-    return uri
-
-
-def _runs_folder(folder: Path) -> Path:
-    """The nearest folder called `runs` that a run lies in, else the one it lies in directly."""
-    parents = folder.resolve().parents
-    return next((parent for parent in parents if parent.name == "runs"), parents[0])
-
-
-def _database(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///")).resolve()
-
-
-def _place(uri: str, folder: Path) -> Path | None:
-    """The folder for artefacts; None where a server chooses."""
-    if uri.startswith("sqlite:///"):
-        return _database(uri).parent
-    return None if "://" in uri and not uri.startswith("file:") else _runs_folder(folder)
-
-
-def _client(uri: str) -> MlflowClient:
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+def _shown_settings(run: Run) -> dict[str, str]:
+    """What MLflow shows of a run's config: parameters, and the tags of those that have changed."""
+    tags = run.data.tags.items()
+    changed = {name.removeprefix(CHANGED): text for name, text in tags if name.startswith(CHANGED)}
+    return {**run.data.params, **changed}
 
 
 @contextmanager
-def _first_use(uri: str, place: Path | None) -> Iterator[None]:
-    """One process at a time: several that meet an empty database, or make the same experiment, break it or fail."""
-    folder = place or Path(tempfile.gettempdir())
-    name = DATABASE if place else f"ssl_seg-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
-    with files.naming(folder, "cannot hold MLflow's files"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{name}.lock").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _experiment(client: MlflowClient, name: str, uri: str, place: Path | None) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        # Told where: else MLflow writes artefacts into whatever folder the run was started from.
-        return client.create_experiment(name, None if place is None else str(place / ARTIFACTS), TRAINING)
-    if found.lifecycle_stage != "active":
-        raise UserError(f"tracking.experiment: '{name}' was deleted at {uri}; restore it there or name another")
-    return found.experiment_id
-
-
-def _parent(client: MlflowClient, experiment: str, name: str | None) -> str | None:
-    """The run that stands above those that name this parent: found again by a tag, made by the first."""
-    if name is None:
-        return None
-    quoted = name.replace("'", "_")
-    found = client.search_runs([experiment], f"tags.parent_of = '{quoted}'", order_by=["attributes.start_time ASC"])
-    if found:
-        return found[0].info.run_id
-    run_id = client.create_run(experiment, tags={"parent_of": quoted}, run_name=name).info.run_id
-    client.set_terminated(run_id, "FINISHED")  # it holds no work of its own; its last run sets the time
-    return run_id
-
-
-@contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """What MLflow raises where a server does not answer or refuses, as one line."""
+def _reading(path: Path) -> Iterator[None]:
+    """A file that is not as a run writes it, as one line."""
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{uri} did not take it ({first[:200]})") from error
-
-
-def _name(key: str) -> str:
-    """A name that MLflow takes; one that had to be changed gets a digest, so that no two become one."""
-    clean = posixpath.normpath(re.sub(r"[^\w.\- /:]", "_", key)).lstrip("/.")[: LONGEST_NAME - 9]
-    if clean == key:
-        return key
-    return f"{clean}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-
-
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    """What one call may hold at a time."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not as a run writes it ({error!r}); restore it, or make the run anew") from error
 
 
 def _written_at(path: Path) -> int:

@@ -1,0 +1,349 @@
+"""What a study has found: its cells as a table, and the paired gain of every arm over the baseline.
+
+Reads the folder that `ssl-seg study` writes and imports no torch, so that a report or a notebook costs little. Nothing
+is picked out: a gain, a loss and nothing to tell stand in the same columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssl_seg import files
+from ssl_seg.compare import MAIN_SCORES, Spread
+from ssl_seg.config import UserError
+from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, mean_changes, read_image_confusion
+from ssl_seg.evidence import Interval, block_bootstrap, bootstrap_t_interval, holm, sign_flip_p, t_interval
+from ssl_seg.passport import Passports, differing, passports_in
+from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, scores_of
+
+STUDY_FILE = "study.json"
+CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
+CELLS_FILE, GAINS_FILE = "cells.csv", "gains.csv"
+
+Condition = tuple[tuple[str, str], ...]  # dotted keys of the grid with their values as text
+
+
+@dataclass(frozen=True)
+class CellFound:
+    """One fine-tuning of a study, and its scores where it has finished."""
+
+    id: str
+    arm: str
+    condition: Condition
+    seed: int
+    status: str  # finished, failed, timeout, stalled, waiting
+    message: str  # why it is not finished
+    start: str | None  # the id of the pretraining of the study that it started from
+    run: RunFolder
+    scores: Mapping[str, float]  # val/miou, val/iou/road; empty until it has finished
+    passports: Passports  # what they mean, by part
+
+
+@dataclass(frozen=True)
+class Gain:
+    """An arm against the baseline under one condition, by pairs with the same seed: the same labelled images."""
+
+    arm: str
+    condition: Condition
+    score: str
+    baseline: Spread  # of the paired cells
+    own: Spread
+    gains: Spread  # own minus baseline, in the order of `seeds`
+    seeds: tuple[int, ...]
+    num_starts: int  # different weights among the arm's cells; what differs between pretrainings needs several
+    interval: Interval | None  # of the mean gain over seeds, by Student
+    bootstrap: Interval | None  # the same without normal differences
+    images: Interval | None  # over images, the runs as they are
+    p: float | None  # exact, by sign flips; None below 8 pairs
+    p_holm: float | None = None  # adjusted for all comparisons of the study
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A study's folder, read."""
+
+    folder: Path
+    record: Mapping[str, Any]  # study.json
+    cells: tuple[CellFound, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All that is compared, the baseline first."""
+        names = [arm["name"] for arm in self.record["arms"]]
+        return (self.baseline, *(name for name in names if name != self.baseline))
+
+    @property
+    def baseline(self) -> str:
+        return self.record["baseline"]
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The keys that the comparison is repeated under, with their values as text."""
+        return {key: tuple(as_text(value) for value in values) for key, values in self.record["axes"].items()}
+
+    @cached_property
+    def conditions(self) -> tuple[Condition, ...]:
+        return tuple(dict.fromkeys(cell.condition for cell in self.cells))
+
+    @cached_property
+    def main_score(self) -> str:
+        """`test/miou` where the cells have one, else `val/miou`."""
+        return next((name for name in MAIN_SCORES if any(name in cell.scores for cell in self.cells)), MAIN_SCORES[-1])
+
+    @property
+    def part(self) -> str:
+        return self.main_score.partition("/")[0]
+
+    def of(self, arm: str, condition: Condition) -> dict[int, CellFound]:
+        """The finished cells by seed."""
+        own = (cell for cell in self.cells if cell.arm == arm and cell.condition == condition)
+        return {cell.seed: cell for cell in own if cell.scores}
+
+    def spread(self, arm: str, condition: Condition, score: str | None = None) -> Spread | None:
+        """A score of all finished cells."""
+        name = score or self.main_score
+        values = [cell.scores[name] for cell in self.of(arm, condition).values() if name in cell.scores]
+        return Spread(tuple(values)) if values else None
+
+    def gain(self, arm: str, condition: Condition, score: str | None = None, images: bool = False) -> Gain | None:
+        """None for the baseline itself, and without a pair that both have the score.
+
+        `images` asks for the interval over images too, which is only made of the main score.
+        """
+        name = score or self.main_score
+        if arm == self.baseline:
+            return None
+        base, own = self.of(self.baseline, condition), self.of(arm, condition)
+        both = [seed for seed in own if seed in base and _may_be_ranked(base[seed], own[seed])]
+        seeds = [seed for seed in both if name in own[seed].scores and name in base[seed].scores]
+        if not seeds:
+            return None
+        lower = [base[seed].scores[name] for seed in seeds]
+        upper = [own[seed].scores[name] for seed in seeds]
+        differences = [above - below for below, above in zip(lower, upper, strict=True)]
+        level = self.record["level"]
+        return Gain(
+            arm=arm,
+            condition=condition,
+            score=name,
+            baseline=Spread(tuple(lower)),
+            own=Spread(tuple(upper)),
+            gains=Spread(tuple(differences)),
+            seeds=tuple(seeds),
+            num_starts=len({own[seed].start or "" for seed in seeds}),
+            interval=t_interval(differences, level),
+            bootstrap=bootstrap_t_interval(differences, level),
+            images=self._over_images([(base[seed], own[seed]) for seed in seeds], level) if images else None,
+            p=sign_flip_p(differences),
+        )
+
+    @cached_property
+    def gains(self) -> tuple[Gain, ...]:
+        """The main score's, of every arm under every condition."""
+        pairs = [(arm, condition) for condition in self.conditions for arm in self.arms]
+        found = [gain for arm, condition in pairs if (gain := self.gain(arm, condition, images=True)) is not None]
+        told = [index for index, gain in enumerate(found) if gain.p is not None]
+        for index, adjusted in zip(told, holm([found[index].p for index in told]), strict=True):
+            found[index] = replace(found[index], p_holm=adjusted)
+        return tuple(found)
+
+    @cached_property
+    def class_gains(self) -> tuple[Gain, ...]:
+        """Those of each class's IoU."""
+        names = dict.fromkeys(
+            name for cell in self.cells for name in cell.scores if name.startswith(f"{self.part}/iou/")
+        )
+        every = [self.gain(gain.arm, gain.condition, name) for gain in self.gains for name in names]
+        return tuple(gain for gain in every if gain is not None)
+
+    @cached_property
+    def apart(self) -> tuple[str, ...]:
+        """A line for each cell whose score means something else than that of its pair, so that they are no pair."""
+        lines = []
+        for cell in self.cells:
+            base = self.of(self.baseline, cell.condition).get(cell.seed)
+            if cell.scores and base is not None and not _may_be_ranked(base, cell):
+                fields = "; ".join(differing(base.passports, cell.passports))
+                lines.append(f"{cell.id}: not paired with {base.id}, for their scores differ in {fields}")
+        return tuple(lines)
+
+    def changed(self, arm: str, condition: Condition, most: int) -> list[tuple[str, float]]:
+        """The images whose own mIoU differs most from the baseline's, as a mean over pairs: name and difference."""
+        base, own = self.of(self.baseline, condition), self.of(arm, condition)
+        seeds = [seed for seed in own if seed in base and _may_be_ranked(base[seed], own[seed])]
+        pairs = [(self._confusions(base[seed]), self._confusions(own[seed])) for seed in seeds]
+        kept = [(one, other) for one, other in pairs if one is not None and other is not None]
+        if not kept:
+            return []
+        changes = mean_changes(kept)
+        order = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
+        return [(kept[0][0].names[index], float(changes[index])) for index in order if abs(changes[index]) > 0]
+
+    def _over_images(self, pairs: Sequence[tuple[CellFound, CellFound]], level: float) -> Interval | None:
+        sides = [[self._confusions(cell) for cell in side] for side in zip(*pairs, strict=True)]
+        if any(own is None for side in sides for own in side):
+            return None
+        return block_bootstrap(*sides, level=level)
+
+    def _confusions(self, cell: CellFound) -> ImageConfusions | None:
+        path = cell.run.folder / IMAGES_FILE
+        return read_image_confusion(cell.run.folder).get(self.part) if path.is_file() else None
+
+
+def read(folder: str | Path) -> Findings:
+    """Raises UserError for what is no study's folder."""
+    folder = Path(folder)
+    if not (folder / STUDY_FILE).is_file():
+        raise UserError(
+            f"{folder}: is no study (it has no {STUDY_FILE}); give the folder that ssl-seg study --out named"
+        )
+    record = files.read_json(folder / STUDY_FILE)
+    try:
+        _StudyShape.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "baseline"
+        raise UserError(
+            f"{folder / STUDY_FILE}: not as ssl-seg study writes it ({place}: {first['msg']}); "
+            "give the study's command again"
+        ) from error
+    return Findings(folder, record, tuple(_found(folder, own) for own in record["cells"]))
+
+
+class _Shape(BaseModel):
+    """As much of study.json as its readers rely on; it may be a stranger's. Other keys may be there too."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _RunShape(_Shape):
+    id: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # the name of a folder, and no path out of the study's
+    arm: str
+    condition: dict[str, Any]
+    seed: int
+    status: str
+    message: str
+    start: str | None
+    seconds: Finite
+
+
+class _TrialShape(_RunShape):
+    tried: dict[str, Any]
+    miou: Finite
+
+
+class _ChosenShape(_Shape):
+    arm: str
+    condition: dict[str, Any]
+    chosen: dict[str, Any] | None
+
+
+class _SearchShape(_Shape):
+    trials: list[_TrialShape] = []
+    chosen: list[_ChosenShape] = []
+
+
+class _ArmShape(_Shape):
+    name: str
+    changes: dict[str, Any]
+
+
+class _StudyShape(_Shape):
+    arms: list[_ArmShape]
+    baseline: str
+    axes: dict[str, list[Any]]
+    seeds: list[int]
+    level: Annotated[float, Field(gt=0.5, lt=1.0)]
+    cells: list[_RunShape]
+    pretrained: list[_RunShape] = []
+    search: _SearchShape = _SearchShape()
+    config: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    resumed: list[Any] = []
+    leaks: LeaksShape | None = None
+
+    @model_validator(mode="after")
+    def _baseline_is_an_arm(self) -> _StudyShape:
+        if self.baseline not in [arm.name for arm in self.arms]:
+            raise ValueError("is none of the arms")
+        return self
+
+
+def _found(folder: Path, own: Mapping[str, Any]) -> CellFound:
+    run = RunFolder(folder / CELLS / own["id"])
+    done = own["status"] == "finished" and (run.folder / "result.json").is_file()
+    return CellFound(
+        id=own["id"],
+        arm=own["arm"],
+        condition=tuple((key, as_text(value)) for key, value in own["condition"].items()),
+        seed=own["seed"],
+        status=own["status"],
+        message=own["message"],
+        start=own["start"],
+        run=run,
+        scores=scores_of(run.result or {}) if done else {},
+        passports=passports_in(run.result or {}) if done else {},
+    )
+
+
+def _may_be_ranked(one: CellFound, other: CellFound) -> bool:
+    return not differing(one.passports, other.passports)
+
+
+def condition_text(condition: Condition) -> str:
+    """`labels.count=10, train.steps=400`."""
+    return ", ".join(f"{key}={value}" for key, value in condition)
+
+
+# ---- tables ----
+
+
+def write_tables(found: Findings) -> None:
+    """cells.csv, a row a cell, and gains.csv, a row a gain of mIoU or of a class: tidy, for a spreadsheet or pandas."""
+    files.write_atomic(found.folder / CELLS_FILE, _csv(cell_rows(found)))
+    files.write_atomic(found.folder / GAINS_FILE, _csv(gain_rows(found)))
+
+
+def cell_rows(found: Findings) -> list[dict[str, Any]]:
+    names = list(dict.fromkeys(name for cell in found.cells for name in cell.scores))
+    rows = []
+    for cell in found.cells:
+        about = {"cell": cell.id, "arm": cell.arm, **dict(cell.condition), "seed": cell.seed, "status": cell.status}
+        rows.append({**about, **{name: cell.scores.get(name, "") for name in names}, "message": cell.message})
+    return rows
+
+
+def gain_rows(found: Findings) -> list[dict[str, Any]]:
+    """Shares in [0, 1]; nothing where there are too few pairs for a figure."""
+    rows = []
+    for gain in (*found.gains, *found.class_gains):
+        row = {"score": gain.score, "arm": gain.arm, **dict(gain.condition), "n": gain.gains.n}
+        row |= {"baseline_mean": gain.baseline.mean, "baseline_sd": gain.baseline.sd}
+        row |= {"mean": gain.own.mean, "sd": gain.own.sd, "gain": gain.gains.mean, "gain_sd": gain.gains.sd}
+        for prefix, interval in (("", gain.interval), ("bootstrap_", gain.bootstrap), ("images_", gain.images)):
+            row |= {f"{prefix}low": interval and interval.low, f"{prefix}high": interval and interval.high}
+        rows.append({**row, "p": gain.p, "p_holm": gain.p_holm, "pretrainings": gain.num_starts})
+    return rows
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    listed = list(rows)
+    text = io.StringIO(newline="")
+    if listed:
+        table = csv.DictWriter(text, fieldnames=list(listed[0]))
+        table.writeheader()
+        table.writerows(listed)
+    return text.getvalue().encode()

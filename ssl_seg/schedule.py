@@ -1,0 +1,304 @@
+"""The commands of a study: some at a time, each a process of its own with a log, a time limit and a group to stop.
+
+Ours is the small loop: joblib and concurrent.futures lose a whole batch with one worker that dies, and neither knows a
+command that hangs. On a cluster submitit does the work, with the same loop around it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from ssl_seg.config import UserError
+
+POLL = 0.1  # seconds between two looks at processes here
+POLL_CLUSTER = 2.0  # at jobs of a cluster: its scheduler is asked
+GRACE = 30.0  # seconds that a stopped run has to save its state
+
+
+@dataclass(frozen=True)
+class Call:
+    """One command of ours, and where it shows that it is alive."""
+
+    name: str
+    words: tuple[str, ...]  # after `ssl-seg`
+    log: Path  # receives all it prints
+    folder: Path  # the run's; what changes in it is a sign of life
+
+    def last_sign(self) -> float:
+        """When something was last heard of it, in seconds since 1970; 0 if never."""
+        paths = (self.log, self.folder, *(self.folder / name for name in ("metrics.jsonl", "state", "pictures")))
+        times = [0.0]
+        for path in paths:
+            with suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return max(times)
+
+    def last_words(self) -> str:
+        """The last line of its log, for a message; the log of another machine may be late."""
+        with suppress(OSError):
+            lines = self.log.read_text(errors="replace").split("\n")
+            return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return ""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command has ended."""
+
+    call: Call
+    how: Literal["finished", "failed", "timeout", "stalled"]
+    code: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a command is given up."""
+
+    timeout: float | None = None  # seconds in all
+    stall: float | None = None  # seconds without a sign of life
+
+
+class Job(ABC):
+    """A command that has been handed over."""
+
+    @abstractmethod
+    def code(self) -> int | None:
+        """Its exit code; None until it has ended."""
+
+    @abstractmethod
+    def ask(self) -> None:
+        """Tell it to save its state and end. Once: a second word would end it at once."""
+
+    @abstractmethod
+    def end(self, patience: float) -> None:
+        """Wait for one that was asked, as many seconds at most, then end it for good."""
+
+    def runs(self) -> bool:
+        """Whether it has begun, and has not only been queued."""
+        return True
+
+
+class Executor(ABC):
+    """Where commands are executed."""
+
+    poll = POLL
+
+    @abstractmethod
+    def start(self, call: Call, slot: int) -> Job:
+        """Begin a command, or queue it. `slot` tells those apart that run at one time."""
+
+
+def execute(calls: Iterable[Call], executor: Executor, jobs: int, limits: Limits = Limits()) -> Iterator[End]:
+    """Run all of them, `jobs` at a time; gives how each has ended, as they end.
+
+    One that fails, dies or hangs is an `End` like the others. What still runs when the iterator is closed, or an
+    exception passes through it, is stopped and has its state saved.
+    """
+    waiting = deque(calls)
+    running: dict[int, _Running] = {}
+    try:
+        while waiting or running:
+            for slot in range(jobs):
+                if waiting and slot not in running:
+                    call = waiting.popleft()
+                    running[slot] = _Running(call, executor.start(call, slot))
+            for slot, one in list(running.items()):
+                end = one.ended(limits)
+                if end is not None:
+                    del running[slot]
+                    yield end
+            time.sleep(executor.poll)
+    finally:
+        _stop([one.job for one in running.values()])
+
+
+@dataclass
+class _Running:
+    call: Call
+    job: Job
+    began: float | None = None  # monotonic; None while it is queued
+    began_at: float = 0.0  # seconds since 1970
+
+    def ended(self, limits: Limits) -> End | None:
+        if self.began is None and self.job.runs():
+            self.began, self.began_at = time.monotonic(), time.time()
+        seconds = 0.0 if self.began is None else time.monotonic() - self.began
+        code = self.job.code()
+        if code is not None:
+            return End(self.call, "failed" if code else "finished", code, seconds)
+        if self.began is None:
+            return None
+        how = self._exceeds(limits, seconds)
+        if how is None:
+            return None
+        _stop([self.job])
+        return End(self.call, how, None, seconds)
+
+    def _exceeds(self, limits: Limits, seconds: float) -> Literal["timeout", "stalled"] | None:
+        if limits.timeout is not None and seconds > limits.timeout:
+            return "timeout"
+        silent = time.time() - max(self.began_at, self.call.last_sign())
+        return "stalled" if limits.stall is not None and silent > limits.stall else None
+
+
+def _stop(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.ask()  # all, before any is waited for
+    for job in jobs:
+        job.end(GRACE)
+
+
+# ---- on this machine ----
+
+
+class Here(Executor):
+    """Processes on this machine, each with its share of the cores, and of the GPUs where there are several."""
+
+    def __init__(self, jobs: int, devices: Sequence[str] = ()) -> None:
+        self.jobs = jobs
+        self.devices = devices  # what CUDA_VISIBLE_DEVICES may name, one for a job
+
+    def start(self, call: Call, slot: int) -> Job:
+        call.log.parent.mkdir(parents=True, exist_ok=True)
+        with call.log.open("w") as log:
+            process = subprocess.Popen(
+                _command(call),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self._share(slot)},
+                start_new_session=True,  # a group that can be stopped whole, with its loader workers
+            )
+        return _Process(process)
+
+    def _share(self, slot: int) -> dict[str, str]:
+        """Several runs share the cores best with a few threads each, and need GPUs of their own."""
+        share = {}
+        if self.jobs > 1:
+            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+            if len(self.devices) > 1:
+                share["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        return share
+
+
+class _Process(Job):
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def code(self) -> int | None:
+        code = self.process.poll()
+        if code is not None:
+            self._signal(signal.SIGKILL)  # what a crashed run has left of its group
+        return code
+
+    def ask(self) -> None:
+        if self.process.poll() is None:
+            self._signal(signal.SIGTERM)
+
+    def end(self, patience: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+# ---- on a cluster ----
+
+
+class Cluster(Executor):
+    """Jobs of submitit: Slurm's, or with cluster=local processes that it keeps itself."""
+
+    poll = POLL_CLUSTER
+
+    def __init__(self, folder: Path, parameters: Mapping[str, Any], timeout: float | None = None) -> None:
+        """`parameters` are those of submitit, such as `slurm_partition`; `cluster` among them picks the cluster.
+
+        Raises UserError without submitit, without Slurm, and for parameters that it does not know.
+        """
+        if find_spec("submitit") is None:
+            raise UserError("--executor submitit: is not installed; pip install 'ssl_seg[slurm]'")
+        import submitit
+
+        given = dict(parameters)
+        try:
+            self.executor = submitit.AutoExecutor(folder, cluster=given.pop("cluster", None))
+            if timeout is not None:
+                given.setdefault("timeout_min", max(1, round(timeout / 60)))
+            self.executor.update_parameters(**given)
+        except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+            first = str(error).split("\n")[0]
+            raise UserError(f"submitit: {first}; mend `submitit:` in the study, or use --executor local") from error
+
+    def start(self, call: Call, slot: int) -> Job:
+        call.log.parent.mkdir(parents=True, exist_ok=True)
+        return _Submitted(self.executor.submit(Submission(tuple(_command(call)), call.log)))
+
+
+class Submission:
+    """A command as a job of submitit; one that is preempted is queued again and goes on from its saved state."""
+
+    def __init__(self, command: tuple[str, ...], log: Path) -> None:
+        self.command = command
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return self.process.wait()
+
+    def checkpoint(self) -> Any:
+        """What submitit calls when the job has to leave."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+        return DelayedSubmission(Submission(self.command, self.log))
+
+
+class _Submitted(Job):
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def code(self) -> int | None:
+        if not self.job.done():
+            return None
+        # Of a job that died there is no result, and submitit says so in several ways.
+        failed = self.job.exception()
+        return self.job.result() if failed is None else 1
+
+    def runs(self) -> bool:
+        return str(self.job.state).upper() not in ("PENDING", "UNKNOWN", "CONFIGURING", "REQUEUED")
+
+    def ask(self) -> None:
+        if not self.job.done():
+            self.job.cancel()
+
+    def end(self, patience: float) -> None:
+        """The cluster kills what does not end in its own time."""
+        until = time.monotonic() + patience
+        while not self.job.done() and time.monotonic() < until:
+            time.sleep(POLL)
+
+
+def _command(call: Call) -> list[str]:
+    return [sys.executable, "-m", "ssl_seg", *call.words]

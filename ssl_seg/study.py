@@ -1,0 +1,373 @@
+"""`ssl-seg study`: does pretraining help, with which tasks, by how much, and how sure is that?
+
+`plan` says which runs there are, `schedule` executes them, `findings` reads what came out; here is what ties them: the
+order of the runs, and study.json, which is true at every instant, so that a study can be killed and taken up again.
+
+    runs/<study>/ study.json  cells.csv  gains.csv  report.html  pretrained/<id>/  searched/<id>/  cells/<id>/
+                  each run with its <id>.yaml (config) and <id>.log beside its folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ssl_seg import evaluate, files, findings, images, leaks, store, study_report
+from ssl_seg.config import Interrupted, UserError
+from ssl_seg.findings import STUDY_FILE, Findings
+from ssl_seg.finetune import candidates
+from ssl_seg.plan import Cell, Plan, StudyConfig, Trial, choose, make_plan, make_trials, slug
+from ssl_seg.runs import RunFolder, is_held
+from ssl_seg.schedule import Call, Cluster, End, Executor, Here, Limits, execute
+from ssl_seg.terminal import clock, say, watch_signals
+
+SCORE_OF_TRIALS = "miou"
+DOUBLE = ("state", "encoder", "decoders")  # of a finished cell: what to resume from, and its model/ in parts
+NUM_CHANGED = 3  # images drawn of each arm
+LOOK = 2.0  # seconds between two looks at a run that another process makes
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study is carried out; the command line's flags."""
+
+    out: str | Path
+    jobs: int = 1  # runs at a time
+    executor: Literal["local", "submitit"] = "local"
+    plugins: tuple[str, ...] = ()  # handed on to every run
+    quiet: bool = False
+
+
+def study(config: StudyConfig, options: StudyOptions) -> Findings:
+    """Make what is missing of a study, and write its tables.
+
+    Raises UserError before anything runs for a config that is wrong, and at the end where cells have failed, after the
+    others are done and the tables written; `config.Interrupted` after a signal, the running cells having been saved.
+    """
+    out = Path(options.out)
+    _check_place(out)
+    plan = make_plan(config, out)
+    executor = _executor(config, options, out)
+    with store.hold(out), watch_signals():
+        ledger = _Ledger(config, options, plan, executor)
+        try:
+            ledger.check_leaks()
+            ledger.make("pretrainings", plan.pretrainings.values())
+            trials = make_trials(config, plan, out)
+            if trials:
+                ledger.make("runs of the search", [trial.cell for trial in trials])
+                chosen = choose(trials, ledger.scores(trials))
+                ledger.note_search(trials, chosen)
+                ledger.plan = make_plan(config, out, chosen)
+            ledger.make("cells", ledger.plan.cells)
+        except Interrupted:
+            ledger.write("killed")
+            raise
+        except UserError:
+            ledger.write("failed")
+            raise
+        return ledger.close()
+
+
+def outline(config: StudyConfig, out: Path) -> list[str]:
+    """What a study would do, in lines, for `--dry-run`; every config is checked, nothing is written."""
+    plan = make_plan(config, out)
+    trials = make_trials(config, plan, out)
+    runs = {"pretrainings": list(plan.pretrainings.values()), "runs of the search": [trial.cell for trial in trials]}
+    lines = [f"baseline: {plan.baseline}", f"arms: {', '.join(arm.name for arm in plan.arms)}"]
+    lines += [f"{key}: {', '.join(map(str, values))}" for key, values in plan.axes.items()]
+    lines += [f"seeds: {', '.join(map(str, config.seeds))}"]
+    for words, cells in (*runs.items(), ("cells", list(plan.cells))):
+        done = sum(_is_finished(_folder(out, cell)) for cell in cells)
+        lines += [f"{len(cells)} {words}, {done} of them finished"] if cells else []
+    return lines
+
+
+def _check_place(out: Path) -> None:
+    if "=" in str(out):
+        raise UserError(f"--out {out}: '=' would read as key=value in the commands of its cells; choose another name")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_study(out)):
+        raise UserError(f"--out {out}: is there and is no study (no {STUDY_FILE} in it); choose another folder")
+
+
+def _is_study(out: Path) -> bool:
+    # A kill right after the start leaves a lock alone.
+    return (out / STUDY_FILE).is_file() or {entry.name for entry in out.iterdir()} <= {store.LOCK}
+
+
+def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor:
+    if options.executor == "submitit":
+        return Cluster(out / "submitit", config.submitit, config.timeout)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    return Here(options.jobs, devices)
+
+
+class _Ledger:
+    """study.json, kept true while the runs are made: every run with how far it is."""
+
+    def __init__(self, config: StudyConfig, options: StudyOptions, plan: Plan, executor: Executor) -> None:
+        self.config = config
+        self.options = options
+        self.out = Path(options.out)
+        self.plan = plan
+        self.executor = executor
+        self.states: dict[str, dict[str, Any]] = {}  # by id: what is known beside the plan
+        self.search: dict[str, Any] = {}
+        self.about = {**store.provenance(), "resumed": []}
+        if (self.out / STUDY_FILE).is_file():
+            self._take_up(files.read_json(self.out / STUDY_FILE))
+        self.write("running")
+
+    def _take_up(self, former: Mapping[str, Any]) -> None:
+        """What runs of an earlier start have said; the plan may be another one since."""
+        kept = [own for key in ("pretrained", "cells") for own in former.get(key, [])]
+        kept += former.get("search", {}).get("trials", [])
+        self.states = {own["id"]: own for own in kept if "id" in own}
+        began = former.get("started", self.about["started"])
+        self.about |= {"started": began, "resumed": [*former.get("resumed", []), self.about["started"]]}
+
+    @property
+    def folder(self) -> Path:
+        return self.out
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.out / name
+        return files.read_json(path) if path.is_file() else None
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        files.write_atomic(self.out / name, files.json_bytes(files.finite(values)))
+
+    def check_leaks(self) -> None:
+        """All that is trained on against all that is scored, before anything is: a run alone sees its own part only.
+
+        Raises LeakError as a run does.
+        """
+        question = leak_question(self.plan)
+        if question is not None:
+            workers = self.plan.cells[0].config.train.workers
+            self.about["leaks"] = leaks.check(self, question, workers, self.options.quiet)
+
+    def make(self, words: str, cells: Iterable[Cell]) -> None:
+        """Those that are not finished yet, and whose pretraining is."""
+        every = list(cells)
+        left = []
+        for cell in every:
+            if _is_finished(_folder(self.out, cell)):
+                self.note(cell, "finished")
+            elif cell.start is not None and not self._has_start(cell):
+                self.note(cell, "waiting", f"its pretraining {cell.start} has not finished")
+            else:
+                self.note(cell, "waiting")
+                left.append(cell)
+        self.write("running")
+        done = sum(self.states[cell.id]["status"] == "finished" for cell in every)
+        self._say(f"{len(every)} {words}, {done} of them finished", bool(left))
+        elsewhere = [cell for cell in left if is_held(_folder(self.out, cell))]
+        self._execute([cell for cell in left if cell not in elsewhere])
+        self._await(elsewhere)
+
+    def _execute(self, cells: Sequence[Cell]) -> None:
+        by_name = {cell.id: cell for cell in cells}
+        limits = Limits(self.config.timeout, self.config.stall)
+        began = time.monotonic()
+        calls = [self._call(cell) for cell in cells]
+        for number, end in enumerate(execute(calls, self.executor, self.options.jobs, limits), start=1):
+            cell = by_name[end.call.name]
+            said = self._ended(cell, end)
+            left = (time.monotonic() - began) / number * (len(cells) - number)
+            self._say(f"{number} of {len(cells)}: {cell.id}: {said}{f', {clock(left)} left' if left else ''}")
+
+    def _await(self, cells: Sequence[Cell]) -> None:
+        """Runs of a study that was killed alone, or of a cluster that goes on: their folders are held."""
+        for cell in cells:
+            folder = _folder(self.out, cell)
+            self._say(f"{cell.id}: another process is making it; waiting for that one")
+            while is_held(folder):
+                time.sleep(LOOK)
+        self._execute([cell for cell in cells if not _is_finished(_folder(self.out, cell))])
+        for cell in cells:
+            if _is_finished(_folder(self.out, cell)):
+                self._tidy(cell)
+                self.note(cell, "finished")
+        self.write("running")
+
+    def _call(self, cell: Cell) -> Call:
+        folder = _folder(self.out, cell)
+        path = folder.with_name(f"{cell.id}.yaml")
+        with files.naming(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, cell.config.to_yaml().encode())
+        plugins = [word for plugin in self.options.plugins for word in ("--plugin", plugin)]
+        words = (cell.stage, str(path), "--out", str(folder), "--quiet", *plugins)
+        return Call(cell.id, words, folder.with_name(f"{cell.id}.log"), folder)
+
+    def _ended(self, cell: Cell, end: End) -> str:
+        """Note how a run has ended; gives it in words."""
+        seconds = round(end.seconds, 1)
+        if end.how == "finished" and _is_finished(_folder(self.out, cell)):
+            self._tidy(cell)
+            self.note(cell, "finished", seconds=seconds)
+            score = self.score(cell)
+            said = f"mIoU {100 * score:.1f}, {clock(seconds)}" if score is not None else clock(seconds)
+        else:
+            said = _why(end, self.config)
+            self.note(cell, "failed" if end.how == "finished" else end.how, said, seconds)
+        self.write("running")
+        return said
+
+    def _tidy(self, cell: Cell) -> None:
+        """A study of a hundred cells would hold some ten gigabytes of what nobody looks at."""
+        if cell.stage == "finetune":
+            for name in DOUBLE:
+                shutil.rmtree(_folder(self.out, cell) / name, ignore_errors=True)
+
+    def _has_start(self, cell: Cell) -> bool:
+        return self.states.get(cell.start, {}).get("status") == "finished"
+
+    def note(self, cell: Cell, status: str, message: str = "", seconds: float | None = None) -> None:
+        former = self.states.get(cell.id, {})
+        self.states[cell.id] = {
+            "id": cell.id,
+            "arm": cell.arm,
+            "condition": dict(cell.condition),
+            "seed": cell.seed,
+            "start": cell.start,
+            "status": status,
+            "message": message,
+            "seconds": former.get("seconds") if seconds is None else seconds,
+        }
+
+    def score(self, cell: Cell) -> float | None:
+        """The mIoU to look at, of a finished fine-tuning."""
+        result = RunFolder(_folder(self.out, cell)).result or {}
+        part = result.get("test") or result.get("val") or {}
+        return part.get(SCORE_OF_TRIALS)
+
+    def scores(self, trials: Sequence[Trial]) -> dict[str, float]:
+        found = {trial.cell.id: self.score(trial.cell) for trial in trials}
+        return {name: score for name, score in found.items() if score is not None}
+
+    def note_search(self, trials: Sequence[Trial], chosen: Mapping[str, Mapping[str, Any]]) -> None:
+        """What was tried, what each came to and what was taken."""
+        scores = self.scores(trials)
+        tried = [{**self.states[own.cell.id], "tried": own.found, "miou": scores.get(own.cell.id)} for own in trials]
+        taken = {trial.key: trial.cell for trial in trials}
+        made = [
+            {"arm": cell.arm, "condition": cell.condition, "chosen": chosen.get(key)} for key, cell in taken.items()
+        ]
+        self.search = {"trials": tried, "chosen": made}
+        missing = [own["arm"] for own in made if own["chosen"] is None]
+        if missing:
+            raise UserError(f"search: no run of the arm {missing[0]} has finished; see {self.out / findings.SEARCHED}")
+
+    def write(self, status: str) -> None:
+        """study.json, atomically."""
+        plan = self.plan
+        arms = [{"name": arm.name, "changes": arm.changes, "pretraining": arm.pretraining} for arm in plan.arms]
+        record = {
+            "status": status,
+            **self.about,
+            "config": self.config.dump(),
+            "arms": arms,
+            "baseline": plan.baseline,
+            "axes": plan.axes,
+            "seeds": self.config.seeds,
+            "level": self.config.level,
+            "pretrained": [self.states[cell.id] for cell in plan.pretrainings.values() if cell.id in self.states],
+            "search": self.search,
+            "cells": [self.states[cell.id] for cell in plan.cells if cell.id in self.states],
+        }
+        files.write_atomic(self.out / STUDY_FILE, files.json_bytes(files.finite(record)))
+
+    def close(self) -> Findings:
+        states = [self.states[cell.id] for cell in self.plan.cells]
+        failed = [own for own in states if own["status"] != "finished"]
+        self.about["ended"] = store.now()
+        self.write("failed" if failed else "finished")
+        found = findings.read(self.out)
+        findings.write_tables(found)
+        for line in found.apart:
+            self._say(line)
+        draw_changed(found)
+        study_report.write(found)
+        if failed:
+            raise UserError(
+                f"{self.out}: {len(failed)} of {len(states)} cells have not finished, first {failed[0]['id']} "
+                f"({failed[0]['message']}); the tables hold the others, and the same command makes the missing ones"
+            )
+        return found
+
+    def _say(self, text: str, wanted: bool = True) -> None:
+        say(text, self.options.quiet or not wanted)
+
+
+def draw_changed(found: Findings) -> None:
+    """Pictures of the images that changed most under the last condition, for each arm, by its first pair of models."""
+    folder = found.folder / study_report.CHANGED
+    shutil.rmtree(folder, ignore_errors=True)
+    condition = found.conditions[-1]
+    base = found.of(found.baseline, condition)
+    for arm in found.arms[1:]:
+        own = found.of(arm, condition)
+        changed = found.changed(arm, condition, NUM_CHANGED)
+        first = next((seed for seed in own if seed in base), None)
+        if first is None or not changed:
+            continue
+        names = [name for name, _ in changed]
+        drawn = evaluate.changed_pictures(base[first].run, own[first].run, found.part, names)
+        for rank, picture in enumerate(drawn, start=1):
+            images.write_image(folder / f"{slug(arm)}_{rank}.png", picture)
+
+
+def leak_question(plan: Plan) -> leaks.Question | None:
+    """What the whole study trains on and is scored on; None where its cells say that leaks are not looked for."""
+    settings = plan.cells[0].config.leaks
+    trained: dict[str, Any] = {}
+    scored: dict[str, Any] = {}
+    for cell in plan.pretrainings.values():
+        trained[f"{cell.arm}.pool"] = cell.config.data.pool
+    for number, cell in enumerate(_of_different_data(plan.cells), start=1):
+        suffix = "" if number == 1 else f"#{number}"
+        available, val = candidates(cell.config)
+        trained |= {f"labelled{suffix}": available, f"pool{suffix}": cell.config.data.pool}
+        scored |= {f"val{suffix}": val, f"test{suffix}": cell.config.data.test}
+    inits = {Path(init).name: init for cell in plan.cells if (init := cell.config.init) and cell.start is None}
+    return leaks.Question(trained, scored, settings, inits) if settings.check else None
+
+
+def _of_different_data(cells: Iterable[Cell]) -> list[Cell]:
+    """A cell for each choice of data sets: nearly always one for all."""
+    return list({json.dumps(cell.config.data.dump(), sort_keys=True): cell for cell in cells}.values())
+
+
+def _folder(out: Path, cell: Cell) -> Path:
+    return out / cell.place / cell.id
+
+
+def _is_finished(folder: Path) -> bool:
+    with suppress(UserError):
+        return RunFolder.open(folder).is_done
+    return False
+
+
+def _why(end: End, config: StudyConfig) -> str:
+    """One line about a run that has not finished."""
+    if end.how == "timeout":
+        return f"given up after {clock(end.seconds)} (timeout: {config.timeout:g} s)"
+    if end.how == "stalled":
+        return f"given up: no sign of life for {config.stall:g} s (stall)"
+    if end.how == "finished":
+        return f"ended without a result, see {end.call.log}"
+    died = f"killed by signal {-end.code}" if end.code and end.code < 0 else f"exit {end.code}"
+    said = end.call.last_words().removeprefix("ssl-seg: ")
+    return f"{died}: {said or 'it said nothing'}"

@@ -1,0 +1,163 @@
+"""What a study has found, in one sentence: the gain of each arm over the baseline, by the rules of `answers`.
+
+Ours is what several conditions ask for: one comparison an arm, its mean over all of them, so that no condition is
+picked out; and how many of them show the same by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean
+
+from ssl_seg import passport
+from ssl_seg.answers import (
+    MIN_PAIRS,
+    TOLD,
+    Answer,
+    count_of,
+    measured_on,
+    of_many,
+    percent,
+    sentence,
+    stand,
+    verdict,
+)
+from ssl_seg.compare import TIMM, Spread
+from ssl_seg.findings import CellFound, Findings
+
+OF_CONDITIONS = (
+    "Of a study with several conditions the first sentence tells the mean gain over all of them, seed by seed: one "
+    "comparison an arm, whatever the number of conditions. Seeds that lack a pair under some condition are left out of "
+    "it. It speaks of the conditions of this study alone."
+)
+VERDICTS = {"gain": "a gain in", "loss": "a loss in", "none": "nothing to tell in", "few": "too few pairs in"}
+
+
+def answer(found: Findings) -> Answer:
+    """The sentence on top, and one for each arm where there are several.
+
+    Under several conditions an arm's gain is its mean over them: so each arm is one comparison, and no condition is
+    picked out.
+    """
+    told = [(arm, *own) for arm in found.arms if (own := over_conditions(found, arm)) is not None]
+    if not told:
+        return Answer(_no_answer(found), _below(found))
+    base = found.baseline
+    single = [
+        (arm, f"{sentence(gain, arm, base, is_pretrained(found, arm))[:-1]}{_in_each(found, arm, number)}.")
+        for arm, gain, number in told
+    ]
+    names = [arm for arm, *_ in told]
+    alone = [arm for arm in found.arms if arm not in (base, *names)]
+    single += [(arm, f"{arm}: no seed has a pair with {base} under all of its conditions.") for arm in alone]
+    headline = single[0][1]
+    if len(told) > 1:
+        subject = "pretraining" if all(is_pretrained(found, arm) for arm in names) else "the other arms"
+        numbers = {number for *_, number in told}
+        over = _averaged(found, numbers.pop() if len(numbers) == 1 else None)
+        headline = of_many([(arm, gain) for arm, gain, _ in told], base, subject, f"points of mIoU{over}")
+    return Answer(headline, _below(found), tuple(single) if len(single) > 1 else (), has_gains=True)
+
+
+def over_conditions(found: Findings, arm: str) -> tuple[Spread, int] | None:
+    """An arm's gain as its mean over the conditions, a value a seed, and how many conditions have pairs.
+
+    None without a seed that has a pair under all of these.
+    """
+    gains = [gain for gain in found.gains if gain.arm == arm]
+    by_seed = [dict(zip(gain.seeds, gain.gains.values, strict=True)) for gain in gains]
+    common = [seed for seed in (by_seed[0] if by_seed else ()) if all(seed in own for own in by_seed)]
+    if not common:
+        return None
+    return Spread(tuple(mean(own[seed] for own in by_seed) for seed in common)), len(gains)
+
+
+def _averaged(found: Findings, number: int | None) -> str:
+    """` on average over 4 conditions`; nothing where the study has but one. None: the arms have different ones."""
+    every = len(found.conditions)
+    if every == 1:
+        return ""
+    if number is None:
+        return " on average over the conditions of each"
+    return f" on average over {number if number == every else f'{number} of {every}'} conditions"
+
+
+def _in_each(found: Findings, arm: str, number: int) -> str:
+    """`, on average over 4 conditions: a gain in 3, nothing to tell in 1`; nothing where the study has but one."""
+    averaged = _averaged(found, number)
+    if not averaged:
+        return ""
+    counts = Counter(verdict(gain.gains) for gain in found.gains if gain.arm == arm)
+    words = ", ".join(f"{word} {counts[kind]}" for kind, word in VERDICTS.items() if counts[kind])
+    return f",{averaged}: {words}"
+
+
+def _no_answer(found: Findings) -> str:
+    if any(cell.scores for cell in found.cells):
+        return f"No answer yet: no seed has finished both an arm and {found.baseline} ({states(found)})."
+    return f"No answer yet: no cell has a score ({states(found)})."
+
+
+def states(found: Findings) -> str:
+    """`of 12 cells 3 finished, 9 waiting`."""
+    counts = Counter(state_of(cell) for cell in found.cells)
+    return f"of {count_of(len(found.cells), 'cell')} {', '.join(f'{count} {state}' for state, count in counts.items())}"
+
+
+def state_of(cell: CellFound) -> str:
+    return "finished without a score" if cell.status == "finished" and not cell.scores else cell.status
+
+
+def _below(found: Findings) -> tuple[str, ...]:
+    """What the first sentence is to be read with."""
+    done = [cell for cell in found.cells if cell.scores]
+    told = [measured_on(found.part, [cell.run for cell in done])] if done else []
+    if len(found.conditions) == 1 and found.spread(found.baseline, found.conditions[0]) is not None:
+        told.append(f"{found.baseline}: {percent(found.spread(found.baseline, found.conditions[0]))} % mIoU.")
+    told += _corrected(found)
+    told += [of_start] if (of_start := of_one_start(found)) else []
+    told += _of_passports(done)
+    return tuple(told)
+
+
+def _corrected(found: Findings) -> list[str]:
+    """What of all single comparisons stands, where the conditions make more of them than there are arms."""
+    gains = [gain.gains for gain in found.gains]
+    compared = sum(gain.n >= MIN_PAIRS for gain in gains)
+    told = sum(verdict(gain) in TOLD for gain in gains)
+    if len(found.conditions) == 1 or not told or compared < 2:
+        return []
+    left = sum(stand(gains))
+    return [
+        f"Arm by arm and condition by condition, corrected for all {compared} comparisons, {left} of the {told} told "
+        f"{'stands' if left == 1 else 'stand'}."
+    ]
+
+
+def of_one_start(found: Findings) -> str | None:
+    """The word on arms whose several pairs all start from the same weights; None where there is none."""
+    several = {gain.arm for gain in found.gains if gain.gains.n > 1}
+    more = {gain.arm for gain in found.gains if gain.num_starts > 1}
+    arms = [arm for arm in found.arms if arm in several - more and is_pretrained(found, arm)]
+    if not arms:
+        return None
+    return (
+        f"All pairs of {' and of '.join(arms)} start from one pretraining: what another pretraining would give lies "
+        "outside of the intervals."
+    )
+
+
+def _of_passports(done: Sequence[CellFound]) -> list[str]:
+    """A word where the cells' scores do not mean the same."""
+    passports = [passport.passports_in(cell.run.result or {}) for cell in done]
+    told = dict.fromkeys(field for own in passports for field in passport.differing(passports[0], own))
+    if not told:
+        return []
+    return [f"CAUTION: the scores of these cells do not mean the same ({'; '.join(told)}); make the study anew."]
+
+
+def is_pretrained(found: Findings, arm: str) -> bool:
+    """Whether an arm starts from weights, by what it changes."""
+    changes = next(own["changes"] for own in found.record["arms"] if own["name"] == arm)
+    return changes.get("init") is not None or bool(changes.get(TIMM))

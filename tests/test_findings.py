@@ -1,0 +1,126 @@
+"""What a study has found, against figures made by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ssl_seg import findings
+from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes
+from tests.faults import message_of
+
+CLASSES = ("ground", "disc")
+COUNTS = (5, 10)
+SEEDS = tuple(range(8))
+
+
+def confusions(seed: int, shift: float) -> ImageConfusions:
+    """Forty images whose share of right pixels goes up with `shift`."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for image in range(40):
+        right = np.clip(random.normal(0.6 + shift, 0.05, 2), 0.01, 0.99) * 1000
+        cells = np.array([right[0], 1000 - right[0], 1000 - right[1], right[1]]).astype(np.int64)
+        rows.append(Row(image, f"frame_{image:03d}", np.arange(4), cells, cells // 10, ""))
+    return ImageConfusions.from_rows(CLASSES, rows)
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """Scratch and two arms, one better by 5 points at 5 labels and by nothing at 10, one cell failed."""
+    cells = []
+    for count in COUNTS:
+        for arm, shift in (("scratch", 0.0), ("good", 0.05 if count == 5 else 0.0), ("same", 0.0)):
+            for seed in SEEDS:
+                own = {"id": f"{arm}{count}s{seed}", "arm": arm, "condition": {"labels.count": count}, "seed": seed}
+                failed = (arm, count, seed) == ("same", 10, 7)
+                status = {"status": "failed", "message": "exit 2: no room"} if failed else {"status": "finished"}
+                start = None if arm == "scratch" else f"two-seed{seed % 2}"
+                cells.append({"message": "", "seconds": 60.0, **own, **status, "start": start})
+                if not failed:
+                    write_run(folder / "cells" / own["id"], seed, arm, shift)
+    arms = [{"name": name, "changes": {}, "pretraining": None} for name in ("good", "scratch", "same")]
+    record = {"arms": arms, "baseline": "scratch", "axes": {"labels.count": COUNTS}, "seeds": SEEDS, "level": 0.95}
+    (folder / "study.json").write_text(json.dumps({**record, "cells": cells, **changes}))
+    return folder
+
+
+def write_run(folder: Path, seed: int, arm: str, shift: float) -> None:
+    folder.mkdir(parents=True)
+    # Scores of a seed go up and down together; the arms differ by little beside it.
+    found = confusions(seed, shift + 0.03 * np.sin(seed) + 0.002 * np.cos(7 * seed + len(arm)))
+    scores = found.scores()
+    named = {"miou": scores.miou, **{f"iou/{name}": iou for name, iou in zip(CLASSES, scores.iou, strict=True)}}
+    (folder / "result.json").write_text(json.dumps({"steps": 4, "test": named, "val": {"miou": 0.1}}))
+    (folder / "run.json").write_text(json.dumps({"stage": "finetune", "config": {}, "status": "finished"}))
+    (folder / IMAGES_FILE).write_bytes(image_confusion_bytes({"test": found}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+def scores_in(folder: Path, arm: str, count: int, seeds: tuple[int, ...] = SEEDS) -> np.ndarray:
+    paths = [folder / "cells" / f"{arm}{count}s{seed}" / "result.json" for seed in seeds]
+    return np.array([json.loads(path.read_text())["test"]["miou"] for path in paths])
+
+
+def test_gains_are_paired_by_seed(folder: Path) -> None:
+    found = findings.read(folder)
+    assert found.arms == ("scratch", "good", "same")
+    assert found.main_score == "test/miou"
+    gain = found.gain("good", (("labels.count", "5"),))
+    differences = scores_in(folder, "good", 5) - scores_in(folder, "scratch", 5)
+    assert gain.gains.values == pytest.approx(differences.tolist())
+    test = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (gain.interval.low, gain.interval.high) == pytest.approx((test.low, test.high))
+    assert gain.p == pytest.approx(2 / 2**8)  # all eight of one sign
+    assert gain.num_starts == 2
+
+
+def test_a_failed_cell_takes_its_pair_along_and_no_other(folder: Path) -> None:
+    found = findings.read(folder)
+    gain = found.gain("same", (("labels.count", "10"),))
+    assert gain.seeds == SEEDS[:7]
+    assert gain.p is None  # seven pairs
+    differences = scores_in(folder, "same", 10, SEEDS[:7]) - scores_in(folder, "scratch", 10, SEEDS[:7])
+    assert gain.gains.values == pytest.approx(differences.tolist())
+    assert found.spread("same", (("labels.count", "10"),)).n == 7
+
+
+def test_the_interval_over_images_holds_the_mean_gain(folder: Path) -> None:
+    for gain in findings.read(folder).gains:
+        assert gain.images is None or gain.images.low < gain.gains.mean < gain.images.high
+
+
+def test_p_is_adjusted_for_all_comparisons_of_the_study(folder: Path) -> None:
+    told = [gain for gain in findings.read(folder).gains if gain.p is not None]
+    assert len(told) == 3
+    assert min(gain.p_holm for gain in told) == pytest.approx(3 * 2 / 2**8)
+    assert all(gain.p_holm >= gain.p for gain in told)
+
+
+def test_tables_are_tidy(folder: Path) -> None:
+    found = findings.read(folder)
+    findings.write_tables(found)
+    cells = list(csv.DictReader((folder / "cells.csv").read_text().splitlines()))
+    assert len(cells) == 2 * 3 * 8
+    assert [row["message"] for row in cells if row["status"] != "finished"] == ["exit 2: no room"]
+    assert float(cells[0]["test/miou"]) == scores_in(folder, "scratch", 5)[0]
+    gains = list(csv.DictReader((folder / "gains.csv").read_text().splitlines()))
+    assert {row["score"] for row in gains} == {"test/miou", "test/iou/ground", "test/iou/disc"}
+    assert len(gains) == 2 * 2 * 3
+    first = next(row for row in gains if row["arm"] == "good" and row["labels.count"] == "5")
+    assert float(first["gain"]) == pytest.approx(found.gains[0].gains.mean)
+
+
+def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
+    assert "is no study" in message_of(lambda: findings.read(tmp_path))
+    (tmp_path / "study.json").write_text('{"cells": [{"id": 3}]}')
+    assert "not as ssl-seg study writes it" in message_of(lambda: findings.read(tmp_path))

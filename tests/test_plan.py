@@ -1,0 +1,174 @@
+"""What a study is going to do: arms, conditions, pairs, ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_seg.config import load
+from ssl_seg.plan import Cell, StudyConfig, arms_of, baseline_of, choice_key, choose, make_plan, make_trials
+from tests.faults import message_of
+from tests.small import finetuning, pretraining
+
+OUT = Path("runs/study")
+
+
+def values(**keys: Any) -> dict[str, Any]:
+    return {
+        "finetune": finetuning(),
+        "pretrain": {"two": pretraining()},
+        "arms": {"scratch": {}, "encoder": {"init": "two"}},
+        "grid": {"labels.count": [1, 2]},
+        "seeds": 3,
+        **keys,
+    }
+
+
+def plan_of(**keys: Any) -> list[Cell]:
+    return list(make_plan(load(StudyConfig, values(**keys)), OUT).cells)
+
+
+def names_of(**keys: Any) -> list[str]:
+    return [arm.name for arm in arms_of(load(StudyConfig, values(arms={}, **keys)))]
+
+
+def test_every_arm_sees_every_condition_with_the_same_seeds_and_labels() -> None:
+    cells = plan_of()
+    seen = {(cell.arm, cell.config.labels.count, cell.config.seed, cell.config.labels.seed) for cell in cells}
+    assert seen == {(arm, count, seed, seed) for arm in ("scratch", "encoder") for count in (1, 2) for seed in range(3)}
+    assert len(cells) == len({cell.id for cell in cells}) == 12
+
+
+def test_seeds_share_the_pretrainings_in_turn() -> None:
+    plan = make_plan(load(StudyConfig, values(pretrainings=2)), OUT)
+    assert [cell.config.seed for cell in plan.pretrainings.values()] == [0, 1]
+    started = [cell for cell in plan.cells if cell.arm == "encoder" and cell.config.labels.count == 1]
+    ids = {seed: cell.id for (_, seed), cell in plan.pretrainings.items()}
+    assert [cell.start for cell in started] == [ids[0], ids[1], ids[0]]
+    assert started[1].config.init == str(OUT / "pretrained" / ids[1])
+
+
+def test_a_pretraining_that_no_arm_needs_is_not_made() -> None:
+    config = load(StudyConfig, values(arms={"scratch": {}, "wide": {"train.lr": 0.1}}))
+    assert not make_plan(config, OUT).pretrainings
+
+
+def test_an_id_is_that_of_the_config_and_the_weights_and_of_nothing_else() -> None:
+    few = {"grid": {"labels.count": [1]}, "seeds": 1}
+    ids = {cell.id for cell in plan_of(**few)}
+    assert ids < {cell.id for cell in plan_of(**{**few, "seeds": 2})}  # a study that grows keeps its cells
+    elsewhere = make_plan(load(StudyConfig, values(**few)), Path("moved/study"))
+    assert {cell.id for cell in elsewhere.cells} == ids
+    tracked = {**finetuning(), "tracking": {"type": "mlflow", "experiment": "other"}}
+    assert {cell.id for cell in plan_of(finetune=tracked, **few)} == ids
+    assert not {cell.id for cell in plan_of(finetune=finetuning(steps=7), **few)} & ids
+    longer = [cell for cell in plan_of(pretrain={"two": pretraining(steps=7)}, **few) if cell.id not in ids]
+    assert {cell.arm for cell in longer} == {"encoder"}
+
+
+def test_dotted_and_nested_keys_are_the_same() -> None:
+    nested = {"grid": {"labels": {"count": [1, 2]}}, "arms": {"scratch": {}, "wide": {"train": {"lr": 0.1}}}}
+    dotted = {"grid": {"labels.count": [1, 2]}, "arms": {"scratch": {}, "wide": {"train.lr": 0.1}}}
+    cells = plan_of(seeds=1, **nested)
+    assert {cell.id for cell in cells} == {cell.id for cell in plan_of(seeds=1, **dotted)}
+    wide = [cell for cell in cells if cell.arm == "wide"]
+    assert {cell.config.train.lr for cell in wide} == {0.1}
+
+
+def test_seed_may_be_an_axis_of_the_grid() -> None:
+    config = values(grid={"labels.count": [1], "seed": [4, 7]})
+    del config["seeds"]
+    assert load(StudyConfig, config).seeds == (4, 7)
+    assert list(load(StudyConfig, config).grid) == ["labels.count"]
+
+
+def test_a_recipe_lies_below_the_keys_beside_it() -> None:
+    data = {"labelled": {"root": "camvid"}, "val": {"root": "camvid"}}
+    cells = plan_of(finetune={"recipe": "camvid_labelled", "data": data, "train": {"batch_size": 4}}, arms=WIDE)
+    assert cells[0].config.train.batch_size == 4
+    assert cells[0].config.train.steps == 400
+    assert str(cells[0].config.data.val.root) == "camvid"
+
+
+WIDE = {"scratch": {}, "wide": {"train.lr": 0.1}}
+
+
+def test_all_arms_have_one_model_though_the_study_names_none() -> None:
+    bare = {key: value for key, value in finetuning().items() if key != "model"}
+    cells = plan_of(finetune=bare)
+    assert {cell.arm for cell in cells} == {"scratch", "encoder"}
+    assert {cell.config.model.encoder.name for cell in cells} == {"mobilenetv2_035"}
+
+
+def test_axes_of_the_start_make_arms() -> None:
+    grid = {"init": [None, "two", "imagenet"], "transfer": ["encoder", "encoder+denoise"], "labels.count": [1]}
+    assert names_of(grid=grid) == ["scratch", "two", "two + denoise decoder", "imagenet"]
+    known = {**finetuning(), "model": {"encoder": {"type": "timm", "name": "resnet18"}}}  # timm has weights for it
+    plan = make_plan(load(StudyConfig, values(arms={}, grid=grid, finetune=known)), OUT)
+    assert plan.baseline == "scratch"
+    assert list(plan.axes) == ["labels.count"]
+    by_arm = {cell.arm: cell.config for cell in plan.cells}
+    assert by_arm["imagenet"].init is None
+    assert by_arm["imagenet"].model.encoder.pretrained is True
+    assert by_arm["two + denoise decoder"].transfer == "encoder+denoise"
+
+
+def test_any_other_axis_can_be_compared() -> None:
+    grid = {"model.norm": ["group", "switch"], "labels.count": [1]}
+    assert names_of(grid=grid, compare=["model.norm"]) == ["model.norm=group", "model.norm=switch"]
+
+
+def test_the_baseline_is_from_scratch_unless_named() -> None:
+    arms = {"encoder": {"init": "two"}, "fresh": {}}
+    for named, expected in ((None, "fresh"), ("encoder", "encoder")):
+        config = load(StudyConfig, values(arms=arms, baseline=named))
+        assert baseline_of(config, arms_of(config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"baseline": "none"}, "baseline: there is no arm 'none'; name one of: scratch, encoder"),
+        ({"arms": {"scratch": {}, "b": {"train.lrr": 1}}}, "arm b: train: unknown key 'lrr'; did you mean 'lr'?"),
+        ({"grid": {"labels.count": []}}, "grid: grid.labels.count: name one value or more, each once"),
+        ({"grid": {"labels.count": [1, 1]}}, "grid: grid.labels.count: name one value or more, each once"),
+        ({"arms": {}}, "arms: nothing to compare; name two arms or more, or give grid.init several values"),
+        ({"arms": {"../up": {}, "b": {}}}, "arms: '../up' cannot name a folder; use letters, digits and _ + - ."),
+        ({"grid": {"init": [None, "two"]}}, "config: arms, and the axis init of the grid, both say what is compared"),
+        ({"compare": ["model.norm"]}, "config: compare: model.norm is no axis of the grid; name one of: labels.count"),
+        ({"seeds": [1, 1]}, "seeds: [1, 1]: name one seed or more, each once"),
+        ({"seeds": 0}, "seeds: []: name one seed or more, each once"),
+        ({"finetune": {**finetuning(), "recipe": "no"}}, "no: no such file or recipe"),
+        ({"search": {"grid": {"train.lr": []}}}, "search.grid: search.grid.train.lr: name one value or more"),
+        ({"search": {"grid": {"train.lr": [1]}, "at": {"x": 1}}}, "config: search.at: x is no axis of the grid"),
+        ({"arms": {"scratch": {}, "b": {"init": "gone"}}}, "gone: does not exist; name a run folder or a file"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_runs(keys: dict[str, Any], said: str) -> None:
+    assert message_of(lambda: make_plan(load(StudyConfig, values(**keys)), OUT)).startswith(said)
+
+
+def test_a_search_tries_each_value_for_each_arm_on_images_that_score_nothing() -> None:
+    search = {"grid": {"train.lr": [0.001, 0.01]}, "seeds": 2, "at": {"labels.count": 1}}
+    config = load(StudyConfig, values(search=search))
+    plan = make_plan(config, OUT)
+    trials = make_trials(config, plan, OUT)
+    assert len(trials) == 2 * 2 * 2  # arms, values, seeds; at one label count
+    assert all(trial.cell.config.data.val is None and trial.cell.config.data.test is None for trial in trials)
+    assert {trial.cell.seed for trial in trials}.isdisjoint(config.seeds)
+    scores = {own.cell.id: own.found["train.lr"] * (1 if own.cell.arm == "encoder" else -1) for own in trials}
+    chosen = choose(trials, scores)
+    assert chosen[choice_key(config, "encoder", {"labels.count": 2})] == {"train.lr": 0.01}
+    final = make_plan(config, OUT, chosen)
+    assert {(cell.arm, cell.config.train.lr) for cell in final.cells} == {("scratch", 0.001), ("encoder", 0.01)}
+
+
+def test_a_search_takes_the_first_of_equals_and_leaves_failed_runs_out() -> None:
+    search = {"grid": {"train.lr": [0.001, 0.01, 0.1]}, "seeds": 2}
+    config = load(StudyConfig, values(search=search, grid={}))
+    trials = make_trials(config, make_plan(config, OUT), OUT)
+    scores = {own.cell.id: 0.5 for own in trials if own.found["train.lr"] > 0.001}
+    assert choose(trials, scores)[choice_key(config, "scratch", {})] == {"train.lr": 0.01}
+    assert choose(trials, {}) == {}

@@ -1,0 +1,157 @@
+"""Commands that end well, fail, crash, hang or are stopped: each is told of, and none takes another with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssl_seg import schedule
+from ssl_seg.config import UserError
+from ssl_seg.schedule import Call, Cluster, End, Here, Limits, execute
+
+NONE = Limits()
+FINE = "print('done')"
+FAILS = "import sys; print('first'); sys.exit('what was wrong')"
+CRASHES = "import os; os.kill(os.getpid(), 9)"
+HANGS = "import time; time.sleep(60)"
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+# Leaves a child in its group, as a crashed run leaves its loader workers.
+ORPHANS = "import os, sys, time; child = os.fork(); child or time.sleep(60); print(child, flush=True); os._exit(1)"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of a call are a script, so that a test does not wait for torch."""
+    monkeypatch.setattr(schedule, "_command", lambda call: [sys.executable, "-c", *call.words])
+
+
+def calls(folder: Path, *scripts: str) -> list[Call]:
+    names = [f"{number}" for number in range(len(scripts))]
+    return [Call(name, (own,), folder / f"{name}.log", folder / name) for name, own in zip(names, scripts, strict=True)]
+
+
+def ends(folder: Path, *scripts: str, jobs: int = 2, limits: Limits = NONE) -> dict[str, End]:
+    found = execute(calls(folder, *scripts), Here(jobs), jobs, limits)
+    return {end.call.name: end for end in found}
+
+
+def test_one_that_fails_or_crashes_costs_none_but_itself(tmp_path: Path) -> None:
+    found = ends(tmp_path, FAILS, FINE, CRASHES, FINE)
+    assert [(found[name].how, found[name].code) for name in "0123"] == [
+        ("failed", 1),
+        ("finished", 0),
+        ("failed", -9),
+        ("finished", 0),
+    ]
+    assert found["0"].call.last_words() == "what was wrong"
+    assert (tmp_path / "1.log").read_text() == "done\n"
+
+
+def test_one_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    found = ends(tmp_path, HANGS, FINE, limits=Limits(timeout=1.0))
+    assert (found["0"].how, found["1"].how) == ("timeout", "finished")
+    assert 1.0 <= found["0"].seconds < 5.0
+
+
+def test_one_without_a_sign_of_life_is_given_up_and_one_that_writes_is_not(tmp_path: Path) -> None:
+    alive = (
+        "import time, pathlib\n"
+        f"path = pathlib.Path({str(tmp_path / '1')!r}); path.mkdir()\n"
+        "for _ in range(8): time.sleep(0.3); (path / 'metrics.jsonl').open('a').write('{}')\n"
+    )
+    found = ends(tmp_path, HANGS, alive, limits=Limits(stall=1.0))
+    assert (found["0"].how, found["1"].how) == ("stalled", "finished")
+
+
+def test_no_more_run_at_a_time_than_asked(tmp_path: Path) -> None:
+    script = (
+        "import os, time, pathlib\n"
+        f"own = pathlib.Path({str(tmp_path)!r}) / f'running{{os.getpid()}}'; own.touch()\n"
+        "print(len(list(own.parent.glob('running*')))); time.sleep(0.3); own.unlink()\n"
+    )
+    found = ends(tmp_path, *[script] * 5, jobs=2)
+    counts = [int(end.call.log.read_text()) for end in found.values()]
+    assert len(counts) == 5
+    assert max(counts) == 2
+
+
+def test_what_runs_is_stopped_when_the_study_is(tmp_path: Path) -> None:
+    polite = (
+        "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit('saved'))\nprint('up', flush=True)\n" + HANGS
+    )
+    started = calls(tmp_path, polite, polite)
+    running = execute([*started, *calls(tmp_path / "quick", FINE)], Here(3), 3)
+    next(running)
+    deadline = time.monotonic() + 10
+    while any("up" not in call.log.read_text() for call in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.close()
+    assert [call.last_words() for call in started] == ["saved", "saved"]
+
+
+def test_one_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "GRACE", 0.5)
+    found = ends(tmp_path, STUBBORN, limits=Limits(timeout=1.0))
+    assert found["0"].how == "timeout"
+    assert found["0"].call.last_words() == "up"
+
+
+def test_nothing_is_left_of_a_group_that_has_crashed(tmp_path: Path) -> None:
+    end = ends(tmp_path, ORPHANS)["0"]
+    child = int(end.call.log.read_text())
+    for _ in range(100):
+        if not _lives(child):
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("a child has outlived its run")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_runs_side_by_side_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    several = list(execute(calls(tmp_path, script, script), Here(2, ["4", "5"]), 2))
+    assert {end.call.log.read_text() for end in several} == {"4 4\n", "4 5\n"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (alone,) = execute(calls(tmp_path, script), Here(1, ["4", "5"]), 1)
+    assert alone.call.log.read_text() == "None None\n"
+
+
+def test_jobs_of_submitit_are_told_of_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(Cluster, "poll", 0.2)
+    executor = Cluster(tmp_path / "jobs", {"cluster": "local"}, timeout=60)
+    found = {end.call.name: end.how for end in execute(calls(tmp_path, FINE, FAILS, CRASHES), executor, 3)}
+    assert found == {"0": "finished", "1": "failed", "2": "failed"}
+    assert (tmp_path / "0.log").read_text() == "done\n"
+
+
+def test_a_job_of_submitit_that_hangs_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(Cluster, "poll", 0.2)
+    executor = Cluster(tmp_path / "jobs", {"cluster": "local"})
+    (end,) = execute(calls(tmp_path, HANGS), executor, 1, Limits(stall=1.5))
+    assert end.how == "stalled"
+
+
+def test_parameters_that_submitit_does_not_know_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError, match=r"^submitit: .*; mend `submitit:` in the study, or use --executor local$"):
+        Cluster(tmp_path, {"cluster": "local", "slrm_partition": "gpu"})
+    with pytest.raises(UserError, match=r"^submitit: "):
+        Cluster(tmp_path, {"cluster": "slurm"})
