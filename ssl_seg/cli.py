@@ -433,6 +433,7 @@ def _print_findings(found: Findings) -> None:
 
     from ssl_seg.answers import percent, points
     from ssl_seg.findings import CELLS_FILE, GAINS_FILE
+    from ssl_seg.study_answers import answer
 
     def between(interval: Interval | None) -> str:
         return "-" if interval is None else f"{points(interval.low)} to {points(interval.high)}"
@@ -452,7 +453,8 @@ def _print_findings(found: Findings) -> None:
             table.add_row(*row)
         table.add_section()
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    _print_lines([f"tables: {found.folder / CELLS_FILE}, {found.folder / GAINS_FILE}"])
+    tables = f"{found.folder / CELLS_FILE}, {found.folder / GAINS_FILE}"
+    _print_lines([answer(found).headline, f"tables: {tables}", f"report: {found.folder / 'report.html'}"])
 
 
 def _interval_text(interval: Interval | None) -> str:
