@@ -22,13 +22,16 @@ from torch.utils.data import DataLoader
 
 from ssl_seg import images, rng
 from ssl_seg.config import Config, UserError
-from ssl_seg.datasets import Dataset, Example
+from ssl_seg.datasets import Dataset, Example, numbering
 from ssl_seg.tasks import Batch
 
 IGNORE = 255
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
 NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
+LEAST_HELD_OUT = 0.1  # one stray image in a folder of its own is a sequence too, and would judge the run alone
 LARGEST_HELD_OUT = 0.4  # of the images: rather a whole sequence of that size than neighbours on both sides
+
+HOLD_OUT_KEY = rng.as_key("hold out")
 
 
 class Examples(Protocol):
@@ -387,25 +390,34 @@ def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:
 def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
     """A training and a validation part of about a fifth: whole sequences where some are small enough, else images.
 
-    The shuffle has a seed of its own, so that runs with other labels or weights are validated on the same images.
+    Images whose names are one numbering are taken from its end, for they may be frames of a video. The shuffle has a
+    seed of its own, so that runs with other labels or weights are validated on the same images.
     """
     count = len(dataset)
     by_sequence: dict[str, set[int]] = {}
     for index in range(count):
         by_sequence.setdefault(dataset.sequence(index), set()).add(index)
-    shuffle = rng.as_key("hold out")
     names = sorted(by_sequence)
     held: set[int] = set()
-    for place in rng.permutation(shuffle, len(names)).tolist():
+    for place in rng.permutation(HOLD_OUT_KEY, len(names)).tolist():
         if len(held) + len(by_sequence[names[place]]) <= HELD_OUT * count:
             held |= by_sequence[names[place]]
-    smallest = min(by_sequence.values(), key=len)
-    if not held and len(smallest) <= LARGEST_HELD_OUT * count:
-        held = smallest
-    if not held:
-        held = set(rng.permutation(shuffle, count)[: round(HELD_OUT * count)].tolist())
+    if len(held) < LEAST_HELD_OUT * count:
+        larger = [held | own for own in by_sequence.values() if not own <= held]
+        fitting = [own for own in larger if LEAST_HELD_OUT * count <= len(own) <= LARGEST_HELD_OUT * count]
+        held = min(fitting, key=len, default=_single_images(dataset))
     kept = tuple(index for index in range(count) if index not in held)
     return Subset(dataset, kept), Subset(dataset, tuple(sorted(held)))
+
+
+def _single_images(dataset: Dataset) -> set[int]:
+    """A fifth of the images, whatever sequence they belong to."""
+    count = len(dataset)
+    numbered = [numbering(dataset.name(index)) for index in range(count)]
+    order = rng.permutation(HOLD_OUT_KEY, count).tolist()
+    if None not in numbered and len({sequence for sequence, _ in numbered}) == 1:
+        order = sorted(range(count), key=lambda index: -numbered[index][1])
+    return set(order[: round(HELD_OUT * count)])
 
 
 def manifest(examples: Examples) -> dict[str, Any]:

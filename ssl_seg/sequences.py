@@ -5,16 +5,15 @@ Ours: names alone would accuse every data set that numbers its images. Imports n
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
+from ssl_seg.datasets import numbering
 from ssl_seg.likeness import Fingerprints, between, coarse
 
 BAND = (1.0, 4.0)  # pixels of COARSE: structure by which neighbouring frames are told from others
@@ -26,26 +25,6 @@ ALIKE_IN_TIME, ALIKE_ACROSS = 0.9, 0.7
 LEAST_COMBINATIONS = 50  # of an image of each side; among fewer, chance makes any pictures seem to follow each other
 MOST_PAIRS = 2000  # whose likeness is looked at
 ALWAYS_ALIKE = 0.9  # a standing camera's frames are all alike
-SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "leftImg8bit"})
-NUMBER = re.compile(r"\d+(?![0-9A-Za-z])")
-
-
-def numbering(name: str) -> tuple[str, int] | None:
-    """The sequence that a name speaks of, and its number in it: its last number that no letter follows.
-
-    Words for splits in the path do not make another sequence. None for a name without a number.
-
-    >>> numbering("train/aachen/aachen_000001_000019_leftImg8bit.png")
-    ('aachen/aachen_000001_#_leftImg8bit', 19)
-    """
-    path = PurePosixPath(name)
-    numbers = list(NUMBER.finditer(path.stem))
-    if not numbers:
-        return None
-    last = numbers[-1]
-    folders = [folder for folder in path.parts[:-1] if folder not in SPLIT_WORDS]
-    pattern = path.stem[: last.start()] + "#" + path.stem[last.end() :]
-    return "/".join([*folders, pattern]), int(last[0])
 
 
 def neighbours(trained: Fingerprints, scored: Fingerprints, frames: int) -> list[Neighbour]:

@@ -153,9 +153,13 @@ class _Ledger:
         Raises LeakError as a run does.
         """
         question = leak_question(self.plan)
-        if question is not None:
-            workers = self.plan.cells[0].config.train.workers
-            self.about["leaks"] = leaks.check(self, question, workers, self.options.quiet)
+        if question is None:
+            return
+        workers = self.plan.cells[0].config.train.workers
+        try:
+            leaks.check(self, question, workers, self.options.quiet)
+        finally:
+            self.about["leaks"] = self.read_json("leaks.json")  # also of one that stops the study
 
     def make(self, words: str, cells: Iterable[Cell]) -> None:
         """Those that are not finished yet, and whose pretraining is."""
@@ -341,7 +345,8 @@ def leak_question(plan: Plan) -> leaks.Question | None:
         available, val = candidates(cell.config)
         trained |= {f"labelled{suffix}": available, f"pool{suffix}": cell.config.data.pool}
         scored |= {f"val{suffix}": val, f"test{suffix}": cell.config.data.test}
-    inits = {Path(init).name: init for cell in plan.cells if (init := cell.config.init) and cell.start is None}
+    paths = dict.fromkeys(cell.config.init for cell in plan.cells if cell.config.init and cell.start is None)
+    inits = {f"init.{number}" if len(paths) > 1 else "init": path for number, path in enumerate(paths, start=1)}
     return leaks.Question(trained, scored, settings, inits) if settings.check else None
 
 

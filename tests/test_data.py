@@ -244,7 +244,16 @@ def test_hold_out_of_a_single_sequence_takes_a_fifth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "held"), [((90, 10), 10), ((10, 90), 10), ((30, 70), 30), ((50, 50), 20), ((100,), 20)]
+    ("sizes", "held"),
+    [
+        ((90, 10), 10),
+        ((10, 90), 10),
+        ((30, 70), 30),
+        ((50, 50), 20),
+        ((100,), 20),
+        ((1, 33, 33, 33), 34),
+        ((2, 98), 20),
+    ],
 )
 def test_hold_out_takes_about_a_fifth_of_uneven_sequences(sizes: tuple[int, ...], held: int) -> None:
     class Uneven(Striped):
@@ -253,6 +262,19 @@ def test_hold_out_takes_about_a_fifth_of_uneven_sequences(sizes: tuple[int, ...]
 
     kept, val = hold_out(Uneven(count=100))
     assert (len(kept), len(val)) == (100 - held, held)
+
+
+def test_hold_out_of_one_video_takes_its_end() -> None:
+    class Video(Striped):
+        def name(self, index: int) -> str:
+            return f"frame_{(7 * index) % 50:03d}"
+
+        def sequence(self, index: int) -> str:
+            return ""
+
+    kept, held = hold_out(Video(count=50))
+    assert sorted(held.name(index) for index in range(len(held))) == [f"frame_{number:03d}" for number in range(40, 50)]
+    assert len(kept) == 40
 
 
 def test_crops_reach_the_borders_as_often_as_any_place() -> None:

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from ssl_seg import leaks, likeness
 from ssl_seg.cli import app, run
 from ssl_seg.config import UserError, load
-from ssl_seg.datasets import Example
+from ssl_seg.datasets import Example, numbering
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.leaks import Leak, LeakError, Leaks, compare, is_allowed, sentence
 from ssl_seg.likeness import SIDE, Fingerprints, fingerprint
 from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.sequences import numbering
 from ssl_seg.stage import Options
 from tests.small import Textured, finetuning, pretraining
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import ClassVar
 
 import numpy as np
 
 from ssl_seg.config import Plugin
+
+SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "leftImg8bit"})
+NUMBER = re.compile(r"\d+(?![0-9A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,21 @@ class Dataset(Plugin, ABC):
     def sequence(self, index: int) -> str:
         """The clip, drive or subfolder an image belongs to: splits keep a sequence whole. '' where there is none."""
         return ""
+
+
+def numbering(name: str) -> tuple[str, int] | None:
+    """The sequence that a name speaks of, and its number in it: its last number that no letter follows.
+
+    Words for splits in the path do not make another sequence. None for a name without a number.
+
+    >>> numbering("train/aachen/aachen_000001_000019_leftImg8bit.png")
+    ('aachen/aachen_000001_#_leftImg8bit', 19)
+    """
+    path = PurePosixPath(name)
+    numbers = list(NUMBER.finditer(path.stem))
+    if not numbers:
+        return None
+    last = numbers[-1]
+    folders = [folder for folder in path.parts[:-1] if folder not in SPLIT_WORDS]
+    pattern = path.stem[: last.start()] + "#" + path.stem[last.end() :]
+    return "/".join([*folders, pattern]), int(last[0])
