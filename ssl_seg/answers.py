@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Literal
 
 from ssl_seg.compare import SCRATCH, Comparison, Group, Spread
@@ -38,13 +39,53 @@ RULES = (
     "number of pairs. Every comparison on a page has its own 5. So the first sentence of a page with several also says "
     "what stands when they are corrected for their number (Holm 1979): something false does on 5 of 100 pages at most.",
     "The interval is about other seeds: another choice among the labelled images, other orders, other first weights. "
-    "The scored images stay the same, and so does whatever all pairs share, such as a single pretraining. It supposes "
-    "differences that are roughly normal. The exact p, told from 8 pairs on, does not: it is the share of all ways to "
-    "swap the two runs within pairs whose mean is at least as far from 0.",
+    "The scored images stay the same, and so does whatever pairs share. It supposes differences that are roughly "
+    "normal. The exact p, told from 8 pairs on, does not: it is the share of all ways to swap the two runs within "
+    "pairs whose mean is at least as far from 0.",
+    "The 5 of 100 hold where every pair has a pretraining of its own; else the interval is about these pretrainings "
+    f"only. Where the pairs of a study share {MIN_PAIRS} pretrainings or more, it tells a gain (or a loss) by the "
+    "interval over the means of each pretraining.",
 )
 
 Verdict = Literal["gain", "loss", "none", "few"]
 TOLD = ("gain", "loss")
+
+
+@dataclass(frozen=True)
+class Shared(Spread):
+    """Paired differences of which some start from the same pretraining, so that they are not independent.
+
+    Taken as if they were, 8 pairs over 2 pretrainings tell something false in 24 of 100 null comparisons where
+    pretrainings differ as much as seeds do.
+    """
+
+    starts: tuple[str, ...]  # the pretraining behind each value
+
+    @property
+    def num_starts(self) -> int:
+        return len(set(self.starts))
+
+    @property
+    def is_of_few(self) -> bool:
+        """Whether it has too few pretrainings for an interval over them, and is about these alone."""
+        return self.num_starts < MIN_PAIRS
+
+    def means(self) -> tuple[float, ...]:
+        """The mean of each pretraining."""
+        by_start: dict[str, list[float]] = {}
+        for start, value in zip(self.starts, self.values, strict=True):
+            by_start.setdefault(start, []).append(value)
+        return tuple(map(mean, by_start.values()))
+
+
+def of_starts(values: Sequence[float], starts: Sequence[str]) -> Spread:
+    """Paired differences, and whether pretrainings are shared among them."""
+    return Spread(tuple(values)) if len(set(starts)) == len(values) else Shared(tuple(values), tuple(starts))
+
+
+def tested(gain: Spread) -> tuple[float, ...]:
+    """What counts as independent: the pairs, or the means of the pretrainings that they share if these are enough."""
+    return gain.means() if isinstance(gain, Shared) and not gain.is_of_few else gain.values
 
 
 @dataclass(frozen=True)
@@ -89,7 +130,7 @@ def verdict(gain: Spread) -> Verdict:
     """By the rules in RULES; `gain` holds paired differences."""
     if gain.n < MIN_PAIRS:
         return "few"
-    interval = t_interval(gain.values, 1 - ALPHA)
+    interval = t_interval(tested(gain), 1 - ALPHA)
     written = round(100 * gain.mean, 1)
     if written > 0 and interval.low > 0:
         return "gain"
@@ -117,9 +158,22 @@ def sentence(gain: Spread, label: str, base: str = SCRATCH, pretrained: bool = T
 
 def certainty(gain: Spread) -> str:
     """`95 % interval +0.4 to +2.8, 8 pairs, exact p = 0.016`; of at least 2 pairs."""
-    interval = span(t_interval(gain.values, 1 - ALPHA))
-    p = sign_flip_p(gain.values)
-    return f"{interval}, {gain.n} pairs" + ("" if p is None else f", exact {p_in_words(p)}")
+    p = sign_flip_p(tested(gain))
+    exact = "" if p is None else f", exact {p_in_words(p)}"
+    return f"{_told_by(gain)}, {gain.n} pairs{_from_these(gain)}{exact}"
+
+
+def _told_by(gain: Spread) -> str:
+    """The interval of the verdict: `95 % interval +0.4 to +2.8 over 4 pretrainings`."""
+    over = f" over {gain.num_starts} pretrainings" if isinstance(gain, Shared) and not gain.is_of_few else ""
+    return f"{span(t_interval(tested(gain), 1 - ALPHA))}{over}"
+
+
+def _from_these(gain: Spread) -> str:
+    """` from these 2 pretrainings`, of which alone the interval then is."""
+    if not isinstance(gain, Shared) or not gain.is_of_few:
+        return ""
+    return " from this one pretraining" if gain.num_starts == 1 else f" from these {gain.num_starts} pretrainings"
 
 
 def span(interval: Interval) -> str:
@@ -162,16 +216,25 @@ def of_many(
 def _means_of(paired: Sequence[tuple[str, Spread]], unit: str) -> str:
     means = [gain.mean for _, gain in paired]
     sizes = sorted({gain.n for _, gain in paired})
-    pairs = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    number = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    pairs = f"{number} pairs each{_from_only([gain for _, gain in paired])}"
     if len(paired) > NAMED:
-        return f"mean differences from {points(min(means))} to {points(max(means))} {unit}, {pairs} pairs each"
+        return f"mean differences from {points(min(means))} to {points(max(means))} {unit}, {pairs}"
     each = [
-        f"{points(gain.mean)} ({label}; {span(t_interval(gain.values, 1 - ALPHA))})"
-        if gain.n >= MIN_PAIRS
-        else f"{points(gain.mean)} ({label})"
+        f"{points(gain.mean)} ({label}; {_told_by(gain)})" if gain.n >= MIN_PAIRS else f"{points(gain.mean)} ({label})"
         for label, gain in paired
     ]
-    return f"{' and '.join(each)} {unit}, {pairs} pairs each"
+    return f"{' and '.join(each)} {unit}, {pairs}"
+
+
+def _from_only(gains: Sequence[Spread]) -> str:
+    """`, some from only 1 or 2 pretrainings`; nothing where no comparison is about so few."""
+    numbers = [gain.num_starts for gain in gains if isinstance(gain, Shared) and gain.is_of_few]
+    if not numbers:
+        return ""
+    some = "" if len(numbers) == len(gains) else "some "
+    listed = " or ".join(map(str, sorted(set(numbers))))
+    return f", {some}from only {listed} pretraining{'s' * (max(numbers) > 1)}"
 
 
 def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
@@ -193,7 +256,7 @@ def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
 def stand(gains: Sequence[Spread]) -> list[bool]:
     """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
     compared = [index for index, gain in enumerate(gains) if gain.n >= MIN_PAIRS]
-    adjusted = holm([t_test_p(gains[index].values) for index in compared])
+    adjusted = holm([t_test_p(tested(gains[index])) for index in compared])
     small = {index for index, p in zip(compared, adjusted, strict=True) if p <= ALPHA}
     return [index in small and verdict(gain) in TOLD for index, gain in enumerate(gains)]
 

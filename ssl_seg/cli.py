@@ -161,7 +161,9 @@ def compare_command(
     if verify:
         for run, verified in passport.verify_all(runs):
             said = f"{verified.figures} figures follow from the confusion matrices"
-            _print_lines([f"{run}: {said} (largest difference {verified.largest:.1g})"])
+            without = ", ".join(verified.without_passport)
+            more = f"; no passport of {without}, so not by which definition and on which images" if without else ""
+            _print_lines([f"{run}: {said} (largest difference {verified.largest:.1g}){more}"])
     found = compare.compare(runs) if runs else compare.compare_experiment(experiment, uri)
     _print_comparison(found)
     if drawn is not None:
@@ -184,9 +186,9 @@ def study_command(
         raise UserError(f"--executor {executor}: not known; write local or submitit")
     values = _values(words, plugin)
     folder = _needed(out)
-    from ssl_seg import plan, study
+    from ssl_seg import questions, study
 
-    config = load(plan.StudyConfig, values)
+    config = load(questions.StudyConfig, values)
     if dry_run:
         _print_lines(study.outline(config, folder))
         return
@@ -368,7 +370,7 @@ def _print_comparison(found: Comparison) -> None:
         console.print(_main_table(found, groups, numbers))
         for start in range(0, len(groups), GROUPS_ABREAST):
             console.print(_figure_table(found, groups[start : start + GROUPS_ABREAST], numbers))
-    _print_lines(found.apart)
+    _print_lines(found.notes)
     for run in found.unfinished:
         print(f"not finished, left out: {run}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,10 +23,12 @@ from ssl_seg.config import UserError
 from ssl_seg.confusion import BAND, IMAGES_FILE, ImageConfusions, mean_changes, read_image_confusion
 from ssl_seg.evidence import Interval, block_bootstrap
 from ssl_seg.passport import Passports, definition_of, differing, passports_in
-from ssl_seg.runs import RunFolder, described, find_runs, labelled_digest, origin, scores_of
+from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of
 from ssl_seg.tracking import prepare
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
+# By which no weight and no score comes out differently: runs on different machines may be one group.
+IDLE = ("train.workers", "train.log_every", "train.save_every", "workers")
 TIMM = "model.encoder.pretrained"
 # What a fine-tuning from scratch has otherwise than its pretrained twin.
 STARTS = ("init", "init_allow", "transfer", TIMM)
@@ -35,7 +38,14 @@ MAIN_SCORES = ("test/miou", "val/miou")
 # Of images, for an interval at a glance: its ends then move by 3 % of its width from seed to seed, and 500 runs take
 # seconds. A study's own tables take more.
 RESAMPLES = 2_000
+LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
+    "allowed": "trained on some of the scored images, which leaks.allow let pass",
+    "found": "trained on some of the scored images",
+    "unchecked": "not checked for training images among the scored ones (leaks.check=false)",
+    "unknown": "started from weights whose training images are not known, so these were not checked",
+}
 NUM_CHANGED = 6  # images to look at, of each group
+Images = list[ImageConfusions | None]  # of some runs; None for one that kept none
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class Outcome:
     passports: Passports = field(default_factory=dict)  # what the scores of each part mean
     labelled: str = ""  # digest of the labelled images; '' where there are none or they were not noted
     folder: Path | None = None  # None for a run that is known from MLflow alone
+    leaks: str = "none"  # `runs.leak_word`
+    held_out: str = ""  # digest of the names of a pretraining's held-out images; '' where it is not known
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -110,7 +122,7 @@ class Group:
 
     @property
     def from_scratch(self) -> bool:
-        """Whether these are fine-tunings that started from no weights at all."""
+        """Whether these are fine-tunings, or evaluations of some, that started from no weights at all."""
         return _is_scratch(self.outcomes)
 
     def spread(self, score: str) -> Spread | None:
@@ -172,12 +184,25 @@ class Comparison:
             lines.append(f"no passport, so nothing says whether the images are the same: {_labels_of(unknown)}")
         return tuple(lines)
 
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """`apart`, and a line for all else that is to be known of scores: leaks, and other held-out images."""
+        lines = [f"{said}: {_having(self.groups, word)}" for word, said in LEAKS.items() if _having(self.groups, word)]
+        pretrained = [group for group in self.groups if group.stage == "pretrain"]
+        held_out = {outcome.held_out for group in pretrained for outcome in group.outcomes if outcome.held_out}
+        if len(held_out) > 1:
+            lines.append(
+                f"scored on different held-out images (data.val), so not to be ranked: {_labels_of(pretrained)}"
+            )
+        return (*self.apart, *lines)
+
     def baseline(self, group: Group) -> Group | None:
-        """The fine-tunings from scratch with the same settings otherwise; None for themselves, or if there are none."""
-        if group.stage != "finetune" or group.from_scratch:
+        """What is from scratch with the same settings otherwise; None for themselves, or if there is none."""
+        if group.from_scratch or not _is_finetuned(group.outcomes[0]):
             return None
         wanted = _without_start(group)
-        scratch = [other for other in self.groups if other.from_scratch and _without_start(other) == wanted]
+        same = [other for other in self.groups if other.stage == group.stage and _without_start(other) == wanted]
+        scratch = [other for other in same if other.from_scratch]
         return next((other for other in scratch if not differing(other.passports, group.passports)), None)
 
     def gain(self, group: Group, score: str) -> Spread | None:
@@ -189,27 +214,37 @@ class Comparison:
         baseline = self.baseline(group)
         if baseline is None:
             return None
-        return paired(_by_draws(baseline, score), _by_draws(group, score))
+        base, own = (
+            {draws: [outcome.scores[score] for outcome in runs] for draws, runs in _by_draws(side, score).items()}
+            for side in (baseline, group)
+        )
+        return paired(base, own)
 
     def over_images(self, group: Group, score: str) -> Interval | None:
         """Where the gain in a mIoU (`val/miou`, `val/band/miou`) lies for other images of the same kind, runs fixed.
 
-        None without pairs whose images were kept, and for too few images (`evidence.block_bootstrap`).
+        Of the very runs of the gain, each choice of seeds counting once as there. None without pairs, where a run of
+        theirs kept no images, and for too few images (`evidence.block_bootstrap`).
         """
-        pairs = self._pairs_of_images(group, score)
-        if not pairs:
+        draws = self._images_by_draws(group, score)
+        if not draws or any(None in (*lower, *upper) for lower, upper in draws):
             return None
-        lower, upper = zip(*pairs, strict=True)
-        return block_bootstrap(lower, upper, resamples=RESAMPLES)
+        sides = zip(*draws, strict=True)
+        runs, weights = zip(*(_weighted(side) for side in sides), strict=True)
+        return block_bootstrap(*runs, resamples=RESAMPLES, weights=weights)
 
     def changed(self, group: Group, score: str) -> tuple[Changed, ...]:
-        """The images that differ most from the baseline come first; those that do not differ are left out."""
-        pairs = self._pairs_of_images(group, score)
-        if not pairs:
+        """The images that differ most from the baseline come first; those that do not differ are left out.
+
+        Of the runs whose images were kept, each choice of seeds counting once.
+        """
+        draws = [[_kept(side) for side in sides] for sides in self._images_by_draws(group, score)]
+        found = [(lower, upper) for lower, upper in draws if lower and upper]
+        if not found:
             return ()
-        changes = mean_changes(pairs)
+        changes = np.mean([mean_changes(list(product(lower, upper))) for lower, upper in found], axis=0)
         order = np.argsort(-np.abs(changes), kind="stable").tolist()  # nan comes last
-        names = pairs[0][0].names
+        names = found[0][0][0].names
         return tuple(Changed(index, names[index], float(changes[index])) for index in order if abs(changes[index]) > 0)
 
     def pairs(self, group: Group) -> list[tuple[Outcome, Outcome]]:
@@ -220,11 +255,19 @@ class Comparison:
         first = {outcome.draws: outcome for outcome in reversed(baseline.outcomes)}
         return [(first[own.draws], own) for own in group.outcomes if own.draws in first]
 
-    def _pairs_of_images(self, group: Group, score: str) -> list[tuple[ImageConfusions, ImageConfusions]]:
-        both = [(self._images_of(one, score), self._images_of(other, score)) for one, other in self.pairs(group)]
-        kept = [(one, other) for one, other in both if one is not None and other is not None]
+    def _images_by_draws(self, group: Group, score: str) -> list[tuple[Images, Images]]:
+        """For each choice of seeds that `gain` counts, the images of the baseline's runs and of the group's."""
+        baseline = self.baseline(group)
+        if baseline is None:
+            return []
+        base, own = _by_draws(baseline, score), _by_draws(group, score)
+        found = [[self._images_of_runs(side[draws], score) for side in (base, own)] for draws in own if draws in base]
+        names = next((images.names for sides in found for side in sides for images in _kept(side)), ())
         # Runs of the first versions have no passport; then their names tell whether they saw the same images.
-        return [(one, other) for one, other in kept if one.names == other.names == kept[0][0].names]
+        return [(_of_names(lower, names), _of_names(upper, names)) for lower, upper in found]
+
+    def _images_of_runs(self, outcomes: Iterable[Outcome], score: str) -> Images:
+        return [self._images_of(outcome, score) for outcome in outcomes]
 
     def _images_of(self, outcome: Outcome, score: str) -> ImageConfusions | None:
         part, _, figure = score.partition("/")
@@ -306,7 +349,10 @@ def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
 
     fetched = fetch(experiment, uri)
     done = [run for run in fetched if run.scores]
-    outcomes = [outcome(run.name, run.stage, run.description, run.scores, run.passports, run.labelled) for run in done]
+    outcomes = [
+        outcome(run.name, run.stage, run.description, run.scores, run.passports, run.labelled, leaks=run.leaks)
+        for run in done
+    ]
     return group(outcomes, [run.name for run in fetched if not run.scores])
 
 
@@ -318,7 +364,7 @@ def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Compar
     members: dict[tuple[str, ...], list[Outcome]] = {}
     for outcome in outcomes:
         members.setdefault(outcome.kind, []).append(outcome)
-    kinds = sorted(members.values(), key=lambda own: (own[0].stage == "finetune", not _is_scratch(own)))
+    kinds = sorted(members.values(), key=lambda own: (_is_finetuned(own[0]), not _is_scratch(own)))
     differing = _differing([(own[0].stage, own[0].settings) for own in kinds])
     starts = tuple(", ".join(dict.fromkeys(run.start for run in own if run.start)) or None for own in kinds)
     if len(set(starts)) > 1:
@@ -329,13 +375,18 @@ def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Compar
 
 
 def _outcome(run: RunFolder) -> Outcome:
-    # Runs of the first versions do not say where they came from.
-    start = run.record["origin"] if "origin" in run.record else origin(run.config.get("init"))
     result = run.result or {}
-    description = described(run.config, start)
-    labelled = labelled_digest(run.read("split.json"))
+    held_out = (run.read("data.json") or {}).get("val", {}).get("sha256_of_names", "")
     return outcome(
-        str(run.folder), run.stage, description, scores_of(result), passports_in(result), labelled, run.folder
+        str(run.folder),
+        run.stage,
+        description_of(run.record),
+        scores_of(result),
+        passports_in(result),
+        labelled_digest(run.read("split.json")),
+        run.folder,
+        leak_word(run.read("leaks.json")),
+        held_out,
     )
 
 
@@ -347,38 +398,62 @@ def outcome(
     passports: Passports | None = None,
     labelled: str = "",
     folder: Path | None = None,
+    leaks: str = "none",
+    held_out: str = "",
 ) -> Outcome:
-    """A run from what `runs.described` says of it."""
+    """A run from what `runs.description_of` says of it."""
     seeds = {key: description[key] for key in SEEDS if key in description}
     settings = {key: value for key, value in description.items() if _tells_apart(key, description)}
     init = Path(description.get("init", "null"))
     start = init.resolve().parent.name if init.name == "encoder" else init.name
     named = None if start == "null" else start
-    return Outcome(name, stage, settings, seeds, named, dict(scores), passports or {}, labelled, folder)
+    return Outcome(
+        name, stage, settings, seeds, named, dict(scores), passports or {}, labelled, folder, leaks, held_out
+    )
 
 
 def _tells_apart(key: str, description: Mapping[str, str]) -> bool:
-    """Not seeds, of whichever stage; nor the folder of a start that is described itself."""
+    """Not seeds and what changes nothing, of whichever stage; nor the folder of a start that is described itself."""
     bare = key
     while bare.startswith("init."):
         bare = bare.removeprefix("init.")
-    return bare not in SEEDS and f"{key}.stage" not in description
+    return bare not in (*SEEDS, *IDLE) and f"{key}.stage" not in description
 
 
 def _labels_of(groups: Iterable[Group]) -> str:
     return ", ".join(group.label for group in groups)
 
 
+def _having(groups: Iterable[Group], word: str) -> str:
+    counts = [(group, sum(outcome.leaks == word for outcome in group.outcomes)) for group in groups]
+    return ", ".join(f"{group.label} ({count} of {len(group.outcomes)} runs)" for group, count in counts if count)
+
+
 def _has_images(outcome: Outcome) -> bool:
     return outcome.folder is not None and (outcome.folder / IMAGES_FILE).is_file()
 
 
-def _by_draws(group: Group, score: str) -> dict[tuple[Any, ...], list[float]]:
-    found: dict[tuple[Any, ...], list[float]] = {}
+def _by_draws(group: Group, score: str) -> dict[tuple[Any, ...], list[Outcome]]:
+    """The runs of a group that have the score, by their choice of seeds."""
+    found: dict[tuple[Any, ...], list[Outcome]] = {}
     for outcome in group.outcomes:
         if score in outcome.scores:
-            found.setdefault(outcome.draws, []).append(outcome.scores[score])
+            found.setdefault(outcome.draws, []).append(outcome)
     return found
+
+
+def _kept(side: Images) -> list[ImageConfusions]:
+    return [images for images in side if images is not None]
+
+
+def _of_names(side: Images, names: Sequence[str]) -> Images:
+    return [images if images is not None and images.names == names else None for images in side]
+
+
+def _weighted(side: Sequence[Images]) -> tuple[list[ImageConfusions], list[float]]:
+    """All runs of one side of a comparison, and weights by which each choice of seeds counts once."""
+    runs = [images for of_draws in side for images in _kept(of_draws)]
+    return runs, [1 / len(of_draws) for of_draws in side for _ in of_draws]
 
 
 def _differing_passports(table: Sequence[Group], group: Group) -> list[str]:
@@ -443,9 +518,11 @@ def _labels(kinds: Sequence[Sequence[Outcome]], differing: Mapping[str, Sequence
     """What a group starts from, then the keys in which it differs from the others."""
     labels = []
     told = [key for key in differing if not _is_start(key)]
+    several = len({own[0].stage for own in kinds}) > 1
     for index, own in enumerate(kinds):
         first = own[0]
-        words = [_start_label(own)] if first.stage == "finetune" else [first.stage]
+        words = [_start_label(own)] if _is_finetuned(first) else [first.stage]
+        words += ["evaluated"] if words != ["evaluate"] and first.stage == "evaluate" and several else []
         _, _, decoder = first.settings.get("transfer", "").partition("+")
         words += [f"+ {decoder} decoder"] if decoder else []
         rest = [f"{key}={differing[key][index]}" for key in told if differing[key][index] is not None]
@@ -454,7 +531,12 @@ def _labels(kinds: Sequence[Sequence[Outcome]], differing: Mapping[str, Sequence
 
 
 def _is_scratch(own: Iterable[Outcome]) -> bool:
-    return all(outcome.stage == "finetune" and outcome.start is None and not _of_timm(outcome) for outcome in own)
+    return all(_is_finetuned(outcome) and outcome.start is None and not _of_timm(outcome) for outcome in own)
+
+
+def _is_finetuned(outcome: Outcome) -> bool:
+    """A fine-tuning, or an evaluation that says of which one."""
+    return outcome.stage == "finetune" or (outcome.stage == "evaluate" and any(map(_is_start, outcome.settings)))
 
 
 def _of_timm(outcome: Outcome) -> bool:

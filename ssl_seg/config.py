@@ -19,6 +19,7 @@ import sys
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -101,7 +102,7 @@ class Plugin(Config, ABC):
         package, _, file = cls.__module__.rpartition(".")
         if package == cls.package and _plugins_in(importlib.import_module(cls.__module__), cls) == [cls]:
             return file
-        for point in entry_points(group=cls.group):
+        for point in _points(cls.group, tuple(sys.path)):
             if point.value == f"{cls.__module__}:{cls.__qualname__}":
                 return point.name
         return _snake(cls.__name__)
@@ -113,7 +114,7 @@ class Plugin(Config, ABC):
         files = [f"{cls.package}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
         modules = [importlib.import_module(file) for file in files] + cls.extra_modules
         found = {plugin.plugin_name() for module in modules for plugin in _plugins_in(module, cls)}
-        return sorted(found | {point.name for point in entry_points(group=cls.group) if _fits(point, cls)})
+        return sorted(found | {point.name for point in _points(cls.group, tuple(sys.path)) if _fits(point, cls)})
 
     @classmethod
     def choose(cls, name: str) -> builtin_type[Self]:
@@ -122,7 +123,7 @@ class Plugin(Config, ABC):
             found = _plugins_in(importlib.import_module(f"{cls.package}.{name}"), cls)
             if len(found) == 1:
                 return found[0]
-        for point in entry_points(group=cls.group):
+        for point in _points(cls.group, tuple(sys.path)):
             if point.name == name:
                 return _from_entry_point(point, cls)
         for module in cls.extra_modules:
@@ -311,6 +312,12 @@ def _import_file(path: Path) -> ModuleType:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+@cache
+def _points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, of what is installed on `path`: asked for each plug-in of each config."""
+    return tuple(entry_points(group=group))
 
 
 def _plugins_in(module: ModuleType, family: type) -> list[type]:

@@ -235,9 +235,9 @@ def read_image_confusion(folder: str | Path) -> dict[str, ImageConfusions]:
             tensors = file.keys()
             arrays = {name: file.get_tensor(name) for name in tensors}
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(_damaged(path)) from error
-    if about.pop("sha256", None) != _digest(arrays, about):
+    if not _is_about(about) or about.pop("sha256", None) != _digest(arrays, about):
         raise UserError(_damaged(path))
     classes = tuple(about["classes"])
     digests = about.get("digests", {})  # files of the first version have none, and no band
@@ -248,6 +248,17 @@ def read_image_confusion(folder: str | Path) -> dict[str, ImageConfusions]:
         if not _is_whole(found[part]):
             raise UserError(_damaged(path))
     return found
+
+
+def _is_about(about: Any) -> bool:
+    """Whether a header has the keys that a run writes, each of its kind; names may be no valid text."""
+    if not isinstance(about, dict):
+        return False
+    names, digests = about.get("names"), about.get("digests", {})
+    if not isinstance(names, dict) or not isinstance(digests, dict):
+        return False
+    lists = [about.get("classes"), list(digests.values()), *names.values()]
+    return all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in lists)
 
 
 def _is_whole(found: ImageConfusions) -> bool:

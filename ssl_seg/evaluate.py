@@ -6,7 +6,10 @@ once at the end.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,21 +20,24 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg import files, images, pictures, weights
+from ssl_seg import files, images, pictures, runs, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, SegmentationScores, image_confusion_bytes
-from ssl_seg.data import Augment, Examples, Packed, Views, Whole, hold_out, loader, pack
+from ssl_seg.data import Augment, Examples, Packed, Views, Whole, hold_out, loader, manifest, pack
 from ssl_seg.datasets import Dataset
+from ssl_seg.leaks import LeakError, Leaks, Question, check
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.passport import passport_of
-from ssl_seg.runs import RunFolder
+from ssl_seg.runs import LOCK, RunFolder
+from ssl_seg.store import hold
 from ssl_seg.tasks import MultiTask, Task, evaluating, make_views
 from ssl_seg.train import Processes
 
 NUM_PICTURES = 4
 EXTREMES = ("worst", "best")
 NUM_EXTREMES = 4  # of each: a screenful
+OF_LABELLED = ("labelled", "sha256_of_labelled")  # what split.json says of the labelled images
 Size = tuple[int, int]
 DeviceName = Literal["auto", "cpu"]
 
@@ -265,6 +271,7 @@ class EvaluateConfig(Config):
     data: EvaluateData
     workers: int = Field(default=2, ge=0)
     device: DeviceName = "auto"
+    leaks: Leaks = Leaks()
 
 
 @dataclass(frozen=True)
@@ -277,7 +284,11 @@ class Evaluated:
 
 
 def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated:
-    """Score a fine-tuned model on a labelled data set; `out` receives a result that `compare` reads."""
+    """Score a fine-tuned model on a labelled data set; `out` receives a result that `compare` reads.
+
+    An `out` that a kill has left half done is taken again. Raises UserError for one that holds anything else, before
+    any work is done, and LeakError where images of the data set are among those that the model's run was trained on.
+    """
     model, resize = load_model(config.model)
     model = model.to(choose_device(config.device))
     data = config.data.test
@@ -288,21 +299,91 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
         )
     if len(data) == 0:
         raise UserError("data.test: holds no image; name a folder with some")
-    if out is not None and Path(out).exists():
-        raise UserError(f"--out {out}: exists already; name a new folder")
-    found = image_confusions(model, data, resize, config.workers)
-    scores = found.scores()
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True)
-        matrix = {"classes": model.class_names, "test": scores.confusion.tolist()}
-        result = {"test": found.named(), "passport": {"test": passport_of(found, resize).dump()}}
-        write_images(folder, model, {"test": (data, found)}, resize)
-        files.write_atomic(folder / "confusion.json", files.json_bytes(matrix))
-        files.write_atomic(folder / "result.json", files.json_bytes(result))
-        files.write_atomic(folder / "run.json", files.json_bytes({"stage": "evaluate", "config": config.dump()}))
-        images.write_image(folder / "predictions.png", prediction_panel(model, data, resize))
-    return Evaluated(scores, model.class_names, None if out is None else Path(out))
+    with _opened(config, out) as place:
+        _guard(config, place)
+        found = image_confusions(model, data, resize, config.workers)
+        if out is not None:
+            _write(place, config, model, found, resize)
+    return Evaluated(found.scores(), model.class_names, None if out is None else place.folder)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The folder that an evaluation writes."""
+
+    folder: Path
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return files.read_json(path) if path.is_file() else None
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        files.write_atomic(self.folder / name, files.json_bytes(values))
+
+
+@contextmanager
+def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[_Place]:
+    """The folder to write, held; where none is named a temporary one, which stays only if a leak is to be looked at."""
+    if out is None:
+        folder, stays = Path(tempfile.mkdtemp(prefix="ssl_seg-evaluate-")), False
+        try:
+            yield _Place(folder)
+        except LeakError:
+            stays = True
+            raise
+        finally:
+            if not stays:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
+    place = _Place(Path(out))
+    with files.naming(place.folder):
+        if not _is_free(place):
+            raise UserError(f"--out {out}: exists already; name a new folder")
+    with hold(place.folder):
+        place.write_json("run.json", _record(config, "running"))
+        yield place
+
+
+def _is_free(place: _Place) -> bool:
+    """Whether nothing is there, or only what an evaluation of ours that did not end has left."""
+    if not place.folder.is_dir():
+        return not place.folder.exists()
+    record = place.read_json("run.json")
+    if record is not None:
+        return record.get("stage") == "evaluate" and record.get("status") == "running"
+    return all(entry.name == LOCK or files.is_unfinished(entry) for entry in place.folder.iterdir())
+
+
+def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
+    """run.json; where the model comes from stays known when its run is gone."""
+    return {"stage": "evaluate", "status": status, "config": config.dump(), "origin": runs.origin(config.model)}
+
+
+def _guard(config: EvaluateConfig, place: _Place) -> None:
+    """Compare what is scored with all that the model's run was trained on, as that has stored it."""
+    question = Question({}, {"test": config.data.test}, config.leaks, {"model": config.model})
+    check(place, question, config.workers)
+
+
+def _write(
+    place: _Place, config: EvaluateConfig, model: SegmentationModel, found: ImageConfusions, resize: Size | None
+) -> None:
+    data = config.data.test
+    write_images(place.folder, model, {"test": (data, found)}, resize)
+    images.write_image(place.folder / "predictions.png", prediction_panel(model, data, resize))
+    place.write_json("data.json", {"test": manifest(data)})
+    split = _split_of(config.model)
+    if split is not None:
+        place.write_json("split.json", {name: split[name] for name in OF_LABELLED if name in split})
+    place.write_json("confusion.json", {"classes": model.class_names, "test": found.total().tolist()})
+    place.write_json("result.json", {"test": found.named(), "passport": {"test": passport_of(found, resize).dump()}})
+    place.write_json("run.json", _record(config, "finished"))  # last: until then the folder may be taken again
+
+
+def _split_of(model: str) -> dict[str, Any] | None:
+    """The split.json of the run that `model` names by its folder or model/: what tells which runs are a pair."""
+    found = (_Place(place).read_json("split.json") for place in (Path(model), Path(model).parent))
+    return next((split for split in found if split is not None), None)
 
 
 def choose_device(name: DeviceName) -> torch.device:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from ssl_seg.config import UserError
 from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, mean_changes, read_image_confusion
 from ssl_seg.evidence import Interval, block_bootstrap, bootstrap_t_interval, holm, sign_flip_p, t_interval
 from ssl_seg.passport import Passports, differing, passports_in
-from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, scores_of
+from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of
 
 STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
 CELLS_FILE, GAINS_FILE = "cells.csv", "gains.csv"
+
+MIN_STARTS = 3  # pretrainings, from which on an interval over them says something
 
 Condition = tuple[tuple[str, str], ...]  # dotted keys of the grid with their values as text
 
@@ -63,6 +66,7 @@ class Gain:
     interval: Interval | None  # of the mean gain over seeds, by Student
     bootstrap: Interval | None  # the same without normal differences
     images: Interval | None  # over images, the runs as they are
+    over_starts: Interval | None  # by Student over pretrainings, where 3 or more serve several pairs each
     p: float | None  # exact, by sign flips; None below 8 pairs
     p_holm: float | None = None  # adjusted for all comparisons of the study
 
@@ -135,6 +139,10 @@ class Findings:
         upper = [own[seed].scores[name] for seed in seeds]
         differences = [above - below for below, above in zip(lower, upper, strict=True)]
         level = self.record["level"]
+        starts: dict[str, list[float]] = {}
+        for seed, difference in zip(seeds, differences, strict=True):
+            starts.setdefault(own[seed].start or str(own[seed].run.config.get("init")), []).append(difference)
+        shared = MIN_STARTS <= len(starts) < len(seeds)
         return Gain(
             arm=arm,
             condition=condition,
@@ -143,10 +151,11 @@ class Findings:
             own=Spread(tuple(upper)),
             gains=Spread(tuple(differences)),
             seeds=tuple(seeds),
-            num_starts=len({own[seed].start or "" for seed in seeds}),
+            num_starts=len(starts),
             interval=t_interval(differences, level),
             bootstrap=bootstrap_t_interval(differences, level),
             images=self._over_images([(base[seed], own[seed]) for seed in seeds], level) if images else None,
+            over_starts=t_interval([mean(values) for values in starts.values()], level) if shared else None,
             p=sign_flip_p(differences),
         )
 
@@ -176,8 +185,7 @@ class Findings:
         for cell in self.cells:
             base = self.of(self.baseline, cell.condition).get(cell.seed)
             if cell.scores and base is not None and not _may_be_ranked(base, cell):
-                fields = "; ".join(differing(base.passports, cell.passports))
-                lines.append(f"{cell.id}: not paired with {base.id}, for their scores differ in {fields}")
+                lines.append(f"{cell.id}: no pair with {base.id}: {_what_differs(base, cell)}")
         return tuple(lines)
 
     def changed(self, arm: str, condition: Condition, most: int) -> list[tuple[str, float]]:
@@ -300,7 +308,21 @@ def _found(folder: Path, own: Mapping[str, Any]) -> CellFound:
 
 
 def _may_be_ranked(one: CellFound, other: CellFound) -> bool:
-    return not differing(one.passports, other.passports)
+    return not _what_differs(one, other)
+
+
+def _what_differs(one: CellFound, other: CellFound) -> str:
+    """What keeps two cells from being a pair; '' where nothing does.
+
+    Images that were changed between two starts of a study: those that are scored, and the labelled ones unless the arms
+    themselves ask for others.
+    """
+    fields = differing(one.passports, other.passports)
+    if fields:
+        return f"their scores differ in {'; '.join(fields)}"
+    asked = [(cell.run.config.get("labels"), cell.run.config.get("data", {}).get("labelled")) for cell in (one, other)]
+    used = [labelled_digest(cell.run.read("split.json")) for cell in (one, other)]
+    return "their labelled images differ" if asked[0] == asked[1] and used[0] != used[1] else ""
 
 
 def condition_text(condition: Condition) -> str:

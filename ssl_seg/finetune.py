@@ -134,7 +134,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
         trained = {"labelled": labelled, "pool": config.data.pool}
         scored = {"val": val, "test": config.data.test}
-        question = Question(trained, scored, config.leaks, {"init": config.init})
+        own_cut = config.data.val is None
+        question = Question(trained, scored, config.leaks, {"init": config.init}, own_cut)
         guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
@@ -260,6 +261,11 @@ def inherit(exported: ModelConfig, config: FinetuneConfig) -> ModelConfig:
 def check(config: FinetuneConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
     check_sizes(config.train, processes, len(config.tasks))
+    check_data(config)
+
+
+def check_data(config: FinetuneConfig) -> None:
+    """That every data set has images, the same classes, and enough labelled ones."""
     for part in ("labelled", "val", "test", "pool"):
         dataset = getattr(config.data, part)
         if dataset is None:

@@ -33,8 +33,9 @@ SIDE = 64
 COARSE = 32  # pixels of the picture whose low frequencies are searched
 FREQUENCIES = 8  # cosines a side; fewer left more pairs to align, more lost crops between two windows
 # Sides and steps of the windows that are tried, in shares of a picture's side: crops down to LEAST_AREA. Of 200 crops
-# to 60 to 80 % of the area all came among the best three of 251 pictures; with steps of 0.13 three did not.
-SIDES = (1.0, 0.88, 0.775, 0.68)
+# to 60 to 80 % of the area all came among the best three of 251 pictures; with steps of 0.13 three did not. The last is
+# for strips: without it the lower 60 % of 183 street frames was found 45 times, with it always.
+SIDES = (1.0, 0.88, 0.775, 0.68, 0.6)
 STEP = 0.1
 LEAST_AREA = 0.55
 BEST = 3  # pictures aligned with each
@@ -57,7 +58,15 @@ LEAST_STRENGTH = (
 LEAST_UNLINED = 0.3  # of its fine structure is left without what whole rows or columns share: stripes fit other stripes
 LEAST_SPREAD = 2.0  # grey levels; what varies by less shows nothing but its noise
 MOST_DIFFERENCE = 0.15  # of a plain picture's own spread: pictures without structure match as they are or not at all
+# Of what it differs by from the mean of the others: slides under one lamp all differ by little. Coded anew one came to
+# 0.19, two of them to 1.2 and more.
+MOST_OF_OTHERS = 0.4
 BLOCK = 1000  # pictures of either side at a time: 46 MB of windows
+# A margin, a round mask or a logo is fine structure that every picture of a set has at one place: there its mean over
+# the set is this large a share of its strength (root mean square); of unrelated pictures chance gives 1 / sqrt(count).
+SHARED = 0.5
+CHANCE = 3.0  # times that, so that a handful of pictures share nothing
+SAMPLED = 1000  # pictures of a side from which it is measured
 
 
 @dataclass(frozen=True)
@@ -179,21 +188,69 @@ def altered(
     trained: np.ndarray, indices: Sequence[int], scored: np.ndarray, alike: float, turns: bool
 ) -> Iterator[Match | None]:
     """The best match above the bar for each of `indices` that has one; None where it pauses. `index` counts those."""
-    found: dict[int, Match] = {}
+    if not len(indices):
+        return
     tried = _hypotheses(turns)
+    nearest = yield from _nearest(trained, indices, scored, turns)
+    common = shared_structure(trained, scored)
+    usual = scored.sum(axis=0, dtype=np.float32)
+    for row, candidates in enumerate(nearest):
+        matches = []
+        for candidate in candidates:
+            theirs = scored[candidate.other]
+            others = (usual - theirs) / max(1, len(scored) - 1)
+            match = _align(trained[indices[row]], theirs, tried[candidate.hypothesis], _Set(common, others))
+            if match is not None and match[0] >= alike:
+                matches.append(Match(row, candidate.other, *match))
+            yield None
+        if matches:
+            yield max(matches, key=lambda match: match.alike)
+
+
+class _Candidate(NamedTuple):
+    """A scored picture that looks the same from afar."""
+
+    likeness: float  # correlation of low frequencies
+    other: int
+    hypothesis: int
+
+
+def _nearest(
+    trained: np.ndarray, indices: Sequence[int], scored: np.ndarray, turns: bool
+) -> Generator[None, None, list[list[_Candidate]]]:
+    """The `BEST` scored pictures for each of `indices`, block by block, pausing after each."""
+    nearest: list[list[_Candidate]] = [[] for _ in indices]
     for start in range(0, len(scored), BLOCK):
         others = scored[start : start + BLOCK]
         described = _describe_scored(others, turns)
         for first in range(0, len(indices), BLOCK):
             block = trained[list(indices[first : first + BLOCK])]
-            for row, column, hypothesis in _near(block, described, len(others)):
-                match = _align(block[row], others[column], tried[hypothesis])
-                if match is not None and match[0] >= alike:
-                    former = found.get(first + row)
-                    if former is None or match[0] > former.alike:
-                        found[first + row] = Match(first + row, start + column, *match)
-                yield None
-    yield from found.values()
+            for row, found in _near(block, described, len(others)):
+                one = found._replace(other=start + found.other)
+                nearest[first + row] = sorted([*nearest[first + row], one], reverse=True)[:BEST]
+            yield
+    return nearest
+
+
+class _Set(NamedTuple):
+    """What pictures of one set share, each (SIDE, SIDE)."""
+
+    common: np.ndarray  # bool: where their fine structure is the same
+    others: np.ndarray  # float32: the mean of the other scored pictures
+
+
+def shared_structure(*sides: np.ndarray) -> np.ndarray:
+    """Where (SIDE, SIDE) most pictures (N, SIDE, SIDE) of the last side or of all have the same fine structure."""
+    some = [side[:: -(-len(side) // SAMPLED)] for side in sides if len(side)]
+    return _shared(some[-1]) | _shared(np.concatenate(some))
+
+
+def _shared(thumbs: np.ndarray) -> np.ndarray:
+    fine = np.stack([_fine(picture) for picture in thumbs.astype(np.float32)])
+    strength = np.sqrt((fine**2).mean(axis=0))
+    bar = max(SHARED, CHANCE / math.sqrt(len(thumbs)))
+    same = np.abs(fine.mean(axis=0)) > bar * np.maximum(strength, 1e-6)
+    return cv2.dilate(same.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
 
 
 @cache
@@ -238,7 +295,7 @@ def _describe_scored(thumbs: np.ndarray, turns: bool) -> _Described:
     return _Described(parts, wholes)
 
 
-def _near(trained: np.ndarray, scored: _Described, count: int) -> Iterator[tuple[int, int, int]]:
+def _near(trained: np.ndarray, scored: _Described, count: int) -> Iterator[tuple[int, _Candidate]]:
     """For each row the `BEST` scored pictures by low frequencies, with the number of the best hypothesis."""
     pictures = coarse(trained)
     score = np.full((len(trained), count), NEAR, dtype=np.float32)
@@ -255,7 +312,9 @@ def _near(trained: np.ndarray, scored: _Described, count: int) -> Iterator[tuple
     kept = min(BEST, count)
     best = np.argpartition(-score, kept - 1, axis=1)[:, :kept]
     for row, columns in enumerate(best):
-        yield from ((row, int(column), int(how[row, column])) for column in columns if how[row, column] >= 0)
+        for column in columns:
+            if how[row, column] >= 0:
+                yield row, _Candidate(float(score[row, column]), int(column), int(how[row, column]))
 
 
 def _keep_better(score: np.ndarray, how: np.ndarray, tried: np.ndarray, number: int) -> None:
@@ -295,17 +354,19 @@ def _cosines(start: float, length: float) -> np.ndarray:
     return waves.astype(np.float32)
 
 
-def _align(trained: np.ndarray, scored: np.ndarray, hypothesis: _Hypothesis) -> tuple[float, str] | None:
+def _align(trained: np.ndarray, scored: np.ndarray, hypothesis: _Hypothesis, of_set: _Set) -> tuple[float, str] | None:
     """How much fine structure two fingerprints share once they are laid on each other, and how; None for no fit."""
-    ours = trained.astype(np.float32)
-    theirs = np.ascontiguousarray(_turn(scored, hypothesis.turn)).astype(np.float32)
+    ours = _Picture(trained.astype(np.float32), ~of_set.common)
+    turned = [np.ascontiguousarray(_turn(part, hypothesis.turn)) for part in (scored, ~of_set.common)]
+    theirs = _Picture(turned[0].astype(np.float32), turned[1])
     words = ["mirrored"] if hypothesis.turn % 2 else []
     words += [f"turned by {hypothesis.turn // 2 * 90} degrees"] if hypothesis.turn > 1 else []
     if min(_structure(ours), _structure(theirs)) < LEAST_STRUCTURE:
-        spread = min(ours.std(), theirs.std())
-        difference = float(np.sqrt(((ours - theirs) ** 2).mean())) / max(spread, 1e-6)
-        equal = spread >= LEAST_SPREAD and difference <= MOST_DIFFERENCE
-        return (float(1 - difference), ", ".join([*words, "plain"])) if equal else None
+        others = _turn(of_set.others, hypothesis.turn)
+        difference = _difference(ours.grey, theirs.grey)
+        own = _difference(ours.grey, theirs.grey, others)
+        is_same = difference <= MOST_DIFFERENCE and own <= MOST_OF_OTHERS
+        return (1 - difference, ", ".join([*words, "plain"])) if is_same else None
     small, large = (ours, theirs) if hypothesis.cropped == "trained" else (theirs, ours)
     aligned = _aligned(small, large, hypothesis.window)
     if aligned is None:
@@ -315,7 +376,20 @@ def _align(trained: np.ndarray, scored: np.ndarray, hypothesis: _Hypothesis) -> 
     return alike, ", ".join(words) or "the same view"
 
 
-def _aligned(small: np.ndarray, large: np.ndarray, window: Window) -> tuple[float, float] | None:
+class _Picture(NamedTuple):
+    """A fingerprint as it is compared, each (SIDE, SIDE)."""
+
+    grey: np.ndarray  # float32
+    own: np.ndarray  # bool: where its fine structure is not that of the whole set
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray, base: np.ndarray | float = 0.0) -> float:
+    """Of two pictures, in shares of what they vary by once `base` is taken off; 1 for those that hardly vary."""
+    spread = min(float(np.std(picture - base)) for picture in (ours, theirs))
+    return float(np.sqrt(((ours - theirs) ** 2).mean())) / spread if spread >= LEAST_SPREAD else 1.0
+
+
+def _aligned(small: _Picture, large: _Picture, window: Window) -> tuple[float, float] | None:
     """The fine structure in common of `small` and the part of `large` that it fits best, and that part's area."""
     across, down = window.width, window.height
     warp = np.array(  # from centres of pixels of `small` to those of `large`
@@ -327,18 +401,21 @@ def _aligned(small: np.ndarray, large: np.ndarray, window: Window) -> tuple[floa
     )
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGNMENT_STEPS, 1e-3)
     try:
-        _, warp = cv2.findTransformECC(small, large, warp, cv2.MOTION_AFFINE, stop, None, BLUR)
+        _, warp = cv2.findTransformECC(small.grey, large.grey, warp, cv2.MOTION_AFFINE, stop, None, BLUR)
     except cv2.error:  # it did not converge
         return None
     scales, shear = warp[[0, 1], [0, 1]], np.abs(warp[[0, 1], [1, 0]]).max()
     if scales.min() < SCALES[0] or scales.max() > SCALES[1] or shear > MOST_SHEAR:
         return None
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    fitted = cv2.warpAffine(large, warp, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    inside = cv2.warpAffine(np.ones_like(large), warp, (SIDE, SIDE), flags=flags) > 0.99
+    fitted = cv2.warpAffine(large.grey, warp, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    inside = cv2.warpAffine(np.ones_like(large.grey), warp, (SIDE, SIDE), flags=flags) > 0.99
     if inside.mean() < LEAST_COVER:
         return None
-    a, b = _fine(small)[inside], _fine(fitted)[inside]
+    both = inside & small.own & (cv2.warpAffine(large.own.astype(np.float32), warp, (SIDE, SIDE), flags=flags) > 0.99)
+    a, b = _fine(small.grey)[both], _fine(fitted)[both]
+    if min(_carrying(a), _carrying(b)) < LEAST_COVER * LEAST_STRUCTURE:
+        return None
     return float(np.corrcoef(a, b)[0, 1]), float(scales.prod())
 
 
@@ -348,11 +425,17 @@ def _fine(picture: np.ndarray) -> np.ndarray:
     return passed / np.sqrt(cv2.GaussianBlur(passed**2, (0, 0), NEARBY) + NOISE**2)
 
 
-def _structure(picture: np.ndarray) -> float:
+def _structure(picture: _Picture) -> float:
     """How many pixels carry the fine structure of a fingerprint; 0 where there is hardly any but rows or columns."""
-    fine = _fine(picture).astype(np.float64)
+    fine = np.where(picture.own, _fine(picture.grey), 0.0).astype(np.float64)
     energy = fine**2
     unlined = (fine - fine.mean(axis=0) - fine.mean(axis=1, keepdims=True) + fine.mean()) ** 2
     if energy.mean() < LEAST_STRENGTH or unlined.mean() < LEAST_UNLINED * energy.mean():
         return 0.0
-    return float(energy.sum() ** 2 / (energy**2).sum())
+    return _carrying(fine)
+
+
+def _carrying(fine: np.ndarray) -> float:
+    """How many pixels carry it: all where they are as strong, one where one is."""
+    energy = fine.astype(np.float64) ** 2
+    return float(energy.sum() ** 2 / max(1e-12, (energy**2).sum()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -19,7 +19,7 @@ import cv2
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from ssl_seg import images, plots
+from ssl_seg import images, leaks, plots
 from ssl_seg.answers import RULES, Answer, count_of, state
 from ssl_seg.compare import Comparison, Group, Spread
 from ssl_seg.plots import Style
@@ -28,6 +28,7 @@ from ssl_seg.runs import RunFolder
 SHOWN = 8  # groups with pictures, matrices and config: with those of forty nobody could load the page
 OPEN = 3  # of these, unfolded at first
 MAX_SIDE = 900  # pixels of a picture's longer side on the page
+PAIRS = 20  # of leaking images that are listed
 QUALITY = 86  # of JPEG, at full colour resolution: masks have hard coloured edges
 
 
@@ -267,6 +268,46 @@ def which(arm: Arm) -> str:
         return arm.shown.name
     of = "the median run" if arm.stage != "pretrain" else "the first"
     return f"{arm.shown.name}, {of} of {len(arm.runs)}"
+
+
+def leak_blocks(found: Iterable[tuple[Mapping[str, Any] | None, RunFolder]], within: Path | None = None) -> list[Any]:
+    """What leaks.json says, of each run or None: a sentence for all that say the same, then the pairs of each.
+
+    The picture of the worst pairs is taken from `within`, by default the run: a page must not carry what a link in a
+    stranger's folder points at.
+    """
+    records: dict[str, Mapping[str, Any]] = {}
+    runs_of: dict[str, list[RunFolder]] = {}
+    for record, run in found:
+        words = leaks.sentence(record)
+        records.setdefault(words, record or {})
+        runs_of.setdefault(words, []).append(run)
+    told = [Text(f"{f'{len(runs)} runs: ' if len(runs) > 1 else ''}{words}") for words, runs in runs_of.items()]
+    pairs = [_leaking_pairs(record.get("leaks", ()), runs_of[words], within) for words, record in records.items()]
+    return [*told, *(block for blocks in pairs for block in blocks)]
+
+
+def _leaking_pairs(
+    pairs: Sequence[Mapping[str, Any]], runs: Sequence[RunFolder], within: Path | None
+) -> Iterator[Fold | Gallery]:
+    if not pairs:
+        return
+    rows = tuple(_leak_row(pair) for pair in pairs[:PAIRS])
+    caption = f"The worst {len(rows)} of {count_of(len(pairs), 'pair')}."
+    yield Fold("The pairs", (Table(caption, ("Trained on", "Scored", "Kind", "How", "Allowed"), rows, words=True),))
+    sheets = [path for run in runs if is_own(path := run.folder / "leaks.png", within or run.folder)]
+    if sheets:
+        yield Gallery((shot(sheets[0], "The worst pairs side by side."),), wide=True)
+
+
+def _leak_row(pair: Mapping[str, Any]) -> TableRow:
+    trained, scored = (f"{pair[part]}: {pair[name]}" for part, name in (("part", "name"), ("scored_part", "scored")))
+    return TableRow(trained, (scored, pair["kind"], pair["detail"], "yes" if pair["allowed"] else "no"))
+
+
+def is_own(path: Path, folder: Path) -> bool:
+    """Whether a file is one of the folder's own, and no link out of it."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def drawn(draw: Callable[..., str], *arguments: Any, **options: Any) -> Markup:

@@ -134,6 +134,7 @@ class Verified:
 
     figures: int
     largest: float  # difference between a figure that is written down and one recomputed, at most EXACT
+    without_passport: tuple[str, ...] = ()  # parts whose definition and images nothing tells
 
 
 def verify(folder: str | Path) -> Verified:
@@ -149,7 +150,7 @@ def verify(folder: str | Path) -> Verified:
         raise UserError(f"{folder}: has no segmentation scores to verify; name finished fine-tunings or evaluations")
     of_images = read_image_confusion(folder)
     summed = run.read("confusion.json") or {}
-    differences = []
+    figures, differences = 0, []
     for part, written in parts.items():
         if part not in of_images or part not in summed:
             raise UserError(f"{folder}: has no matrices of {part}, so its scores cannot be verified; {_AGAIN}")
@@ -161,7 +162,8 @@ def verify(folder: str | Path) -> Verified:
         for recomputed in (found.named(), from_sum):
             differences += _differences(folder, part, result[part], recomputed)
         _refuse_more(folder, part, result[part], found.named())
-    return Verified(len(differences), max(differences))
+        figures += len(found.named())
+    return Verified(figures, max(differences), tuple(part for part, written in parts.items() if written is None))
 
 
 def verify_all(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Verified]]:

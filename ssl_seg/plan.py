@@ -1,156 +1,31 @@
-"""What a study is made of: its config, and from it every run with an id, before anything is done.
+"""Every run of a study with its config and an id, before anything is done.
 
-A study compares *arms*, such as from scratch and from a pretrained encoder, under every combination of the *grid*, such
-as 5 to 80 labelled images, each with the same *seeds*: arms are paired by them, so that they see the same labelled
-images in the same order. A *cell* is one of these fine-tunings, known by its whole config and the weights it starts
-from: what is done already can be told from what is not, whatever else of the study has changed.
+A *cell* is one fine-tuning, known by its whole config and the weights it starts from: what is done already can be told
+from what is not, whatever else of the study has changed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from typing import Any, Literal
 
 from ssl_seg import files, weights
 from ssl_seg.config import Config, UserError, find_recipe, flatten, load, merge, read_words, unflatten
 from ssl_seg.findings import CELLS, PRETRAINED, SEARCHED
-from ssl_seg.finetune import FinetuneConfig
+from ssl_seg.finetune import FinetuneConfig, check_data
 from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.questions import Arm, StudyConfig, arms_of, conditions_of, refuse_keys_said_twice
+from ssl_seg.runs import WATCHING
+from ssl_seg.stage import check_images
 
-IMAGENET = "imagenet"  # an `init`: the weights that timm publishes for the encoder
-ARM_AXES = ("init", "transfer")  # keys of the grid that are compared, not conditions of the comparison
-SEARCH_SEEDS = 1000  # the first seed of the search: no cell of the study has it, so none was tuned on its own draws
+SEARCH_SEEDS = 1000  # the first seed of the search, or above the study's own, so that none is tuned on its own draws
 NUM_HEX = 8  # of a cell's digest: among 10,000 cells two share one with a chance of 1 %, and then names differ too
-
-
-def _flat(values: Any) -> Any:
-    """Dotted keys, however they were nested: the command line makes `labels: {count: [5]}` of `labels.count=[5]`."""
-    return flatten(values) if isinstance(values, Mapping) else values
-
-
-Dotted = Annotated[dict[str, Any], BeforeValidator(_flat)]
-
-
-class Search(Config):
-    """The learning rate, or whatever else, chosen for each arm by itself: else the one that suits the baseline wins.
-
-    Each value is tried with `seeds` seeds of its own under every condition, at the cell's own budget, and scored on
-    labelled images that are held out of `data.labelled`; neither data.val nor data.test is looked at. So every arm has
-    the same budget of trials, and the labelled images that choose are more than `labels.count` says.
-    """
-
-    grid: Annotated[dict[str, list[Any]], BeforeValidator(_flat)]
-    seeds: PositiveInt = 2
-    at: Dotted = Field(default={})  # axes of the grid held at one value while searching, to save time
-
-    @field_validator("grid")
-    @classmethod
-    def _something(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return _axes(grid, "search.grid")
-
-
-class StudyConfig(Config):
-    """`ssl-seg study`: what its YAML may hold."""
-
-    finetune: dict[str, Any]  # what all cells share: keys of `ssl-seg finetune`, over those of a `recipe`
-    pretrain: dict[str, dict[str, Any]] = Field(default={})  # pretrainings to be made first: keys of `ssl-seg pretrain`
-    # How many of each, with seeds 0, 1, ...; seed s of the study starts from number s modulo this. As many as seeds
-    # show how much pretrainings differ; fewer save time, and the page says so.
-    pretrainings: PositiveInt = 1
-    arms: dict[str, Dotted] = Field(default={})  # by name, what each changes; `init` may name one of `pretrain`
-    # What the comparison is repeated under: dotted keys of `ssl-seg finetune`, each with its values. `init`,
-    # `transfer` and the keys in `compare` make arms instead.
-    grid: Annotated[dict[str, list[Any]], BeforeValidator(_flat)] = Field(default={})
-    compare: tuple[str, ...] = ()
-    baseline: str | None = None  # the arm that gains are measured from; None: the one from scratch, else the first
-    # Pairs: a number, or a list. 8 are the fewest for an exact p below 0.01, and halve the interval of 3.
-    seeds: tuple[int, ...] = tuple(range(8))
-    search: Search | None = None
-    level: float = Field(default=0.95, gt=0.5, lt=1.0)  # of the intervals
-    timeout: PositiveFloat | None = None  # seconds that a cell may take
-    stall: PositiveFloat | None = 3600.0  # without a line of metrics, a picture, a checkpoint or a word: it hangs
-    submitit: dict[str, Any] = Field(default={})  # parameters of --executor submitit, such as slurm_partition
-
-    @model_validator(mode="before")
-    @classmethod
-    def _seed_is_an_axis_too(cls, values: Any) -> Any:
-        """`grid: {seed: [0, 1]}` is `seeds: [0, 1]`."""
-        if isinstance(values, Mapping) and isinstance(values.get("grid"), Mapping) and "seed" in values["grid"]:
-            grid = dict(values["grid"])
-            if "seeds" in values:
-                raise ValueError("seeds and grid.seed are both given; keep one of them")
-            return {**values, "seeds": grid.pop("seed"), "grid": grid}
-        return values
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _number_of_seeds(cls, seeds: Any) -> Any:
-        return tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
-
-    @field_validator("seeds")
-    @classmethod
-    def _different_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)}: name one seed or more, each once")
-        return seeds
-
-    @field_validator("grid")
-    @classmethod
-    def _axes_with_values(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return _axes(grid, "grid")
-
-    @field_validator("pretrain", "arms")
-    @classmethod
-    def _plain_names(cls, named: dict[str, Any]) -> dict[str, Any]:
-        for name in named:
-            if not re.fullmatch(r"[\w+\-. ]+", name) or name.startswith("."):
-                raise ValueError(f"'{name}' cannot name a folder; use letters, digits and _ + - .")
-        return named
-
-    @model_validator(mode="after")
-    def _arms_from_one_place(self) -> StudyConfig:
-        axes = [key for key in self.grid if key in ARM_AXES or key in self.compare]
-        if self.arms and axes:
-            raise ValueError(f"arms, and the axis {axes[0]} of the grid, both say what is compared; keep one of them")
-        for key in self.compare:
-            if key not in self.grid:
-                raise ValueError(f"compare: {key} is no axis of the grid; name one of: {', '.join(self.grid)}")
-        for key in self.search.at if self.search else ():
-            if key not in self.grid:
-                raise ValueError(f"search.at: {key} is no axis of the grid")
-        return self
-
-
-def _axes(grid: dict[str, list[Any]], where: str) -> dict[str, list[Any]]:
-    for key, values in grid.items():
-        texts = [json.dumps(value, default=str) for value in values]
-        if not values or len(set(texts)) < len(texts):
-            raise ValueError(f"{where}.{key}: name one value or more, each once")
-    return grid
-
-
-# ---- the plan ----
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of what is compared."""
-
-    name: str
-    changes: Mapping[str, Any]  # dotted keys of `ssl-seg finetune`
-    pretraining: str | None = None  # the one of `pretrain` that it starts from
-
-    @property
-    def from_scratch(self) -> bool:
-        return self.changes.get("init") is None and not self.changes.get("model.encoder.pretrained")
 
 
 @dataclass(frozen=True)
@@ -166,6 +41,21 @@ class Cell:
     seed: int
     start: str | None = None  # the id of the study's pretraining that it starts from
 
+    @property
+    def from_scratch(self) -> bool:
+        """Whether it starts from no trained weights at all."""
+        encoder = self.config.model.encoder if self.config.model else None
+        return self.config.init is None and not getattr(encoder, "pretrained", False)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the search."""
+
+    key: str  # which choice it is for
+    found: Mapping[str, Any]  # the keys it tries
+    cell: Cell
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -174,136 +64,156 @@ class Plan:
     arms: tuple[Arm, ...]
     baseline: str
     axes: Mapping[str, Sequence[Any]]  # the grid without what makes arms
-    pretrainings: Mapping[tuple[str, int], Cell]  # by name and seed
+    pretrainings: tuple[Cell, ...]
+    trials: tuple[Trial, ...]  # none without a search
     cells: tuple[Cell, ...]
 
-
-def arms_of(config: StudyConfig) -> tuple[Arm, ...]:
-    """What is compared: the named arms, or every combination of the axes that make arms."""
-    if config.arms:
-        return tuple(_arm(name, changes, config) for name, changes in config.arms.items())
-    axes = {key: values for key, values in config.grid.items() if key in ARM_AXES or key in config.compare}
-    combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    # Without weights to start from no decoder can come along.
-    possible = [own for own in combinations if own.get("init", True) or own.get("transfer", "encoder") == "encoder"]
-    arms = [_arm(_arm_name(own), own, config) for own in possible if own.get("init") != IMAGENET or _is_plain(own)]
-    if len(arms) < 2:
-        raise UserError("arms: nothing to compare; name two arms or more, or give grid.init several values")
-    return tuple(arms)
+    def from_scratch(self, arm: str) -> bool:
+        return next(cell for cell in self.cells if cell.arm == arm).from_scratch
 
 
-def _is_plain(changes: Mapping[str, Any]) -> bool:
-    return changes.get("transfer", "encoder") == "encoder"
+def make_plan(config: StudyConfig, out: Path, scores: Mapping[str, float] | None = None) -> Plan:
+    """Every run of the study with its config, checked. `scores` are those of trials that are done (id -> mIoU).
+
+    Cells take what the search has chosen as far as all its trials are done; before, their own keys. Raises UserError
+    that names the arm where a config is wrong, where keys are said twice, and where a start does not fit.
+    """
+    arms = arms_of(config)
+    axes = conditions_of(config)
+    refuse_keys_said_twice(config, arms)
+    maker = _Maker(config, out, arms)
+    conditions = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    trials = tuple(maker.trials(arms, conditions))
+    chosen = choose(trials, scores or {})
+    cells = []
+    for condition, arm, seed in product(conditions, arms, config.seeds):
+        found = chosen.get(choice_key(config, arm.name, condition), {})
+        cells.append(maker.cell(arm, condition, seed, {**condition, **found}))
+    _refuse_equal_arms(cells)
+    return Plan(arms, _baseline_of(config, cells), axes, tuple(maker.pretrainings.values()), trials, tuple(cells))
 
 
-def _arm(name: str, changes: Mapping[str, Any], config: StudyConfig) -> Arm:
-    start = changes.get("init")
-    if start in config.pretrain:
-        return Arm(name, changes, start)
-    if start == IMAGENET:
-        return Arm(name, {**changes, "init": None, "model.encoder.pretrained": True})
-    return Arm(name, changes)
-
-
-def _arm_name(changes: Mapping[str, Any]) -> str:
-    """`scratch`, `four`, `four + denoise decoder`; other axes by their value."""
-    words = []
-    if "init" in changes:
-        start = changes["init"]
-        place = None if start is None else Path(start)
-        folder = place and (place.parent if place.name == "encoder" else place)
-        words.append("scratch" if folder is None else folder.name)
-    _, _, decoder = str(changes.get("transfer", "")).partition("+")
-    words += [f"+ {decoder} decoder"] if decoder else []
-    words += [f"{key}={value}" for key, value in changes.items() if key not in ARM_AXES]
-    return " ".join(words) or "encoder"
-
-
-def baseline_of(config: StudyConfig, arms: Sequence[Arm]) -> str:
-    names = [arm.name for arm in arms]
+def _baseline_of(config: StudyConfig, cells: Sequence[Cell]) -> str:
+    by_name = {cell.arm: cell for cell in reversed(cells)}
     if config.baseline is None:
-        return next((arm.name for arm in arms if arm.from_scratch), names[0])
-    if config.baseline not in names:
+        return next((cell.arm for cell in cells if cell.from_scratch), cells[0].arm)
+    if config.baseline not in by_name:
+        names = dict.fromkeys(cell.arm for cell in cells)
         raise UserError(f"baseline: there is no arm '{config.baseline}'; name one of: {', '.join(names)}")
     return config.baseline
 
 
-def make_plan(config: StudyConfig, out: Path, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> Plan:
-    """Every run of the study with its config, checked. `chosen` is what a search has found (`choice_key` -> keys).
-
-    Raises UserError that names the arm where a config is wrong.
-    """
-    arms = arms_of(config)
-    axes = {key: own for key, own in config.grid.items() if key not in (*ARM_AXES, *config.compare)}
-    needed = dict.fromkeys(arm.pretraining for arm in arms if arm.pretraining)
-    pretrainings = {(name, seed): _pretraining(config, name, seed, out) for name in needed for seed in _starts(config)}
-    common = _common(config)
-    cells = []
-    for values in product(*axes.values()):
-        condition = dict(zip(axes, values, strict=True))
-        for arm, seed in product(arms, config.seeds):
-            found = (chosen or {}).get(choice_key(config, arm.name, condition), {})
-            cells.append(_cell(config, common, arm, condition, seed, {**condition, **found}, pretrainings, out))
-    return Plan(arms, baseline_of(config, arms), axes, pretrainings, tuple(cells))
+def _refuse_equal_arms(cells: Sequence[Cell]) -> None:
+    """Two arms of one config would be trained twice, and their difference told as nothing."""
+    digests: dict[str, str] = {}
+    for cell in cells:
+        former = digests.setdefault(cell.id.rpartition("-")[2], cell.arm)
+        if former != cell.arm:
+            raise UserError(f"arms: {former} and {cell.arm} are one and the same run; drop one, or let them differ")
 
 
-def _starts(config: StudyConfig) -> range:
-    return range(min(config.pretrainings, max(1, len(config.seeds))))
+def check_images_of(plan: Plan) -> None:
+    """What a run refuses before its work, for all of them: an empty folder, too few labelled images, other classes."""
+    for cell in plan.pretrainings:
+        check_images(f"pretrain.{cell.arm}.data.pool", cell.config.data.pool)
+    different: dict[str, Cell] = {}
+    for cell in (*plan.cells, *(trial.cell for trial in plan.trials)):
+        asked = [cell.config.data.dump(), cell.config.labels.dump()]
+        different.setdefault(json.dumps(asked, sort_keys=True), cell)
+    for cell in different.values():
+        try:
+            check_data(cell.config)
+        except UserError as error:
+            raise UserError(f"arm {cell.arm}: {error}") from error
 
 
-def _pretraining(config: StudyConfig, name: str, seed: int, out: Path) -> Cell:
-    values = merge(base(config.pretrain[name], f"pretrain.{name}"), {"seed": seed})
-    whole = _checked(PretrainConfig, _tracked(values, out), f"pretrain.{name}")
-    return Cell("pretrain", PRETRAINED, f"{slug(name)}-seed{seed}-{_digest(whole, None)}", whole, name, {}, seed)
+# ---- single runs ----
 
 
-def _cell(
-    config: StudyConfig,
-    common: Mapping[str, Any],
-    arm: Arm,
-    condition: Mapping[str, Any],
-    seed: int,
-    keys: Mapping[str, Any],
-    pretrainings: Mapping[tuple[str, int], Cell],
-    out: Path,
-    searching: bool = False,
-) -> Cell:
-    """One fine-tuning; `common` is what all share, `keys` are those of its condition and of its search."""
-    values = merge(common, unflatten(arm.changes))
-    values = merge(values, unflatten(keys))
-    values = merge(values, {"seed": seed, "labels": {"seed": seed}})
-    start = None
-    if arm.pretraining:
-        place = config.seeds.index(seed) if seed in config.seeds else seed
-        start = pretrainings[arm.pretraining, place % len(_starts(config))]
-        values["init"] = str(out / PRETRAINED / start.id)
-    if searching:
-        values = merge(values, {"data": {"val": None, "test": None}, "select": "last"})
-    whole = _checked(FinetuneConfig, _tracked(values, out), f"arm {arm.name}")
-    digest = _digest(whole, start.id if start else _start_digest(whole.init))
-    words = [slug(arm.name), *(f"{_short(key)}{slug(str(value))}" for key, value in keys.items()), f"seed{seed}"]
-    folder = SEARCHED if searching else CELLS
-    name = "-".join([*words, digest])
-    return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
+class _Maker:
+    """Makes the cells of one study: what they share is looked up once."""
 
+    def __init__(self, config: StudyConfig, out: Path, arms: Sequence[Arm]) -> None:
+        self.config = config
+        self.out = out
+        self.number = min(config.pretrainings, len(config.seeds))
+        needed = dict.fromkeys(arm.pretraining for arm in arms if arm.pretraining)
+        self.pretrainings = {
+            (name, seed): self._pretraining(name, seed) for name in needed for seed in range(self.number)
+        }
+        self.common = self._common(arms)
+        self._digests: dict[tuple[str | None, str], str | None] = {}
 
-def _common(config: StudyConfig) -> dict[str, Any]:
-    """What all arms share. Where the study names no model, that of the first pretraining or start is everybody's.
+    def _pretraining(self, name: str, seed: int) -> Cell:
+        given = base(self.config.pretrain[name], f"pretrain.{name}")
+        if "seed" in self.config.pretrain[name]:
+            raise UserError(f"pretrain.{name}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
+        whole = _checked(PretrainConfig, _tracked(merge(given, {"seed": seed}), self.out), f"pretrain.{name}")
+        digest = _digest(whole, _start_digest(whole.init, "encoder"))
+        return Cell("pretrain", PRETRAINED, f"{slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
 
-    Else the arm from scratch would take the default, and the others what they start from.
-    """
-    values = base(config.finetune, "finetune")
-    if "model" in values:
-        return values
-    for arm in arms_of(config):
-        start = arm.changes.get("init")
-        if arm.pretraining:
-            values["model"] = base(config.pretrain[arm.pretraining], f"pretrain.{arm.pretraining}").get("model", {})
-        elif start is not None:
-            values["model"] = weights.read_encoder_info(start).get("config", {})
-        if values.get("model"):
-            break
-    return values
+    def _common(self, arms: Sequence[Arm]) -> dict[str, Any]:
+        """What all arms share. What the study does not say of the model is that of the first start, for every arm.
+
+        Else the arm from scratch would take the default, and the others what they start from.
+        """
+        values = base(self.config.finetune, "finetune")
+        model: Mapping[str, Any] = {}
+        for arm in arms:
+            start = arm.changes.get("init")
+            if arm.pretraining and not model:
+                model = base(self.config.pretrain[arm.pretraining], "pretrain").get("model", {})
+            elif start is not None and not model:
+                model = weights.read_encoder_info(start).get("config", {})
+        own = values.get("model") or {}
+        if isinstance(own.get("encoder"), str):  # the word stands for the name of one of timm's, and may get more keys
+            own = {**own, "encoder": {"type": "timm", "name": own["encoder"]}}
+        return {**values, "model": merge(model, own)} if model or own else values
+
+    def cell(
+        self, arm: Arm, condition: Mapping[str, Any], seed: int, keys: Mapping[str, Any], searching: bool = False
+    ) -> Cell:
+        """One fine-tuning; `keys` are those of its condition and of its search."""
+        values = merge(self.common, unflatten(arm.changes))
+        values = merge(values, unflatten(keys))
+        values = merge(values, {"seed": seed, "labels": {"seed": seed}})
+        start = self._start(arm, seed)
+        if start is not None:
+            values["init"] = str(self.out / PRETRAINED / start.id)
+        if searching:
+            values = merge(values, {"data": {"val": None, "test": None}, "select": "last"})
+        whole = _checked(FinetuneConfig, _tracked(values, self.out), f"arm {arm.name}")
+        if start is not None:
+            _check_fit(arm, whole, start)
+        digest = _digest(whole, start.id if start else self._digest_of_start(whole))
+        words = [slug(arm.name), *(f"{_short(key)}{slug(str(value))}" for key, value in keys.items())]
+        name = "-".join([*words, f"seed{seed}", digest])
+        folder = SEARCHED if searching else CELLS
+        return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
+
+    def _start(self, arm: Arm, seed: int) -> Cell | None:
+        if arm.pretraining is None:
+            return None
+        place = self.config.seeds.index(seed) if seed in self.config.seeds else seed
+        return self.pretrainings[arm.pretraining, place % self.number]
+
+    def _digest_of_start(self, config: FinetuneConfig) -> str | None:
+        asked = config.init, config.transfer
+        if asked not in self._digests:
+            self._digests[asked] = _start_digest(*asked)
+        return self._digests[asked]
+
+    def trials(self, arms: Sequence[Arm], conditions: Sequence[Mapping[str, Any]]) -> Iterator[Trial]:
+        """The runs that choose each arm's own values, each once."""
+        search = self.config.search
+        if search is None:
+            return
+        tries = [dict(zip(search.grid, own, strict=True)) for own in product(*search.grid.values())]
+        held = list({json.dumps(own): own for condition in conditions for own in [{**condition, **search.at}]}.values())
+        first = max(SEARCH_SEEDS, max(self.config.seeds) + 1)
+        for condition, arm, found, number in product(held, arms, tries, range(search.seeds)):
+            cell = self.cell(arm, condition, first + number, {**condition, **found}, searching=True)
+            yield Trial(choice_key(self.config, arm.name, condition), found, cell)
 
 
 def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -317,6 +227,19 @@ def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return merge(read_words([given["recipe"]]), own)
 
 
+def _check_fit(arm: Arm, config: FinetuneConfig, start: Cell) -> None:
+    """Whether a cell can start from a pretraining of the study, before that is made."""
+    models = [own.model for own in (config, start.config) if own.model is not None]
+    encoders = [model.encoder.dump() for model in models]
+    names = [encoder.get("name", encoder["type"]) for encoder in encoders]
+    if len(names) == 2 and names[0] != names[1]:  # one that names none takes the other's
+        raise UserError(f"arm {arm.name}: its encoder is {names[0]}, and that of pretrain.{start.arm} is {names[1]}")
+    _, _, task = config.transfer.partition("+")
+    if task and task not in start.config.tasks:
+        known = ", ".join(start.config.tasks)
+        raise UserError(f"arm {arm.name}: transfer: pretrain.{start.arm} has no task {task}; it has: {known}")
+
+
 def _checked(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
     try:
         return load(cls, values)
@@ -327,22 +250,27 @@ def _checked(cls: type[Config], values: Mapping[str, Any], where: str) -> Config
 def _tracked(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """The run as a child of the study's in MLflow, unless the study says otherwise."""
     own = values.get("tracking", {})
-    return dict(values) if isinstance(own, str) else merge(values, {"tracking": {"parent": out.name, **own}})
+    return merge(values, {"tracking": {"parent": out.name, **own}}) if isinstance(own, Mapping) else dict(values)
 
 
 def _digest(config: Config, start: str | None) -> str:
     """Of all that decides what comes out: the weights a run starts from, not where they lie nor how it is watched."""
-    kept = {key: value for key, value in config.dump().items() if key not in ("tracking", "leaks", "init")}
+    kept = {
+        key: value for key, value in flatten(config.dump()).items() if not f"{key}.".startswith((*WATCHING, "init."))
+    }
     return files.sha256(json.dumps([kept, start], sort_keys=True).encode())[:NUM_HEX]
 
 
-def _start_digest(init: str | None) -> str | None:
+def _start_digest(init: str | None, transfer: str) -> str | None:
+    """Of the weights that `init` and `transfer` take; Raises UserError where there are none."""
     if init is None:
         return None
-    info = weights.read_encoder_info(init)
-    if "sha256" in info:
-        return info["sha256"]
-    return files.sha256(Path(init).read_bytes())
+    digest = weights.read_encoder_info(init).get("sha256") or files.sha256(Path(init).read_bytes())
+    _, _, task = transfer.partition("+")
+    decoders = [folder / "decoders" / f"{task}.json" for folder in (Path(init), Path(init).parent)]
+    return "+".join(
+        [digest, *(files.read_json(path).get("sha256", "") for path in decoders if task and path.is_file())]
+    )
 
 
 def slug(text: str) -> str:
@@ -363,41 +291,18 @@ def choice_key(config: StudyConfig, arm: str, condition: Mapping[str, Any]) -> s
     return json.dumps([arm, {**condition, **held}])
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A run of the search."""
-
-    key: str
-    found: Mapping[str, Any]  # the keys it tries
-    cell: Cell
-
-
-def make_trials(config: StudyConfig, plan: Plan, out: Path) -> tuple[Trial, ...]:
-    """The runs that choose each arm's own values; none without a search."""
-    if config.search is None:
-        return ()
-    tries = [dict(zip(config.search.grid, own, strict=True)) for own in product(*config.search.grid.values())]
-    common = _common(config)
-    trials: dict[str, Trial] = {}
-    for values in product(*plan.axes.values()):
-        condition = {**dict(zip(plan.axes, values, strict=True)), **config.search.at}
-        for arm, found, number in product(plan.arms, tries, range(config.search.seeds)):
-            keys = {**condition, **found}
-            seed = SEARCH_SEEDS + number
-            cell = _cell(config, common, arm, condition, seed, keys, plan.pretrainings, out, searching=True)
-            trials[cell.id] = Trial(choice_key(config, arm.name, condition), found, cell)
-    return tuple(trials.values())
-
-
 def choose(trials: Sequence[Trial], scores: Mapping[str, float]) -> dict[str, Mapping[str, Any]]:
-    """For each search the keys with the best mean of `scores` (id -> mIoU), the first of equals."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """For each search the keys with the best mean of `scores` (id -> mIoU), the first of equals.
+
+    Only keys whose runs have all finished count: one that crashes for some seeds must not win by the others.
+    """
+    found: dict[str, dict[str, list[float | None]]] = {}
     for trial in trials:
         tried = found.setdefault(trial.key, {}).setdefault(json.dumps(trial.found), [])
-        tried += [scores[trial.cell.id]] if trial.cell.id in scores else []
+        tried.append(scores.get(trial.cell.id))
     best = {}
     for key, tried in found.items():
-        means = {text: mean(values) for text, values in tried.items() if values}
+        means = {text: mean(values) for text, values in tried.items() if None not in values}
         if means:
             best[key] = json.loads(max(means, key=means.__getitem__))
     return best

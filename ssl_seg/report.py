@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from ssl_seg import compare, files, plots
 from ssl_seg.answers import (
+    ALPHA,
+    MIN_PAIRS,
     NOTHING,
     PARTS,
     answer,
@@ -32,6 +34,7 @@ from ssl_seg.answers import (
 )
 from ssl_seg.compare import Comparison, Spread
 from ssl_seg.config import UserError, flatten
+from ssl_seg.evidence import t_interval
 from ssl_seg.page import (
     OPEN,
     SHOWN,
@@ -50,6 +53,8 @@ from ssl_seg.page import (
     common_folder,
     drawn,
     folds,
+    is_own,
+    leak_blocks,
     legend,
     make_front,
     make_page,
@@ -124,11 +129,11 @@ def _scores(page: Page) -> Iterator[Section]:
     segmenting = [arm for arm in page.arms if page.score is not None and page.spread(arm, page.score) is not None]
     if segmenting:
         blocks.append(_score_table(page, segmenting))
-        blocks += [Text(f"{line[0].upper()}{line[1:]}.") for line in page.comparison.apart]
         if sum(len(arm.runs) for arm in segmenting) > 1:
             blocks.append(Panels(tuple(_score_dots(page, segmenting)), shape="wide"))
     for stage in dict.fromkeys(arm.stage for arm in page.arms if arm not in segmenting and arm.group is not None):
         blocks += _figure_table(page, [arm for arm in page.arms if arm.stage == stage and arm not in segmenting])
+    blocks += [Text(f"{line[0].upper()}{line[1:]}.") for line in page.comparison.notes]
     if len(page.runs) > 1:
         blocks.append(Fold("Every single run", (_run_table(page),)))
     yield Section("scores", "Scores", tuple(blocks))
@@ -139,7 +144,7 @@ def _score_table(page: Page, arms: Sequence[Arm]) -> Table:
     gains = {arm.label: page.gain(arm, page.score) for arm in arms}
     columns = ["Group", "Runs"]
     columns += [f"{name}, {part}, %" for part in parts for name in ("mIoU", "Pixel accuracy")]
-    told = ["Gain over scratch, points", "Least to most", "Pairs"] if any(gains.values()) else []
+    told = ["Gain over scratch, points", "95 % over seeds", "Pairs"] if any(gains.values()) else []
     rows = []
     for arm in arms:
         cells = [str(len(arm.runs))]
@@ -158,9 +163,17 @@ def _gain_cells(gain: Spread | None) -> list[str]:
     spread = "" if gain.sd is None else f" ± {100 * gain.sd:.1f}"
     return [
         f"{points(gain.mean)}{spread}",
-        f"{points(min(gain.values))} to {points(max(gain.values))}",
+        _interval(gain),
         str(gain.n),
     ]
+
+
+def _interval(gain: Spread) -> str:
+    """Where the gain lies, by Student, as the sentence on top has it; of fewer pairs than it wants nothing."""
+    if gain.n < MIN_PAIRS:
+        return NOTHING
+    found = t_interval(gain.values, 1 - ALPHA)
+    return f"{points(found.low)} to {points(found.high)}"
 
 
 def _score_dots(page: Page, arms: Sequence[Arm]) -> Iterator[Panel]:
@@ -241,6 +254,11 @@ def _differences(page: Page) -> Iterator[Section]:
         rows = [TableRow(arm.label, own, arm.mark) for arm, own in zip(page.arms, turned, strict=True)]
     caption = "Config keys in which the groups differ; all others are the same, seeds aside."
     yield Section("differences", "What differs", (Table(caption, columns, tuple(rows), words=True),))
+
+
+def _leaks(page: Page) -> Iterator[Section]:
+    found = [(run.read("leaks.json"), run) for run in page.runs]
+    yield Section("leaks", "Leaks", tuple(leak_blocks((record, run) for record, run in found if record or run.is_done)))
 
 
 def _curves(page: Page) -> Iterator[Section]:
@@ -448,7 +466,7 @@ def _extreme(entry: Mapping[str, Any]) -> str:
 def _inside(run: RunFolder, entry: Mapping[str, Any]) -> Path | None:
     """The picture of an entry if it is one of the run's own: a page must not carry what a stranger's list points at."""
     path = run.folder / str(entry.get("picture", ""))
-    return path if path.is_file() and path.resolve().is_relative_to(run.folder.resolve()) else None
+    return path if is_own(path, run.folder) else None
 
 
 def _norm_shares(page: Page) -> Iterator[Section]:
@@ -592,6 +610,7 @@ def _receipt_in_words(receipt: Mapping[str, Any]) -> str:
 SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
     _scores,
     _differences,
+    _leaks,
     _curves,
     _classes,
     _confusions,

@@ -63,7 +63,7 @@ class _ConfigShape(_Shape):
 
 class _OriginShape(_Shape):
     stage: str
-    config: dict[str, Any]
+    config: _ConfigShape
     origin: _OriginShape | None = None
 
 
@@ -85,9 +85,13 @@ class _RecordShape(_Shape):
     cost: _CostShape | None = None
 
 
+class _PassportShape(_Shape):
+    resize: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+
+
 class _ResultShape(_Shape):
     __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
-    passport: dict[str, dict[str, Any]] = {}
+    passport: dict[str, _PassportShape] = {}
 
 
 class _SplitShape(_Shape):
@@ -127,11 +131,19 @@ class _LeakShape(_Shape):
     allowed: bool
 
 
+class _ComparedShape(_Shape):
+    part: str
+    scored_part: str
+    pictures: str
+    names: str
+
+
 class LeaksShape(_Shape):
     checked: bool
     trained: dict[str, int]
     scored: dict[str, int]
     leaks: list[_LeakShape]
+    pairs: list[_ComparedShape] = []
 
 
 class _MatricesShape(_Shape):
@@ -323,9 +335,21 @@ def described(config: Mapping[str, Any], start: Mapping[str, Any] | None) -> dic
     """
     description = {key: as_text(value) for key, value in flatten(config).items() if not key.startswith(WATCHING)}
     if start is not None:
-        inner = {"stage": start["stage"], **described(start["config"], start["origin"])}
+        inner = {"stage": start["stage"], **described(start["config"], start.get("origin"))}
         description |= {f"init.{key}": value for key, value in inner.items()}
     return description
+
+
+def description_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """`described` of a run.json. An evaluation is described as the run whose model it scores, with its own test set."""
+    config = record["config"]
+    evaluates = record["stage"] == "evaluate" and isinstance(config.get("model"), str)
+    # Runs of the first versions do not say where they came from.
+    start = record["origin"] if "origin" in record else origin(config.get("model" if evaluates else "init"))
+    if not evaluates or start is None:
+        return described(config, start)
+    data = {**start["config"].get("data", {}), "test": config.get("data", {}).get("test")}
+    return described({**start["config"], "data": data}, start.get("origin"))
 
 
 def as_text(value: Any) -> str:
@@ -353,6 +377,22 @@ def labelled_digest(split: Mapping[str, Any] | None) -> str:
         return ""
     names = json.dumps([split["labelled"], split.get("sha256_of_labelled", "")])
     return hashlib.sha256(names.encode()).hexdigest()
+
+
+def leak_word(record: Mapping[str, Any] | None) -> str:
+    """A leaks.json in a word: `clean`, `allowed`, `found` (not allowed), `unchecked`, `unknown` or `none`.
+
+    `unknown` is clean as far as it could be looked at, `none` had nothing to compare or is from before there was one.
+    """
+    if record is None:
+        return "none"
+    if not record["checked"]:
+        return "unchecked"
+    if record["leaks"]:
+        return "allowed" if all(leak["allowed"] for leak in record["leaks"]) else "found"
+    if any(pair["pictures"] == "unknown" for pair in record.get("pairs", ())):
+        return "unknown"
+    return "clean" if record["trained"] and record["scored"] else "none"
 
 
 def now() -> int:

@@ -6,6 +6,7 @@ command that hangs. On a cluster submitit does the work, with the same loop arou
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +26,9 @@ from ssl_seg.config import UserError
 POLL = 0.1  # seconds between two looks at processes here
 POLL_CLUSTER = 2.0  # at jobs of a cluster: its scheduler is asked
 GRACE = 30.0  # seconds that a stopped run has to save its state
+LATE = 5.0  # seconds after which a stop that went through a cluster is given up: those of GRACE begin there
+ENDLESS = 60 * 24 * 365  # minutes; of what submitit runs on this machine, it would else end after two
+HAS_LIMIT = ("timeout_min", "slurm_timeout_min", "slurm_time")
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,16 @@ class Here(Executor):
         """Several runs share the cores best with a few threads each, and need GPUs of their own."""
         share = {}
         if self.jobs > 1:
-            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+            if "OMP_NUM_THREADS" not in os.environ:
+                share["OMP_NUM_THREADS"] = str(max(1, _cores() // self.jobs))
             if len(self.devices) > 1:
                 share["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
         return share
+
+
+def _cores() -> int:
+    """Those that this process may use; a container or a batch job has a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Process(Job):
@@ -201,22 +211,18 @@ class _Process(Job):
     def code(self) -> int | None:
         code = self.process.poll()
         if code is not None:
-            self._signal(signal.SIGKILL)  # what a crashed run has left of its group
+            _signal_group(self.process.pid, signal.SIGKILL)  # what a crashed run has left of its group
         return code
 
     def ask(self) -> None:
         if self.process.poll() is None:
-            self._signal(signal.SIGTERM)
+            _signal_group(self.process.pid, signal.SIGTERM)
 
     def end(self, patience: float) -> None:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        self._signal(signal.SIGKILL)
+        _signal_group(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-    def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
 
 
 # ---- on a cluster ----
@@ -230,7 +236,8 @@ class Cluster(Executor):
     def __init__(self, folder: Path, parameters: Mapping[str, Any], timeout: float | None = None) -> None:
         """`parameters` are those of submitit, such as `slurm_partition`; `cluster` among them picks the cluster.
 
-        Raises UserError without submitit, without Slurm, and for parameters that it does not know.
+        Raises UserError without submitit, without Slurm, for parameters that it does not know, and without a time limit
+        for jobs of Slurm, where submitit's own is five minutes.
         """
         if find_spec("submitit") is None:
             raise UserError("--executor submitit: is not installed; pip install 'ssl_seg[slurm]'")
@@ -239,45 +246,93 @@ class Cluster(Executor):
         given = dict(parameters)
         try:
             self.executor = submitit.AutoExecutor(folder, cluster=given.pop("cluster", None))
+            self.is_local = self.executor.cluster == "local"
             if timeout is not None:
-                given.setdefault("timeout_min", max(1, round(timeout / 60)))
+                given.setdefault("timeout_min", max(1, math.ceil(timeout / 60)))
+            elif self.is_local:
+                given.setdefault("timeout_min", ENDLESS)
+            elif self.executor.cluster == "slurm" and not any(given.get(key) is not None for key in HAS_LIMIT):
+                raise UserError("submitit: jobs need a time limit; give `timeout` or submitit.timeout_min in the study")
             self.executor.update_parameters(**given)
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
-            first = str(error).split("\n")[0]
-            raise UserError(f"submitit: {first}; mend `submitit:` in the study, or use --executor local") from error
+            raise _refusal(error) from error
 
     def start(self, call: Call, slot: int) -> Job:
         call.log.parent.mkdir(parents=True, exist_ok=True)
-        return _Submitted(self.executor.submit(Submission(tuple(_command(call)), call.log)))
+        try:
+            job = self.executor.submit(Submission(tuple(_command(call)), call.log))
+        except (RuntimeError, OSError) as error:  # submitit's own are RuntimeErrors
+            raise _refusal(error) from error
+        return _Submitted(job, self.is_local)
+
+
+def _refusal(error: Exception) -> UserError:
+    """In one line what submitit or Slurm says."""
+    said = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+    return UserError(f"submitit: {said}; mend `submitit:` in the study, or use --executor local")
 
 
 class Submission:
-    """A command as a job of submitit; one that is preempted is queued again and goes on from its saved state."""
+    """A command as a job of submitit; one that is preempted is queued again and goes on from its saved state.
+
+    It is a group of its own, as on this machine, and what stops the job stops the whole group.
+    """
 
     def __init__(self, command: tuple[str, ...], log: Path) -> None:
         self.command = command
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
+        self.is_asked = False
 
     def __call__(self) -> int:
+        # submitit leaves SIGTERM aside, and its jobs on this machine are stopped by SIGINT.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked)
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        return self.process.wait()
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        if self.is_asked:  # between the two
+            self._stop()
+        code = self.process.wait()
+        _signal_group(self.process.pid, signal.SIGKILL)  # what a crashed run has left
+        return code
 
     def checkpoint(self) -> Any:
         """What submitit calls when the job has to leave."""
         from submitit.helpers import DelayedSubmission
 
-        if self.process is not None:
-            self.process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE)
+        self._asked()
         return DelayedSubmission(Submission(self.command, self.log))
+
+    def _asked(self, *_: object) -> None:
+        if self.is_asked:
+            return  # a cluster may say it several times
+        self.is_asked = True
+        if self.process is not None:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Runs inside of a signal handler, so amid `process.wait`, which cannot be called once more there."""
+        pid = self.process.pid
+        _signal_group(pid, signal.SIGTERM)
+        until = time.monotonic() + GRACE
+        while _is_running(pid) and time.monotonic() < until:
+            time.sleep(POLL)
+        _signal_group(pid, signal.SIGKILL)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a child has not ended; leaves its code to be fetched."""
+    with suppress(ChildProcessError):
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    return False
 
 
 class _Submitted(Job):
-    def __init__(self, job: Any) -> None:
+    def __init__(self, job: Any, is_local: bool) -> None:
         self.job = job
+        self.is_local = is_local
 
     def code(self) -> int | None:
         if not self.job.done():
@@ -290,14 +345,26 @@ class _Submitted(Job):
         return str(self.job.state).upper() not in ("PENDING", "UNKNOWN", "CONFIGURING", "REQUEUED")
 
     def ask(self) -> None:
-        if not self.job.done():
+        if self.job.done():
+            return
+        if self.is_local:
+            # Its id is that of the process that keeps it, which passes this on; `cancel` gives it one second only.
+            os.kill(int(self.job.job_id), signal.SIGTERM)
+        else:
             self.job.cancel()
 
     def end(self, patience: float) -> None:
-        """The cluster kills what does not end in its own time."""
-        until = time.monotonic() + patience
+        """A cluster kills what does not end in its own time, and the job itself its command."""
+        until = time.monotonic() + patience + LATE
         while not self.job.done() and time.monotonic() < until:
             time.sleep(POLL)
+        if not self.job.done():
+            self.job.cancel()
+
+
+def _signal_group(leader: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, number)
 
 
 def _command(call: Call) -> list[str]:

@@ -27,6 +27,18 @@ MOST_PAIRS = 2000  # whose likeness is looked at
 ALWAYS_ALIKE = 0.9  # a standing camera's frames are all alike
 
 
+def frames_apart(name: str, other: str) -> int | None:
+    """How many numbers lie between two names of one numbering; None for two of different ones."""
+    one, two = numbering(name), numbering(other)
+    return None if one is None or two is None or one[0] != two[0] else abs(one[1] - two[1])
+
+
+def are_too_few(trained: Fingerprints, scored: Fingerprints) -> bool:
+    """Whether shared numberings are not judged, because so few pictures cannot say whether numbers are time."""
+    few = len(trained) * len(scored) < LEAST_COMBINATIONS
+    return few and any(_shared_numberings(trained.names, scored.names))
+
+
 def neighbours(trained: Fingerprints, scored: Fingerprints, frames: int) -> list[Neighbour]:
     """The nearest scored frame of each image that has one within `frames`, where numbers are time.
 
@@ -35,7 +47,7 @@ def neighbours(trained: Fingerprints, scored: Fingerprints, frames: int) -> list
     the split or across it, are no more alike than pairs taken at random. Two videos with the same numbers do not count,
     since there those across the split are no more alike than others.
     """
-    if len(trained) * len(scored) < LEAST_COMBINATIONS:
+    if are_too_few(trained, scored):
         return []
     pictures = _Pictures(trained.thumbs, scored.thumbs)
     groups = [_numbered(*members, frames) for members in _shared_numberings(trained.names, scored.names)]

@@ -25,12 +25,13 @@ from ssl_seg import evaluate, files, findings, images, leaks, store, study_repor
 from ssl_seg.config import Interrupted, UserError
 from ssl_seg.findings import STUDY_FILE, Findings
 from ssl_seg.finetune import candidates
-from ssl_seg.plan import Cell, Plan, StudyConfig, Trial, choose, make_plan, make_trials, slug
+from ssl_seg.plan import Cell, Plan, check_images_of, choose, make_plan, slug
+from ssl_seg.questions import StudyConfig
 from ssl_seg.runs import RunFolder, is_held
 from ssl_seg.schedule import Call, Cluster, End, Executor, Here, Limits, execute
 from ssl_seg.terminal import clock, say, watch_signals
 
-SCORE_OF_TRIALS = "miou"
+MIOU = "miou"
 DOUBLE = ("state", "encoder", "decoders")  # of a finished cell: what to resume from, and its model/ in parts
 NUM_CHANGED = 3  # images drawn of each arm
 LOOK = 2.0  # seconds between two looks at a run that another process makes
@@ -48,26 +49,23 @@ class StudyOptions:
 
 
 def study(config: StudyConfig, options: StudyOptions) -> Findings:
-    """Make what is missing of a study, and write its tables.
+    """Make what is missing of a study, and write its tables and its page.
 
     Raises UserError before anything runs for a config that is wrong, and at the end where cells have failed, after the
-    others are done and the tables written; `config.Interrupted` after a signal, the running cells having been saved.
+    others are done and the tables written; LeakError before anything is trained; `config.Interrupted` after a signal,
+    the running cells having been saved.
     """
-    out = Path(options.out)
+    out = Path(options.out).resolve()  # what cells start from is named by it: another spelling is no other place
     _check_place(out)
-    plan = make_plan(config, out)
+    plan = _plan(config, out)
     executor = _executor(config, options, out)
     with store.hold(out), watch_signals():
-        ledger = _Ledger(config, options, plan, executor)
+        ledger = _Ledger(config, options, plan, executor, out)
         try:
             ledger.check_leaks()
-            ledger.make("pretrainings", plan.pretrainings.values())
-            trials = make_trials(config, plan, out)
-            if trials:
-                ledger.make("runs of the search", [trial.cell for trial in trials])
-                chosen = choose(trials, ledger.scores(trials))
-                ledger.note_search(trials, chosen)
-                ledger.plan = make_plan(config, out, chosen)
+            ledger.make("pretrainings", plan.pretrainings)
+            ledger.make("runs of the search", [trial.cell for trial in plan.trials])
+            ledger.choose()
             ledger.make("cells", ledger.plan.cells)
         except Interrupted:
             ledger.write("killed")
@@ -80,16 +78,38 @@ def study(config: StudyConfig, options: StudyOptions) -> Findings:
 
 def outline(config: StudyConfig, out: Path) -> list[str]:
     """What a study would do, in lines, for `--dry-run`; every config is checked, nothing is written."""
-    plan = make_plan(config, out)
-    trials = make_trials(config, plan, out)
-    runs = {"pretrainings": list(plan.pretrainings.values()), "runs of the search": [trial.cell for trial in trials]}
+    plan = _plan(config, out.resolve())
+    runs = {"pretrainings": plan.pretrainings, "runs of the search": [trial.cell for trial in plan.trials]}
     lines = [f"baseline: {plan.baseline}", f"arms: {', '.join(arm.name for arm in plan.arms)}"]
     lines += [f"{key}: {', '.join(map(str, values))}" for key, values in plan.axes.items()]
     lines += [f"seeds: {', '.join(map(str, config.seeds))}"]
-    for words, cells in (*runs.items(), ("cells", list(plan.cells))):
+    for words, cells in (*runs.items(), ("cells", plan.cells)):
         done = sum(_is_finished(_folder(out, cell)) for cell in cells)
         lines += [f"{len(cells)} {words}, {done} of them finished"] if cells else []
     return lines
+
+
+def _plan(config: StudyConfig, out: Path) -> Plan:
+    """Every run, checked with its images, and with what the search has chosen if that is over."""
+    plan = make_plan(config, out)
+    check_images_of(plan)
+    cells = [trial.cell for trial in plan.trials]
+    if not cells or not all(_is_finished(_folder(out, cell)) for cell in cells):
+        return plan
+    return make_plan(config, out, _scores(out, cells))
+
+
+def _scores(out: Path, cells: Iterable[Cell]) -> dict[str, float]:
+    """The mIoU of those that have finished, by id."""
+    found = {cell.id: _score(out, cell) for cell in cells if _is_finished(_folder(out, cell))}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def _score(out: Path, cell: Cell) -> float | None:
+    """The mIoU to look at, of a finished fine-tuning."""
+    result = RunFolder(_folder(out, cell)).result or {}
+    part = result.get("test") or result.get("val") or {}
+    return part.get(MIOU)
 
 
 def _check_place(out: Path) -> None:
@@ -115,10 +135,10 @@ def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor
 class _Ledger:
     """study.json, kept true while the runs are made: every run with how far it is."""
 
-    def __init__(self, config: StudyConfig, options: StudyOptions, plan: Plan, executor: Executor) -> None:
+    def __init__(self, config: StudyConfig, options: StudyOptions, plan: Plan, executor: Executor, out: Path) -> None:
         self.config = config
         self.options = options
-        self.out = Path(options.out)
+        self.out = out
         self.plan = plan
         self.executor = executor
         self.states: dict[str, dict[str, Any]] = {}  # by id: what is known beside the plan
@@ -133,8 +153,9 @@ class _Ledger:
         kept = [own for key in ("pretrained", "cells") for own in former.get(key, [])]
         kept += former.get("search", {}).get("trials", [])
         self.states = {own["id"]: own for own in kept if "id" in own}
-        began = former.get("started", self.about["started"])
-        self.about |= {"started": began, "resumed": [*former.get("resumed", []), self.about["started"]]}
+        start = {**store.provenance(), "seeds": len(former.get("seeds", []))}  # as many as there were before it
+        kept = {key: former[key] for key in start if key in former and key != "seeds"}
+        self.about |= {**kept, "resumed": [*former.get("resumed", []), start]}
 
     @property
     def folder(self) -> Path:
@@ -167,6 +188,7 @@ class _Ledger:
         left = []
         for cell in every:
             if _is_finished(_folder(self.out, cell)):
+                self._tidy(cell)
                 self.note(cell, "finished")
             elif cell.start is not None and not self._has_start(cell):
                 self.note(cell, "waiting", f"its pretraining {cell.start} has not finished")
@@ -193,35 +215,54 @@ class _Ledger:
 
     def _await(self, cells: Sequence[Cell]) -> None:
         """Runs of a study that was killed alone, or of a cluster that goes on: their folders are held."""
+        hung = []
         for cell in cells:
-            folder = _folder(self.out, cell)
             self._say(f"{cell.id}: another process is making it; waiting for that one")
-            while is_held(folder):
-                time.sleep(LOOK)
-        self._execute([cell for cell in cells if not _is_finished(_folder(self.out, cell))])
+            if not self._outlasts(self._call_of(cell)):
+                hung.append(cell)
+        self._execute([cell for cell in cells if cell not in hung and not _is_finished(_folder(self.out, cell))])
         for cell in cells:
             if _is_finished(_folder(self.out, cell)):
                 self._tidy(cell)
                 self.note(cell, "finished")
+        for cell in hung:
+            holder = (_folder(self.out, cell) / store.LOCK).read_text(errors="replace")
+            self.note(cell, "stalled", f"process {holder} holds it and shows no sign of life; end that one")
         self.write("running")
 
+    def _outlasts(self, call: Call) -> bool:
+        """Wait for a run that another process makes; False where that one hangs."""
+        while is_held(call.folder):
+            silent = time.time() - call.last_sign()
+            if self.config.stall is not None and silent > self.config.stall:
+                return False
+            time.sleep(LOOK)
+        return True
+
     def _call(self, cell: Cell) -> Call:
-        folder = _folder(self.out, cell)
-        path = folder.with_name(f"{cell.id}.yaml")
+        """The command of a run, with its config written."""
+        call = self._call_of(cell)
+        path = call.folder.with_name(f"{cell.id}.yaml")
         with files.naming(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, cell.config.to_yaml().encode())
+        return call
+
+    def _call_of(self, cell: Cell) -> Call:
+        folder = _folder(self.out, cell)
+        path = folder.with_name(f"{cell.id}.yaml")
         plugins = [word for plugin in self.options.plugins for word in ("--plugin", plugin)]
-        words = (cell.stage, str(path), "--out", str(folder), "--quiet", *plugins)
+        # The id vouches for the weights; the study may have been moved since the run began.
+        words = (cell.stage, str(path), "--out", str(folder), "--quiet", "--allow-changed", "init", *plugins)
         return Call(cell.id, words, folder.with_name(f"{cell.id}.log"), folder)
 
     def _ended(self, cell: Cell, end: End) -> str:
         """Note how a run has ended; gives it in words."""
         seconds = round(end.seconds, 1)
-        if end.how == "finished" and _is_finished(_folder(self.out, cell)):
+        if _is_finished(_folder(self.out, cell)):  # perhaps by another process, while this one could not have it
             self._tidy(cell)
             self.note(cell, "finished", seconds=seconds)
-            score = self.score(cell)
+            score = _score(self.out, cell)
             said = f"mIoU {100 * score:.1f}, {clock(seconds)}" if score is not None else clock(seconds)
         else:
             said = _why(end, self.config)
@@ -251,33 +292,37 @@ class _Ledger:
             "seconds": former.get("seconds") if seconds is None else seconds,
         }
 
-    def score(self, cell: Cell) -> float | None:
-        """The mIoU to look at, of a finished fine-tuning."""
-        result = RunFolder(_folder(self.out, cell)).result or {}
-        part = result.get("test") or result.get("val") or {}
-        return part.get(SCORE_OF_TRIALS)
-
-    def scores(self, trials: Sequence[Trial]) -> dict[str, float]:
-        found = {trial.cell.id: self.score(trial.cell) for trial in trials}
-        return {name: score for name, score in found.items() if score is not None}
-
-    def note_search(self, trials: Sequence[Trial], chosen: Mapping[str, Mapping[str, Any]]) -> None:
-        """What was tried, what each came to and what was taken."""
-        scores = self.scores(trials)
+    def choose(self) -> None:
+        """Let each arm's cells take what its search has found. Raises UserError where nothing was."""
+        trials = self.plan.trials
+        if not trials:
+            return
+        scores = _scores(self.out, [trial.cell for trial in trials])
+        chosen = choose(trials, scores)
         tried = [{**self.states[own.cell.id], "tried": own.found, "miou": scores.get(own.cell.id)} for own in trials]
-        taken = {trial.key: trial.cell for trial in trials}
+        asked = {trial.key: trial.cell for trial in trials}
         made = [
-            {"arm": cell.arm, "condition": cell.condition, "chosen": chosen.get(key)} for key, cell in taken.items()
+            {"arm": cell.arm, "condition": cell.condition, "chosen": chosen.get(key)} for key, cell in asked.items()
         ]
         self.search = {"trials": tried, "chosen": made}
         missing = [own["arm"] for own in made if own["chosen"] is None]
         if missing:
-            raise UserError(f"search: no run of the arm {missing[0]} has finished; see {self.out / findings.SEARCHED}")
+            where = self.out / findings.SEARCHED
+            raise UserError(f"search: the arm {missing[0]} has no value whose runs have all finished; see {where}")
+        self.plan = make_plan(self.config, self.out, scores)
 
     def write(self, status: str) -> None:
         """study.json, atomically."""
         plan = self.plan
-        arms = [{"name": arm.name, "changes": arm.changes, "pretraining": arm.pretraining} for arm in plan.arms]
+        arms = [
+            {
+                "name": arm.name,
+                "changes": arm.changes,
+                "pretraining": arm.pretraining,
+                "from_scratch": plan.from_scratch(arm.name),
+            }
+            for arm in plan.arms
+        ]
         record = {
             "status": status,
             **self.about,
@@ -287,7 +332,7 @@ class _Ledger:
             "axes": plan.axes,
             "seeds": self.config.seeds,
             "level": self.config.level,
-            "pretrained": [self.states[cell.id] for cell in plan.pretrainings.values() if cell.id in self.states],
+            "pretrained": [self.states[cell.id] for cell in plan.pretrainings if cell.id in self.states],
             "search": self.search,
             "cells": [self.states[cell.id] for cell in plan.cells if cell.id in self.states],
         }
@@ -302,7 +347,10 @@ class _Ledger:
         findings.write_tables(found)
         for line in found.apart:
             self._say(line)
-        draw_changed(found)
+        try:
+            draw_changed(found)
+        except UserError as error:  # a picture less is no reason to go without the page
+            self._say(f"no pictures of what changed: {error}")
         study_report.write(found)
         if failed:
             raise UserError(
@@ -321,7 +369,7 @@ def draw_changed(found: Findings) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     condition = found.conditions[-1]
     base = found.of(found.baseline, condition)
-    for arm in found.arms[1:]:
+    for number, arm in enumerate(found.arms[1:], start=1):
         own = found.of(arm, condition)
         changed = found.changed(arm, condition, NUM_CHANGED)
         first = next((seed for seed in own if seed in base), None)
@@ -330,15 +378,16 @@ def draw_changed(found: Findings) -> None:
         names = [name for name, _ in changed]
         drawn = evaluate.changed_pictures(base[first].run, own[first].run, found.part, names)
         for rank, picture in enumerate(drawn, start=1):
-            images.write_image(folder / f"{slug(arm)}_{rank}.png", picture)
+            images.write_image(folder / f"{number}_{slug(arm)}_{rank}.png", picture)
 
 
 def leak_question(plan: Plan) -> leaks.Question | None:
     """What the whole study trains on and is scored on; None where its cells say that leaks are not looked for."""
-    settings = plan.cells[0].config.leaks
+    allowed = [glob for cell in (*plan.pretrainings, *plan.cells) for glob in cell.config.leaks.allow]
+    settings = plan.cells[0].config.leaks.model_copy(update={"allow": tuple(dict.fromkeys(allowed))})
     trained: dict[str, Any] = {}
     scored: dict[str, Any] = {}
-    for cell in plan.pretrainings.values():
+    for cell in plan.pretrainings:
         trained[f"{cell.arm}.pool"] = cell.config.data.pool
     for number, cell in enumerate(_of_different_data(plan.cells), start=1):
         suffix = "" if number == 1 else f"#{number}"

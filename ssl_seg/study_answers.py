@@ -7,7 +7,7 @@ picked out; and how many of them show the same by themselves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from ssl_seg import passport
@@ -15,16 +15,18 @@ from ssl_seg.answers import (
     MIN_PAIRS,
     TOLD,
     Answer,
+    Shared,
     count_of,
     measured_on,
     of_many,
+    of_starts,
     percent,
     sentence,
     stand,
     verdict,
 )
 from ssl_seg.compare import TIMM, Spread
-from ssl_seg.findings import CellFound, Findings
+from ssl_seg.findings import CellFound, Condition, Findings, Gain
 
 OF_CONDITIONS = (
     "Of a study with several conditions the first sentence tells the mean gain over all of them, seed by seed: one "
@@ -45,7 +47,7 @@ def answer(found: Findings) -> Answer:
         return Answer(_no_answer(found), _below(found))
     base = found.baseline
     single = [
-        (arm, f"{sentence(gain, arm, base, is_pretrained(found, arm))[:-1]}{_in_each(found, arm, number)}.")
+        (arm, f"{sentence(gain, arm, base, _shows_pretraining(found, arm))[:-1]}{_in_each(found, arm, number)}.")
         for arm, gain, number in told
     ]
     names = [arm for arm, *_ in told]
@@ -53,7 +55,7 @@ def answer(found: Findings) -> Answer:
     single += [(arm, f"{arm}: no seed has a pair with {base} under all of its conditions.") for arm in alone]
     headline = single[0][1]
     if len(told) > 1:
-        subject = "pretraining" if all(is_pretrained(found, arm) for arm in names) else "the other arms"
+        subject = "pretraining" if all(_shows_pretraining(found, arm) for arm in names) else "the other arms"
         numbers = {number for *_, number in told}
         over = _averaged(found, numbers.pop() if len(numbers) == 1 else None)
         headline = of_many([(arm, gain) for arm, gain, _ in told], base, subject, f"points of mIoU{over}")
@@ -70,7 +72,23 @@ def over_conditions(found: Findings, arm: str) -> tuple[Spread, int] | None:
     common = [seed for seed in (by_seed[0] if by_seed else ()) if all(seed in own for own in by_seed)]
     if not common:
         return None
-    return Spread(tuple(mean(own[seed] for own in by_seed) for seed in common)), len(gains)
+    values = [mean(own[seed] for own in by_seed) for seed in common]
+    starts = zip(*(_starts(found, arm, gain.condition, common) for gain in gains), strict=True)
+    return of_starts(values, [" ".join(own) for own in starts]), len(gains)
+
+
+def paired(found: Findings, gain: Gain) -> Spread:
+    """An arm's gains under one condition, with what they share."""
+    return of_starts(gain.gains.values, _starts(found, gain.arm, gain.condition, gain.seeds))
+
+
+def _starts(found: Findings, arm: str, condition: Condition, seeds: Sequence[int]) -> list[str]:
+    """By seed the pretrainings behind a pair, of either side; one of its own where both are from scratch."""
+    sides = [found.of(name, condition) for name in (found.baseline, arm) if is_pretrained(found, name)]
+    if not sides:
+        return [str(seed) for seed in seeds]
+    # Weights that no pretraining of the study made are the same for all seeds.
+    return [" ".join(side[seed].start or "" for side in sides) for seed in seeds]
 
 
 def _averaged(found: Findings, number: int | None) -> str:
@@ -88,7 +106,7 @@ def _in_each(found: Findings, arm: str, number: int) -> str:
     averaged = _averaged(found, number)
     if not averaged:
         return ""
-    counts = Counter(verdict(gain.gains) for gain in found.gains if gain.arm == arm)
+    counts = Counter(verdict(paired(found, gain)) for gain in found.gains if gain.arm == arm)
     words = ", ".join(f"{word} {counts[kind]}" for kind, word in VERDICTS.items() if counts[kind])
     return f",{averaged}: {words}"
 
@@ -116,14 +134,15 @@ def _below(found: Findings) -> tuple[str, ...]:
     if len(found.conditions) == 1 and found.spread(found.baseline, found.conditions[0]) is not None:
         told.append(f"{found.baseline}: {percent(found.spread(found.baseline, found.conditions[0]))} % mIoU.")
     told += _corrected(found)
-    told += [of_start] if (of_start := of_one_start(found)) else []
+    told += of_shared_starts(found)
+    told += _grown(found)
     told += _of_passports(done)
     return tuple(told)
 
 
 def _corrected(found: Findings) -> list[str]:
     """What of all single comparisons stands, where the conditions make more of them than there are arms."""
-    gains = [gain.gains for gain in found.gains]
+    gains = [paired(found, gain) for gain in found.gains]
     compared = sum(gain.n >= MIN_PAIRS for gain in gains)
     told = sum(verdict(gain) in TOLD for gain in gains)
     if len(found.conditions) == 1 or not told or compared < 2:
@@ -135,17 +154,44 @@ def _corrected(found: Findings) -> list[str]:
     ]
 
 
-def of_one_start(found: Findings) -> str | None:
-    """The word on arms whose several pairs all start from the same weights; None where there is none."""
-    several = {gain.arm for gain in found.gains if gain.gains.n > 1}
-    more = {gain.arm for gain in found.gains if gain.num_starts > 1}
-    arms = [arm for arm in found.arms if arm in several - more and is_pretrained(found, arm)]
-    if not arms:
-        return None
+def of_shared_starts(found: Findings) -> list[str]:
+    """The word on arms whose pairs share pretrainings, a sentence for each number of these."""
+    fewest: dict[str, int] = {}
+    for gain in found.gains:
+        own = paired(found, gain)
+        if isinstance(own, Shared):
+            fewest[gain.arm] = min(own.num_starts, fewest.get(gain.arm, own.num_starts))
+    arms: dict[int, list[str]] = {}
+    for arm, number in fewest.items():
+        arms.setdefault(number, []).append(arm)
+    return [_of_starts(number, " and of ".join(arms[number])) for number in sorted(arms)]
+
+
+def _of_starts(number: int, arms: str) -> str:
+    if number == 1:
+        return (
+            f"All pairs of {arms} start from one pretraining: what another pretraining would give lies outside of the "
+            "intervals."
+        )
+    shared = f"The pairs of {arms} start from {number} pretrainings, and pairs that share one are not independent: "
+    if number < MIN_PAIRS:
+        return f"{shared}intervals and p are about these pretrainings only."
     return (
-        f"All pairs of {' and of '.join(arms)} start from one pretraining: what another pretraining would give lies "
-        "outside of the intervals."
+        f"{shared}a gain or a loss is told by the interval over the means of each pretraining; the other intervals and "
+        "p are about these pretrainings only."
     )
+
+
+def _grown(found: Findings) -> list[str]:
+    """A word where seeds came after others had been looked at."""
+    resumed = [own for own in found.record.get("resumed", ()) if isinstance(own, Mapping)]
+    before = [number for own in resumed if isinstance(number := own.get("seeds"), int)]
+    if not before or min(before) >= len(found.record["seeds"]):
+        return []
+    return [
+        f"Seeds were added after an earlier end (there had been {min(before)}): where that is done until something can "
+        "be told, something false is told more often than 5 times in 100."
+    ]
 
 
 def _of_passports(done: Sequence[CellFound]) -> list[str]:
@@ -158,6 +204,13 @@ def _of_passports(done: Sequence[CellFound]) -> list[str]:
 
 
 def is_pretrained(found: Findings, arm: str) -> bool:
-    """Whether an arm starts from weights, by what it changes."""
-    changes = next(own["changes"] for own in found.record["arms"] if own["name"] == arm)
-    return changes.get("init") is not None or bool(changes.get(TIMM))
+    """Whether an arm starts from weights; by what it changes alone where the study does not say."""
+    own = next(own for own in found.record["arms"] if own["name"] == arm)
+    if isinstance(own.get("from_scratch"), bool):
+        return not own["from_scratch"]
+    return own["changes"].get("init") is not None or bool(own["changes"].get(TIMM))
+
+
+def _shows_pretraining(found: Findings, arm: str) -> bool:
+    """Whether its gain is one of pretraining; over a baseline that is pretrained too it is one of something else."""
+    return is_pretrained(found, arm) and not is_pretrained(found, found.baseline)

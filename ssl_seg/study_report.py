@@ -20,8 +20,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from ssl_seg import evidence, files, findings, leaks, plots
-from ssl_seg.answers import MIN_PAIRS, NOTHING, RULES, Answer, count_of, percent, points
+from ssl_seg import evidence, files, findings, plots
+from ssl_seg.answers import MIN_PAIRS, NOTHING, RULES, Answer, count_of, percent, points, tested
 from ssl_seg.compare import Spread
 from ssl_seg.config import UserError, flatten
 from ssl_seg.evidence import Interval, t_interval
@@ -38,6 +38,8 @@ from ssl_seg.page import (
     TableRow,
     Text,
     drawn,
+    is_own,
+    leak_blocks,
     render,
     shot,
 )
@@ -48,7 +50,8 @@ from ssl_seg.study_answers import (
     OF_CONDITIONS,
     answer,
     is_pretrained,
-    of_one_start,
+    of_shared_starts,
+    paired,
     state_of,
     states,
 )
@@ -56,7 +59,6 @@ from ssl_seg.tracking.record import read_record
 
 CHANGED = "changed"  # the folder of pictures of images that changed most
 PICTURES = 8  # of them at most: a page is looked at, and sent by mail
-PAIRS = 20  # of leaking images that are listed
 FEW_CELLS = 12  # up to which their table is unfolded at first
 LOGARITHM_FROM = 4  # ratio of largest to smallest value of an axis
 OF_GAINS = (
@@ -114,7 +116,7 @@ class StudyPage:
 
     def gain(self, side: Side, condition: Condition) -> Spread | None:
         found = (own for own in self.found.gains if (own.arm, own.condition) == (side.label, condition))
-        return next((own.gains for own in found), None)
+        return next((paired(self.found, own) for own in found), None)
 
 
 def is_study(folder: str | Path) -> bool:
@@ -185,6 +187,7 @@ def _gains(page: StudyPage) -> Iterator[Section]:
     columns = ["Arm", *axes, f"{found.baseline}, %", "Arm, %", "Pairs", "Gain, points"]
     columns += ["Over seeds (t)", "Over seeds (bootstrap\N{NON-BREAKING HYPHEN}t)", "Over images"]
     columns += ["Exact p (Holm)", "Starts"]
+    columns += ["Over starts (t)"] * _has_starts(found)
     rows = [_gain_row(page, gain) for gain in found.gains]
     blocks: list[Any] = [Table(OF_GAINS.format(level=page.level), tuple(columns), tuple(rows))]
     blocks += [Text(" ".join(_on_gains(page)))]
@@ -200,7 +203,13 @@ def _gain_row(page: StudyPage, gain: Gain) -> TableRow:
     cells += [_span(interval) for interval in (gain.interval, gain.bootstrap, gain.images)]
     cells += [NOTHING if gain.p is None else f"{gain.p:.3f} ({gain.p_holm:.3f})"]
     cells += [str(gain.num_starts) if side.is_pretrained else NOTHING]
+    cells += [_span(gain.over_starts)] * _has_starts(page.found)
     return TableRow(gain.arm, tuple(cells), side.mark)
+
+
+def _has_starts(found: Findings) -> bool:
+    """Whether pairs share pretrainings, and these are enough for an interval of their own."""
+    return any(gain.over_starts is not None for gain in found.gains)
 
 
 def _span(interval: Interval | None) -> str:
@@ -229,9 +238,9 @@ def _on_gains(page: StudyPage) -> Iterator[str]:
         )
     if any(side.is_pretrained for side in page.sides):
         yield "Starts: how many different pretrainings the runs of an arm began from."
-    of_start = of_one_start(page.found)
-    if of_start is not None:
-        yield of_start
+    if _has_starts(page.found):
+        yield "Over starts: the interval by Student of the means of the pairs that share a pretraining."
+    yield from of_shared_starts(page.found)
 
 
 def _learning(page: StudyPage) -> Iterator[Section]:
@@ -301,8 +310,9 @@ def _learning_panels(
 
 def _band(page: StudyPage, side: Side, at: Sequence[tuple[float, Spread | None]]) -> plots.Band:
     values = [() if spread is None else _hundredths(spread) for _, spread in at]
+    independent = [() if spread is None else _hundredths(Spread(tested(spread))) for _, spread in at]
     # Of two values it would reach so far that nothing else could be seen.
-    intervals = [t_interval(own, page.found.record["level"]) if len(own) >= MIN_PAIRS else None for own in values]
+    intervals = [t_interval(own, page.found.record["level"]) if len(own) >= MIN_PAIRS else None for own in independent]
     return plots.Band(
         tuple(place for place, _ in at),
         tuple(values),
@@ -395,14 +405,14 @@ def _ends(gain: Gain | None) -> tuple[float, ...]:
     if gain is None:
         return ()
     few = gain.gains.n < MIN_PAIRS
-    ends = (gain.gains.mean,) if few else (gain.interval.low, gain.interval.high)
+    ends = (gain.gains.mean,) if few else (_deciding(gain).low, _deciding(gain).high)
     return tuple(100 * end for end in ends)
 
 
 def _change(gain: Gain | None) -> plots.Change | None:
     if gain is None:
         return None
-    is_sure = gain.gains.n >= MIN_PAIRS and not gain.interval.low <= 0 <= gain.interval.high
+    is_sure = gain.gains.n >= MIN_PAIRS and not _deciding(gain).low <= 0 <= _deciding(gain).high
     return plots.Change(100 * gain.gains.mean, is_sure)
 
 
@@ -421,7 +431,13 @@ def _heads(found: Findings) -> list[str]:
 def _class_cell(gain: Gain | None) -> str:
     if gain is None:
         return NOTHING
-    return points(gain.gains.mean) if gain.interval is None else f"{points(gain.gains.mean)} ({_span(gain.interval)})"
+    interval = _deciding(gain)
+    return points(gain.gains.mean) if interval is None else f"{points(gain.gains.mean)} ({_span(interval)})"
+
+
+def _deciding(gain: Gain) -> Interval | None:
+    """The interval by which a gain is told: over pretrainings where pairs share enough of them, else over pairs."""
+    return gain.interval if gain.over_starts is None else gain.over_starts
 
 
 def _search(page: StudyPage) -> Iterator[Section]:
@@ -463,52 +479,22 @@ def _shown(keys: Mapping[str, Any]) -> str:
 
 
 def _leaks(page: StudyPage) -> Iterator[Section]:
-    sources = _leak_records(page)
-    told = [Text(f"{f'{len(runs)} runs: ' if len(runs) > 1 else ''}{words}") for words, (_, runs) in sources.items()]
-    pairs = [block for record, runs in sources.values() for block in _leaking_pairs(page, record, runs)]
-    yield Section("leaks", "Leaks", (*told, *pairs))
+    yield Section("leaks", "Leaks", tuple(leak_blocks(_leak_records(page), page.found.folder)))
 
 
-def _leak_records(page: StudyPage) -> dict[str, tuple[Mapping[str, Any] | None, list[RunFolder]]]:
-    """What was found, in a sentence, with its record and the runs that say so; the study's own where it has one."""
+def _leak_records(page: StudyPage) -> list[tuple[Mapping[str, Any] | None, RunFolder]]:
+    """What was found, with the run that says so; the study's own where it has one."""
     found = page.found
     if found.record.get("leaks") is not None:
-        return {leaks.sentence(found.record["leaks"]): (found.record["leaks"], [RunFolder(found.folder)])}
-    sources: dict[str, tuple[Mapping[str, Any] | None, list[RunFolder]]] = {}
+        return [(found.record["leaks"], RunFolder(found.folder))]
     done = [run for runs in _pretrained(page).values() for run in runs]
-    for run in [*done, *(cell.run for cell in found.cells if cell.scores)]:
-        record = run.read("leaks.json")
-        sources.setdefault(leaks.sentence(record), (record, []))[1].append(run)
-    return sources or {leaks.sentence(None): (None, [])}
-
-
-def _leaking_pairs(
-    page: StudyPage, record: Mapping[str, Any] | None, runs: Sequence[RunFolder]
-) -> Iterator[Fold | Gallery]:
-    pairs = (record or {}).get("leaks", ())
-    if not pairs:
-        return
-    rows = tuple(_leak_row(pair) for pair in pairs[:PAIRS])
-    caption = f"The worst {len(rows)} of {count_of(len(pairs), 'pair')}."
-    yield Fold("The pairs", (Table(caption, ("Trained on", "Scored", "Kind", "How", "Allowed"), rows, words=True),))
-    sheets = [path for run in runs if _is_own(path := run.folder / "leaks.png", page.found.folder)]
-    if sheets:
-        yield Gallery((shot(sheets[0], "The worst pairs side by side."),), wide=True)
-
-
-def _leak_row(pair: Mapping[str, Any]) -> TableRow:
-    trained, scored = (f"{pair[part]}: {pair[name]}" for part, name in (("part", "name"), ("scored_part", "scored")))
-    return TableRow(trained, (scored, pair["kind"], pair["detail"], "yes" if pair["allowed"] else "no"))
-
-
-def _is_own(path: Path, folder: Path) -> bool:
-    """Whether a picture is one of the study's: a page must not carry what a link in a stranger's folder points at."""
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    runs = [*done, *(cell.run for cell in found.cells if cell.scores)]
+    return [(run.read("leaks.json"), run) for run in runs] or [(None, RunFolder(found.folder))]
 
 
 def _changed(page: StudyPage) -> Iterator[Section]:
     folder = page.found.folder
-    pictures = [path for path in sorted((folder / CHANGED).glob("*.png")) if _is_own(path, folder)]
+    pictures = [path for path in sorted((folder / CHANGED).glob("*.png")) if is_own(path, folder)]
     if pictures:
         shots = tuple(shot(path, path.stem) for path in pictures[:PICTURES])
         more = f" The first {PICTURES} of {len(pictures)}." if len(pictures) > PICTURES else ""
@@ -644,7 +630,7 @@ def _set_up(page: StudyPage) -> Iterator[Section]:
         "Command": str(record.get("command") or ""),
         "State": f"{_status(page.found)}, {states(page.found)}",
         "Started": str(record.get("started") or ""),
-        "Taken up again": ", ".join(str(when) for when in record.get("resumed", ())),
+        "Taken up again": ", ".join(map(_when, record.get("resumed", ()))),
         "Ended": str(record.get("ended") or ""),
         "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
         "Baseline": page.found.baseline,
@@ -656,6 +642,11 @@ def _set_up(page: StudyPage) -> Iterator[Section]:
     listing = "\n".join(f"{key}: {as_text(value)}" for key, value in flatten(record.get("config", {})).items())
     blocks = (Table("", ("", ""), rows, words=True), Fold("Config", (Listing(listing),)))
     yield Section("setup", "Config and versions", blocks)
+
+
+def _when(resumed: Any) -> str:
+    """An entry of `resumed`; the first studies wrote the time alone."""
+    return str(resumed.get("started", "")) if isinstance(resumed, Mapping) else str(resumed)
 
 
 def _legend(sides: Sequence[Side]) -> tuple[tuple[Markup, str], ...]:

@@ -103,6 +103,16 @@ def test_tracking_does_not_tell_runs_apart() -> None:
     assert len(group([finetuned(0.1), finetuned(0.2, seed=1, tracking={"type": "mlflow", "uri": "x"})]).groups) == 1
 
 
+def test_keys_that_change_no_weight_do_not_tell_runs_apart() -> None:
+    other = {"train__workers": 4, "train__log_every": 50, "train__save_every": None}
+    pretrained = finetuned(0.3, {"train.workers": 8}, init="runs/pre_0", **other)
+    again = finetuned(0.3, {"train.workers": 0, "seed": 1}, init="runs/pre_1")
+    found = group([finetuned(0.1, train__workers=2), finetuned(0.2, seed=1, **other), pretrained, again])
+    assert [len(own.outcomes) for own in found.groups] == [2, 2]
+    assert list(found.differing) == ["init"]
+    assert found.gain(found.groups[1], "val/miou").values == pytest.approx([0.2])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("train__steps", 800), ("labels__count", 30), ("data__labelled__drives", ["a"]), ("transfer", "encoder+denoise")],
@@ -335,8 +345,33 @@ def test_differences_over_images_are_the_block_bootstrap_s(tmp_path: Path) -> No
     assert found.over_images(scratch, "val/miou") is None
     assert found.over_images(group, "test/miou") is None
     (tmp_path / "pre_1" / IMAGES_FILE).unlink()
-    left = compare.compare([tmp_path]).over_images(group, "val/miou")
-    assert left == block_bootstrap(base[0], own[0], resamples=compare.RESAMPLES), "the pair whose images were kept"
+    left = compare.compare([tmp_path])
+    assert left.gain(group, "val/miou").n == 2
+    assert left.over_images(group, "val/miou") is None, "one pair would be another quantity than the gain of two"
+    changed = left.changed(group, "val/miou")
+    assert changed[0].difference in (own[0].per_image_miou() - base[0].per_image_miou()), "the pair that was kept"
+
+
+def test_the_interval_is_that_of_the_gain_beside_it(tmp_path: Path) -> None:
+    for number in range(3):
+        of_images(tmp_path / f"scratch_0_{number}", number, count=60)
+        of_images(tmp_path / f"pre_{number}", 10 + number, init=f"runs/p{number}", count=60)
+    of_images(tmp_path / "scratch_1", 5, seed=1, count=60)
+    of_images(tmp_path / "pre_9", 19, seed=1, init="runs/p0", count=60)
+    found = compare.compare([tmp_path])
+    _, group = found.groups
+    gain, interval = found.gain(group, "val/miou"), found.over_images(group, "val/miou")
+    assert gain.n == 2
+    sides = [
+        [*(scored(first + number, 60) for number in range(3)), scored(last, 60)] for first, last in ((0, 5), (10, 19))
+    ]
+    once = [1, 1, 1, 3]
+    assert interval == block_bootstrap(*sides, resamples=compare.RESAMPLES, weights=(once, once))
+    assert interval != block_bootstrap(*sides, resamples=compare.RESAMPLES)
+    base, own = ([images.per_image_miou() for images in side] for side in sides)
+    expected = np.average(own, axis=0, weights=once) - np.average(base, axis=0, weights=once)
+    changed = found.changed(group, "val/miou")
+    assert [image.difference for image in changed] == pytest.approx([expected[image.index] for image in changed])
 
 
 def test_the_images_that_changed_most_come_first(tmp_path: Path) -> None:
@@ -459,6 +494,105 @@ def test_an_experiment_keeps_the_same_scores_apart_and_an_overwritten_run_counts
     assert by_name.over_images(by_name.groups[1], "val/miou") is None, "images stay in their folders"
 
 
+# ---- evaluations, leaks, other held-out images ----
+
+
+def evaluated(folder: Path, answers: int, seed: int, init: str | None, with_origin: bool = True) -> Path:
+    """What `evaluate --out` leaves of a fine-tuned model, scored on images that its own run did not have."""
+    start = None if init is None else {"stage": "pretrain", "config": PRETRAINING, "origin": None}
+    own = laid(CONFIG, {"seed": seed, "init": init, "data.test": {"type": "camvid", "drives": ["c"]}})
+    origin = {"stage": "finetune", "config": own, "origin": start} if with_origin else None
+    config = {"model": f"runs/{folder.name}/model", "data": {"test": {"type": "folder"}}, "workers": seed}
+    write_scored(folder, {"test": scored(answers)}, stage="evaluate", config=config, origin=origin)
+    (folder / "split.json").write_text(json.dumps({"labelled": ["a", "b"]}))
+    return folder
+
+
+def test_evaluations_are_grouped_and_paired_as_the_runs_whose_models_they_score(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        evaluated(tmp_path / f"scratch_{seed}", seed, seed, None)
+        evaluated(tmp_path / f"pre_{seed}", 10 + seed, seed, "runs/pre")
+    found = compare.compare([tmp_path])
+    assert [(own.label, own.stage, len(own.outcomes)) for own in found.groups] == [
+        ("scratch", "evaluate", 2),
+        ("pre", "evaluate", 2),
+    ]
+    gain = found.gain(found.groups[1], "test/miou")
+    assert gain.values == pytest.approx(
+        [scored(10 + seed).scores().miou - scored(seed).scores().miou for seed in (0, 1)]
+    )
+    assert found.groups[0].settings["data.test.type"] == "folder"
+    assert "data.test.drives" not in found.groups[0].settings, "that of the fine-tuning is not what was scored"
+    assert found.differing == {"init": (None, "pre")}
+
+
+def test_an_evaluation_is_no_baseline_of_a_fine_tuning(tmp_path: Path) -> None:
+    evaluated(tmp_path / "scratch", 0, 0, None)
+    run = of_images(tmp_path / "pre", 1, init="runs/pre")
+    change(
+        run / "run.json", lambda record: record["config"]["data"].update(test={"type": "folder"})
+    )  # all else is equal
+    found = compare.compare([tmp_path])
+    assert [own.label.partition(" (")[0] for own in found.groups] == ["scratch evaluated", "pre"]
+    assert found.baseline(found.groups[1]) is None
+
+
+def test_an_evaluation_of_a_model_without_a_run_is_no_scratch(tmp_path: Path) -> None:
+    evaluated(tmp_path / "alone", 0, 0, None, with_origin=False)
+    (own,) = compare.compare([tmp_path]).groups
+    assert not own.from_scratch
+    assert own.settings["model"] == "runs/alone/model"
+
+
+def test_leaks_that_were_let_pass_or_not_looked_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = {"checked": True, "trained": {"pool": 1}, "scored": {"val": 1}, "leaks": []}
+    pair = {
+        "kind": "exact",
+        "part": "pool",
+        "name": "a",
+        "scored_part": "val",
+        "scored": "b",
+        "detail": "",
+        "allowed": True,
+    }
+    said = {
+        "clean": clean,
+        "allowed": {**clean, "leaks": [pair]},
+        "found": {**clean, "leaks": [pair, {**pair, "allowed": False}]},
+        "unchecked": {**clean, "checked": False},
+        "unknown": {**clean, "pairs": [{"part": "x", "scored_part": "val", "pictures": "unknown", "names": "unknown"}]},
+        "none": {**clean, "scored": {}},
+    }
+    for number, (word, record) in enumerate(said.items()):
+        run = of_images(tmp_path / word, number, seed=number, init="runs/pre" if word == "allowed" else None)
+        (run / "leaks.json").write_text(json.dumps(record))
+    of_images(tmp_path / "older", 9, seed=9)
+    found = compare.compare([tmp_path])
+    words = {Path(outcome.name).name: outcome.leaks for own in found.groups for outcome in own.outcomes}
+    assert words == {**{word: word for word in said}, "older": "none"}
+    assert found.apart == ()
+    assert found.notes == (
+        "trained on some of the scored images, which leaks.allow let pass: pre (1 of 1 runs)",
+        "trained on some of the scored images: scratch (1 of 6 runs)",
+        "not checked for training images among the scored ones (leaks.check=false): scratch (1 of 6 runs)",
+        "started from weights whose training images are not known, so these were not checked: scratch (1 of 6 runs)",
+    )
+    assert ssl_seg("compare", tmp_path) == 0
+    assert all(line in capsys.readouterr().out for line in found.notes[:1])
+
+
+def test_pretrainings_with_other_held_out_images_are_not_ranked_without_a_word(tmp_path: Path) -> None:
+    for name, digest in (("a", "1"), ("b", "2"), ("c", "2")):
+        config = laid(PRETRAINING, {"tasks.denoise.weight": name})
+        run = written(tmp_path / name, config, {"val": {"denoise/psnr": 20.0}}, stage="pretrain")
+        (run / "data.json").write_text(json.dumps({"val": {"images": 3, "sha256_of_names": digest}}))
+    (note,) = compare.compare([tmp_path]).notes
+    assert note.startswith("scored on different held-out images (data.val)")
+    assert compare.compare([tmp_path / "b", tmp_path / "c"]).notes == ()
+
+
 # ---- what a stranger's folder may hold ----
 
 
@@ -480,6 +614,8 @@ def with_record(**record: Any) -> dict[str, Any]:
         ("result.json", {"val": {"miou": {"road": 1}}}),
         ("result.json", {"val": {"miou": 0.5}, "passport": [1]}),
         ("result.json", {"val": {"miou": 0.5}, "passport": {"val": 3}}),
+        ("result.json", {"val": {"miou": 0.5}, "passport": {"val": {"resize": 5}}}),
+        ("result.json", {"val": {"miou": 0.5}, "passport": {"val": {"resize": [5]}}}),
         ("run.json", [1]),
         ("run.json", {"stage": "finetune", "config": [1]}),
         ("run.json", {"stage": 3, "config": {}}),
@@ -490,6 +626,7 @@ def with_record(**record: Any) -> dict[str, Any]:
         ("run.json", with_record(status=3)),
         ("run.json", with_record(origin="x")),
         ("run.json", with_record(origin={"stage": "x", "config": 3})),
+        ("run.json", with_record(origin={"stage": "x", "config": {"data": 3}})),
         ("run.json", with_record(started="yesterday")),
         ("run.json", with_record(started="2026-01-01T00:00:00")),
         ("run.json", with_record(cost={"seconds": math.nan})),
@@ -520,6 +657,16 @@ def test_a_file_of_a_stranger_that_makes_no_sense_is_one_line(name: str, values:
     assert str(run) in message_of(lambda: report.report([run]))
     if name in ("run.json", "result.json", "split.json"):
         assert str(run) in message_of(lambda: compare.compare([run]))
+
+
+def test_a_start_that_does_not_name_its_own_is_read(tmp_path: Path) -> None:
+    run = written(
+        tmp_path / "run",
+        laid(CONFIG, {"init": "x"}),
+        {"val": {"miou": 0.5}},
+        origin={"stage": "pretrain", "config": {}},
+    )
+    assert compare.compare([run]).groups[0].settings["init.stage"] == "pretrain"
 
 
 def test_json_nested_without_end_and_metrics_that_are_no_numbers_are_one_line(tmp_path: Path) -> None:

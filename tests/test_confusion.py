@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
@@ -199,6 +203,28 @@ def test_a_file_without_sense_is_refused_though_its_digest_is_right(column: str,
         kept(tmp_path, {"val": replace(found, **{column: spoilt})})
     with pytest.raises(UserError, match=f"{IMAGES_FILE}: damaged"):
         kept(tmp_path, {"val": replace(found, **{column: spoilt[:-1]})})
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        *([], 5, {}, {"classes": ["a"]}, {"classes": ["a"], "names": []}, {"classes": [1], "names": {"val": []}}),
+        *({"classes": ["a"], "names": {"val": 3}}, {"classes": ["a"], "names": {}, "digests": {"val": 1}}),
+    ],
+)
+def test_a_header_without_sense_is_refused_though_its_digest_is_right(about: Any, tmp_path: Path) -> None:
+    arrays = {"val/image": np.zeros(1, dtype=np.int32)}
+    digest = hashlib.sha256(json.dumps(about).encode() + b"\0val/image\0int32\0" + bytes(4)).hexdigest()
+    written = {**about, "sha256": digest} if isinstance(about, dict) else about
+    (tmp_path / IMAGES_FILE).write_bytes(safetensors.numpy.save(arrays, {"about": json.dumps(written)}))
+    with pytest.raises(UserError, match=f"{IMAGES_FILE}: damaged"):
+        read_image_confusion(tmp_path)
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / IMAGES_FILE).write_bytes(safetensors.numpy.save({}, {"about": "[" * 100_000}))
+    with pytest.raises(UserError, match=f"{IMAGES_FILE}: damaged"):
+        read_image_confusion(tmp_path)
 
 
 def test_reading_needs_no_torch(tmp_path: Path) -> None:

@@ -34,9 +34,10 @@ from ssl_seg.evaluate import EvaluateConfig, build_model
 from ssl_seg.finetune import FinetuneConfig
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm import Kind
-from ssl_seg.plan import StudyConfig, make_plan
+from ssl_seg.plan import make_plan
 from ssl_seg.predict import PredictConfig
 from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.questions import StudyConfig
 from ssl_seg.synth import EXTRAS
 from ssl_seg.tracking import Tracking
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
-from ssl_seg import images, passport
+from ssl_seg import images, passport, runs, store
 from ssl_seg.config import UserError, load
 from ssl_seg.confusion import named_scores, read_image_confusion
 from ssl_seg.data import Subset
@@ -28,10 +30,13 @@ from ssl_seg.evaluate import (
     task_pictures,
     write_images,
 )
+from ssl_seg.leaks import LeakError, Leaks, Question, check
 from ssl_seg.metrics import near_boundaries
 from ssl_seg.pictures import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
 from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.runs import RunFolder
 from ssl_seg.stage import build_module
+from tests.faults import message_of
 from tests.small import Textured, pretraining
 
 
@@ -245,6 +250,111 @@ def test_evaluate_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(listed(tmp_path / "out")["test"]) == 2
     with pytest.raises(UserError, match=r"data\.test: holds no image"):
         evaluate(EvaluateConfig(model="x", data={"test": Halves(count=0)}), tmp_path / "empty")
+
+
+class Ground(Brightness):
+    """Class 0 everywhere, and the classes of `Textured`."""
+
+    class_names = ("ground", "disc")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.stack([image[:, 0], image[:, 0] - 9], dim=1)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of a model that was trained on two images, as `finetune` leaves it."""
+    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda path: (Ground(), None))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    place = store.Run(folder, {}, os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
+    check(place, Question({"labelled": Textured(count=2, seed=5)}, {"val": Textured(count=2, seed=6)}, Leaks()))
+    config = {
+        "seed": 3,
+        "transfer": "encoder",
+        "init": None,
+        "data": {"labelled": {}, "test": {"type": "x", "root": "y"}},
+    }
+    place.write_json("run.json", {"stage": "finetune", "status": "finished", "config": config, "origin": None})
+    place.write_json("split.json", {"labelled": ["a"], "val": ["b"], "sha256_of_labelled": "1"})
+    return folder
+
+
+def of_textured(model: Path, seed: int, count: int = 2, **more: Any) -> EvaluateConfig:
+    return EvaluateConfig(
+        model=str(model), data={"test": Textured(count=count, seed=seed)}, workers=0, device="cpu", **more
+    )
+
+
+def test_images_that_the_model_was_trained_on_are_no_test(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where it writes if no folder is named
+    for out in (tmp_path / "out", None):
+        with pytest.raises(LeakError, match=r"leak into data\.test: 2 exact.*textured_5_0") as raised:
+            evaluate(of_textured(trained / "model", 5), out)
+        assert Path(re.search(r"see (\S+leaks\.json)", str(raised.value))[1]).is_file()
+        assert raised.value.exit_code == 3
+    allowed = of_textured(trained, 5, leaks={"allow": ["exact"]})
+    assert evaluate(allowed, tmp_path / "out").out == tmp_path / "out", "the refused one is taken again"
+    assert runs.leak_word(RunFolder.open(tmp_path / "out").read("leaks.json")) == "allowed"
+    evaluate(of_textured(trained, 5, leaks={"check": False}), tmp_path / "unchecked")
+    assert runs.leak_word(RunFolder.open(tmp_path / "unchecked").read("leaks.json")) == "unchecked"
+
+
+def test_the_model_s_own_validation_images_are_no_leak(trained: Path, tmp_path: Path) -> None:
+    evaluate(of_textured(trained, 6), tmp_path / "out")
+    record = RunFolder.open(tmp_path / "out").read("leaks.json")
+    assert runs.leak_word(record) == "clean"
+    assert list(record["trained"].values()) == [2]
+
+
+def test_an_evaluation_says_of_which_run_its_model_is(trained: Path, tmp_path: Path) -> None:
+    evaluate(of_textured(trained / "model", 7), tmp_path / "out")
+    run = RunFolder.open(tmp_path / "out")
+    own = RunFolder.open(trained)
+    assert run.is_done
+    assert run.record["origin"] == {"stage": "finetune", "config": own.config, "origin": None}
+    assert runs.labelled_digest(run.read("split.json")) == runs.labelled_digest(own.read("split.json")) != ""
+    described = runs.description_of(run.record)
+    assert (described["seed"], described["data.test.seed"]) == ("3", "7")
+    assert "data.test.root" not in described
+    assert run.read("data.json")["test"]["images"] == 2
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_seg.evaluate.check", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", Path("/proc/nope/out")):
+        assert f"{out}: cannot be written" in message_of(lambda out=out: evaluate(of_textured(trained, 6), out))
+    for taken in (trained, tmp_path / "file", tmp_path):
+        assert "exists already" in message_of(lambda out=taken: evaluate(of_textured(trained, 6), out))
+
+
+@pytest.mark.parametrize("name", ["image_confusions", "write_images", "manifest", "prediction_panel"])
+def test_an_evaluation_that_was_killed_is_taken_again(
+    name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config, out = of_textured(trained, 6), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"ssl_seg.evaluate.{name}", die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, out)
+    assert not RunFolder.open(out).is_done
+    evaluate(config, out)
+    assert passport.verify(out).figures == 6
+    with pytest.raises(UserError, match="exists already"):
+        evaluate(config, out)
+
+
+def test_two_evaluations_do_not_write_one_folder(trained: Path, tmp_path: Path) -> None:
+    with store.hold(tmp_path / "out"):
+        assert "in use by process" in message_of(lambda: evaluate(of_textured(trained, 6), tmp_path / "out"))
 
 
 def test_the_model_s_classes_must_be_the_data_s(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

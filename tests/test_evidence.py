@@ -161,6 +161,22 @@ def one_pretraining_for_all(random: np.random.Generator, shape: tuple[int, int])
     return random.normal(size=shape) + random.normal(size=(shape[0], 1))
 
 
+def in_turn(pretrainings: int) -> Study:
+    """Pretraining does nothing on average, and pretrainings differ as much as seeds do; pairs take them in turn."""
+
+    def study(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+        studies, pairs = shape
+        effects = random.normal(size=(studies, pretrainings))
+        return random.normal(size=shape) + effects[:, np.arange(pairs) % pretrainings]
+
+    return study
+
+
+def over_starts(pretrainings: int) -> Callable[[np.ndarray], Interval]:
+    """Student's interval of the means of the pretrainings."""
+    return lambda differences: t_interval(differences.reshape(-1, pretrainings).mean(axis=0))
+
+
 def coverage(interval: Callable[[np.ndarray], Interval], study: Study, pairs: int, studies: int = 2000) -> float:
     """The share of null studies whose interval holds 0."""
     found = [interval(differences) for differences in study(np.random.default_rng(pairs), (studies, pairs))]
@@ -193,6 +209,22 @@ def test_what_intervals_do_not_cover_is_as_the_page_says() -> None:
     assert coverage(t_interval, skewed, 8) == pytest.approx(0.89, abs=0.02)
     assert coverage(t_interval, one_pretraining_for_all, 8) < 0.6
     assert rejections(one_pretraining_for_all, 8, 0.05) > 0.4
+
+
+def test_pairs_that_share_pretrainings_are_not_independent_and_the_means_of_these_are() -> None:
+    assert coverage(t_interval, in_turn(2), 8) == pytest.approx(1 - 0.24, abs=0.02)
+    assert coverage(t_interval, in_turn(4), 8) < 0.92
+    assert rejections(in_turn(2), 8, 0.05) > 0.15
+    assert 0.935 <= coverage(t_interval, in_turn(8), 8) <= 0.965, "a pretraining of its own for every pair"
+    for pretrainings, pairs in ((3, 9), (4, 8), (4, 16)):
+        assert 0.935 <= coverage(over_starts(pretrainings), in_turn(pretrainings), pairs) <= 0.965
+
+
+def test_a_study_that_grows_until_it_tells_something_is_wrong_far_more_often_than_5_times_in_100() -> None:
+    drawn_gains = normal(np.random.default_rng(0), (2000, 24))
+    looks = (3, 5, 8, 12, 16, 24)
+    told = [any(t_test_p(gains[:pairs]) <= 0.05 for pairs in looks) for gains in drawn_gains]
+    assert np.mean(told) == pytest.approx(0.18, abs=0.025)
 
 
 @pytest.mark.parametrize("pairs", [8, 16])
@@ -342,8 +374,8 @@ def test_runs_of_other_images_or_classes_are_refused() -> None:
 # ---- blocks ----
 
 
-def blocks_of(*names: str, size: int = 2, sequences: list[str] | None = None) -> list[int]:
-    return image_blocks(names, sequences, size).tolist()
+def blocks_of(*names: str, size: int = 2) -> list[int]:
+    return image_blocks(names, size).tolist()
 
 
 def test_neighbours_are_those_of_one_sequence_by_their_number() -> None:
@@ -367,12 +399,6 @@ def test_what_all_names_end_with_is_no_number_of_theirs() -> None:
 
 def test_images_without_numbers_stand_alone() -> None:
     assert blocks_of("anna.png", "berta.png", "clara.png") == [0, 1, 2]
-
-
-def test_given_sequences_come_before_those_of_the_names() -> None:
-    names = ("p_1", "p_2", "p_3", "q_4")
-    assert blocks_of(*names, sequences=["x", "y", "x", "x"]) == [0, 2, 0, 1]
-    assert blocks_of(*names, sequences=[""] * 4) == blocks_of(*names) == [0, 0, 1, 2]
 
 
 @given(st.lists(st.text(alphabet="ab/_.019", max_size=8), max_size=40, unique=True), st.integers(1, 12))

@@ -21,17 +21,17 @@ SEEDS = tuple(range(8))
 
 
 def confusions(seed: int, shift: float) -> ImageConfusions:
-    """Forty images whose share of right pixels goes up with `shift`."""
+    """Sixty images, so six blocks, whose share of right pixels goes up with `shift`."""
     random = np.random.default_rng(seed)
     rows = []
-    for image in range(40):
+    for image in range(60):
         right = np.clip(random.normal(0.6 + shift, 0.05, 2), 0.01, 0.99) * 1000
         cells = np.array([right[0], 1000 - right[0], 1000 - right[1], right[1]]).astype(np.int64)
         rows.append(Row(image, f"frame_{image:03d}", np.arange(4), cells, cells // 10, ""))
     return ImageConfusions.from_rows(CLASSES, rows)
 
 
-def write_study(folder: Path, **changes: Any) -> Path:
+def write_study(folder: Path, num_starts: int = 2, **changes: Any) -> Path:
     """Scratch and two arms, one better by 5 points at 5 labels and by nothing at 10, one cell failed."""
     cells = []
     for count in COUNTS:
@@ -40,7 +40,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
                 own = {"id": f"{arm}{count}s{seed}", "arm": arm, "condition": {"labels.count": count}, "seed": seed}
                 failed = (arm, count, seed) == ("same", 10, 7)
                 status = {"status": "failed", "message": "exit 2: no room"} if failed else {"status": "finished"}
-                start = None if arm == "scratch" else f"two-seed{seed % 2}"
+                start = None if arm == "scratch" else f"two-seed{seed % num_starts}"
                 cells.append({"message": "", "seconds": 60.0, **own, **status, "start": start})
                 if not failed:
                     write_run(folder / "cells" / own["id"], seed, arm, shift)
@@ -96,7 +96,27 @@ def test_a_failed_cell_takes_its_pair_along_and_no_other(folder: Path) -> None:
 
 def test_the_interval_over_images_holds_the_mean_gain(folder: Path) -> None:
     for gain in findings.read(folder).gains:
-        assert gain.images is None or gain.images.low < gain.gains.mean < gain.images.high
+        assert gain.images.low < gain.gains.mean < gain.images.high
+
+
+def test_pretrainings_that_serve_several_pairs_have_an_interval_of_their_own(tmp_path: Path) -> None:
+    found = findings.read(write_study(tmp_path, num_starts=4))
+    gain = found.gain("good", (("labels.count", "5"),))
+    means = [np.mean([gain.gains.values[seed] for seed in SEEDS if seed % 4 == start]) for start in range(4)]
+    wanted = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    assert (gain.over_starts.low, gain.over_starts.high) == pytest.approx((wanted.low, wanted.high))
+    assert findings.read(write_study(tmp_path / "two")).gains[0].over_starts is None
+    assert findings.read(write_study(tmp_path / "all", num_starts=8)).gains[0].over_starts is None
+
+
+def test_cells_of_other_labelled_images_are_no_pair(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    for run in (folder / "cells").glob("*5s*"):
+        (run / "split.json").write_text(json.dumps({"labelled": ["a"]}))
+    (folder / "cells" / "good5s3" / "split.json").write_text(json.dumps({"labelled": ["b"]}))
+    found = findings.read(folder)
+    assert found.gain("good", (("labels.count", "5"),)).seeds == (0, 1, 2, 4, 5, 6, 7)
+    assert found.apart == ("good5s3: no pair with scratch5s3: their labelled images differ",)
 
 
 def test_p_is_adjusted_for_all_comparisons_of_the_study(folder: Path) -> None:

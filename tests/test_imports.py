@@ -34,7 +34,7 @@ ROWS = [
     ["tracking.record", "tracking", "tracking.load", "tracking.client", "tracking.server", "tracking.mirror"],
     ["likeness", "sequences", "leaks", "evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "synth"],
     ["evidence", "compare", "findings", "norms", "answers", "page", "report", "study_answers", "study_report"],
-    ["plan", "schedule", "study"],
+    ["questions", "plan", "schedule", "study"],
     ["testing"],
     ["cli", "__main__"],
 ]

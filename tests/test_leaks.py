@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_seg import leaks, likeness
+from ssl_seg import leaks, likeness, runs
 from ssl_seg.cli import app, run
 from ssl_seg.config import UserError, load
 from ssl_seg.datasets import Example, numbering
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.leaks import Leak, LeakError, Leaks, compare, is_allowed, sentence
+from ssl_seg.leaks import Compared, Leak, LeakError, Leaks, Question, compare, is_allowed, sentence
 from ssl_seg.likeness import SIDE, Fingerprints, fingerprint
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.stage import Options
@@ -102,6 +102,7 @@ ALTERED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "half the size": lambda image: cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA),
     "mirrored": lambda image: np.ascontiguousarray(image[:, ::-1]),
     "a corner of 64 % of the area": lambda image: cropped(image, (0, 0.8), (0.2, 1)),
+    "the lower 60 %": lambda image: cropped(image, (0.4, 1), (0, 1)),
     "its width cut to 62 %": lambda image: cropped(image, (0, 1), (0.19, 0.81)),
     "cropped, mirrored and coded anew": lambda image: as_jpeg(cropped(image, (0.1, 0.9), (0, 0.8))[:, ::-1], 60),
     "toned": toned,
@@ -188,6 +189,67 @@ def test_photographs_share_nothing_with_other_parts_of_themselves() -> None:
         assert [leak.scored for leak in leaked] == ["imagea", "imageb", "imagec", "imaged"]
 
 
+# ---- what a whole set shares ----
+
+
+def clouds(count: int, seed: int) -> list[np.ndarray]:
+    """Smooth random pictures."""
+    return [moving(1, 1000 * seed + index)[0] for index in range(count)]
+
+
+def in_white(picture: np.ndarray) -> np.ndarray:
+    framed = np.full_like(picture, 255)
+    framed[6:-6, 8:-8] = picture[6:-6, 8:-8]
+    return framed
+
+
+def in_a_circle(picture: np.ndarray) -> np.ndarray:
+    down, across = np.mgrid[: picture.shape[0], : picture.shape[1]]
+    inside = (down - 29.5) ** 2 + (across - 39.5) ** 2 < 28**2
+    return picture * inside[..., None].astype(np.uint8)
+
+
+@pytest.mark.parametrize("frame", [in_white, in_a_circle])
+def test_one_margin_or_mask_around_all_pictures_makes_none_a_copy_and_hides_none(
+    frame: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    ours, theirs = ([frame(picture) for picture in clouds(30, seed)] for seed in (5, 6))
+    assert not found(printed(ours), printed(theirs))
+    copies = [as_jpeg(np.ascontiguousarray(picture[:, ::-1])) for picture in ours]
+    assert len(found(printed(copies), printed(ours))) >= 29
+
+
+def slide(seed: int) -> np.ndarray:
+    """Three cells under a lamp that lights the middle."""
+    random = np.random.default_rng(seed)
+    down, across = np.mgrid[-0.5:0.5:256j, -0.5:0.5:256j]
+    picture = np.repeat((240 - 400 * (down**2 + across**2))[..., None], 3, axis=2)
+    for place in random.integers(5, 250, (3, 2)).tolist():
+        cv2.circle(picture, place, 3, (90, 60, 110), -1)
+    return np.clip(picture + random.normal(0, 3, picture.shape), 0, 255).astype(np.uint8)
+
+
+def test_slides_under_one_lamp_are_clean_and_copies_of_them_are_not() -> None:
+    ours, theirs = [slide(seed) for seed in range(40)], [slide(100 + seed) for seed in range(10)]
+    assert not found(printed(ours), printed(theirs))
+    assert len(found(printed([as_jpeg(picture, 90) for picture in theirs]), printed(theirs))) == 10
+
+
+def test_thirty_copies_of_one_picture_are_not_taken_for_a_margin() -> None:
+    scored = clouds(40, seed=7)
+    copies = [as_jpeg(scored[11], quality) for quality in range(60, 90)]
+    leaked = found(printed(copies), printed(scored, [f"scored{chr(97 + i)}" for i in range(40)]))
+    assert [leak.scored for leak in leaked] == [f"scored{chr(97 + 11)}"] * 30
+
+
+def test_a_handful_of_pictures_shares_nothing() -> None:
+    few, many = (printed([in_white(picture) for picture in clouds(count, seed=8)]).thumbs for count in (5, 30))
+    assert not likeness.shared_structure(few).any()
+    shared = likeness.shared_structure(many)
+    assert shared[6:58, 6].all()
+    assert shared[20:44, 20:44].mean() < 0.15
+
+
 # ---- neighbours in a sequence ----
 
 
@@ -228,6 +290,15 @@ def test_one_video_split_at_random_is_a_leak_of_nearly_every_frame() -> None:
     assert len(leaked) > 0.9 * len(trained)
     assert sum(leak.kind == "sequence" for leak in leaked) > 0.8 * len(trained)
     assert "1 frames apart" in {leak.detail for leak in leaked}
+
+
+@pytest.mark.parametrize("alike", [0.6, 1.0])
+def test_coded_anew_under_its_own_name_a_frame_is_a_copy_and_no_neighbour(alike: float) -> None:
+    """Else `leaks.allow=[sequence]` would let every scored frame into the pool. At 1.0 names and likeness tell."""
+    frames = moving(40, seed=0)
+    names = [f"clip_{index:04d}.png" for index in range(40)]
+    leaked = found(printed([as_jpeg(frame) for frame in frames], names), printed(frames, names), Leaks(alike=alike))
+    assert [leak.kind for leak in leaked] == ["altered"] * 40
 
 
 def test_only_frames_close_enough_are_neighbours() -> None:
@@ -278,6 +349,17 @@ def test_what_is_found_does_not_depend_on_the_blocks(
     whole = found(trained, scored)
     monkeypatch.setattr(likeness, "BLOCK", 5)
     assert sorted(found(trained, scored), key=str) == sorted(whole, key=str)
+
+
+def test_only_the_best_of_all_blocks_are_aligned(
+    scenes: list[np.ndarray], scored: Fingerprints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(likeness, "_align", lambda *_: tried.append(1))
+    monkeypatch.setattr(likeness, "NEAR", -1.0)
+    monkeypatch.setattr(likeness, "BLOCK", 4)
+    assert not found(printed([as_jpeg(scenes[0])]), scored)
+    assert len(tried) == likeness.BEST
 
 
 def test_the_thumbnails_are_the_digests_companions(scenes: list[np.ndarray]) -> None:
@@ -348,10 +430,26 @@ LEAK = Leak("exact", "pool", "a/7.png", "val", "b/8.png", 1.0, "the same pixels"
         (["altered", "sequence"], False),
         (["7.png"], False),
         (["pool"], False),
+        (["d[1].png"], True),
     ],
 )
 def test_a_glob_of_the_kind_or_of_either_name_allows_a_leak(allow: list[str], passes: bool) -> None:
-    assert is_allowed(LEAK, allow) is passes
+    bracketed = replace(LEAK, name="d[1].png")
+    assert is_allowed(bracketed if allow == ["d[1].png"] else LEAK, allow) is passes
+
+
+def test_frames_beside_the_runs_own_cut_are_written_down_and_let_pass() -> None:
+    at_cut = Leak("sequence", "labelled", "a_1", "val", "a_2", None, "1 frames apart")
+    others = [
+        replace(at_cut, part="pool"),
+        replace(at_cut, kind="altered", alike=0.9),
+        replace(at_cut, scored_part="test"),
+    ]
+    for own_cut in (False, True):
+        result = leaks.Compared(leaks=[at_cut, *others])
+        record = leaks.make_record({}, result, {"val", "test"}, Leaks(), own_cut)
+        assert [leak["allowed"] for leak in record["leaks"]].count(True) == own_cut
+        assert {leak["part"] for leak in record["leaks"] if leak["allowed"]} == ({"labelled"} if own_cut else set())
 
 
 def test_what_is_allowed_by_name_passes_and_is_written_everywhere(tmp_path: Path) -> None:
@@ -361,7 +459,8 @@ def test_what_is_allowed_by_name_passes_and_is_written_everywhere(tmp_path: Path
     assert len(record["leaks"]) == 3
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["leaks"]["allow"] == allow
     assert sentence(record) == (
-        "LEAK: 3 exact among 12 images of pool compared with 3 images of val; all allowed by leaks.allow."
+        "LEAK: 3 exact among 12 images of pool compared with 3 images of val; all allowed by leaks.allow; "
+        "too few images of pool to judge neighbours by name."
     )
 
 
@@ -417,17 +516,179 @@ def test_altered_copies_in_the_pool_of_the_pretraining_are_found_by_what_it_has_
     mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in scenes]
     stored = printed(mirrored)
 
-    class Run:
-        folder = tmp_path
-
-        def write_json(self, name: str, values: dict[str, Any]) -> None:
-            (tmp_path / name).write_text(json.dumps(values))
-
-    leaks.write_fingerprints(Run(), {"pool": stored, "val": printed(scenes), "init.pool": stored})
-    read = leaks.read_fingerprints(str(tmp_path / "encoder"))
-    assert set(read) == {"pool"}
+    place = Place(tmp_path)
+    leaks.write_fingerprints(place, Compared({"pool": stored, "val": printed(scenes), "init.pool": stored}))
+    read, unknown = leaks.read_fingerprints(str(tmp_path / "encoder"))
+    assert set(read) == {"pool", "init.pool"}
+    assert not unknown
     assert len(found(read["pool"], printed(scenes))) == len(scenes)
     assert found(replace(read["pool"], thumbs=None), printed(scenes)) == []
+
+
+# ---- what is known, and what is not ----
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that keeps records, without a run."""
+
+    folder: Path
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(values))
+
+
+def checked(
+    folder: Path,
+    pool: Textured | None = None,
+    val: Textured | None = None,
+    inits: dict[str, Path] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    starts = {name: str(run) for name, run in (inits or {}).items()}
+    question = Question({"pool": pool}, {"val": val}, Leaks(**settings), starts)
+    return leaks.check(Place(folder), question, quiet=True)
+
+
+ONE, OTHER = Textured(count=6, seed=7), Textured(count=6, seed=30)
+
+
+def test_a_chain_of_inits_is_compared_to_its_beginning(tmp_path: Path) -> None:
+    checked(tmp_path / "a", ONE)
+    checked(tmp_path / "b", OTHER, inits={"init": tmp_path / "a"})
+    with pytest.raises(LeakError, match=r"init: the pool that its own init was trained on: leak into data\.val: 6 e"):
+        checked(tmp_path / "c", val=ONE, inits={"init": tmp_path / "b"})
+
+
+def test_several_inits_are_told_apart(tmp_path: Path) -> None:
+    checked(tmp_path / "a", OTHER)
+    checked(tmp_path / "b", ONE)
+    inits = {"init.1": tmp_path / "a", "init.2": tmp_path / "b"}
+    with pytest.raises(LeakError) as caught:
+        checked(tmp_path / "study", val=ONE, inits=inits)
+    assert str(caught.value).startswith(f"init={tmp_path / 'b'}: the pool it was trained on: leak into data.val: 6")
+    record = Place(tmp_path / "study").read_json("leaks.json")
+    assert record["trained"] == {"init.1.pool": 6, "init.2.pool": 6}
+
+
+def test_weights_of_unknown_images_are_said_also_further_down_the_chain(tmp_path: Path) -> None:
+    (tmp_path / "copied").mkdir()
+    record = checked(tmp_path / "a", ONE, OTHER, {"init": tmp_path / "copied"})
+    assert runs.read_checked(tmp_path / "a" / "leaks.json") == record
+    assert [pair["pictures"] for pair in record["pairs"]] == ["compared", "unknown"]
+    assert sentence(record) == (
+        "No leak: 6 images of pool compared with 6 images of val; the images that init was trained on are unknown."
+    )
+    later = checked(tmp_path / "b", val=OTHER, inits={"init": tmp_path / "a"})
+    assert "the images that init.init was trained on are unknown" in sentence(later)
+    alone = checked(tmp_path / "c", val=OTHER, inits={"init": tmp_path / "copied"})
+    assert sentence(alone) == "No leak check: the images that init was trained on are unknown."
+
+
+def test_a_pool_too_large_to_store_is_compared_by_exact_copies_only_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaks, "MOST_STORED", 5)
+    checked(tmp_path / "a", ONE)
+    assert not (tmp_path / "a" / "fingerprints.safetensors").exists()
+    record = checked(tmp_path / "b", val=OTHER, inits={"init": tmp_path / "a"})
+    assert [pair["pictures"] for pair in record["pairs"]] == ["exact only"]
+    assert "of init.pool only exact copies were looked for" in sentence(record)
+
+
+def damaged(folder: Path, how: str) -> None:
+    store, manifest = folder / "fingerprints.safetensors", folder / "images.json"
+    payload = store.read_bytes()
+    if how == "cut off":
+        store.write_bytes(payload[:500])
+    elif how == "zeroed":
+        store.write_bytes(payload[:2000] + bytes(len(payload) - 2000))
+    elif how == "another shape":
+        manifest.write_text('{"pool": []}')
+    else:
+        values = json.loads(manifest.read_text())
+        values["pool"]["names"].pop()
+        manifest.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("how", ["cut off", "zeroed", "another shape", "a name less"])
+def test_a_damaged_record_of_an_init_is_one_line(tmp_path: Path, how: str) -> None:
+    checked(tmp_path / "a", ONE)
+    damaged(tmp_path / "a", how)
+    with pytest.raises(UserError, match=r"images\.json|fingerprints\.safetensors") as caught:
+        checked(tmp_path / "b", val=ONE, inits={"init": tmp_path / "a"})
+    assert "\n" not in str(caught.value)
+    assert "make the run again" in str(caught.value)
+
+
+class Renamed(Textured):
+    """Images whose names say nothing of what they show."""
+
+    def name(self, index: int) -> str:
+        return f"image{index}"
+
+
+def test_other_pixels_under_the_same_names_are_looked_at_again(tmp_path: Path) -> None:
+    pool = Renamed(count=6, seed=0)
+    assert checked(tmp_path, pool, Renamed(count=3, seed=9))["leaks"] == []
+    with pytest.raises(LeakError, match="3 exact"):
+        checked(tmp_path, pool, Renamed(count=3, seed=0))
+
+
+def test_another_pool_of_the_same_init_is_looked_at_again(tmp_path: Path) -> None:
+    checked(tmp_path / "a", OTHER)
+    assert checked(tmp_path / "b", val=ONE, inits={"init": tmp_path / "a"})["leaks"] == []
+    checked(tmp_path / "a", ONE)
+    with pytest.raises(LeakError, match="6 exact"):
+        checked(tmp_path / "b", val=ONE, inits={"init": tmp_path / "a"})
+
+
+def test_the_answer_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(LeakError):
+        checked(tmp_path, ONE, ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(leaks, "sheet", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checked(tmp_path, ONE, ONE, frames=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fingerprints.safetensors", "images.json"]
+    with pytest.raises(LeakError):
+        checked(tmp_path, ONE, ONE, frames=5)
+    assert checked(tmp_path, ONE, OTHER)["leaks"] == []
+    assert not (tmp_path / "leaks.png").exists()
+
+
+def test_an_answer_to_no_question_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "leaks.json").write_text('{"leaks": []}')
+    assert checked(tmp_path, ONE, OTHER)["checked"]
+
+
+def test_the_refusal_counts_each_two_parts_for_themselves(tmp_path: Path) -> None:
+    found = [replace(LEAK, part="labelled", scored_part="test#2"), LEAK, replace(LEAK, name="c", kind="altered")]
+    record = leaks.make_record({"inits": {}}, Compared(leaks=found), {"val", "test"}, Leaks(allow=("c",)))
+    record["leaks"].append({**record["leaks"][0], "part": "scratch.pool"})
+    assert (leaks.say_leaks(record, tmp_path) or "").startswith(
+        "data.labelled: leak into data.test: 1 exact: a/7.png ~ b/8.png (the same pixels); data.pool: leak into "
+        "data.val: 1 exact; pretrain.scratch.data.pool: leak into data.test: 1 exact; see"
+    )
+
+
+def test_so_few_images_that_names_are_not_judged_are_said() -> None:
+    trained, scored = split(12, lambda index: index % 4 == 0, lambda index: f"clip_{index}.png")
+    few = replace(trained, names=trained.names[:5], digests=trained.digests[:5], thumbs=trained.thumbs[:5])
+    result = Compared({"labelled": few, "val": scored})
+    record = leaks.make_record({}, result, {"val"}, Leaks())
+    assert sentence(record).endswith("; too few images of labelled to judge neighbours by name.")
+    assert "too few" not in sentence(leaks.make_record({}, result, {"val"}, NAMELESS))
+    named = Compared({"labelled": replace(few, names=tuple("abcde")), "val": scored})
+    assert "too few" not in sentence(leaks.make_record({}, named, {"val"}, Leaks()))
 
 
 def test_the_first_sentence_needs_no_torch() -> None:

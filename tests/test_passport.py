@@ -84,8 +84,9 @@ def test_a_run_is_verified_image_by_image_and_summed(tmp_path: Path) -> None:
     run = write_scored(tmp_path / "run", {"val": scored(0), "test": scored(1, 3)})
     found = verify(run)
     figures = 3 + len(CLASSES)  # and that of the band, from images alone
-    assert found.figures == 2 * (2 * figures + 1), "two parts, each from its images and from their sum"
+    assert found.figures == 2 * (figures + 1), "two parts; each figure counts once, by whatever it is checked"
     assert found.largest <= 1e-9
+    assert found.without_passport == ()
 
 
 def spoil_score(run: Path) -> None:
@@ -176,6 +177,7 @@ def test_a_run_of_the_first_version_is_verified_too(tmp_path: Path) -> None:
     run = write_scored(tmp_path / "run", {"val": found})
     change(run / "result.json", lambda result: result.pop("passport"))
     assert verify(run).largest <= 1e-9
+    assert verify(run).without_passport == ("val",), "nothing says which images, and whoever verifies must know"
     assert passports_in(json.loads((run / "result.json").read_text())) == {"val": None}
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ssl_seg.config import load
-from ssl_seg.plan import Cell, StudyConfig, arms_of, baseline_of, choice_key, choose, make_plan, make_trials
+from ssl_seg.plan import Cell, check_images_of, choice_key, choose, make_plan
+from ssl_seg.questions import StudyConfig, arms_of
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 
@@ -43,9 +44,9 @@ def test_every_arm_sees_every_condition_with_the_same_seeds_and_labels() -> None
 
 def test_seeds_share_the_pretrainings_in_turn() -> None:
     plan = make_plan(load(StudyConfig, values(pretrainings=2)), OUT)
-    assert [cell.config.seed for cell in plan.pretrainings.values()] == [0, 1]
+    assert [cell.config.seed for cell in plan.pretrainings] == [0, 1]
     started = [cell for cell in plan.cells if cell.arm == "encoder" and cell.config.labels.count == 1]
-    ids = {seed: cell.id for (_, seed), cell in plan.pretrainings.items()}
+    ids = [cell.id for cell in plan.pretrainings]
     assert [cell.start for cell in started] == [ids[0], ids[1], ids[0]]
     assert started[1].config.init == str(OUT / "pretrained" / ids[1])
 
@@ -92,6 +93,8 @@ def test_a_recipe_lies_below_the_keys_beside_it() -> None:
     assert str(cells[0].config.data.val.root) == "camvid"
 
 
+EMPTY = {"type": "textured", "count": 0}
+LR = {"grid": {"train.lr": [0.001, 0.01]}}
 WIDE = {"scratch": {}, "wide": {"train.lr": 0.1}}
 
 
@@ -105,8 +108,9 @@ def test_all_arms_have_one_model_though_the_study_names_none() -> None:
 def test_axes_of_the_start_make_arms() -> None:
     grid = {"init": [None, "two", "imagenet"], "transfer": ["encoder", "encoder+denoise"], "labels.count": [1]}
     assert names_of(grid=grid) == ["scratch", "two", "two + denoise decoder", "imagenet"]
-    known = {**finetuning(), "model": {"encoder": {"type": "timm", "name": "resnet18"}}}  # timm has weights for it
-    plan = make_plan(load(StudyConfig, values(arms={}, grid=grid, finetune=known)), OUT)
+    known = {"encoder": {"type": "timm", "name": "resnet18"}}  # timm has weights for it
+    both = {"finetune": {**finetuning(), "model": known}, "pretrain": {"two": {**pretraining(), "model": known}}}
+    plan = make_plan(load(StudyConfig, values(arms={}, grid=grid, **both)), OUT)
     assert plan.baseline == "scratch"
     assert list(plan.axes) == ["labels.count"]
     by_arm = {cell.arm: cell.config for cell in plan.cells}
@@ -123,8 +127,16 @@ def test_any_other_axis_can_be_compared() -> None:
 def test_the_baseline_is_from_scratch_unless_named() -> None:
     arms = {"encoder": {"init": "two"}, "fresh": {}}
     for named, expected in ((None, "fresh"), ("encoder", "encoder")):
-        config = load(StudyConfig, values(arms=arms, baseline=named))
-        assert baseline_of(config, arms_of(config)) == expected
+        config = load(StudyConfig, values(arms=arms, baseline=named, grid={}, seeds=1))
+        assert make_plan(config, OUT).baseline == expected
+
+
+def test_from_scratch_is_what_starts_from_nothing_whatever_its_arm_says() -> None:
+    known = {**finetuning(), "model": {"encoder": {"type": "timm", "name": "resnet18", "pretrained": True}}}
+    arms = {"a": {}, "b": {"model.encoder.pretrained": False}}
+    plan = make_plan(load(StudyConfig, values(arms=arms, finetune=known, grid={}, seeds=1)), OUT)
+    assert plan.baseline == "b"
+    assert [plan.from_scratch(arm) for arm in ("a", "b")] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -144,31 +156,85 @@ def test_the_baseline_is_from_scratch_unless_named() -> None:
         ({"search": {"grid": {"train.lr": []}}}, "search.grid: search.grid.train.lr: name one value or more"),
         ({"search": {"grid": {"train.lr": [1]}, "at": {"x": 1}}}, "config: search.at: x is no axis of the grid"),
         ({"arms": {"scratch": {}, "b": {"init": "gone"}}}, "gone: does not exist; name a run folder or a file"),
+        ({"arms": {"scratch": {}, "b": {"init": ["two"]}}}, "arm b: init is a name, a path, imagenet or null"),
+        ({"arms": {"scratch": {}, "b": {"labels.count": 3}}}, "arms.b.labels.count: grid.labels.count sets it too"),
+        ({"arms": {"scratch": {}, "b": {"seed": 3}}}, "arms.b.seed: the seeds of a study are those of `seeds`"),
+        ({"grid": {"labels.seed": [1, 2]}}, "grid.labels.seed: the seeds of a study are those of `seeds`"),
+        ({"search": {"grid": {"labels.count": [1]}}}, "grid.labels.count: search.grid.labels.count sets it too"),
+        ({"pretrain": {"two": {**pretraining(), "seed": 3}}}, "pretrain.two.seed: they have the seeds 0, 1, ..."),
+        ({"arms": {"scratch": {}, "b": {}}}, "arms: scratch and b are one and the same run; drop one"),
+        ({"arms": {"scratch": {}, "b": {"init": "two", "transfer": "encoder+rotat"}}}, "arm b: transfer: pretrain.two"),
+        ({"arms": {"scratch": {}, "b": {"init": "two", "model.encoder.name": "resnet18"}}}, "arm b: "),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_runs(keys: dict[str, Any], said: str) -> None:
     assert message_of(lambda: make_plan(load(StudyConfig, values(**keys)), OUT)).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"grid": {"labels.count": [2, 500]}}, "arm scratch: labels.count: 500 is more than the 4 labelled images"),
+        # Its trials hold one of the four labelled images out.
+        ({"grid": {"labels.count": [4]}, "search": LR}, "arm scratch: labels.count: 4 is more than the 3 labelled"),
+        ({"pretrain": {"two": {**pretraining(), "data": {"pool": EMPTY}}}}, "pretrain.two.data.pool: holds no image"),
+    ],
+)
+def test_images_that_are_missing_are_told_before_anything_runs(keys: dict[str, Any], said: str) -> None:
+    plan = make_plan(load(StudyConfig, values(**keys)), OUT)
+    assert message_of(lambda: check_images_of(plan)).startswith(said)
+
+
 def test_a_search_tries_each_value_for_each_arm_on_images_that_score_nothing() -> None:
     search = {"grid": {"train.lr": [0.001, 0.01]}, "seeds": 2, "at": {"labels.count": 1}}
     config = load(StudyConfig, values(search=search))
     plan = make_plan(config, OUT)
-    trials = make_trials(config, plan, OUT)
+    trials = plan.trials
     assert len(trials) == 2 * 2 * 2  # arms, values, seeds; at one label count
     assert all(trial.cell.config.data.val is None and trial.cell.config.data.test is None for trial in trials)
     assert {trial.cell.seed for trial in trials}.isdisjoint(config.seeds)
     scores = {own.cell.id: own.found["train.lr"] * (1 if own.cell.arm == "encoder" else -1) for own in trials}
-    chosen = choose(trials, scores)
-    assert chosen[choice_key(config, "encoder", {"labels.count": 2})] == {"train.lr": 0.01}
-    final = make_plan(config, OUT, chosen)
+    assert choose(trials, scores)[choice_key(config, "encoder", {"labels.count": 2})] == {"train.lr": 0.01}
+    final = make_plan(config, OUT, scores)
+    assert final.trials == trials
     assert {(cell.arm, cell.config.train.lr) for cell in final.cells} == {("scratch", 0.001), ("encoder", 0.01)}
 
 
 def test_a_search_takes_the_first_of_equals_and_leaves_failed_runs_out() -> None:
     search = {"grid": {"train.lr": [0.001, 0.01, 0.1]}, "seeds": 2}
     config = load(StudyConfig, values(search=search, grid={}))
-    trials = make_trials(config, make_plan(config, OUT), OUT)
+    trials = make_plan(config, OUT).trials
     scores = {own.cell.id: 0.5 for own in trials if own.found["train.lr"] > 0.001}
     assert choose(trials, scores)[choice_key(config, "scratch", {})] == {"train.lr": 0.01}
     assert choose(trials, {}) == {}
+    best = next(own.cell.id for own in trials if own.found["train.lr"] == 0.1)
+    lucky = {name: score for name, score in scores.items() if name != best} | {
+        own.cell.id: 0.9 for own in trials if own.found["train.lr"] == 0.1 and own.cell.id != best
+    }
+    assert choose(trials, lucky)[choice_key(config, "scratch", {})] == {"train.lr": 0.01}  # 0.1 has crashed once
+
+
+def test_the_search_has_seeds_of_its_own() -> None:
+    plan = make_plan(load(StudyConfig, values(search=LR, seeds=[1000, 1001], grid={"labels.count": [1]})), OUT)
+    assert {trial.cell.seed for trial in plan.trials} == {1002, 1003}
+
+
+def test_a_pretraining_is_known_by_what_it_starts_from_too(tmp_path: Path) -> None:
+    ids = set()
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode())
+        again = {"two": {**pretraining(), "init": str(tmp_path / name)}}
+        ids |= {cell.id for cell in make_plan(load(StudyConfig, values(pretrain=again, seeds=1)), OUT).pretrainings}
+    assert len(ids) == 2
+
+
+def test_a_model_named_in_part_lies_on_that_of_the_pretraining() -> None:
+    part = {**finetuning(), "model": {"encoder": {"type": "timm", "name": "mobilenetv2_035"}}}
+    cells = plan_of(finetune=part, seeds=1, grid={})
+    assert {cell.config.model.norm for cell in cells} == {"group"}
+
+
+def test_two_starts_of_one_name_are_not_one_arm(tmp_path: Path) -> None:
+    grid = {"init": [None, str(tmp_path / "x" / "four"), str(tmp_path / "y" / "four")]}
+    said = message_of(lambda: arms_of(load(StudyConfig, values(arms={}, grid=grid))))
+    assert said == "grid.init: two arms would be called 'four'; name them under arms: instead"

@@ -20,9 +20,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ssl_seg import cli, images, report
-from ssl_seg.answers import RULES, Answer, answer, p_in_words, percent, points, sentence, verdict
+from ssl_seg.answers import NOTHING, RULES, Answer, answer, p_in_words, percent, points, sentence, verdict
 from ssl_seg.compare import Spread, compare
 from ssl_seg.config import UserError
 from ssl_seg.runs import RunFolder, find_runs
@@ -371,11 +372,55 @@ def test_the_numbers_are_those_of_compare(tmp_path: Path) -> None:
     cells = cells_of(page, "four")
     assert cells[:2] == ["4", percent(four.spread("val/miou"))]
     assert cells[3] == f"{points(gain.mean)} ± {100 * gain.sd:.1f}"
-    assert cells[4:] == [f"{points(min(gain.values))} to {points(max(gain.values))}", "4"]
+    interval = scipy.stats.ttest_1samp(gain.values, 0).confidence_interval(0.95)
+    assert cells[4:] == [f"{points(interval.low)} to {points(interval.high)}", "4"]
     assert cells_of(page, "scratch")[1] == percent(scratch.spread("val/miou"))
     of_sky = found.gain(four, "val/iou/sky")
     assert cells_of(page, "sky")[1] == f"{percent(four.spread('val/iou/sky'))} ({points(of_sky.mean)})"
     assert cells_of(page, "pole") == ["absent", "absent"]
+
+
+def test_two_pairs_have_no_interval(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [0.007, 0.013])
+    assert cells_of(page_of(tmp_path), "four")[4:] == [NOTHING, "2"]
+
+
+def test_leaks_are_told_with_their_pairs_and_picture(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [0.01, 0.02])
+    pair = {"kind": "exact", "part": "pool", "name": HOSTILE[0], "scored_part": "val", "scored": "b"}
+    pair |= {"detail": "the same pixels", "allowed": True}
+    record = {"checked": True, "trained": {"pool": 9}, "scored": {"val": 3}, "leaks": [pair] * 30}
+    for seed in (0, 1):
+        write_json(tmp_path / f"four_{seed}" / "leaks.json", record)
+    write_json(tmp_path / "scratch_0" / "leaks.json", {**record, "checked": False, "leaks": []})
+    write_picture(tmp_path / "four_1" / "leaks.png")
+    page = page_of(tmp_path)
+    shown = re.search(r'<section id="leaks".*?</section>', page, re.S)[0]
+    assert "2 runs: LEAK: 30 exact among" in shown
+    assert shown.count("was not checked") == 2, "by leaks.check=false, and by a run of an earlier version"
+    assert cells_of(shown, f"pool: {HOSTILE[0]}") == ["val: b", "exact", "the same pixels", "yes"]
+    assert shown.count("the same pixels") == 20
+    assert shown.count("<img") == 1
+    assert "which leaks.allow let pass: four (2 of 2 runs)" in page
+    assert "(leaks.check=false): scratch (1 of 2 runs)" in page
+    check_safe(page)
+
+
+def test_a_leak_s_picture_outside_of_the_run_is_not_taken(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    pair = {
+        "kind": "exact",
+        "part": "pool",
+        "name": "a",
+        "scored_part": "val",
+        "scored": "b",
+        "detail": "",
+        "allowed": True,
+    }
+    write_json(run / "leaks.json", {"checked": True, "trained": {"pool": 1}, "scored": {"val": 1}, "leaks": [pair]})
+    write_picture(tmp_path / "secret.png")
+    (run / "leaks.png").symlink_to(tmp_path / "secret.png")
+    assert "<img" not in page_of(run)
 
 
 def test_only_keys_that_differ_are_listed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from ssl_seg import schedule
 from ssl_seg.config import UserError
-from ssl_seg.schedule import Call, Cluster, End, Here, Limits, execute
+from ssl_seg.schedule import Call, Cluster, End, Here, Limits, Submission, execute
 
 NONE = Limits()
 FINE = "print('done')"
@@ -20,6 +20,12 @@ FAILS = "import sys; print('first'); sys.exit('what was wrong')"
 CRASHES = "import os; os.kill(os.getpid(), 9)"
 HANGS = "import time; time.sleep(60)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+# Needs a while to save, and says so.
+POLITE = (
+    "import os, signal, sys, time\n"
+    "print(os.getpid(), flush=True)\n"
+    "signal.signal(15, lambda *_: (time.sleep(1.5), print('saved', flush=True), os._exit(0)))\n"
+)
 # Leaves a child in its group, as a crashed run leaves its loader workers.
 ORPHANS = "import os, sys, time; child = os.fork(); child or time.sleep(60); print(child, flush=True); os._exit(1)"
 
@@ -122,11 +128,16 @@ def _lives(pid: int) -> bool:
 
 
 def test_runs_side_by_side_share_cores_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ.get('CUDA_VISIBLE_DEVICES'))"
     several = list(execute(calls(tmp_path, script, script), Here(2, ["4", "5"]), 2))
-    assert {end.call.log.read_text() for end in several} == {"4 4\n", "4 5\n"}
+    assert {end.call.log.read_text() for end in several} == {"4 4\n", "4 5\n"}, "8 cores are ours, of 64 there are"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (own,) = execute(calls(tmp_path, script), Here(2, ["4", "5"]), 2)
+    assert own.call.log.read_text() == "3 4\n", "what the user has set stays"
+    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (alone,) = execute(calls(tmp_path, script), Here(1, ["4", "5"]), 1)
     assert alone.call.log.read_text() == "None None\n"
@@ -145,8 +156,44 @@ def test_a_job_of_submitit_that_hangs_is_cancelled(tmp_path: Path, monkeypatch: 
     pytest.importorskip("submitit")
     monkeypatch.setattr(Cluster, "poll", 0.2)
     executor = Cluster(tmp_path / "jobs", {"cluster": "local"})
-    (end,) = execute(calls(tmp_path, HANGS), executor, 1, Limits(stall=1.5))
+    (end,) = execute(calls(tmp_path, POLITE + HANGS), executor, 1, Limits(stall=1.5))
     assert end.how == "stalled"
+    pid, said = end.call.log.read_text().split()
+    assert said == "saved", "it was told, and waited for: that takes longer than submitit's own cancel gives"
+    assert not _lives(int(pid))
+
+
+@pytest.mark.parametrize("leave", ["checkpoint", "signal"])
+def test_a_submission_stops_its_command_with_all_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: str
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(schedule, "GRACE", 0.5)
+    script = "import os; child = os.fork(); print(os.getpid(), flush=True)\n" + STUBBORN
+    submission = Submission((sys.executable, "-c", script), tmp_path / "log")
+
+    def stop(*_: object) -> None:
+        while "up" not in submission.log.read_text():
+            time.sleep(0.05)
+        if leave == "checkpoint":
+            submission.checkpoint()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        assert submission() == -signal.SIGKILL
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    pids = [int(word) for word in submission.log.read_text().split() if word.isdigit()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 5
+    while any(map(_lives, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_parameters_that_submitit_does_not_know_are_one_line(tmp_path: Path) -> None:
@@ -154,4 +201,37 @@ def test_parameters_that_submitit_does_not_know_are_one_line(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"^submitit: .*; mend `submitit:` in the study, or use --executor local$"):
         Cluster(tmp_path, {"cluster": "local", "slrm_partition": "gpu"})
     with pytest.raises(UserError, match=r"^submitit: "):
-        Cluster(tmp_path, {"cluster": "slurm"})
+        Cluster(tmp_path, {"cluster": "slurm", "timeout_min": 5})
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of Slurm that refuse every job."""
+    pytest.importorskip("submitit")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    refusal = "echo 'sbatch: error: invalid partition specified: gpu' >&2; echo '(see sinfo)' >&2; exit 1\n"
+    for name in ("sbatch", "srun", "scancel", "sacct"):
+        (commands / name).write_text("#!/bin/sh\n" + (refusal if name == "sbatch" else ""))
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_job_that_slurm_refuses_is_one_line(tmp_path: Path) -> None:
+    executor = Cluster(tmp_path / "jobs", {"slurm_partition": "gpu", "timeout_min": 5})
+    with pytest.raises(UserError) as refused:
+        list(execute(calls(tmp_path, FINE), executor, 1))
+    assert str(refused.value) == (
+        "submitit: sbatch: error: invalid partition specified: gpu; mend `submitit:` in the study, "
+        "or use --executor local"
+    )
+
+
+@pytest.mark.usefixtures("slurm")
+def test_jobs_of_slurm_need_a_time_limit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^submitit: jobs need a time limit; give `timeout` or submitit.timeout_min"):
+        Cluster(tmp_path, {"slurm_partition": "gpu"})
+    for given in ({"timeout_min": 5}, {"slurm_time": 5}):
+        Cluster(tmp_path, given)
+    assert Cluster(tmp_path, {}, timeout=61).executor.parameters["time"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from ssl_seg import store
 from ssl_seg.config import load, use_plugin
-from ssl_seg.plan import StudyConfig
+from ssl_seg.plan import make_plan
+from ssl_seg.questions import StudyConfig
 from ssl_seg.study import StudyOptions, outline, study
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
@@ -96,6 +99,7 @@ def test_cells_that_raise_crash_or_hang_are_told_of_and_made_by_the_next_start(t
     armed.touch()
     base = short(finetuning())
     base["data"] = {**base["data"], "test": {"type": "trap", "count": 3, "seed": 7, "armed": str(armed)}}
+    base["leaks"] = {"check": False}  # which reads the images in the study's own process
     arms = {mode: {"data.test.mode": mode} for mode in ("fine", "raise", "crash", "hang")}
     use_plugin(str(plugin))
     config = load(StudyConfig, values(finetune=base, arms=arms, timeout=60.0, stall=25.0))
@@ -118,6 +122,20 @@ def test_cells_that_raise_crash_or_hang_are_told_of_and_made_by_the_next_start(t
     study(config, given)
     assert {own["status"] for own in record(out)["cells"]} == {"finished"}
     assert (out / "cells" / states["fine"]["id"] / "result.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+def test_a_cell_that_a_hung_process_holds_does_not_hold_up_the_study(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    config = load(StudyConfig, values(arms={"scratch": {}, "wide": {"train.lr": 0.01}}, stall=20.0))
+    held = next(cell for cell in make_plan(config, out).cells if cell.arm == "wide")
+    with store.hold(out / "cells" / held.id):
+        (out / "study.json").write_text("{}")
+        said = message_of(lambda: study(config, options(out)))
+    assert f"process {os.getpid()} holds it and shows no sign of life" in said
+    assert {own["arm"]: own["status"] for own in record(out)["cells"]} == {"scratch": "finished", "wide": "stalled"}
+    study(config, options(out))
+    assert {own["status"] for own in record(out)["cells"]} == {"finished"}
 
 
 def start(out: Path, config: Path, *words: str) -> subprocess.Popen[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssl_seg import cli, findings, study_report
+from ssl_seg import cli, findings, plots, study_report
 from ssl_seg.answers import NOTHING, RULES, points
 from ssl_seg.config import UserError
 from ssl_seg.study_answers import OF_CONDITIONS, answer, over_conditions
@@ -35,9 +35,13 @@ def write_study(
     gains: Mapping[str, Sequence[Sequence[float]]],
     axes: Mapping[str, Sequence[Any]] | None = None,
     changes: Mapping[str, Any] | None = None,
+    pretrainings: int = 1000,
     **record: Any,
 ) -> Path:
-    """`gains` are those of each arm: for each value of the first axis one a seed. Values of a second axis are alike."""
+    """`gains` are those of each arm: for each value of the first axis one a seed. Values of a second axis are alike.
+
+    The seeds take the `pretrainings` in turn.
+    """
     axes = {"labels.count": [5, 10]} if axes is None else axes
     keys = list(axes)
     arms = ["scratch", *gains]
@@ -52,7 +56,7 @@ def write_study(
                 own = [0.0] * seeds if arm == "scratch" else gains[arm][place]
                 for seed, gain in enumerate(own):
                     name = f"{arm.replace('/', '_')}-{place}-{others.index(other)}-{seed}"
-                    start = None if arm == "scratch" else "four-seed0"
+                    start = None if arm == "scratch" else f"four-seed{seed % pretrainings}"
                     cells.append(cell(name, arm, condition, seed, start))
                     write_cell(folder / "cells" / name, 0.25 + 0.1 * place + 0.01 * seed + gain)
     changes = {arm: {"init": "four"} for arm in gains} if changes is None else changes
@@ -198,12 +202,80 @@ def test_before_there_is_a_pair_there_is_no_answer(tmp_path: Path) -> None:
     assert 'id="gains"' not in page
 
 
+def below(folder: Path) -> str:
+    return " ".join(answer(findings.read(folder)).below)
+
+
 def test_one_pretraining_for_all_pairs_is_said_to_be_one(tmp_path: Path) -> None:
-    write_study(tmp_path, {"four": [GAIN]}, {})
-    of_one = "All pairs of four start from one pretraining"
-    assert of_one in " ".join(answer(findings.read(tmp_path)).below)
-    change(tmp_path, "four-0-0-1", start="four-seed1")
-    assert of_one not in " ".join(answer(findings.read(tmp_path)).below)
+    write_study(tmp_path, {"four": [GAIN]}, {}, pretrainings=1)
+    assert headline_of(tmp_path).endswith(f"interval {interval_of(GAIN)}, 4 pairs from this one pretraining).")
+    assert "All pairs of four start from one pretraining" in below(tmp_path)
+
+
+def test_pairs_that_share_two_pretrainings_are_said_to_be_about_these(tmp_path: Path) -> None:
+    write_study(tmp_path / "a", {"four": [GAIN * 2, GAIN * 2]}, pretrainings=2)
+    assert ", 8 pairs from these 2 pretrainings, exact p = 0.008), on average over" in headline_of(tmp_path / "a")
+    caution = "The pairs of four start from 2 pretrainings, and pairs that share one are not independent"
+    assert caution in below(tmp_path / "a")
+    assert caution in section(page_of(tmp_path / "a"), "gains")
+    write_study(tmp_path / "b", {"four": [GAIN * 2], "five": [NULL * 2]}, {}, pretrainings=2)
+    assert "points of mIoU, 8 pairs each, from only 2 pretrainings. " in headline_of(tmp_path / "b")
+    write_study(tmp_path / "c", {"four": [GAIN, GAIN]})
+    assert "pretrainings" not in headline_of(tmp_path / "c") + below(tmp_path / "c")
+
+
+def test_of_three_shared_pretrainings_their_means_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_start = (0.09, 0.001, 0.02)
+    gains = tuple(by_start[seed % 3] + 0.001 * (seed // 3) for seed in range(9))
+    means = tuple(own + 0.001 for own in by_start)
+    write_study(tmp_path, {"four": [gains, gains]}, pretrainings=3)
+    assert stats.ttest_1samp(gains, 0).pvalue < 0.05 < stats.ttest_1samp(means, 0).pvalue
+    assert headline_of(tmp_path) == (
+        "No gain can be told: pretraining (four) differs from scratch by +3.8 points of mIoU "
+        f"(95 % interval {interval_of(means)} over 3 pretrainings, 9 pairs), "
+        "on average over 2 conditions: nothing to tell in 2."
+    )
+    assert "is told by the interval over the means of each pretraining" in below(tmp_path)
+    gain_table = section(page_of(tmp_path), "gains")
+    assert cells_of(gain_table, "four")[-1] == interval_of(means)
+    assert cells_of(section(page_of(tmp_path), "classes"), "road")[0] == f"+3.8 ({interval_of(means)})"
+    low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    drawn = []
+    monkeypatch.setattr(plots, "bands", lambda name, bands, *_: drawn.append((name, bands)) or "")
+    page_of(tmp_path)
+    (four,) = dict(drawn)["gains0"]
+    assert four.intervals[0] == pytest.approx((100 * low, 100 * high)), "the curves have it too"
+    assert "Over starts (t)" in gain_table
+
+
+def test_over_a_baseline_that_is_pretrained_too_no_gain_is_one_of_pretraining(tmp_path: Path) -> None:
+    write_study(tmp_path, {"four": [GAIN], "five": [GAIN]}, {})
+    record = json.loads((tmp_path / "study.json").read_text())
+    for arm in record["arms"]:
+        arm["from_scratch"] = False  # by a key that all arms share
+    write_json(tmp_path / "study.json", record)
+    told = answer(findings.read(tmp_path))
+    assert told.headline.startswith("The other arms gave a gain over scratch in both comparisons: ")
+    assert dict(told.single)["four"].startswith("four gave +6.0 points of mIoU over scratch (")
+    record["arms"][0]["from_scratch"] = True
+    write_json(tmp_path / "study.json", record)
+    assert headline_of(tmp_path).startswith("Pretraining gave a gain over scratch in both comparisons: ")
+
+
+@pytest.mark.parametrize(
+    ("resumed", "is_told"),
+    [
+        (["2026-01-02"], False),
+        ([{"started": "2026-01-02", "seeds": 4}], False),
+        (["2026-01-02", {"started": "2026-01-03", "seeds": 3}], True),
+    ],
+)
+def test_seeds_that_came_later_are_told(tmp_path: Path, resumed: list[Any], is_told: bool) -> None:
+    write_study(tmp_path, {"four": [GAIN]}, {}, resumed=resumed)
+    assert ("Seeds were added after an earlier end (there had been 3)" in below(tmp_path)) is is_told
+    assert cells_of(section(page_of(tmp_path), "setup"), "Taken up again") == [
+        ", ".join(("2026-01-02", "2026-01-03")[: len(resumed)])
+    ]
 
 
 def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None:
@@ -232,7 +304,7 @@ def test_the_answer_comes_first_with_its_rules_and_its_numbers_are_those_of_find
     cells = cells_of(section(page, "gains"), "four")
     assert cells[:5] == ["5", "26.5 ± 1.3", "32.5 ± 1.9", "4", "+6.0 ± 0.8"]
     assert cells[5] == f"{points(gain.interval.low)} to {points(gain.interval.high)}" == interval_of(GAIN)
-    assert cells[6:] == [NOTHING, NOTHING, NOTHING, "1"]
+    assert cells[6:] == [NOTHING, NOTHING, NOTHING, "4"]
     for reason in ("exact p is told from 8 pairs on", "needs 5 pairs", "over images needs 5 blocks"):
         assert reason in section(page, "gains")
     assert not re.search(r"\b0\.[0-9]{3,}", re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", page, flags=re.S))

@@ -35,7 +35,7 @@ from ssl_seg import compare, images, store, tracking
 from ssl_seg.config import Config, Interrupted, UserError, load
 from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.runs import TIME, RunFolder, described, read_metrics
+from ssl_seg.runs import TIME, RunFolder, described, leak_word, read_metrics
 from ssl_seg.stage import Options
 from ssl_seg.tracking import Mirror, Tracking, TrackingField, client, mirror, server
 from tests.faults import message_of
@@ -287,11 +287,34 @@ def test_a_run_is_in_mlflow_as_it_is_in_its_folder(tracked: Path) -> None:
         assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(tracked / "mlartifacts")
         files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
         assert {"config.yaml", "run.json", "metrics.jsonl", "result.json", "data.json"} <= files
+        assert {"leaks.json", "images.json"} <= files
+        assert run.data.tags["leaks"] == leak_word(folder.read("leaks.json")) == "clean"
+        own = set(run.data.tags) - {"team"}
+        assert own == {tag for tag in own if "is a tag that a run sets itself" in tag_refused(tag)}
     assert "system/cpu_utilization_percentage" in runs["pre"].data.metrics
     assert shown(client, runs["pre"].info.run_id) == [
         f"{task}+step+{step}" for task in ("denoise", "rotate") for step in (0, 2, 4)
     ]
     assert "init.tasks.denoise.weight" in runs["fine_0"].data.params
+
+
+def tag_refused(name: str) -> str:
+    return message_of(lambda: load(Tracking, {"tags": {name: "mine"}}))
+
+
+def test_a_person_s_tags_are_no_run_s() -> None:
+    for name in ("stage", "folder_key", "leaks", "passport.val", "changed.lr", "continues", "mlflow.parentRunId"):
+        assert tag_refused(name) == f"tags: '{name}' is a tag that a run sets itself; choose another name"
+    assert load(Tracking, {"tags": {"team": "x", "mlflow.note.content": "y"}}).tags["team"] == "x"
+
+
+def test_leaks_that_were_not_looked_for_are_a_tag(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    record = {"checked": False, "trained": {}, "scored": {}, "leaks": []}
+    (folder / "leaks.json").write_text(json.dumps(record))
+    mirror.track(folder)
+    notes = compare.compare_experiment("ssl_seg", sqlite_uri(tmp_path / "runs")).notes
+    assert notes[-1].endswith("(leaks.check=false): scratch (1 of 1 runs)")
 
 
 def test_data_sets_are_inputs_with_digests(tracked: Path) -> None:
@@ -331,6 +354,7 @@ def test_an_experiment_compares_as_its_folders_do(tracked: Path) -> None:
         assert len(one.outcomes) == len(other.outcomes)
         assert one.spread("test/miou") == other.spread("test/miou")
         assert one.outcomes[0].labelled == other.outcomes[0].labelled
+        assert one.outcomes[0].leaks == other.outcomes[0].leaks == "clean"
         splits = [{part: said["split"] for part, said in own.passports.items()} for own in (one, other)]
         assert splits[0] == splits[1]
     assert set(by_name.scores) == set(by_folder.scores)

@@ -11,6 +11,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -20,6 +21,7 @@ import numpy as np
 
 from ssl_seg.config import load
 from ssl_seg.data import Examples, Subset
+from ssl_seg.datasets import Example
 from ssl_seg.datasets.camvid import Camvid
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
@@ -56,6 +58,21 @@ def crop(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
+def strip(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """60 % of the height or of the width, anywhere, and all of the other."""
+    height, width = image.shape[:2]
+    if random.random() < 0.5:
+        top = random.integers(height - round(SMALLEST * height) + 1)
+        return image[top : top + round(SMALLEST * height)]
+    left = random.integers(width - round(SMALLEST * width) + 1)
+    return image[:, left : left + round(SMALLEST * width)]
+
+
+def lower(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The lower 60 %: of a street little more than road and cars."""
+    return image[-round(SMALLEST * len(image)) :]
+
+
 def resize(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
 
@@ -81,6 +98,8 @@ COPIES: dict[str, tuple[Change, tuple[str, list[int]]]] = {
     "cropped": (crop, PNG),
     "cropped, resized, JPEG 60": (lambda image, random: resize(crop(image, random), random.uniform(0.5, 1)), JPEG_60),
     "tone, blur": (tone, PNG),
+    "a strip of 60 %": (strip, PNG),
+    "the lower 60 %": (lower, PNG),
 }
 
 
@@ -107,7 +126,64 @@ def recall(name: str, examples: Examples, count: int, config: Leaks) -> None:
         right = sum(scored.names.index(leak.scored) == int(Path(leak.name).stem) for leak in found)
         missed = sorted(set(copies.names) - {leak.name for leak in found})
         lowest = min((leak.alike for leak in found), default=0.0)
-        print(f"{name:12} {kind:26} {len(found):4} of {len(chosen)}, right {right}, lowest {lowest:.2f} {missed[:5]}")
+        print(f"{name:15} {kind:26} {len(found):4} of {len(chosen)}, right {right}, lowest {lowest:.2f} {missed[:5]}")
+
+
+# ---- sets with one margin or mask ----
+
+FRAMED = (360, 480)
+
+
+def in_frame(grey: int, top: int, left: int) -> Callable[[np.ndarray], np.ndarray]:
+    """An image within a margin of one grey."""
+
+    def framed(image: np.ndarray) -> np.ndarray:
+        height, width = FRAMED
+        whole = np.full((height, width, 3), grey, dtype=np.uint8)
+        size = (width - 2 * left, height - 2 * top)
+        whole[top : height - top, left : width - left] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        return whole
+
+    return framed
+
+
+def through(mask: np.ndarray, blur: float = 0.0) -> Callable[[np.ndarray], np.ndarray]:
+    """An image that is black outside a mask."""
+
+    def masked(image: np.ndarray) -> np.ndarray:
+        whole = cv2.resize(image, FRAMED[::-1], interpolation=cv2.INTER_AREA)
+        return (cv2.GaussianBlur(whole, (0, 0), blur) if blur else whole) * mask[..., None].astype(np.uint8)
+
+    return masked
+
+
+DOWN, ACROSS = np.mgrid[: FRAMED[0], : FRAMED[1]]
+CIRCLE = (DOWN - 180) ** 2 + (ACROSS - 240) ** 2 < 170**2
+FRAMES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "white margin": in_frame(255, 30, 40),
+    "black frame": in_frame(0, 20, 20),
+    "letterbox": in_frame(0, 45, 0),
+    "circle": through(CIRCLE),
+    "circle, blurred": through(CIRCLE, 10.0),
+    "fan": through(np.abs(ACROSS - 240) < 40 + 0.55 * DOWN, 2.0),
+}
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Other examples, each within the same frame."""
+
+    examples: Examples
+    frame: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def name(self, index: int) -> str:
+        return self.examples.name(index)
+
+    def image(self, index: int) -> Example:
+        return Example(self.frame(self.examples.image(index).image), None, self.name(index))
 
 
 # ---- clean images ----
@@ -187,6 +263,11 @@ def main() -> None:
         recall(folder.name, examples, given.copies, config)
         singles.append(finished(fingerprint(examples)))
         counts += both_ways(f"{folder.name}, halves", half(singles[-1], 0), half(singles[-1], 1), config)
+        for name, frame in FRAMES.items():
+            framed = Framed(examples, frame)
+            recall(name, framed, given.copies, config)
+            prints = finished(fingerprint(framed))
+            counts += both_ways(f"{name}, halves", half(prints, 0), half(prints, 1), config)
     if given.camvid:
         whole = Camvid(root=str(given.camvid), split="train")
         rows = range(len(whole))

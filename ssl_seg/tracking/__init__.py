@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat
 
 from ssl_seg import files
 from ssl_seg.config import Config, UserError
@@ -41,6 +41,22 @@ ENVIRONMENT = {
 FAREWELL = 10.0  # seconds that a finished run waits for its mirror, which goes on without it
 
 
+# Tags that are a run's own: by some it is found again, by others its scores are compared.
+RESERVED = (
+    *("stage", "device", "host", "folder", "folder_key", "init.run_id", "selected_step", "labelled", "leaks"),
+    *("continues", "continued_by", "parent_of"),
+)
+RESERVED_PARTS = ("changed.", "passport.", "version.")
+NOTE = "mlflow.note.content"  # the only one of MLflow's own that is a person's: the description of a run
+
+
+def _check_tags(tags: dict[str, str]) -> dict[str, str]:
+    for name in tags:
+        if name in RESERVED or name.startswith(RESERVED_PARTS) or (name.startswith("mlflow.") and name != NOTE):
+            raise ValueError(f"'{name}' is a tag that a run sets itself; choose another name")
+    return tags
+
+
 class Tracking(Config):
     """`tracking`: where a run is shown while and after it runs. It may change when a run goes on."""
 
@@ -50,7 +66,7 @@ class Tracking(Config):
     experiment: str = Field(default="ssl_seg", min_length=1)
     name: str | None = None  # None: the folder's
     parent: str | None = Field(default=None, min_length=1)  # runs that name the same parent are shown below it
-    tags: dict[str, str] = Field(default={})
+    tags: Annotated[dict[str, str], AfterValidator(_check_tags)] = Field(default={})
     system_metrics: bool = True  # load and memory of the machine and its GPUs (those want nvidia-ml-py)
     weights: bool = False  # send the exported weights too; they are in the run's folder anyway
     every: PositiveFloat = 5.0  # seconds between two messages

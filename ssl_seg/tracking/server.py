@@ -22,7 +22,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from ssl_seg import plots
 from ssl_seg.config import UserError
 from ssl_seg.passport import from_tags, to_tags
-from ssl_seg.runs import TIME, Picture, RunFolder, described, labelled_digest, now, scores_of
+from ssl_seg.runs import TIME, Picture, RunFolder, description_of, labelled_digest, leak_word, now, scores_of
 from ssl_seg.tracking import SYSTEM, Tracking
 from ssl_seg.tracking.client import (
     CONTINUES,
@@ -49,7 +49,18 @@ from ssl_seg.tracking.client import (
 from ssl_seg.tracking.record import FOLDER, Record, claim, read_record, write_record
 
 # What is kept beside the points: small files, and pictures that belong to no step.
-RECORDS = ("config.yaml", "run.json", "metrics.jsonl", "tasks.json", "data.json", "split.json", "receipts.json")
+RECORDS = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "tasks.json",
+    "data.json",
+    "images.json",
+    "leaks.json",
+    "leaks.png",
+    "split.json",
+    "receipts.json",
+)
 RESULTS = (
     "result.json",
     "confusion.json",
@@ -64,7 +75,8 @@ RESULT = "result/"  # of metrics: the figures of result.json, which are those of
 POINTS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # MLflow's limits of one call
 LONGEST_TEXT = 6000  # of a parameter
 CHANGED = "changed."  # before the name of a parameter: a tag with what it is now
-HOST, LABELLED = "host", "labelled"  # tags: the machine; a digest of the labelled images
+# Tags: the machine; a digest of the labelled images; what leaks.json says, in a word.
+HOST, LABELLED, LEAKS = "host", "labelled", "leaks"
 ABSENT = "null"  # the text of a parameter that a config has no more
 
 
@@ -134,6 +146,7 @@ class MirroredRun:
         if run.result is not None:
             self._send_result(run.result)
             client.set_tag(self.run_id, "selected_step", run.result.get("selected_step", run.result.get("steps")))
+        client.set_tag(self.run_id, LEAKS, leak_word(run.read("leaks.json")))
         self._send_files((*RECORDS, *RESULTS), client)
         self._draw_confusion()
         for picture in self._lasting_pictures():
@@ -201,7 +214,7 @@ class MirroredRun:
 
     def _settings(self) -> dict[str, str]:
         """Every key of the config as a parameter of MLflow."""
-        settings = described(self.run.config, self.run.record.get("origin"))
+        settings = description_of(self.run.record)
         return {mlflow_name(key): text[:LONGEST_TEXT] for key, text in settings.items()}
 
     def _has_changed(self, found: Run) -> bool:
@@ -390,6 +403,7 @@ class Fetched:
     scores: dict[str, float]  # empty until it has finished
     passports: dict[str, Mapping[str, Any] | None]
     labelled: str  # digest of the labelled images
+    leaks: str  # `runs.leak_word`
 
 
 def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
@@ -422,7 +436,8 @@ def _fetched(run: Run) -> Fetched:
     scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
     tags = run.data.tags
     passports = from_tags(tags, scores)
-    return Fetched(run.info.run_name, tags["stage"], _shown_settings(run), scores, passports, tags.get(LABELLED, ""))
+    settings, name = _shown_settings(run), run.info.run_name
+    return Fetched(name, tags["stage"], settings, scores, passports, tags.get(LABELLED, ""), tags.get(LEAKS, "none"))
 
 
 def _newest(runs: Sequence[Run]) -> list[Run]:
