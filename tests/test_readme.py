@@ -48,7 +48,7 @@ def run_all(command: list[str], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README supposes: photos/, held_out/, labelled/images/ and labelled/masks/."""
+    """What the README supposes: photos/, held_out/, labelled/ and test/ with images/ and masks/."""
     folder = tmp_path_factory.mktemp("reader")
     for index in range(8):
         photo = Synthetic(count=8, size=(96, 96), seed=2).read(index)  # none that is labelled: that would be a leak
@@ -56,6 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         example = Synthetic(count=8, size=(96, 96)).read(index)
         images.write_image(folder / "labelled" / "images" / f"{index}.png", example.image)
         images.write_mask(folder / "labelled" / "masks" / f"{index}.png", example.label)
+        scored = Synthetic(count=8, size=(96, 96), seed=3).read(index)
+        images.write_image(folder / "test" / "images" / f"{index}.png", scored.image)
+        images.write_mask(folder / "test" / "masks" / f"{index}.png", scored.label)
     held_out = Synthetic(count=2, size=(96, 96), seed=1).read(0).image
     images.write_image(folder / "held_out" / "a.png", held_out)
     return folder
