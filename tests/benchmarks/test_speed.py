@@ -130,6 +130,7 @@ def test_the_colour_target_against_all_distances() -> None:
     )
 
 
+@pytest.mark.timeout(1200)  # nine runs
 def test_a_run_with_its_mirror_against_one_without(tmp_path: Path) -> None:
     """What training and evaluating take on all cores while a process sends it to a file, or to a silent server."""
     run = [sys.executable, "-m", "ssl_seg", "pretrain", "squares", "train.steps=150", "train.eval_every=50"]
