@@ -105,6 +105,8 @@ class StudyConfig(Config):
         for name in named:
             if not re.fullmatch(r"[\w+\-. ]+", name) or name.startswith("."):
                 raise ValueError(f"'{name}' cannot name a folder; use letters, digits and _ + - .")
+            if name == "init":  # so the leak guard calls what weights from elsewhere were trained on
+                raise ValueError("'init' is the key that names a start; choose another name")
         return named
 
     @model_validator(mode="after")

@@ -156,6 +156,7 @@ def test_from_scratch_is_what_starts_from_nothing_whatever_its_arm_says() -> Non
         ({"search": {"grid": {"train.lr": []}}}, "search.grid: search.grid.train.lr: name one value or more"),
         ({"search": {"grid": {"train.lr": [1]}, "at": {"x": 1}}}, "config: search.at: x is no axis of the grid"),
         ({"arms": {"scratch": {}, "b": {"init": "gone"}}}, "gone: does not exist; name a run folder or a file"),
+        ({"pretrain": {"init": pretraining()}}, "pretrain: 'init' is the key that names a start; choose another name"),
         ({"arms": {"scratch": {}, "b": {"init": ["two"]}}}, "arm b: init is a name, a path, imagenet or null"),
         ({"arms": {"scratch": {}, "b": {"labels.count": 3}}}, "arms.b.labels.count: grid.labels.count sets it too"),
         ({"arms": {"scratch": {}, "b": {"seed": 3}}}, "arms.b.seed: the seeds of a study are those of `seeds`"),
