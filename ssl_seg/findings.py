@@ -49,6 +49,7 @@ class CellFound:
     run: RunFolder
     scores: Mapping[str, float]  # val/miou, val/iou/road; empty until it has finished
     passports: Passports  # what they mean, by part
+    labelled: str  # digest of the labelled images that it used
 
 
 @dataclass(frozen=True)
@@ -304,6 +305,7 @@ def _found(folder: Path, own: Mapping[str, Any]) -> CellFound:
         run=run,
         scores=scores_of(run.result or {}) if done else {},
         passports=passports_in(run.result or {}) if done else {},
+        labelled=labelled_digest(run.read("split.json")) if done else "",
     )
 
 
@@ -321,8 +323,7 @@ def _what_differs(one: CellFound, other: CellFound) -> str:
     if fields:
         return f"their scores differ in {'; '.join(fields)}"
     asked = [(cell.run.config.get("labels"), cell.run.config.get("data", {}).get("labelled")) for cell in (one, other)]
-    used = [labelled_digest(cell.run.read("split.json")) for cell in (one, other)]
-    return "their labelled images differ" if asked[0] == asked[1] and used[0] != used[1] else ""
+    return "their labelled images differ" if asked[0] == asked[1] and one.labelled != other.labelled else ""
 
 
 def condition_text(condition: Condition) -> str:

@@ -108,22 +108,14 @@ class Question:
     @property
     def basis(self) -> dict[str, Any]:
         """What an answer holds for, as long as it stays the same."""
-        from ssl_seg.data import manifest  # torch stays out of the report
+        from ssl_seg.data import manifest, sample_digest  # torch stays out of the report
 
         images = {part: manifest(examples) for part, examples in self.given.items()}
         if self.config.check:
             for part, examples in self.given.items():
-                images[part]["sha256_of_some"] = _digest_of_some(examples)
+                images[part]["sha256_of_some"] = sample_digest(examples, with_labels=False)
         inits = {name: {"path": init, "images": _digest_of_init(init)} for name, init in self.inits.items() if init}
         return {"images": images, "settings": self.config.dump(), "inits": inits}
-
-
-def _digest_of_some(examples: Examples, most: int = 32) -> str:
-    """sha256 of a few images, evenly apart: other files under the same names are seldom alike in all of them."""
-    from ssl_seg.data import digest_of
-
-    chosen = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int).tolist()
-    return files.sha256("".join(digest_of(examples.image(index)) for index in chosen).encode())
 
 
 def _digest_of_init(init: str) -> str | None:
