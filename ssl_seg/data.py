@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ from ssl_seg.tasks import Batch
 
 IGNORE = 255
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
+# Bytes of decoded images that a loader worker keeps: 64 photographs of 1024 x 1024 with their masks, or a pool of 4,600
+# frames of 160 x 120. Little beside what a worker needs to run at all, and few labelled images always fit.
+KEPT = 256 * 2**20
 NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
 LEAST_HELD_OUT = 0.1  # one stray image in a folder of its own is a sequence too, and would judge the run alone
 LARGEST_HELD_OUT = 0.4  # of the images: rather a whole sequence of that size than neighbours on both sides
@@ -199,6 +202,30 @@ def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int) ->
     raise UserError(f"train.batch_size: {batch_size} cannot be divided by {' x '.join(parts)}; use {nearest}")
 
 
+@dataclass
+class Kept:
+    """Decoded and resized examples by index, until `most` bytes are full: a few labelled images come at every step.
+
+    Each loader worker fills one of its own. What is in stays: an epoch visits all images in turn, so room made for the
+    newest would throw out what comes next.
+    """
+
+    most: int = KEPT
+    size: int = 0
+    examples: dict[int, Example] = field(default_factory=dict)
+
+    def get(self, index: int, make: Callable[[int], Example]) -> Example:
+        """The example of this index, made if it is not here."""
+        example = self.examples.get(index)
+        if example is None:
+            example = make(index)
+            bytes_ = example.image.nbytes + (0 if example.label is None else example.label.nbytes)
+            if self.size + bytes_ <= self.most:
+                self.examples[index] = example
+                self.size += bytes_
+        return example
+
+
 @dataclass(frozen=True)
 class Samples:
     """A map from draws to cropped `uint8` samples, as a loader's workers run it."""
@@ -208,16 +235,20 @@ class Samples:
     seed: int
     resize: tuple[int, int] | None = None
     with_labels: bool = False  # else the masks are not even read
+    kept: Kept = field(default_factory=Kept, compare=False)
 
     def __getitem__(self, draw: int) -> Sample:
         epoch, position = divmod(draw, len(self.examples))
         index = int(rng.epoch_order(self.seed, epoch, len(self.examples))[position])
         stream = "labelled" if self.with_labels else "pool"
         key = rng.fold_in(rng.fold_in(rng.as_key(self.seed), stream), draw)
-        read = self.examples.read if self.with_labels else self.examples.image
-        example = resized(read(index), self.resize)
+        example = self.kept.get(index, self._read)
         image, label = self.augment.apply(example.image, example.label, key)
         return Sample(image, label, int(key), example.name)
+
+    def _read(self, index: int) -> Example:
+        read = self.examples.read if self.with_labels else self.examples.image
+        return resized(read(index), self.resize)
 
 
 @dataclass(frozen=True)

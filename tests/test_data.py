@@ -15,6 +15,7 @@ from ssl_seg.config import UserError
 from ssl_seg.data import (
     Augment,
     Draws,
+    Kept,
     Labels,
     Samples,
     Subset,
@@ -119,6 +120,32 @@ def test_samples_differ_between_draws_and_repeat_for_a_draw() -> None:
     np.testing.assert_array_equal(first.image, again.image)
     assert first.key == again.key != other.key
     assert not np.array_equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("room", [0, 3, 12])
+def test_examples_are_kept_while_there_is_room_and_change_no_sample(room: int) -> None:
+    striped = Striped()
+    reads = []
+
+    class Counted(Subset):
+        def read(self, index: int) -> Example:
+            reads.append(index)
+            return super().read(index)
+
+    counted = Counted(striped, tuple(range(12)))
+    # An image of 20 x 30 is 1,800 bytes, its mask 600.
+    kept = Kept(most=2400 * room)
+    options = {"augment": Augment(crop=(16, 16), jitter=0.2), "seed": 3, "resize": (20, 30), "with_labels": True}
+    samples = Samples(counted, kept=kept, **options)
+    for draw in range(36):
+        fresh = Samples(striped, **options)[draw]
+        np.testing.assert_array_equal(samples[draw].image, fresh.image)
+        np.testing.assert_array_equal(samples[draw].label, fresh.label)
+    reads.clear()
+    for draw in range(36, 48):
+        samples[draw]
+    assert len(reads) == 12 - room
+    assert kept.size == 2400 * room
 
 
 @given(seed=st.integers(0, 10_000), low=st.floats(0.3, 1.0), high=st.floats(1.0, 3.0))

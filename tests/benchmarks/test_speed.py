@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from statistics import median
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from pretext import colorize
-from ssl_seg import rng
+from ssl_seg import images, rng
 from ssl_seg.config import load
-from ssl_seg.data import Samples
+from ssl_seg.data import Augment, Kept, Samples
+from ssl_seg.datasets.folder import Folder
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module, open_streams
 from ssl_seg.tasks import MultiTask
@@ -145,3 +148,19 @@ def test_a_run_with_its_mirror_against_one_without(tmp_path: Path) -> None:
     bare = median(taken["none"])
     ratios = ", ".join(f"{name} {median(own):.1f} s = {median(own) / bare:.3f}" for name, own in taken.items())
     print(f"\n150 steps beside a mirror (medians of 3): {ratios}")
+
+
+def test_a_step_s_images_with_and_without_keeping_them(tmp_path: Path) -> None:
+    """Ten labelled photographs of 1600 x 1200, resized to 512 x 384: decoded once, or at every draw."""
+    for index in range(10):
+        blocks = rng.uniform(rng.as_key(index), (75, 100, 3)).mul(255).byte().numpy()
+        image = Image.fromarray(images.resize_image(blocks, (1200, 1600)))
+        image.save(tmp_path / f"{index}.jpg", quality=95)
+    pool = Folder(images=str(tmp_path))
+    taken = {}
+    for name, kept in (("kept", Kept()), ("decoded", Kept(most=0))):
+        samples = Samples(pool, Augment(crop=(256, 256)), 0, (384, 512), kept=kept)
+        draws = itertools.count()
+        taken[name] = seconds(lambda samples=samples, draws=draws: [samples[next(draws)] for _ in range(8)], STEPS)
+    ratio = taken["decoded"] / taken["kept"]
+    print(f"\n8 crops: {1e3 * taken['kept']:.0f} ms; decoded anew {1e3 * taken['decoded']:.0f} ms, ratio {ratio:.1f}")
