@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Literal
 
-from ssl_seg.compare import SCRATCH, Comparison, Group, Spread
+from ssl_seg.compare import SCRATCH, Comparison, Group
 from ssl_seg.evidence import Interval, holm, sign_flip_p, t_interval, t_test_p
+from ssl_seg.pairs import Shared, Spread, independent, over_starts
 from ssl_seg.plots import with_minus
 from ssl_seg.runs import RunFolder
 
@@ -49,43 +49,6 @@ RULES = (
 
 Verdict = Literal["gain", "loss", "none", "few"]
 TOLD = ("gain", "loss")
-
-
-@dataclass(frozen=True)
-class Shared(Spread):
-    """Paired differences of which some start from the same pretraining, so that they are not independent.
-
-    Taken as if they were, 8 pairs over 2 pretrainings tell something false in 24 of 100 null comparisons where
-    pretrainings differ as much as seeds do.
-    """
-
-    starts: tuple[str, ...]  # the pretraining behind each value
-
-    @property
-    def num_starts(self) -> int:
-        return len(set(self.starts))
-
-    @property
-    def is_of_few(self) -> bool:
-        """Whether it has too few pretrainings for an interval over them, and is about these alone."""
-        return self.num_starts < MIN_PAIRS
-
-    def means(self) -> tuple[float, ...]:
-        """The mean of each pretraining."""
-        by_start: dict[str, list[float]] = {}
-        for start, value in zip(self.starts, self.values, strict=True):
-            by_start.setdefault(start, []).append(value)
-        return tuple(map(mean, by_start.values()))
-
-
-def of_starts(values: Sequence[float], starts: Sequence[str]) -> Spread:
-    """Paired differences, and whether pretrainings are shared among them."""
-    return Spread(tuple(values)) if len(set(starts)) == len(values) else Shared(tuple(values), tuple(starts))
-
-
-def tested(gain: Spread) -> tuple[float, ...]:
-    """What counts as independent: the pairs, or the means of the pretrainings that they share if these are enough."""
-    return gain.means() if isinstance(gain, Shared) and not gain.is_of_few else gain.values
 
 
 @dataclass(frozen=True)
@@ -130,7 +93,7 @@ def verdict(gain: Spread) -> Verdict:
     """By the rules in RULES; `gain` holds paired differences."""
     if gain.n < MIN_PAIRS:
         return "few"
-    interval = t_interval(tested(gain), 1 - ALPHA)
+    interval = t_interval(independent(gain), 1 - ALPHA)
     written = round(100 * gain.mean, 1)
     if written > 0 and interval.low > 0:
         return "gain"
@@ -158,15 +121,15 @@ def sentence(gain: Spread, label: str, base: str = SCRATCH, pretrained: bool = T
 
 def certainty(gain: Spread) -> str:
     """`95 % interval +0.4 to +2.8, 8 pairs, exact p = 0.016`; of at least 2 pairs."""
-    p = sign_flip_p(tested(gain))
+    p = sign_flip_p(independent(gain))
     exact = "" if p is None else f", exact {p_in_words(p)}"
     return f"{_told_by(gain)}, {gain.n} pairs{_from_these(gain)}{exact}"
 
 
 def _told_by(gain: Spread) -> str:
     """The interval of the verdict: `95 % interval +0.4 to +2.8 over 4 pretrainings`."""
-    over = f" over {gain.num_starts} pretrainings" if isinstance(gain, Shared) and not gain.is_of_few else ""
-    return f"{span(t_interval(tested(gain), 1 - ALPHA))}{over}"
+    over = "" if over_starts(gain) is None else f" over {gain.num_starts} pretrainings"
+    return f"{span(t_interval(independent(gain), 1 - ALPHA))}{over}"
 
 
 def _from_these(gain: Spread) -> str:
@@ -256,7 +219,7 @@ def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
 def stand(gains: Sequence[Spread]) -> list[bool]:
     """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
     compared = [index for index, gain in enumerate(gains) if gain.n >= MIN_PAIRS]
-    adjusted = holm([t_test_p(tested(gains[index])) for index in compared])
+    adjusted = holm([t_test_p(independent(gains[index])) for index in compared])
     small = {index for index, p in zip(compared, adjusted, strict=True) if p <= ALPHA}
     return [index in small and verdict(gain) in TOLD for index, gain in enumerate(gains)]
 

@@ -21,10 +21,11 @@ from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssl_seg.compare import Comparison, Group, Spread
+    from ssl_seg.compare import Comparison, Group
     from ssl_seg.evidence import Interval
     from ssl_seg.findings import Findings
     from ssl_seg.metrics import SegmentationScores
+    from ssl_seg.pairs import Spread
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -442,7 +443,9 @@ def _print_findings(found: Findings) -> None:
 
     level = f"{100 * found.record['level']:g} %"
     columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]
-    table = Table(*found.axes, *columns, f"{level} over seeds", f"{level} over images", "exact p")
+    shares = any(gain.over_starts for gain in found.gains)  # pretrainings, enough for an interval of their own
+    over = ["seeds", *(["pretrainings"] if shares else []), "images"]
+    table = Table(*found.axes, *columns, *(f"{level} over {what}" for what in over), "exact p")
     gains = {(gain.arm, gain.condition): gain for gain in found.gains}
     for condition in found.conditions:
         for arm in found.arms:
@@ -450,7 +453,9 @@ def _print_findings(found: Findings) -> None:
             row.append(percent(found.spread(arm, condition)))
             gain = gains.get((arm, condition))
             if gain is not None:
-                row += [f"{points(gain.gains.mean)} (n = {gain.gains.n})", between(gain.interval), between(gain.images)]
+                row += [f"{points(gain.gains.mean)} (n = {gain.gains.n})", between(gain.interval)]
+                row += [between(gain.over_starts)] if shares else []
+                row += [between(gain.images)]
                 row += ["-" if gain.p is None else f"{gain.p:.3f}"]
             table.add_row(*row)
         table.add_section()

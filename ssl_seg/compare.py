@@ -1,27 +1,23 @@
 """Runs side by side: groups that differ in seeds alone, their scores with spread, and only the keys that differ.
 
-Fine-tunings are paired with those from scratch that had the same seeds and labelled images, and so the same order and
-crops: the spread of such gains is smaller than that of the scores, and is what tells whether pretraining helped. Scores
-of different passports (another definition, other images) are never ranked together: they stand in tables of their own.
+Fine-tunings are paired with those from scratch that had the same seeds and labelled images. Scores of different
+passports (another definition, other images) are never ranked together: they stand in tables of their own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import product
+from functools import cache, cached_property
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
-
-import numpy as np
 
 from ssl_seg import files
 from ssl_seg.config import UserError
-from ssl_seg.confusion import BAND, IMAGES_FILE, ImageConfusions, mean_changes, read_image_confusion
-from ssl_seg.evidence import Interval, block_bootstrap
+from ssl_seg.confusion import ImageConfusions, read_image_confusion
+from ssl_seg.evidence import Interval
+from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Spread, pictures_of
 from ssl_seg.passport import Passports, definition_of, differing, passports_in
 from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of
 from ssl_seg.tracking import prepare
@@ -44,33 +40,6 @@ LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
     "unchecked": "not checked for training images among the scored ones (leaks.check=false)",
     "unknown": "started from weights whose training images are not known, so these were not checked",
 }
-NUM_CHANGED = 6  # images to look at, of each group
-Images = list[ImageConfusions | None]  # of some runs; None for one that kept none
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Figures of several runs in short."""
-
-    values: tuple[float, ...]
-
-    @property
-    def n(self) -> int:
-        return len(self.values)
-
-    @property
-    def mean(self) -> float:
-        return mean(self.values)
-
-    @property
-    def sd(self) -> float | None:
-        """Sample standard deviation; None for one value."""
-        return stdev(self.values) if self.n > 1 else None
-
-    def text(self, digits: int = 4, sign: str = "") -> str:
-        """`0.4120 ± 0.0031`; a single value alone."""
-        spread = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
-        return f"{self.mean:{sign}.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -129,15 +98,6 @@ class Group:
         """Of the runs that have the score; None where none has it."""
         values = [outcome.scores[score] for outcome in self.outcomes if score in outcome.scores]
         return Spread(tuple(values)) if values else None
-
-
-@dataclass(frozen=True)
-class Changed:
-    """An image that two groups of runs take for different things."""
-
-    index: int  # its place in the data set
-    name: str
-    difference: float  # of its mIoU, as a mean over pairs: above 0 where the baseline is worse
 
 
 @dataclass(frozen=True)
@@ -205,89 +165,30 @@ class Comparison:
         scratch = [other for other in same if other.from_scratch]
         return next((other for other in scratch if not differing(other.passports, group.passports)), None)
 
-    def gain(self, group: Group, score: str) -> Spread | None:
-        """Paired differences to the baseline, one for each choice of seeds; None without such pairs.
-
-        A pair has the same seeds and the same labelled images. Runs of the same seeds, as those from several
-        pretrainings, count by their mean: they share their baseline.
-        """
+    def pairs(self, group: Group) -> Pairs[Outcome] | None:
+        """The runs of the group and those of its baseline with the same seeds and the same labelled images."""
         baseline = self.baseline(group)
-        if baseline is None:
-            return None
-        base, own = (
-            {draws: [outcome.scores[score] for outcome in runs] for draws, runs in _by_draws(side, score).items()}
-            for side in (baseline, group)
-        )
-        return paired(base, own)
+        return None if baseline is None else Pairs(_by_draws(baseline), _by_draws(group), self._read)
+
+    def gain(self, group: Group, score: str) -> Spread | None:
+        """Paired differences to the baseline, one for each choice of seeds; None without such pairs."""
+        pairs = self.pairs(group)
+        return None if pairs is None else pairs.gain(score)
 
     def over_images(self, group: Group, score: str) -> Interval | None:
-        """Where the gain in a mIoU (`val/miou`, `val/band/miou`) lies for other images of the same kind, runs fixed.
+        """Where the gain in a mIoU lies for other images of the same kind: `Pairs.over_images`."""
+        pairs = self.pairs(group)
+        return None if pairs is None else pairs.over_images(score, resamples=RESAMPLES)
 
-        Of the very runs of the gain, each choice of seeds counting once as there. None without pairs, where a run of
-        theirs kept no images, and for too few images (`evidence.block_bootstrap`).
-        """
-        draws = self._images_by_draws(group, score)
-        if not draws or any(None in (*lower, *upper) for lower, upper in draws):
-            return None
-        sides = zip(*draws, strict=True)
-        runs, weights = zip(*(_weighted(side) for side in sides), strict=True)
-        return block_bootstrap(*runs, resamples=RESAMPLES, weights=weights)
-
-    def changed(self, group: Group, score: str) -> tuple[Changed, ...]:
-        """The images that differ most from the baseline come first; those that do not differ are left out.
-
-        Of the runs whose images were kept, each choice of seeds counting once.
-        """
-        draws = [[_kept(side) for side in sides] for sides in self._images_by_draws(group, score)]
-        found = [(lower, upper) for lower, upper in draws if lower and upper]
-        if not found:
-            return ()
-        changes = np.mean([mean_changes(list(product(lower, upper))) for lower, upper in found], axis=0)
-        order = np.argsort(-np.abs(changes), kind="stable").tolist()  # nan comes last
-        names = found[0][0][0].names
-        return tuple(Changed(index, names[index], float(changes[index])) for index in order if abs(changes[index]) > 0)
-
-    def pairs(self, group: Group) -> list[tuple[Outcome, Outcome]]:
-        """A run of the baseline and one of the group, with the same seeds and the same labelled images."""
-        baseline = self.baseline(group)
-        if baseline is None:
-            return []
-        first = {outcome.draws: outcome for outcome in reversed(baseline.outcomes)}
-        return [(first[own.draws], own) for own in group.outcomes if own.draws in first]
-
-    def _images_by_draws(self, group: Group, score: str) -> list[tuple[Images, Images]]:
-        """For each choice of seeds that `gain` counts, the images of the baseline's runs and of the group's."""
-        baseline = self.baseline(group)
-        if baseline is None:
-            return []
-        base, own = _by_draws(baseline, score), _by_draws(group, score)
-        found = [[self._images_of_runs(side[draws], score) for side in (base, own)] for draws in own if draws in base]
-        names = next((images.names for sides in found for side in sides for images in _kept(side)), ())
-        # Runs of the first versions have no passport; then their names tell whether they saw the same images.
-        return [(_of_names(lower, names), _of_names(upper, names)) for lower, upper in found]
-
-    def _images_of_runs(self, outcomes: Iterable[Outcome], score: str) -> Images:
-        return [self._images_of(outcome, score) for outcome in outcomes]
-
-    def _images_of(self, outcome: Outcome, score: str) -> ImageConfusions | None:
-        part, _, figure = score.partition("/")
-        if not _has_images(outcome):
-            return None
-        if outcome.folder not in self._read:
-            self._read[outcome.folder] = read_image_confusion(outcome.folder)
-        found = self._read[outcome.folder].get(part)
-        return found.at_boundaries() if found is not None and figure.startswith(f"{BAND}/") else found
+    def changed(self, group: Group, score: str, most: int | None = None) -> tuple[Changed[Outcome], ...]:
+        """The images that differ most from the baseline come first: `Pairs.changed`."""
+        pairs = self.pairs(group)
+        return () if pairs is None else pairs.changed(score, most)
 
     @cached_property
-    def _read(self) -> dict[Path, dict[str, ImageConfusions]]:
-        """The files of images that were read so far."""
-        return {}
-
-
-def paired(base: Mapping[Any, Sequence[float]], own: Mapping[Any, Sequence[float]]) -> Spread | None:
-    """The differences of the scores that both have under a key, each side by its mean; None where they share none."""
-    differences = [mean(own[key]) - mean(base[key]) for key in own if key in base]
-    return Spread(tuple(differences)) if differences else None
+    def _read(self) -> Callable[[Path], Mapping[str, ImageConfusions]]:
+        """Reads the images of a run once: a baseline has many comparisons."""
+        return cache(read_image_confusion)
 
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
@@ -309,9 +210,10 @@ def main_score_of(groups: Sequence[Group]) -> str | None:
 
 
 def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGED) -> list[Path]:
-    """A picture of each of the `most` images in which a group differs most from its baseline, by their first pair.
+    """A picture of each of the `most` images in which a group differs most from its baseline, by their most usual pair.
 
-    Written to `out` as `<group>_<rank>.png`, with `changed.json`: the images' names and how much their mIoU changed.
+    Written to `out` as `<group>_<rank>.png`, with `changed.json`: the images' names, how much their mIoU changed as a
+    mean, and the two runs that are shown.
     Raises UserError where no two runs are a pair whose images were kept, and for an `out` that exists.
     """
     folder = Path(out)
@@ -319,22 +221,18 @@ def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGE
         raise UserError(f"--pictures {folder}: exists already; name a new folder")
     told: dict[str, list[dict[str, Any]]] = {}
     drawn: list[Path] = []
-    from ssl_seg import evaluate, images  # torch and the networks, which no table needs
+    from ssl_seg import images  # and with it OpenCV, which no table needs
 
     for number, group in enumerate(comparison.groups, start=1):
         score = main_score_of([group])
-        changed = () if score is None else comparison.changed(group, score)[:most]
-        if not changed:
-            continue
-        kept = [pair for pair in comparison.pairs(group) if all(_has_images(outcome) for outcome in pair)]
-        part = score.partition("/")[0]
-        runs = [RunFolder.open(outcome.folder) for outcome in kept[0]]
-        found = evaluate.changed_pictures(*runs, part, [image.name for image in changed])
-        for rank, (image, picture) in enumerate(zip(changed, found, strict=True), start=1):
+        changed = () if score is None else comparison.changed(group, score, most)
+        pictures = pictures_of(changed, score.partition("/")[0]) if changed else []
+        for rank, (image, picture) in enumerate(zip(changed, pictures, strict=True), start=1):
             path = folder / f"group{number}_{rank}.png"
             images.write_image(path, picture)
             drawn.append(path)
             entry = {"picture": path.name, "image": image.name, "difference": image.difference}
+            entry["runs"] = [outcome.name for outcome in image.pair]
             told.setdefault(group.label, []).append(entry)
     if not drawn:
         raise UserError("--pictures: no run has a baseline with the same seeds whose images were kept; name both")
@@ -429,31 +327,12 @@ def _having(groups: Iterable[Group], word: str) -> str:
     return ", ".join(f"{group.label} ({count} of {len(group.outcomes)} runs)" for group, count in counts if count)
 
 
-def _has_images(outcome: Outcome) -> bool:
-    return outcome.folder is not None and (outcome.folder / IMAGES_FILE).is_file()
-
-
-def _by_draws(group: Group, score: str) -> dict[tuple[Any, ...], list[Outcome]]:
-    """The runs of a group that have the score, by their choice of seeds."""
+def _by_draws(group: Group) -> dict[tuple[Any, ...], list[Outcome]]:
+    """The runs of a group by their choice of seeds."""
     found: dict[tuple[Any, ...], list[Outcome]] = {}
     for outcome in group.outcomes:
-        if score in outcome.scores:
-            found.setdefault(outcome.draws, []).append(outcome)
+        found.setdefault(outcome.draws, []).append(outcome)
     return found
-
-
-def _kept(side: Images) -> list[ImageConfusions]:
-    return [images for images in side if images is not None]
-
-
-def _of_names(side: Images, names: Sequence[str]) -> Images:
-    return [images if images is not None and images.names == names else None for images in side]
-
-
-def _weighted(side: Sequence[Images]) -> tuple[list[ImageConfusions], list[float]]:
-    """All runs of one side of a comparison, and weights by which each choice of seeds counts once."""
-    runs = [images for of_draws in side for images in _kept(of_draws)]
-    return runs, [1 / len(of_draws) for of_draws in side for _ in of_draws]
 
 
 def _differing_passports(table: Sequence[Group], group: Group) -> list[str]:

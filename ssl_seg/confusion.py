@@ -174,14 +174,6 @@ class ImageConfusions:
         return summed.astype(np.int64).reshape(len(self), num_classes)
 
 
-def mean_changes(pairs: Sequence[tuple[ImageConfusions, ImageConfusions]]) -> np.ndarray:
-    """`(N,)` float64: how much higher an image's mIoU is in the second of two runs, as a mean over pairs of runs.
-
-    nan for an image without a counted pixel. All have the same images.
-    """
-    return np.mean([other.per_image_miou() - one.per_image_miou() for one, other in pairs], axis=0)
-
-
 def named_scores(scores: SegmentationScores, class_names: Sequence[str]) -> dict[str, float | None]:
     """`miou`, over how many classes it averages, `accuracy` and `iou/<class>`.
 

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssl_seg import files
-from ssl_seg.compare import MAIN_SCORES, Spread
+from ssl_seg.compare import MAIN_SCORES, TIMM
 from ssl_seg.config import UserError
-from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, mean_changes, read_image_confusion
-from ssl_seg.evidence import Interval, block_bootstrap, bootstrap_t_interval, holm, sign_flip_p, t_interval
+from ssl_seg.confusion import ImageConfusions, read_image_confusion
+from ssl_seg.evidence import Interval, bootstrap_t_interval, holm, sign_flip_p, t_interval
+from ssl_seg.pairs import Changed, Pairs, Spread, independent, of_starts, over_starts
 from ssl_seg.passport import Passports, differing, passports_in
 from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of
 
 STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
 CELLS_FILE, GAINS_FILE = "cells.csv", "gains.csv"
-
-MIN_STARTS = 3  # pretrainings, from which on an interval over them says something
 
 Condition = tuple[tuple[str, str], ...]  # dotted keys of the grid with their values as text
 
@@ -51,6 +48,10 @@ class CellFound:
     passports: Passports  # what they mean, by part
     labelled: str  # digest of the labelled images that it used
 
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -61,14 +62,15 @@ class Gain:
     score: str
     baseline: Spread  # of the paired cells
     own: Spread
-    gains: Spread  # own minus baseline, in the order of `seeds`
+    gains: Spread  # own minus baseline, in the order of `seeds`; `Shared` where pairs share pretrainings
     seeds: tuple[int, ...]
-    num_starts: int  # different weights among the arm's cells; what differs between pretrainings needs several
+    starts: tuple[str, ...]  # what each pair starts from, on either side; one of its own where all is from scratch
+    num_starts: int  # different weights that the arm's cells start from; 0 from scratch
     interval: Interval | None  # of the mean gain over seeds, by Student
     bootstrap: Interval | None  # the same without normal differences
     images: Interval | None  # over images, the runs as they are
     over_starts: Interval | None  # by Student over pretrainings, where 3 or more serve several pairs each
-    p: float | None  # exact, by sign flips; None below 8 pairs
+    p: float | None  # exact, by sign flips of what counts as independent; None below 8 of them
     p_holm: float | None = None  # adjusted for all comparisons of the study
 
 
@@ -131,34 +133,51 @@ class Findings:
         name = score or self.main_score
         if arm == self.baseline:
             return None
-        base, own = self.of(self.baseline, condition), self.of(arm, condition)
-        both = [seed for seed in own if seed in base and _may_be_ranked(base[seed], own[seed])]
-        seeds = [seed for seed in both if name in own[seed].scores and name in base[seed].scores]
-        if not seeds:
+        pairs = self.pairs(arm, condition)
+        cells = {seed: (lower, upper) for seed, ((lower,), (upper,)) in pairs.sides(name).items()}
+        if not cells:
             return None
-        lower = [base[seed].scores[name] for seed in seeds]
-        upper = [own[seed].scores[name] for seed in seeds]
-        differences = [above - below for below, above in zip(lower, upper, strict=True)]
+        lower, upper = (tuple(pair[side].scores[name] for pair in cells.values()) for side in (0, 1))
+        starts = tuple(self._start(arm, *pair) for pair in cells.values())
+        gains = of_starts(pairs.gain(name).values, starts)
+        means = over_starts(gains)
         level = self.record["level"]
-        starts: dict[str, list[float]] = {}
-        for seed, difference in zip(seeds, differences, strict=True):
-            starts.setdefault(own[seed].start or str(own[seed].run.config.get("init")), []).append(difference)
-        shared = MIN_STARTS <= len(starts) < len(seeds)
         return Gain(
             arm=arm,
             condition=condition,
             score=name,
-            baseline=Spread(tuple(lower)),
-            own=Spread(tuple(upper)),
-            gains=Spread(tuple(differences)),
-            seeds=tuple(seeds),
-            num_starts=len(starts),
-            interval=t_interval(differences, level),
-            bootstrap=bootstrap_t_interval(differences, level),
-            images=self._over_images([(base[seed], own[seed]) for seed in seeds], level) if images else None,
-            over_starts=t_interval([mean(values) for values in starts.values()], level) if shared else None,
-            p=sign_flip_p(differences),
+            baseline=Spread(lower),
+            own=Spread(upper),
+            gains=gains,
+            seeds=tuple(cells),
+            starts=starts,
+            num_starts=len({_weights_of(own) for _, own in cells.values()} - {None}),
+            interval=t_interval(gains.values, level),
+            bootstrap=bootstrap_t_interval(gains.values, level),
+            images=pairs.over_images(name, level) if images else None,
+            over_starts=None if means is None else t_interval(means, level),
+            p=sign_flip_p(independent(gains)),
         )
+
+    def pairs(self, arm: str, condition: Condition) -> Pairs[CellFound]:
+        """The finished cells of an arm and of the baseline by their seed, but for those that are no pair (`apart`)."""
+        base, own = self.of(self.baseline, condition), self.of(arm, condition)
+        seeds = [seed for seed in own if seed in base and _may_be_ranked(base[seed], own[seed])]
+        return Pairs(*({seed: [cells[seed]] for seed in seeds} for cells in (base, own)), self._read)
+
+    def is_pretrained(self, arm: str) -> bool:
+        """Whether an arm starts from weights; by what it changes alone where the study does not say."""
+        own = next(own for own in self.record["arms"] if own["name"] == arm)
+        if isinstance(own.get("from_scratch"), bool):
+            return not own["from_scratch"]
+        return own["changes"].get("init") is not None or bool(own["changes"].get(TIMM))
+
+    def _start(self, arm: str, base: CellFound, own: CellFound) -> str:
+        """The pretrainings behind a pair, of either side; one of its own where both are from scratch."""
+        sides = {self.baseline: base, arm: own}
+        # Weights that no pretraining of the study made are the same for all seeds.
+        starts = [cell.start or "" for name, cell in sides.items() if self.is_pretrained(name)]
+        return " ".join(starts) if starts else str(own.seed)
 
     @cached_property
     def gains(self) -> tuple[Gain, ...]:
@@ -189,27 +208,14 @@ class Findings:
                 lines.append(f"{cell.id}: no pair with {base.id}: {_what_differs(base, cell)}")
         return tuple(lines)
 
-    def changed(self, arm: str, condition: Condition, most: int) -> list[tuple[str, float]]:
-        """The images whose own mIoU differs most from the baseline's, as a mean over pairs: name and difference."""
-        base, own = self.of(self.baseline, condition), self.of(arm, condition)
-        seeds = [seed for seed in own if seed in base and _may_be_ranked(base[seed], own[seed])]
-        pairs = [(self._confusions(base[seed]), self._confusions(own[seed])) for seed in seeds]
-        kept = [(one, other) for one, other in pairs if one is not None and other is not None]
-        if not kept:
-            return []
-        changes = mean_changes(kept)
-        order = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
-        return [(kept[0][0].names[index], float(changes[index])) for index in order if abs(changes[index]) > 0]
+    def changed(self, arm: str, condition: Condition, most: int) -> tuple[Changed[CellFound], ...]:
+        """The images whose own mIoU differs most from the baseline's, as a mean over pairs."""
+        return self.pairs(arm, condition).changed(self.main_score, most)
 
-    def _over_images(self, pairs: Sequence[tuple[CellFound, CellFound]], level: float) -> Interval | None:
-        sides = [[self._confusions(cell) for cell in side] for side in zip(*pairs, strict=True)]
-        if any(own is None for side in sides for own in side):
-            return None
-        return block_bootstrap(*sides, level=level)
-
-    def _confusions(self, cell: CellFound) -> ImageConfusions | None:
-        path = cell.run.folder / IMAGES_FILE
-        return read_image_confusion(cell.run.folder).get(self.part) if path.is_file() else None
+    @cached_property
+    def _read(self) -> Callable[[Path], Mapping[str, ImageConfusions]]:
+        """Reads the images of a cell once: the baseline's have many comparisons."""
+        return cache(read_image_confusion)
 
 
 def read(folder: str | Path) -> Findings:
@@ -307,6 +313,11 @@ def _found(folder: Path, own: Mapping[str, Any]) -> CellFound:
         passports=passports_in(run.result or {}) if done else {},
         labelled=labelled_digest(run.read("split.json")) if done else "",
     )
+
+
+def _weights_of(cell: CellFound) -> str | None:
+    """What a cell starts from: a pretraining of the study, or weights that its config names."""
+    return cell.start or cell.run.config.get("init")
 
 
 def _may_be_ranked(one: CellFound, other: CellFound) -> bool:

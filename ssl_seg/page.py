@@ -21,7 +21,8 @@ from markupsafe import Markup
 
 from ssl_seg import images, leaks, plots
 from ssl_seg.answers import RULES, Answer, count_of, state
-from ssl_seg.compare import Comparison, Group, Spread
+from ssl_seg.compare import Comparison, Group
+from ssl_seg.pairs import Spread
 from ssl_seg.plots import Style
 from ssl_seg.runs import RunFolder
 

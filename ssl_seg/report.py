@@ -32,7 +32,7 @@ from ssl_seg.answers import (
     state,
     unit_of,
 )
-from ssl_seg.compare import Comparison, Spread
+from ssl_seg.compare import Comparison
 from ssl_seg.config import UserError, flatten
 from ssl_seg.evidence import t_interval
 from ssl_seg.page import (
@@ -63,6 +63,7 @@ from ssl_seg.page import (
     shot,
     which,
 )
+from ssl_seg.pairs import Spread
 from ssl_seg.plots import with_minus
 from ssl_seg.runs import RunFolder, as_text, find_runs
 

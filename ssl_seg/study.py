@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import torch
 
-from ssl_seg import evaluate, files, findings, images, leaks, store, study_report
+from ssl_seg import files, findings, images, leaks, store, study_report
 from ssl_seg.config import Interrupted, UserError
 from ssl_seg.findings import STUDY_FILE, Findings
 from ssl_seg.finetune import candidates
+from ssl_seg.pairs import pictures_of
 from ssl_seg.plan import Cell, Plan, check_images_of, choose, make_plan, slug
 from ssl_seg.questions import StudyConfig
 from ssl_seg.runs import RunFolder, is_held
@@ -364,20 +365,13 @@ class _Ledger:
 
 
 def draw_changed(found: Findings) -> None:
-    """Pictures of the images that changed most under the last condition, for each arm, by its first pair of models."""
+    """Pictures of the images that changed most under the last condition, for each arm, by their most usual pair."""
     folder = found.folder / study_report.CHANGED
     shutil.rmtree(folder, ignore_errors=True)
     condition = found.conditions[-1]
-    base = found.of(found.baseline, condition)
     for number, arm in enumerate(found.arms[1:], start=1):
-        own = found.of(arm, condition)
         changed = found.changed(arm, condition, NUM_CHANGED)
-        first = next((seed for seed in own if seed in base), None)
-        if first is None or not changed:
-            continue
-        names = [name for name, _ in changed]
-        drawn = evaluate.changed_pictures(base[first].run, own[first].run, found.part, names)
-        for rank, picture in enumerate(drawn, start=1):
+        for rank, picture in enumerate(pictures_of(changed, found.part), start=1):
             images.write_image(folder / f"{number}_{slug(arm)}_{rank}.png", picture)
 
 

@@ -15,18 +15,16 @@ from ssl_seg.answers import (
     MIN_PAIRS,
     TOLD,
     Answer,
-    Shared,
     count_of,
     measured_on,
     of_many,
-    of_starts,
     percent,
     sentence,
     stand,
     verdict,
 )
-from ssl_seg.compare import TIMM, Spread
-from ssl_seg.findings import CellFound, Condition, Findings, Gain
+from ssl_seg.findings import CellFound, Findings
+from ssl_seg.pairs import Shared, Spread, of_starts
 
 OF_CONDITIONS = (
     "Of a study with several conditions the first sentence tells the mean gain over all of them, seed by seed: one "
@@ -73,22 +71,8 @@ def over_conditions(found: Findings, arm: str) -> tuple[Spread, int] | None:
     if not common:
         return None
     values = [mean(own[seed] for own in by_seed) for seed in common]
-    starts = zip(*(_starts(found, arm, gain.condition, common) for gain in gains), strict=True)
-    return of_starts(values, [" ".join(own) for own in starts]), len(gains)
-
-
-def paired(found: Findings, gain: Gain) -> Spread:
-    """An arm's gains under one condition, with what they share."""
-    return of_starts(gain.gains.values, _starts(found, gain.arm, gain.condition, gain.seeds))
-
-
-def _starts(found: Findings, arm: str, condition: Condition, seeds: Sequence[int]) -> list[str]:
-    """By seed the pretrainings behind a pair, of either side; one of its own where both are from scratch."""
-    sides = [found.of(name, condition) for name in (found.baseline, arm) if is_pretrained(found, name)]
-    if not sides:
-        return [str(seed) for seed in seeds]
-    # Weights that no pretraining of the study made are the same for all seeds.
-    return [" ".join(side[seed].start or "" for side in sides) for seed in seeds]
+    starts = [dict(zip(gain.seeds, gain.starts, strict=True)) for gain in gains]
+    return of_starts(values, [" ".join(own[seed] for own in starts) for seed in common]), len(gains)
 
 
 def _averaged(found: Findings, number: int | None) -> str:
@@ -106,7 +90,7 @@ def _in_each(found: Findings, arm: str, number: int) -> str:
     averaged = _averaged(found, number)
     if not averaged:
         return ""
-    counts = Counter(verdict(paired(found, gain)) for gain in found.gains if gain.arm == arm)
+    counts = Counter(verdict(gain.gains) for gain in found.gains if gain.arm == arm)
     words = ", ".join(f"{word} {counts[kind]}" for kind, word in VERDICTS.items() if counts[kind])
     return f",{averaged}: {words}"
 
@@ -142,7 +126,7 @@ def _below(found: Findings) -> tuple[str, ...]:
 
 def _corrected(found: Findings) -> list[str]:
     """What of all single comparisons stands, where the conditions make more of them than there are arms."""
-    gains = [paired(found, gain) for gain in found.gains]
+    gains = [gain.gains for gain in found.gains]
     compared = sum(gain.n >= MIN_PAIRS for gain in gains)
     told = sum(verdict(gain) in TOLD for gain in gains)
     if len(found.conditions) == 1 or not told or compared < 2:
@@ -158,7 +142,7 @@ def of_shared_starts(found: Findings) -> list[str]:
     """The word on arms whose pairs share pretrainings, a sentence for each number of these."""
     fewest: dict[str, int] = {}
     for gain in found.gains:
-        own = paired(found, gain)
+        own = gain.gains
         if isinstance(own, Shared):
             fewest[gain.arm] = min(own.num_starts, fewest.get(gain.arm, own.num_starts))
     arms: dict[int, list[str]] = {}
@@ -177,8 +161,8 @@ def _of_starts(number: int, arms: str) -> str:
     if number < MIN_PAIRS:
         return f"{shared}intervals and p are about these pretrainings only."
     return (
-        f"{shared}a gain or a loss is told by the interval over the means of each pretraining; the other intervals and "
-        "p are about these pretrainings only."
+        f"{shared}a gain or a loss is told by the interval over the means of each pretraining, and p is made of these "
+        "means; the other intervals are about these pretrainings only."
     )
 
 
@@ -203,14 +187,6 @@ def _of_passports(done: Sequence[CellFound]) -> list[str]:
     return [f"CAUTION: the scores of these cells do not mean the same ({'; '.join(told)}); make the study anew."]
 
 
-def is_pretrained(found: Findings, arm: str) -> bool:
-    """Whether an arm starts from weights; by what it changes alone where the study does not say."""
-    own = next(own for own in found.record["arms"] if own["name"] == arm)
-    if isinstance(own.get("from_scratch"), bool):
-        return not own["from_scratch"]
-    return own["changes"].get("init") is not None or bool(own["changes"].get(TIMM))
-
-
 def _shows_pretraining(found: Findings, arm: str) -> bool:
     """Whether its gain is one of pretraining; over a baseline that is pretrained too it is one of something else."""
-    return is_pretrained(found, arm) and not is_pretrained(found, found.baseline)
+    return found.is_pretrained(arm) and not found.is_pretrained(found.baseline)

@@ -21,8 +21,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from ssl_seg import evidence, files, findings, plots
-from ssl_seg.answers import MIN_PAIRS, NOTHING, RULES, Answer, count_of, percent, points, tested
-from ssl_seg.compare import Spread
+from ssl_seg.answers import MIN_PAIRS, NOTHING, RULES, Answer, count_of, percent, points
 from ssl_seg.config import UserError, flatten
 from ssl_seg.evidence import Interval, t_interval
 from ssl_seg.findings import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Condition, Findings, Gain
@@ -43,15 +42,14 @@ from ssl_seg.page import (
     render,
     shot,
 )
+from ssl_seg.pairs import Spread, independent
 from ssl_seg.plots import Style
 from ssl_seg.report import Cost, Report, cost_of, duration
 from ssl_seg.runs import RunFolder, as_text, is_held
 from ssl_seg.study_answers import (
     OF_CONDITIONS,
     answer,
-    is_pretrained,
     of_shared_starts,
-    paired,
     state_of,
     states,
 )
@@ -116,7 +114,7 @@ class StudyPage:
 
     def gain(self, side: Side, condition: Condition) -> Spread | None:
         found = (own for own in self.found.gains if (own.arm, own.condition) == (side.label, condition))
-        return next((paired(self.found, own) for own in found), None)
+        return next((own.gains for own in found), None)
 
 
 def is_study(folder: str | Path) -> bool:
@@ -150,7 +148,7 @@ def write(found: Findings, out: str | Path | None = None) -> Report:
 def make_page(found: Findings, place: Path) -> StudyPage:
     looks = plots.styles([arm == found.baseline for arm in found.arms])
     sides = (
-        Side(arm, style, Markup(plots.swatch(style)), is_pretrained(found, arm))
+        Side(arm, style, Markup(plots.swatch(style)), found.is_pretrained(arm))
         for arm, style in zip(found.arms, looks, strict=True)
     )
     return StudyPage(found, tuple(sides), place)
@@ -310,9 +308,9 @@ def _learning_panels(
 
 def _band(page: StudyPage, side: Side, at: Sequence[tuple[float, Spread | None]]) -> plots.Band:
     values = [() if spread is None else _hundredths(spread) for _, spread in at]
-    independent = [() if spread is None else _hundredths(Spread(tested(spread))) for _, spread in at]
+    tested = [() if spread is None else _hundredths(Spread(independent(spread))) for _, spread in at]
     # Of two values it would reach so far that nothing else could be seen.
-    intervals = [t_interval(own, page.found.record["level"]) if len(own) >= MIN_PAIRS else None for own in independent]
+    intervals = [t_interval(own, page.found.record["level"]) if len(own) >= MIN_PAIRS else None for own in tested]
     return plots.Band(
         tuple(place for place, _ in at),
         tuple(values),

@@ -7,18 +7,16 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import stdev
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from ssl_seg import cli, compare, report, runs
-from ssl_seg.compare import Group, Outcome, Spread, group
+from ssl_seg.compare import Group, Outcome, group
 from ssl_seg.confusion import IMAGES_FILE
 from ssl_seg.data import hold_out
 from ssl_seg.evaluate import changed_pictures, examples_of, image_confusions
@@ -73,20 +71,6 @@ def written(folder: Path, config: dict[str, Any], result: dict[str, Any] | None,
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     return folder
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
-def test_spread_is_that_of_the_standard_library(values: list[float]) -> None:
-    spread = Spread(tuple(values))
-    assert spread.mean == mean(values)
-    assert spread.n == len(values)
-    assert spread.sd == (stdev(values) if len(values) > 1 else None)
-
-
-def test_spread_in_words() -> None:
-    assert Spread((0.25,)).text() == "0.2500"
-    assert Spread((0.2, 0.4)).text(2) == "0.30 ± 0.14"
-    assert Spread((0.2, 0.4)).text(1, "+") == "+0.3 ± 0.1"
 
 
 def test_runs_that_differ_in_seeds_alone_are_one_group() -> None:
@@ -326,7 +310,7 @@ def test_other_labelled_images_are_no_pair(split: dict[str, Any], tmp_path: Path
     found = compare.compare([tmp_path])
     assert found.baseline(found.groups[1]) is found.groups[0]
     assert found.gain(found.groups[1], "val/miou") is None
-    assert found.pairs(found.groups[1]) == []
+    assert found.pairs(found.groups[1]).sides("val/miou") == {}
 
 
 def test_differences_over_images_are_the_block_bootstrap_s(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from ssl_seg.confusion import (
     Row,
     SegmentationScores,
     image_confusion_bytes,
-    mean_changes,
     read_image_confusion,
     split_digest,
 )
@@ -122,15 +121,6 @@ def test_other_images_labels_names_or_another_order_have_another_digest() -> Non
     assert len(digests) == 5
     counted = [rows[0]._replace(count=rows[0].count + 1), *rows[1:]]
     assert split_digest(counted) == split_digest(rows), "what a model answers is no part of it"
-
-
-def test_changes_are_means_over_pairs() -> None:
-    found = [of_matrices(drawn(4, seed)) for seed in range(4)]
-    changes = mean_changes([(found[0], found[1]), (found[2], found[3])])
-    first = found[1].per_image_miou() - found[0].per_image_miou()
-    second = found[3].per_image_miou() - found[2].per_image_miou()
-    np.testing.assert_allclose(changes, (first + second) / 2)
-    assert np.isnan(changes[2])
 
 
 def test_an_image_s_score_is_scikit_learn_s() -> None:

@@ -44,7 +44,7 @@ def write_study(folder: Path, num_starts: int = 2, **changes: Any) -> Path:
                 cells.append({"message": "", "seconds": 60.0, **own, **status, "start": start})
                 if not failed:
                     write_run(folder / "cells" / own["id"], seed, arm, shift)
-    arms = [{"name": name, "changes": {}, "pretraining": None} for name in ("good", "scratch", "same")]
+    arms = [{"name": name, "changes": {}, "from_scratch": name == "scratch"} for name in ("good", "scratch", "same")]
     record = {"arms": arms, "baseline": "scratch", "axes": {"labels.count": COUNTS}, "seeds": SEEDS, "level": 0.95}
     (folder / "study.json").write_text(json.dumps({**record, "cells": cells, **changes}))
     return folder

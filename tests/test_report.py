@@ -24,8 +24,9 @@ import scipy.stats
 
 from ssl_seg import cli, images, report
 from ssl_seg.answers import NOTHING, RULES, Answer, answer, p_in_words, percent, points, sentence, verdict
-from ssl_seg.compare import Spread, compare
+from ssl_seg.compare import compare
 from ssl_seg.config import UserError
+from ssl_seg.pairs import Spread
 from ssl_seg.runs import RunFolder, find_runs
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

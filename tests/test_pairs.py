@@ -1,0 +1,102 @@
+"""Pairs of runs, against figures made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssl_seg.confusion import ImageConfusions, image_confusion_bytes
+from ssl_seg.evidence import block_bootstrap
+from ssl_seg.pairs import IMAGES_FILE, Pairs, Shared, Spread, independent, of_starts, over_starts, paired
+from tests.test_confusion import drawn, of_matrices
+
+MIOU = "val/miou"
+
+
+@dataclass(frozen=True)
+class Run:
+    scores: Mapping[str, float]
+    folder: Path | None = None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_spread_is_that_of_the_standard_library(values: list[float]) -> None:
+    spread = Spread(tuple(values))
+    assert spread.mean == mean(values)
+    assert spread.n == len(values)
+    assert spread.sd == (stdev(values) if len(values) > 1 else None)
+
+
+def test_spread_in_words() -> None:
+    assert Spread((0.25,)).text() == "0.2500"
+    assert Spread((0.2, 0.4)).text(2) == "0.30 ± 0.14"
+    assert Spread((0.2, 0.4)).text(1, "+") == "+0.3 ± 0.1"
+
+
+def test_pairs_with_a_pretraining_each_are_independent() -> None:
+    gain = of_starts([0.1, 0.2, 0.4], ["a", "b", "c"])
+    assert not isinstance(gain, Shared)
+    assert over_starts(gain) is None
+    assert independent(gain) == (0.1, 0.2, 0.4)
+
+
+def test_of_shared_pretrainings_the_means_are_independent() -> None:
+    gain = of_starts([1.0, 2.0, 4.0, 5.0, 7.0, 9.0], ["a", "b", "c", "a", "b", "c"])
+    assert independent(gain) == over_starts(gain) == (3.0, 4.5, 6.5)
+    of_two = of_starts([1.0, 2.0, 4.0], ["a", "b", "a"])
+    assert over_starts(of_two) is None, "two means say nothing"
+    assert independent(of_two) == (1.0, 2.0, 4.0)
+
+
+def test_several_runs_of_a_key_count_by_their_mean() -> None:
+    assert paired({0: [1.0], 1: [2.0]}, {0: [2.0, 4.0], 2: [9.0]}).values == (2.0,)
+    assert paired({0: [1.0]}, {1: [2.0]}) is None
+    base = {0: [Run({MIOU: 0.2})], 1: [Run({MIOU: 0.3})]}
+    own = {0: [Run({MIOU: 0.4}), Run({MIOU: 0.6}), Run({})], 1: [Run({"val/accuracy": 1.0})]}
+    assert Pairs(base, own).gain(MIOU).values == pytest.approx((0.3,))
+    assert Pairs(base, {}).gain(MIOU) is None
+    assert Pairs(base, own).over_images(MIOU) is None, "known from a server alone, without a folder"
+    assert Pairs(base, own).changed(MIOU) == ()
+
+
+def stored(folder: Path, seed: int, count: int = 60) -> tuple[Run, ImageConfusions]:
+    images = of_matrices(drawn(count, seed))
+    folder.mkdir()
+    (folder / IMAGES_FILE).write_bytes(image_confusion_bytes({"val": images}))
+    return Run({MIOU: images.scores().miou}, folder), images
+
+
+def test_images_are_those_of_the_runs_of_the_gain(tmp_path: Path) -> None:
+    runs, images = zip(*(stored(tmp_path / str(seed), seed) for seed in range(5)), strict=True)
+    pairs = Pairs({0: [runs[0]], 1: [runs[1]]}, {0: runs[2:4], 1: [runs[4]]})
+    weights = ([1, 1], [0.5, 0.5, 1])
+    expected = block_bootstrap(images[:2], images[2:], resamples=500, level=0.9, weights=weights)
+    assert pairs.over_images(MIOU, 0.9, 500) == expected
+    one, two, *others = (own.per_image_miou() for own in images)
+    differences = np.stack([others[0] - one, others[1] - one, others[2] - two])
+    wanted = np.average(differences, axis=0, weights=(1, 1, 2))
+    changed = pairs.changed(MIOU)
+    assert [own.difference for own in changed] == pytest.approx([wanted[own.index] for own in changed])
+    assert [abs(own.difference) for own in changed] == sorted((abs(own.difference) for own in changed), reverse=True)
+    assert pairs.changed(MIOU, most=3) == changed[:3]
+    # The pair to look at is the most usual one.
+    possible = [(runs[0], runs[2]), (runs[0], runs[3]), (runs[1], runs[4])]
+    for own in changed:
+        away = np.abs(differences[:, own.index] - own.difference)
+        assert own.pair == possible[int(np.argmin(away))]
+
+
+def test_runs_of_other_images_are_left_out(tmp_path: Path) -> None:
+    base, _ = stored(tmp_path / "base", 0)
+    own, _ = stored(tmp_path / "own", 1, count=61)
+    pairs = Pairs({0: [base]}, {0: [own]})
+    assert pairs.gain(MIOU).n == 1
+    assert pairs.over_images(MIOU) is None
+    assert pairs.changed(MIOU) == ()
