@@ -17,9 +17,9 @@ from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval
-from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Spread, pictures_of
+from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Spread, pictures_of, software_in_words
 from ssl_seg.passport import Passports, definition_of, differing, passports_in
-from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of
+from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of, software_of
 from ssl_seg.tracking import prepare
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
@@ -57,6 +57,7 @@ class Outcome:
     folder: Path | None = None  # None for a run that is known from MLflow alone
     leaks: str = "none"  # `runs.leak_word`
     held_out: str = ""  # digest of the names of a pretraining's held-out images; '' where it is not known
+    software: Mapping[str, str] = field(default_factory=dict)  # what it was made with; empty where it is not known
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -154,6 +155,12 @@ class Comparison:
             lines.append(
                 f"scored on different held-out images (data.val), so not to be ranked: {_labels_of(pretrained)}"
             )
+        of_groups = ((group, self.pairs(group), main_score_of([group])) for group in self.groups)
+        software = {own.label: pairs.other_software(score) for own, pairs, score in of_groups if pairs and score}
+        told = software_in_words(software.values())
+        if told:
+            names = ", ".join(label for label, other in software.items() if other)
+            lines.append(f"not made with the same as what is from scratch ({told}): {names}")
         return (*self.apart, *lines)
 
     def baseline(self, group: Group) -> Group | None:
@@ -280,11 +287,12 @@ def _outcome(run: RunFolder) -> Outcome:
         run.stage,
         description_of(run.record),
         scores_of(result),
-        passports_in(result),
-        labelled_digest(run.read("split.json")),
-        run.folder,
-        leak_word(run.read("leaks.json")),
-        held_out,
+        passports=passports_in(result),
+        labelled=labelled_digest(run.read("split.json")),
+        folder=run.folder,
+        leaks=leak_word(run.read("leaks.json")),
+        held_out=held_out,
+        software=software_of(run.record),
     )
 
 
@@ -298,15 +306,26 @@ def outcome(
     folder: Path | None = None,
     leaks: str = "none",
     held_out: str = "",
+    software: Mapping[str, str] | None = None,
 ) -> Outcome:
     """A run from what `runs.description_of` says of it."""
     seeds = {key: description[key] for key in SEEDS if key in description}
     settings = {key: value for key, value in description.items() if _tells_apart(key, description)}
     init = Path(description.get("init", "null"))
     start = init.resolve().parent.name if init.name == "encoder" else init.name
-    named = None if start == "null" else start
     return Outcome(
-        name, stage, settings, seeds, named, dict(scores), passports or {}, labelled, folder, leaks, held_out
+        name=name,
+        stage=stage,
+        settings=settings,
+        seeds=seeds,
+        start=None if start == "null" else start,
+        scores=dict(scores),
+        passports=passports or {},
+        labelled=labelled,
+        folder=folder,
+        leaks=leaks,
+        held_out=held_out,
+        software=software or {},
     )
 
 

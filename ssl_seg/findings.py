@@ -23,7 +23,7 @@ from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval, bootstrap_t_interval, holm, sign_flip_p, t_interval
 from ssl_seg.pairs import Changed, Pairs, Spread, independent, of_starts, over_starts
 from ssl_seg.passport import Passports, differing, passports_in
-from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of
+from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of, software_of
 
 STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
@@ -51,6 +51,10 @@ class CellFound:
     @property
     def folder(self) -> Path:
         return self.run.folder
+
+    @property
+    def software(self) -> dict[str, str]:
+        return software_of(self.run.record)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class Scored(Protocol):
     def scores(self) -> Mapping[str, float]: ...  # `val/miou`, `test/iou/road`
     @property
     def folder(self) -> Path | None: ...  # None for a run that is known from MLflow alone
+    @property
+    def software(self) -> Mapping[str, str]: ...  # `runs.software_of`; empty where it is not known
 
 
 R = TypeVar("R", bound=Scored)
@@ -179,6 +181,20 @@ class Pairs(Generic[R]):
         found = (Changed(index, names[index], float(changes[index]), pairs[nearest[index]]) for index in order)
         return tuple(one for one in found if abs(one.difference) > 0)
 
+    def other_software(self, score: str) -> dict[str, tuple[str, ...]]:
+        """What the two sides of a pair were made with that is not the same: `torch`, `device`, with all that was used.
+
+        A difference between arms may come from it as well.
+        """
+        found: dict[str, dict[str, None]] = {}
+        for base, own in self.sides(score).values():
+            for lower, upper in product(base, own):
+                both = [name for name in lower.software if name in upper.software]
+                for name in both:
+                    if lower.software[name] != upper.software[name]:
+                        found.setdefault(name, {}).update(dict.fromkeys((lower.software[name], upper.software[name])))
+        return {name: tuple(values) for name, values in found.items()}
+
     def _images(self, score: str) -> list[tuple[Images, Images]]:
         """For each key that `sides` has, the images of the baseline's runs and of the others."""
         sides = self.sides(score).values()
@@ -193,6 +209,15 @@ class Pairs(Generic[R]):
             return None
         found = self.read(run.folder).get(part)
         return found.at_boundaries() if found is not None and figure.startswith(f"{BAND}/") else found
+
+
+def software_in_words(found: Iterable[Mapping[str, Sequence[str]]]) -> str:
+    """Of several comparisons, what `other_software` has found: `torch 2.14.0, 2.14.1; device 1 x cpu, 1 x cuda`."""
+    every: dict[str, dict[str, None]] = {}
+    for own in found:
+        for name, values in own.items():
+            every.setdefault(name, {}).update(dict.fromkeys(values))
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in every.items())
 
 
 def pictures_of(changed: Sequence[Changed], part: str) -> list[np.ndarray]:

@@ -352,6 +352,13 @@ def description_of(record: Mapping[str, Any]) -> dict[str, str]:
     return described({**start["config"], "data": data}, start.get("origin"))
 
 
+def software_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was made with: each package's version, and the device as `device`."""
+    versions = record.get("versions")
+    named = versions if isinstance(versions, Mapping) else {}
+    return {name: str(value) for name, value in {**named, "device": record.get("device")}.items() if value is not None}
+
+
 def as_text(value: Any) -> str:
     """A config value as tables and MLflow's parameters show it."""
     return value if isinstance(value, str) else json.dumps(value)

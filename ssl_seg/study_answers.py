@@ -24,7 +24,7 @@ from ssl_seg.answers import (
     verdict,
 )
 from ssl_seg.findings import CellFound, Findings
-from ssl_seg.pairs import Shared, Spread, of_starts
+from ssl_seg.pairs import Shared, Spread, of_starts, software_in_words
 
 OF_CONDITIONS = (
     "Of a study with several conditions the first sentence tells the mean gain over all of them, seed by seed: one "
@@ -121,6 +121,7 @@ def _below(found: Findings) -> tuple[str, ...]:
     told += of_shared_starts(found)
     told += _grown(found)
     told += _of_passports(done)
+    told += _of_software(found)
     return tuple(told)
 
 
@@ -185,6 +186,15 @@ def _of_passports(done: Sequence[CellFound]) -> list[str]:
     if not told:
         return []
     return [f"CAUTION: the scores of these cells do not mean the same ({'; '.join(told)}); make the study anew."]
+
+
+def _of_software(found: Findings) -> list[str]:
+    """A word where the two cells of a pair were not made with the same."""
+    pairs = [found.pairs(gain.arm, gain.condition).other_software(gain.score) for gain in found.gains]
+    told = software_in_words(pairs)
+    if not told:
+        return []
+    return [f"CAUTION: paired cells were not all made with the same ({told}); a gain may come from that."]
 
 
 def _shows_pretraining(found: Findings, arm: str) -> bool:

@@ -370,6 +370,15 @@ def test_the_images_that_changed_most_come_first(tmp_path: Path) -> None:
     assert found.changed(found.groups[0], "val/miou") == ()
 
 
+def test_runs_that_were_not_made_with_the_same_as_their_baseline_are_told(tmp_path: Path) -> None:
+    for name, init, device in (("scratch", None, "1 x cpu"), ("pre", "runs/pre", "1 x cuda")):
+        run = of_images(tmp_path / name, 0, init=init)
+        change(run / "run.json", lambda record, device=device: record.update(device=device))
+    assert compare.compare([tmp_path]).notes == (
+        "not made with the same as what is from scratch (device 1 x cpu, 1 x cuda): pre",
+    )
+
+
 def ssl_seg(*words: object) -> int:
     return cli.run(lambda: cli.app(args=[str(word) for word in words], standalone_mode=False))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from ssl_seg.confusion import ImageConfusions, image_confusion_bytes
 from ssl_seg.evidence import block_bootstrap
-from ssl_seg.pairs import IMAGES_FILE, Pairs, Shared, Spread, independent, of_starts, over_starts, paired
+from ssl_seg.pairs import (
+    IMAGES_FILE,
+    Pairs,
+    Shared,
+    Spread,
+    independent,
+    of_starts,
+    over_starts,
+    paired,
+    software_in_words,
+)
 from tests.test_confusion import drawn, of_matrices
 
 MIOU = "val/miou"
@@ -24,6 +34,7 @@ MIOU = "val/miou"
 class Run:
     scores: Mapping[str, float]
     folder: Path | None = None
+    software: Mapping[str, str] = field(default_factory=dict)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
@@ -100,3 +111,18 @@ def test_runs_of_other_images_are_left_out(tmp_path: Path) -> None:
     assert pairs.gain(MIOU).n == 1
     assert pairs.over_images(MIOU) is None
     assert pairs.changed(MIOU) == ()
+
+
+def test_other_software_of_a_pair_is_found_and_other_software_of_pairs_is_not() -> None:
+    def run(torch: str, device: str) -> Run:
+        return Run({MIOU: 0.5}, None, {"torch": torch, "device": device})
+
+    pairs = Pairs(
+        {0: [run("2.10", "cpu")], 1: [run("2.14", "cpu")], 2: [Run({MIOU: 0.5})]},
+        {0: [run("2.10", "cpu"), run("2.10", "cuda")], 1: [run("2.14", "cpu")], 2: [run("2.13", "cpu")]},
+    )
+    assert pairs.other_software(MIOU) == {"device": ("cpu", "cuda")}
+    assert software_in_words([pairs.other_software(MIOU), {"torch": ("2.13", "2.14")}]) == (
+        "device cpu, cuda; torch 2.13, 2.14"
+    )
+    assert software_in_words([{}, {}]) == ""

@@ -288,6 +288,19 @@ def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None
     assert "test: images" in told[0]
 
 
+def test_pairs_that_were_not_made_with_the_same_are_told(tmp_path: Path) -> None:
+    write_study(tmp_path, {"four": [GAIN]}, {})
+    for name, torch in (("scratch-0-0-0", "2.14.0"), ("four-0-0-0", "2.14.1")):
+        record = json.loads((tmp_path / "cells" / name / "run.json").read_text())
+        write_json(
+            tmp_path / "cells" / name / "run.json", {**record, "versions": {"torch": torch}, "device": "1 x cpu"}
+        )
+    told = [words for words in answer(findings.read(tmp_path)).below if words.startswith("CAUTION")]
+    assert told == [
+        "CAUTION: paired cells were not all made with the same (torch 2.14.0, 2.14.1); a gain may come from that."
+    ]
+
+
 # ---- what is on the page ----
 
 
