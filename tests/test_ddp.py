@@ -75,3 +75,15 @@ def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(
     assert len(said) == 1, done.stderr
     assert "letter.txt" in said[0]
     assert "ssl_seg/stage.py" not in done.stderr, "no traceback of ours; torchrun prints its own"
+
+
+def test_a_leak_that_only_the_first_process_looks_for_ends_all_and_is_told_once(tmp_path: Path) -> None:
+    same = ("data.pool.seed=5", "data.val.seed=5")  # the first images of one drawn world
+    done = torchrun("-m", "ssl_seg", "pretrain", "squares", *same, "--out", str(tmp_path / "run"))
+    assert "exitcode  : 3" in done.stderr, "the first to end says why; torchrun itself exits with 1"
+    said = [line for line in done.stderr.splitlines() if line.startswith("ssl-seg: ")]
+    assert len(said) == 1, done.stderr
+    assert "leaks.allow" in said[0]
+    assert "ssl_seg/leaks.py" not in done.stderr, "no traceback of ours; torchrun prints its own"
+    assert (tmp_path / "run" / "leaks.png").is_file()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
