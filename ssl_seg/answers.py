@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Literal
 
 from ssl_seg.compare import SCRATCH, Comparison, Group
-from ssl_seg.evidence import Interval, holm, sign_flip_p, t_interval, t_test_p
+from ssl_seg.evidence import MAX_NEEDED, Interval, detectable, holm, pairs_needed, sign_flip_p, t_interval, t_test_p
 from ssl_seg.pairs import Shared, Spread, independent, over_starts
 from ssl_seg.plots import with_minus
 from ssl_seg.runs import RunFolder
@@ -81,6 +82,7 @@ def answer(comparison: Comparison, runs: Sequence[RunFolder]) -> Answer:
         below.append(
             "Runs that start from one pretraining do not show how much pretrainings differ; intervals leave it out."
         )
+    below += left_open(gain for _, gain in paired)
     single = [(group.label, sentence(gain, group.label)) for group, gain in paired]
     alone = [own.label for own, gain in gains if gain is None and own.stage == "finetune" and not own.from_scratch]
     missing = "no run from scratch has the same settings and seeds, so no gain can be told."
@@ -100,6 +102,29 @@ def verdict(gain: Spread) -> Verdict:
     if written < 0 and interval.high < 0:
         return "loss"
     return "none"
+
+
+def left_open(gains: Iterable[Spread]) -> tuple[str, ...]:
+    """Where nothing can be told, what would have been, and how many pairs one point takes; empty where all is told."""
+    nulls = [independent(gain) for gain in gains if verdict(gain) == "none"]
+    nulls = [values for values in nulls if len(set(values)) > 1]
+    if not nulls:
+        return ()
+    seen = [100 * detectable(values, 1 - ALPHA) for values in nulls]
+    needed = [pairs_needed(stdev(values), 0.01, 1 - ALPHA) or MAX_NEEDED for values in nulls]
+    most = f"{MAX_NEEDED:,} or more" if max(needed) == MAX_NEEDED else f"{max(needed)}"
+    number = most if min(needed) == max(needed) else f"{min(needed)} to {most}"
+    begun = "A" if len(nulls) == 1 else "Where nothing can be told, a"
+    return (
+        f"{begun} true gain of {_range(seen)} points would have been told 8 times in 10 by as many independent pairs "
+        f"of this spread; to tell one of 1 point takes about {number} of them.",
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    """`2.1 to 3.4`, or one number where both ends are written alike."""
+    ends = dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def sentence(gain: Spread, label: str, base: str = SCRATCH, pretrained: bool = True) -> str:

@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
-from scipy.special import ndtr, stdtr, stdtrit
+from scipy.special import nctdtrinc, ndtr, stdtr, stdtrit
 
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions
 
 MIN_FLIPS = 8  # pairs; below, even differences of one sign only give p of 1.6 % and more
 MAX_FLIPS = 40  # pairs; the sums of one half of the signs then take 8 MB, and a t interval says the same
+POWER = 0.8  # the usual one of planned experiments (Cohen 1988)
+MAX_NEEDED = 1_000  # pairs; a plan of more is none
 MIN_RESAMPLED = 5  # differences; of 4 one resample in 64 holds a single value only, and their quantiles say little
 MIN_BLOCKS = 5  # of images; with 5 independent ones 94 of 100 intervals held the truth, with 4 only 89 (simulated)
 NEIGHBOURS = 10  # images in a block; see `image_blocks`
@@ -69,6 +71,35 @@ def t_test_p(differences: Sequence[float]) -> float | None:
     if error == 0:
         return float(values.mean() == 0)
     return float(2 * stdtr(len(values) - 1, -abs(values.mean()) / error))
+
+
+def detectable(differences: Sequence[float], level: float = 0.95, power: float = POWER) -> float | None:
+    """The true mean that as many pairs of this spread show with probability `power`: what a null result leaves open.
+
+    Shown means that `t_interval` leaves 0 out, on the right side; by the noncentral t (Johnson and Welch 1940). The
+    spread is itself estimated, and roughly so from few pairs. None below 2 differences.
+
+        >>> from ssl_seg.evidence import detectable
+        >>> round(detectable([-0.010, 0.004, 0.012]), 3)
+        0.036
+    """
+    if len(differences) < 2:
+        return None
+    errors = _errors_to_show(np.array([len(differences)]), level, power)[0]
+    return float(errors * _standard_error(np.asarray(differences, dtype=np.float64)))
+
+
+def pairs_needed(sd: float, difference: float, level: float = 0.95, power: float = POWER) -> int | None:
+    """How many pairs whose differences have deviation `sd` show a true mean of `difference`; None above 1,000."""
+    numbers = np.arange(2, MAX_NEEDED + 1)
+    shown = _errors_to_show(numbers, level, power) * sd / np.sqrt(numbers)
+    enough = np.flatnonzero(shown <= abs(difference))
+    return int(numbers[enough[0]]) if len(enough) else None
+
+
+def _errors_to_show(numbers: np.ndarray, level: float, power: float) -> np.ndarray:
+    """By the number of pairs, how many standard errors a true mean is from 0 that is shown with `power`."""
+    return nctdtrinc(numbers - 1.0, 1 - power, stdtrit(numbers - 1.0, (1 + level) / 2))
 
 
 def bootstrap_t_interval(

@@ -20,7 +20,7 @@ from ssl_seg import files
 from ssl_seg.compare import MAIN_SCORES, TIMM
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions, read_image_confusion
-from ssl_seg.evidence import Interval, bootstrap_t_interval, holm, sign_flip_p, t_interval
+from ssl_seg.evidence import Interval, bootstrap_t_interval, detectable, holm, sign_flip_p, t_interval
 from ssl_seg.pairs import Changed, Pairs, Spread, independent, of_starts, over_starts
 from ssl_seg.passport import Passports, differing, passports_in
 from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of, software_of
@@ -373,6 +373,7 @@ def gain_rows(found: Findings) -> list[dict[str, Any]]:
         row |= {"mean": gain.own.mean, "sd": gain.own.sd, "gain": gain.gains.mean, "gain_sd": gain.gains.sd}
         for prefix, interval in (("", gain.interval), ("bootstrap_", gain.bootstrap), ("images_", gain.images)):
             row |= {f"{prefix}low": interval and interval.low, f"{prefix}high": interval and interval.high}
+        row |= {"detectable": detectable(independent(gain.gains), found.record["level"])}
         rows.append({**row, "p": gain.p, "p_holm": gain.p_holm, "pretrainings": gain.num_starts})
     return rows
 

@@ -16,6 +16,7 @@ from ssl_seg.answers import (
     TOLD,
     Answer,
     count_of,
+    left_open,
     measured_on,
     of_many,
     percent,
@@ -57,7 +58,8 @@ def answer(found: Findings) -> Answer:
         numbers = {number for *_, number in told}
         over = _averaged(found, numbers.pop() if len(numbers) == 1 else None)
         headline = of_many([(arm, gain) for arm, gain, _ in told], base, subject, f"points of mIoU{over}")
-    return Answer(headline, _below(found), tuple(single) if len(single) > 1 else (), has_gains=True)
+    below = (*_below(found), *left_open(gain for _, gain, _ in told))
+    return Answer(headline, below, tuple(single) if len(single) > 1 else (), has_gains=True)
 
 
 def over_conditions(found: Findings, arm: str) -> tuple[Spread, int] | None:

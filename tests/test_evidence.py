@@ -23,8 +23,10 @@ from ssl_seg.evidence import (
     Interval,
     block_bootstrap,
     bootstrap_t_interval,
+    detectable,
     holm,
     image_blocks,
+    pairs_needed,
     sign_flip_p,
     t_interval,
     t_test_p,
@@ -225,6 +227,29 @@ def test_a_study_that_grows_until_it_tells_something_is_wrong_far_more_often_tha
     looks = (3, 5, 8, 12, 16, 24)
     told = [any(t_test_p(gains[:pairs]) <= 0.05 for pairs in looks) for gains in drawn_gains]
     assert np.mean(told) == pytest.approx(0.18, abs=0.025)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 8, 16, 40])
+def test_what_can_be_detected_is_the_noncentral_t_s(pairs: int) -> None:
+    differences = normal(np.random.default_rng(pairs), (1, pairs))[0]
+    for level, power in ((0.95, 0.8), (0.9, 0.5)):
+        reached = detectable(differences, level, power) / stats.sem(differences)
+        limit = stats.t.ppf((1 + level) / 2, pairs - 1)
+        assert stats.nct.sf(limit, pairs - 1, reached) == pytest.approx(power, abs=1e-5)
+    assert detectable(differences[:1]) is None
+
+
+def test_a_detectable_gain_is_told_8_times_in_10() -> None:
+    shift = detectable([-1.0, 0.0, 1.0, 2.0, -2.0]) / math.sqrt(2.5)  # in standard deviations
+    drawn_gains = normal(np.random.default_rng(1), (2000, 5)) + shift
+    assert np.mean([t_interval(gains).low > 0 for gains in drawn_gains]) == pytest.approx(0.8, abs=0.03)
+
+
+# As G*Power has it for a paired t test, two-sided, alpha 0.05, power 0.8 (Faul et al. 2007, version 3.1).
+@pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_the_pairs_that_a_gain_needs_are_those_of_tables(effect: float, pairs: int) -> None:
+    assert pairs_needed(1.0, effect) == pairs == pairs_needed(3.0, -3 * effect)
+    assert pairs_needed(1.0, 0.01) is None
 
 
 @pytest.mark.parametrize("pairs", [8, 16])

@@ -23,7 +23,7 @@ import pytest
 import scipy.stats
 
 from ssl_seg import cli, images, report
-from ssl_seg.answers import NOTHING, RULES, Answer, answer, p_in_words, percent, points, sentence, verdict
+from ssl_seg.answers import NOTHING, RULES, Answer, answer, left_open, p_in_words, percent, points, sentence, verdict
 from ssl_seg.compare import compare
 from ssl_seg.config import UserError
 from ssl_seg.pairs import Spread
@@ -254,6 +254,24 @@ def test_a_loss_and_a_null_result_are_as_plain(tmp_path: Path) -> None:
         "Too few runs to tell (n = 2): pretraining (four) differs from scratch by +5.5 points of mIoU, "
         "from +5.0 to +6.0."
     )
+
+
+def test_a_null_result_says_what_it_leaves_open(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "null", [-0.01, 0.02, 0.01])
+    told = [words for words in answer_of(tmp_path / "null").below if "8 times in 10" in words]
+    assert told == [
+        "A true gain of 5.0 points would have been told 8 times in 10 by as many independent pairs of this spread; "
+        "to tell one of 1 point takes about 21 of them."
+    ]
+    write_pairs(tmp_path / "gain", [0.017, 0.02, 0.023])
+    write_pairs(tmp_path / "few", [0.017, 0.02])
+    write_pairs(tmp_path / "same", [0.0, 0.0, 0.0])
+    for name in ("gain", "few", "same"):
+        assert "8 times in 10" not in " ".join(answer_of(tmp_path / name).below)
+    spreads = [Spread((-0.01, 0.02, 0.01)), Spread((-0.2, 0.3, 0.1)), Spread((0.01, 0.012, 0.014))]
+    (words,) = left_open(spreads)
+    assert words.startswith("Where nothing can be told, a true gain of 5.0 to 82.1 points would have been told 8 times")
+    assert words.endswith("takes about 21 to 1,000 or more of them.")
 
 
 def test_of_several_comparisons_none_is_picked_out(tmp_path: Path) -> None:
