@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from safetensors import SafetensorError, safe_open
 
 from ssl_seg import compare, files, plots
 from ssl_seg.answers import (
@@ -34,6 +32,7 @@ from ssl_seg.answers import (
 )
 from ssl_seg.compare import Comparison
 from ssl_seg.config import UserError, flatten
+from ssl_seg.cost import average, cost_of, duration, numbers_in
 from ssl_seg.evidence import t_interval
 from ssl_seg.page import (
     OPEN,
@@ -497,11 +496,11 @@ def _costs(page: Page) -> Iterator[Section]:
         costs = [cost_of(run) for run in arm.runs]
         known += [cost.seconds for cost in costs if cost.seconds is not None]
         cells = (
-            _average([cost.seconds for cost in costs], duration),
-            _average([cost.images for cost in costs], lambda number: f"{number:,.0f}"),
-            _average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
-            _average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
-            _average([numbers_in(arm.shown)], lambda number: f"{number / 1e6:.2f} M"),
+            average([cost.seconds for cost in costs], duration),
+            average([cost.images for cost in costs], lambda number: f"{number:,.0f}"),
+            average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
+            average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
+            average([numbers_in(arm.shown)], lambda number: f"{number / 1e6:.2f} M"),
         )
         rows.append(TableRow(arm.label, (str(len(arm.runs)), *cells), arm.mark))
     if not any(cell != NOTHING for row in rows for cell in row.cells[1:]):
@@ -511,63 +510,6 @@ def _costs(page: Page) -> Iterator[Section]:
     if len(known) > 1:
         blocks.append(Text(f"Together {duration(sum(known))} for {len(known)} runs."))
     yield Section("cost", "Cost", tuple(blocks))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run has used, None where it did not note it."""
-
-    seconds: float | None
-    images: float | None
-    rate: float | None  # images a second
-    peak_memory_mib: float | None
-
-
-def cost_of(run: RunFolder) -> Cost:
-    noted = run.record.get("cost") or {}
-    seconds = noted.get("seconds", _from_start_to_end(run))
-    number = noted.get("images")
-    if number and noted.get("seconds"):
-        return Cost(seconds, number, number / seconds, noted.get("peak_memory_mib"))
-    rates = [line["images_per_s"] for line in run.metrics() if "images_per_s" in line]
-    return Cost(seconds, number, rates[-1] if rates else None, noted.get("peak_memory_mib"))
-
-
-def _from_start_to_end(run: RunFolder) -> float | None:
-    """Of a run that did not note its cost; None for one that was interrupted, since the pause would count."""
-    started, ended = run.record.get("started"), run.record.get("ended")
-    if not started or not ended or run.record.get("resumed"):
-        return None
-    return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
-
-
-def numbers_in(run: RunFolder) -> int | None:
-    """How many numbers the exported network holds; None where there is none."""
-    for name in ("model", "encoder"):
-        path = files.committed(run.folder / name) / f"{name}.safetensors"
-        if path.is_file():
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    names = file.keys()
-                    return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-            except SafetensorError:
-                return None
-    return None
-
-
-def _average(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
-    known = [value for value in values if value is not None]
-    return shown(sum(known) / len(known)) if known else NOTHING
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `1 min 55 s`, `2 h 3 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _set_up(page: Page) -> Iterator[Section]:
