@@ -363,6 +363,12 @@ def unit_of(name: str) -> tuple[float, str]:
     return UNITS.get(name.rpartition("/")[2], (1, ""))
 
 
+def with_unit(name: str) -> str:
+    """A figure by its spoken name, with its unit: `PSNR, dB`."""
+    unit = unit_of(name)[1]
+    return f"{spoken(name)}, {unit}" if unit else spoken(name)
+
+
 def count_of(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'s' * (number != 1)}"
 

@@ -33,7 +33,7 @@ ROWS = [
     ["tasks", "data", "train", "store", "fingerprint", "weights"],
     ["tracking.record", "tracking", "tracking.load", "tracking.client", "tracking.server", "tracking.mirror"],
     ["likeness", "sequences", "leaks", "evaluate", "stage", "dryrun", "pretrain", "finetune", "predict", "synth"],
-    ["evidence", "pairs", "compare", "findings", "norms", "answers", "cost", "page", "report"],
+    ["evidence", "pairs", "compare", "findings", "norms", "answers", "cost", "page", "report_charts", "report"],
     ["study_answers", "study_page", "study_charts", "study_report"],
     ["questions", "plan", "schedule", "study"],
     ["testing"],
