@@ -13,7 +13,7 @@ from typing import Literal
 
 from ssl_seg.compare import SCRATCH, Comparison, Group
 from ssl_seg.evidence import MAX_NEEDED, Interval, detectable, holm, pairs_needed, sign_flip_p, t_interval, t_test_p
-from ssl_seg.pairs import Shared, Spread, independent, over_starts
+from ssl_seg.pairs import MIN_STARTS, Shared, Spread, independent, over_starts
 from ssl_seg.plots import with_minus
 from ssl_seg.runs import RunFolder
 
@@ -30,6 +30,8 @@ WORDS = {
     "grad_norm": "gradient norm",
 }
 UNITS = {"psnr": (1, "dB"), "miou": (100, "%"), "accuracy": (100, "%"), "solved": (100, "%")}  # factor to it, its name
+LEAST_P = 0.001  # told as a number
+LEAST_TOLD = 0.1  # points; a mean that is written as 0.0 is none
 ALPHA = 0.05  # of comparisons where pretraining does nothing this share is told as a gain or a loss
 RULES = (
     f"A gain (or a loss) is told where there are at least {MIN_PAIRS} pairs and the 95 % interval of their mean "
@@ -41,11 +43,11 @@ RULES = (
     "what stands when they are corrected for their number (Holm 1979): something false does on 5 of 100 pages at most.",
     "The interval is about other seeds: another choice among the labelled images, other orders, other first weights. "
     "The scored images stay the same, and so does whatever pairs share. It supposes differences that are roughly "
-    "normal. The exact p, told from 8 pairs on, does not: it is the share of all ways to swap the two runs within "
-    "pairs whose mean is at least as far from 0.",
+    "normal. The exact p, told from 8 independent pairs on, does not: it is the share of all ways to swap the two runs "
+    "within pairs whose mean is at least as far from 0.",
     "The 5 of 100 hold where every pair has a pretraining of its own; else the interval is about these pretrainings "
-    f"only. Where the pairs of a study share {MIN_PAIRS} pretrainings or more, it tells a gain (or a loss) by the "
-    "interval over the means of each pretraining.",
+    f"only. Where pairs share pretrainings, {MIN_STARTS} or more, mean, interval and p are those of the means of each "
+    "pretraining.",
 )
 
 Verdict = Literal["gain", "loss", "none", "few"]
@@ -78,7 +80,7 @@ def answer(comparison: Comparison, runs: Sequence[RunFolder]) -> Answer:
     bases = {id(base): base for group, _ in paired if (base := comparison.baseline(group)) is not None}
     if len(bases) == 1:
         below.append(f"From scratch: {percent(next(iter(bases.values())).spread(score))} % mIoU.")
-    if any(len({run.start for run in group.outcomes}) < len(group.outcomes) for group, _ in paired):
+    if any(len({run.start for run in group.outcomes}) < len(group.outcomes) > gain.n for group, gain in paired):
         below.append(
             "Runs that start from one pretraining do not show how much pretrainings differ; intervals leave it out."
         )
@@ -106,17 +108,22 @@ def verdict(gain: Spread) -> Verdict:
 
 def left_open(gains: Iterable[Spread]) -> tuple[str, ...]:
     """Where nothing can be told, what would have been, and how many pairs one point takes; empty where all is told."""
-    nulls = [independent(gain) for gain in gains if verdict(gain) == "none"]
-    nulls = [values for values in nulls if len(set(values)) > 1]
+    of_pairs = [gain for gain in gains if verdict(gain) == "none"]
+    nulls = [values for gain in of_pairs if len(set(values := independent(gain))) > 1]
     if not nulls:
         return ()
-    seen = [100 * detectable(values, 1 - ALPHA) for values in nulls]
-    needed = [pairs_needed(stdev(values), 0.01, 1 - ALPHA) or MAX_NEEDED for values in nulls]
+    # Nothing is ever told of fewer pairs, or of a mean that is written as 0.0.
+    seen = [max(LEAST_TOLD, 100 * detectable(values, 1 - ALPHA)) for values in nulls]
+    needed = [max(MIN_PAIRS, pairs_needed(stdev(values), 0.01, 1 - ALPHA) or MAX_NEEDED) for values in nulls]
+    units = {"pretrainings with as many pairs each": 0, "independent pairs": 0}
+    for gain in of_pairs:
+        units[list(units)[over_starts(gain) is None]] += 1
+    unit = " or ".join(name for name, number in units.items() if number)
     most = f"{MAX_NEEDED:,} or more" if max(needed) == MAX_NEEDED else f"{max(needed)}"
     number = most if min(needed) == max(needed) else f"{min(needed)} to {most}"
     begun = "A" if len(nulls) == 1 else "Where nothing can be told, a"
     return (
-        f"{begun} true gain of {_range(seen)} points would have been told 8 times in 10 by as many independent pairs "
+        f"{begun} true gain of {_range(seen)} points would have been told 8 times in 10 by as many {unit} "
         f"of this spread; to tell one of 1 point takes about {number} of them.",
     )
 
@@ -171,7 +178,12 @@ def span(interval: Interval) -> str:
 
 def p_in_words(p: float) -> str:
     """`p = 0.016`."""
-    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"p = {p_as_number(p)}" if p >= LEAST_P else f"p {p_as_number(p)}"
+
+
+def p_as_number(p: float) -> str:
+    """`0.016`, or `< 0.001`."""
+    return f"{p:.3f}" if p >= LEAST_P else f"< {LEAST_P}"
 
 
 def points(difference: float) -> str:
@@ -314,9 +326,14 @@ def measured_on(part: str, own: Sequence[RunFolder]) -> str:
     """On how many images the `part` of these runs was scored, and what is to be known of them."""
     counts = sorted({count for run in own if (count := images_of(run).get(part)) is not None})
     number = "" if not counts else f"{counts[0]:,} " if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} "
-    chosen = part == "val" and any(run.config.get("select") == "best" for run in own)
+    chosen = part == "val" and any(_chose_its_step(run) for run in own)
     caution = " They also chose the step whose weights are scored, so the scores are on the bright side."
     return f"Measured on {number}{PARTS.get(part, part)}.{caution if chosen else ''}"
+
+
+def _chose_its_step(run: RunFolder) -> bool:
+    """Whether the weights are those of the best of several evaluations."""
+    return run.config.get("select") == "best" and bool(run.config.get("train", {}).get("eval_every"))
 
 
 def _of_pretrainings(comparison: Comparison, runs: Sequence[RunFolder]) -> Answer:

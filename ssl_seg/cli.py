@@ -434,12 +434,10 @@ def _print_findings(found: Findings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ssl_seg.answers import percent, points
+    from ssl_seg.answers import NOTHING, p_as_number, percent, points
     from ssl_seg.findings import CELLS_FILE, GAINS_FILE
     from ssl_seg.study_answers import answer
-
-    def between(interval: Interval | None) -> str:
-        return "-" if interval is None else f"{points(interval.low)} to {points(interval.high)}"
+    from ssl_seg.study_page import between
 
     level = f"{100 * found.record['level']:g} %"
     columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]
@@ -456,7 +454,7 @@ def _print_findings(found: Findings) -> None:
                 row += [f"{points(gain.gains.mean)} (n = {gain.gains.n})", between(gain.interval)]
                 row += [between(gain.over_starts)] if shares else []
                 row += [between(gain.images)]
-                row += ["-" if gain.p is None else f"{gain.p:.3f}"]
+                row += [NOTHING if gain.p is None else p_as_number(gain.p)]
             table.add_row(*row)
         table.add_section()
     Console(width=None if sys.stdout.isatty() else 200).print(table)

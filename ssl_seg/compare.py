@@ -17,7 +17,7 @@ from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval
-from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Spread, pictures_of, software_in_words
+from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Spread, of_starts, pictures_of, software_in_words
 from ssl_seg.passport import Passports, definition_of, differing, passports_in
 from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of, software_of
 from ssl_seg.tracking import prepare
@@ -58,6 +58,7 @@ class Outcome:
     leaks: str = "none"  # `runs.leak_word`
     held_out: str = ""  # digest of the names of a pretraining's held-out images; '' where it is not known
     software: Mapping[str, str] = field(default_factory=dict)  # what it was made with; empty where it is not known
+    weights: str | None = None  # the folder that it started from; None from scratch, and from weights of timm
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -165,6 +166,16 @@ class Comparison:
 
     def baseline(self, group: Group) -> Group | None:
         """What is from scratch with the same settings otherwise; None for themselves, or if there is none."""
+        if id(group) not in self._baselines:
+            self._baselines[id(group)] = self._find_baseline(group)
+        return self._baselines[id(group)]
+
+    @cached_property
+    def _baselines(self) -> dict[int, Group | None]:
+        """By the group's identity: of hundreds of groups each is asked for again for every score."""
+        return {}
+
+    def _find_baseline(self, group: Group) -> Group | None:
         if group.from_scratch or not _is_finetuned(group.outcomes[0]):
             return None
         wanted = _without_start(group)
@@ -178,9 +189,16 @@ class Comparison:
         return None if baseline is None else Pairs(_by_draws(baseline), _by_draws(group), self._read)
 
     def gain(self, group: Group, score: str) -> Spread | None:
-        """Paired differences to the baseline, one for each choice of seeds; None without such pairs."""
+        """Paired differences to the baseline, one for each choice of seeds; None without such pairs.
+
+        `Shared` where pairs start from one pretraining; several runs of the same seeds count by their mean.
+        """
         pairs = self.pairs(group)
-        return None if pairs is None else pairs.gain(score)
+        gain = None if pairs is None else pairs.gain(score)
+        if gain is None:
+            return None
+        starts = [[run.weights or "" for run in own] for _, own in pairs.sides(score).values()]
+        return gain if any(len(own) > 1 for own in starts) else of_starts(gain.values, [start for (start,) in starts])
 
     def over_images(self, group: Group, score: str) -> Interval | None:
         """Where the gain in a mIoU lies for other images of the same kind: `Pairs.over_images`."""
@@ -227,7 +245,7 @@ def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGE
     if folder.exists():
         raise UserError(f"--pictures {folder}: exists already; name a new folder")
     told: dict[str, list[dict[str, Any]]] = {}
-    drawn: list[Path] = []
+    drawn: dict[Path, Any] = {}
     from ssl_seg import images  # and with it OpenCV, which no table needs
 
     for number, group in enumerate(comparison.groups, start=1):
@@ -236,15 +254,16 @@ def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGE
         pictures = pictures_of(changed, score.partition("/")[0]) if changed else []
         for rank, (image, picture) in enumerate(zip(changed, pictures, strict=True), start=1):
             path = folder / f"group{number}_{rank}.png"
-            images.write_image(path, picture)
-            drawn.append(path)
+            drawn[path] = picture
             entry = {"picture": path.name, "image": image.name, "difference": image.difference}
             entry["runs"] = [outcome.name for outcome in image.pair]
             told.setdefault(group.label, []).append(entry)
     if not drawn:
         raise UserError("--pictures: no run has a baseline with the same seeds whose images were kept; name both")
+    for path, picture in drawn.items():  # not before all are there: a folder with some would be in the way of the next
+        images.write_image(path, picture)
     files.write_atomic(folder / "changed.json", files.json_bytes(told))
-    return drawn
+    return list(drawn)
 
 
 def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
@@ -326,6 +345,7 @@ def outcome(
         leaks=leaks,
         held_out=held_out,
         software=software or {},
+        weights=None if start == "null" else str(init),
     )
 
 

@@ -27,8 +27,8 @@ from ssl_seg.tasks import Batch
 
 IGNORE = 255
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
-# Bytes of decoded images that a loader worker keeps: 64 photographs of 1024 x 1024 with their masks, or a pool of 4,600
-# frames of 160 x 120. Little beside what a worker needs to run at all, and few labelled images always fit.
+# Bytes up to which each loader worker keeps a set of decoded images: 64 photographs of 1024 x 1024 with their masks, or
+# a pool of 4,600 frames of 160 x 120. The few labelled images of most users fit.
 KEPT = 256 * 2**20
 NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
 LEAST_HELD_OUT = 0.1  # one stray image in a folder of its own is a sequence too, and would judge the run alone
@@ -204,25 +204,25 @@ def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int) ->
 
 @dataclass
 class Kept:
-    """Decoded and resized examples by index, until `most` bytes are full: a few labelled images come at every step.
+    """Decoded and resized examples by index: a few labelled images come at every step.
 
-    Each loader worker fills one of its own. What is in stays: an epoch visits all images in turn, so room made for the
-    newest would throw out what comes next.
+    Each loader worker fills one of its own, if `count` of the same size fit in `most` bytes: an epoch visits all images
+    in turn, so a part of a large pool would take the memory and be met rarely. What is in stays.
     """
 
     most: int = KEPT
     size: int = 0
     examples: dict[int, Example] = field(default_factory=dict)
 
-    def get(self, index: int, make: Callable[[int], Example]) -> Example:
-        """The example of this index, made if it is not here."""
+    def get(self, index: int, count: int, make: Callable[[int], Example]) -> Example:
+        """The example of this index, of `count` that there are; made if it is not here."""
         example = self.examples.get(index)
         if example is None:
             example = make(index)
-            bytes_ = example.image.nbytes + (0 if example.label is None else example.label.nbytes)
-            if self.size + bytes_ <= self.most:
+            own = example.image.nbytes + (0 if example.label is None else example.label.nbytes)
+            if max(self.size + own, count * own) <= self.most:
                 self.examples[index] = example
-                self.size += bytes_
+                self.size += own
         return example
 
 
@@ -242,7 +242,7 @@ class Samples:
         index = int(rng.epoch_order(self.seed, epoch, len(self.examples))[position])
         stream = "labelled" if self.with_labels else "pool"
         key = rng.fold_in(rng.fold_in(rng.as_key(self.seed), stream), draw)
-        example = self.kept.get(index, self._read)
+        example = self.kept.get(index, len(self.examples), self._read)
         image, label = self.augment.apply(example.image, example.label, key)
         return Sample(image, label, int(key), example.name)
 

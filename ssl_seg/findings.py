@@ -21,7 +21,7 @@ from ssl_seg.compare import MAIN_SCORES, TIMM
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval, bootstrap_t_interval, detectable, holm, sign_flip_p, t_interval
-from ssl_seg.pairs import Changed, Pairs, Spread, independent, of_starts, over_starts
+from ssl_seg.pairs import MIN_STARTS, Changed, Pairs, Spread, independent, of_starts, over_starts
 from ssl_seg.passport import Passports, differing, passports_in
 from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of, software_of
 
@@ -158,7 +158,7 @@ class Findings:
             num_starts=len({_weights_of(own) for _, own in cells.values()} - {None}),
             interval=t_interval(gains.values, level),
             bootstrap=bootstrap_t_interval(gains.values, level),
-            images=pairs.over_images(name, level) if images else None,
+            images=self._over_images(pairs, name) if images else None,
             over_starts=None if means is None else t_interval(means, level),
             p=sign_flip_p(independent(gains)),
         )
@@ -217,6 +217,19 @@ class Findings:
         return self.pairs(arm, condition).changed(self.main_score, most)
 
     @cached_property
+    def faults(self) -> list[str]:
+        """Why intervals over images are missing that could not be made; filled by `gains`."""
+        return []
+
+    def _over_images(self, pairs: Pairs[CellFound], score: str) -> Interval | None:
+        """None too where a cell's images are damaged: all else is as good as before."""
+        try:
+            return pairs.over_images(score, self.record["level"])
+        except UserError as error:
+            self.faults.append(str(error))
+            return None
+
+    @cached_property
     def _read(self) -> Callable[[Path], Mapping[str, ImageConfusions]]:
         """Reads the images of a cell once: the baseline's have many comparisons."""
         return cache(read_image_confusion)
@@ -249,7 +262,8 @@ class _Shape(BaseModel):
 
 
 class _RunShape(_Shape):
-    id: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # the name of a folder, and no path out of the study's
+    # The name of a folder, and no path out of the study's: neither . nor ..
+    id: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
     arm: str
     condition: dict[str, Any]
     seed: int
@@ -295,6 +309,15 @@ class _StudyShape(_Shape):
     leaks: LeaksShape | None = None
 
     @model_validator(mode="after")
+    def _conditions_are_of_the_axes(self) -> _StudyShape:
+        axes = {key: {as_text(value) for value in values} for key, values in self.axes.items()}
+        for cell in self.cells:
+            condition = {key: as_text(value) for key, value in cell.condition.items()}
+            if condition.keys() != axes.keys() or any(value not in axes[key] for key, value in condition.items()):
+                raise ValueError(f"the condition of cell {cell.id} is none of the axes")
+        return self
+
+    @model_validator(mode="after")
     def _baseline_is_an_arm(self) -> _StudyShape:
         if self.baseline not in [arm.name for arm in self.arms]:
             raise ValueError("is none of the arms")
@@ -321,7 +344,10 @@ def _found(folder: Path, own: Mapping[str, Any]) -> CellFound:
 
 def _weights_of(cell: CellFound) -> str | None:
     """What a cell starts from: a pretraining of the study, or weights that its config names."""
-    return cell.start or cell.run.config.get("init")
+    named = cell.start or cell.run.config.get("init")
+    of_timm = cell.run.config.get("model") or {}
+    pretrained = (of_timm.get("encoder") or {}).get("pretrained")
+    return named or (f"timm: {pretrained}" if pretrained else None)
 
 
 def _may_be_ranked(one: CellFound, other: CellFound) -> bool:
@@ -373,7 +399,9 @@ def gain_rows(found: Findings) -> list[dict[str, Any]]:
         row |= {"mean": gain.own.mean, "sd": gain.own.sd, "gain": gain.gains.mean, "gain_sd": gain.gains.sd}
         for prefix, interval in (("", gain.interval), ("bootstrap_", gain.bootstrap), ("images_", gain.images)):
             row |= {f"{prefix}low": interval and interval.low, f"{prefix}high": interval and interval.high}
-        row |= {"detectable": detectable(independent(gain.gains), found.record["level"])}
+        starts, values = gain.over_starts, independent(gain.gains)
+        row |= {"starts_low": starts and starts.low, "starts_high": starts and starts.high, "independent": len(values)}
+        row |= {"detectable": detectable(values) if len(values) >= MIN_STARTS else None}
         rows.append({**row, "p": gain.p, "p_holm": gain.p_holm, "pretrainings": gain.num_starts})
     return rows
 

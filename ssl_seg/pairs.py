@@ -7,6 +7,7 @@ Imports no torch, but to draw.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -60,6 +61,11 @@ class Shared(Spread):
     """
 
     starts: tuple[str, ...]  # the pretraining behind each value
+
+    @property
+    def mean(self) -> float:
+        """Over what counts as independent, so that it lies in the middle of its interval."""
+        return super().mean if self.is_of_few else mean(self.means())
 
     @property
     def num_starts(self) -> int:
@@ -199,9 +205,11 @@ class Pairs(Generic[R]):
         """For each key that `sides` has, the images of the baseline's runs and of the others."""
         sides = self.sides(score).values()
         found = [tuple([self._images_of(run, score) for run in side] for side in of) for of in sides]
-        names = next((images.names for of in found for side in of for images in side if images is not None), ())
-        # Runs of the first versions have no passport; then their names tell whether they saw the same images.
-        return [tuple(_of_names(side, names) for side in of) for of in found]
+        sets = Counter(_identity(images) for of in found for side in of for images in side if images is not None)
+        if not sets:
+            return found
+        usual = max(sets, key=sets.__getitem__)  # the first of equals
+        return [tuple(_of_set(side, usual) for side in of) for of in found]
 
     def _images_of(self, run: R, score: str) -> ImageConfusions | None:
         part, _, figure = score.partition("/")
@@ -246,8 +254,21 @@ def _kept(runs: Sequence[R], images: Images) -> list[tuple[R, ImageConfusions]]:
     return [(run, own) for run, own in zip(runs, images, strict=True) if own is not None]
 
 
-def _of_names(side: Images, names: Sequence[str]) -> Images:
-    return [images if images is not None and images.names == names else None for images in side]
+def _identity(images: ImageConfusions) -> tuple[Any, ...]:
+    """What tells one set of scored images from another: masks may have been corrected under the same names."""
+    return images.class_names, images.names, images.digest
+
+
+def _of_set(side: Images, wanted: tuple[Any, ...]) -> Images:
+    """Those of the wanted set; runs of the first versions have no digest, and are known by their names."""
+
+    def fits(images: ImageConfusions | None) -> bool:
+        if images is None:
+            return False
+        *own, digest = _identity(images)
+        return own == [*wanted[:-1]] and (digest == wanted[-1] or not digest or not wanted[-1])
+
+    return [images if fits(images) else None for images in side]
 
 
 def _weighted(side: Sequence[Images]) -> tuple[list[ImageConfusions], list[float]]:

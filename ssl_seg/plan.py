@@ -90,6 +90,8 @@ def make_plan(config: StudyConfig, out: Path, scores: Mapping[str, float] | None
         found = chosen.get(choice_key(config, arm.name, condition), {})
         cells.append(maker.cell(arm, condition, seed, {**condition, **found}))
     _refuse_equal_arms(cells)
+    if trials and any(cell.config.data.val is None and cell.config.data.test is None for cell in cells):
+        raise UserError("search: would choose on the images that score; give finetune.data.val or finetune.data.test")
     return Plan(arms, _baseline_of(config, cells), axes, tuple(maker.pretrainings.values()), trials, tuple(cells))
 
 

@@ -57,7 +57,7 @@ from ssl_seg.page import (
     shot,
     which,
 )
-from ssl_seg.pairs import Spread
+from ssl_seg.pairs import Spread, independent
 from ssl_seg.plots import with_minus
 from ssl_seg.report_charts import classes, confusions, curves
 from ssl_seg.runs import RunFolder, as_text, find_runs
@@ -162,7 +162,7 @@ def _interval(gain: Spread) -> str:
     """Where the gain lies, by Student, as the sentence on top has it; of fewer pairs than it wants nothing."""
     if gain.n < MIN_PAIRS:
         return NOTHING
-    found = t_interval(gain.values, 1 - ALPHA)
+    found = t_interval(independent(gain), 1 - ALPHA)
     return f"{points(found.low)} to {points(found.high)}"
 
 

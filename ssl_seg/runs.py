@@ -90,6 +90,7 @@ class _PassportShape(_Shape):
 
 
 class _ResultShape(_Shape):
+    steps: int | None = None
     __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
     passport: dict[str, _PassportShape] = {}
 
@@ -148,7 +149,7 @@ class LeaksShape(_Shape):
 
 class _MatricesShape(_Shape):
     __pydantic_extra__: dict[str, list[list[Pixels]]]
-    classes: list[str]
+    classes: Annotated[list[str], Field(min_length=1)]
 
 
 SHAPES = {
@@ -353,10 +354,15 @@ def description_of(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def software_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a run was made with: each package's version, and the device as `device`."""
-    versions = record.get("versions")
-    named = versions if isinstance(versions, Mapping) else {}
-    return {name: str(value) for name, value in {**named, "device": record.get("device")}.items() if value is not None}
+    """What a run was made with: each package's version, and the device as `device`; `2.10, 2.14` for one resumed so."""
+    found: dict[str, dict[str, None]] = {}
+    for start in [*(record.get("resumed") or ()), record]:
+        versions = start.get("versions")
+        named = versions if isinstance(versions, Mapping) else {}
+        for name, value in {**named, "device": start.get("device")}.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: ", ".join(values) for name, values in found.items()}
 
 
 def as_text(value: Any) -> str:

@@ -237,6 +237,7 @@ def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed:
     if former is not None and _checkpoints(folder):
         changed = diff(former["config"], record["config"])
         resumed = {"at": record["started"], "after_step": max(_checkpoints(folder)), "changed": changed}
+        resumed |= {key: former[key] for key in ("versions", "device") if key in former}  # of the steps before
         record |= {"started": former["started"], "resumed": [*former["resumed"], resumed]}
         record |= {key: former[key] for key in ("origin", "cost") if key in former}
     else:

@@ -25,7 +25,7 @@ from ssl_seg.answers import (
     verdict,
 )
 from ssl_seg.findings import CellFound, Findings
-from ssl_seg.pairs import Shared, Spread, of_starts, software_in_words
+from ssl_seg.pairs import MIN_STARTS, Shared, Spread, of_starts, software_in_words
 
 OF_CONDITIONS = (
     "Of a study with several conditions the first sentence tells the mean gain over all of them, seed by seed: one "
@@ -98,6 +98,10 @@ def _in_each(found: Findings, arm: str, number: int) -> str:
 
 
 def _no_answer(found: Findings) -> str:
+    if found.gains:
+        return f"No answer yet: no seed has a pair with {found.baseline} under all conditions ({states(found)})."
+    if found.apart:
+        return f"No answer: no cell is a pair with one of {found.baseline}; {found.apart[0]}."
     if any(cell.scores for cell in found.cells):
         return f"No answer yet: no seed has finished both an arm and {found.baseline} ({states(found)})."
     return f"No answer yet: no cell has a score ({states(found)})."
@@ -124,6 +128,7 @@ def _below(found: Findings) -> tuple[str, ...]:
     told += _grown(found)
     told += _of_passports(done)
     told += _of_software(found)
+    told += _of_apart(found)
     return tuple(told)
 
 
@@ -161,7 +166,7 @@ def _of_starts(number: int, arms: str) -> str:
             "intervals."
         )
     shared = f"The pairs of {arms} start from {number} pretrainings, and pairs that share one are not independent: "
-    if number < MIN_PAIRS:
+    if number < MIN_STARTS:
         return f"{shared}intervals and p are about these pretrainings only."
     return (
         f"{shared}a gain or a loss is told by the interval over the means of each pretraining, and p is made of these "
@@ -188,6 +193,14 @@ def _of_passports(done: Sequence[CellFound]) -> list[str]:
     if not told:
         return []
     return [f"CAUTION: the scores of these cells do not mean the same ({'; '.join(told)}); make the study anew."]
+
+
+def _of_apart(found: Findings) -> list[str]:
+    """A word on the cells that are no pair."""
+    if not found.apart:
+        return []
+    more = f", and {len(found.apart) - 1} more" if len(found.apart) > 1 else ""
+    return [f"CAUTION: cells that are no pair are left out of every gain: {found.apart[0]}{more}."]
 
 
 def _of_software(found: Findings) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ssl_seg import evidence, files, findings
-from ssl_seg.answers import NOTHING, RULES, Answer, count_of, percent, points
+from ssl_seg.answers import NOTHING, RULES, Answer, count_of, p_as_number, percent, points
 from ssl_seg.config import UserError, flatten
 from ssl_seg.cost import Cost, average, cost_of, duration
 from ssl_seg.findings import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Findings, Gain
@@ -33,7 +33,7 @@ from ssl_seg.page import (
     render,
     shot,
 )
-from ssl_seg.pairs import Spread
+from ssl_seg.pairs import Spread, independent
 from ssl_seg.report import Report
 from ssl_seg.runs import RunFolder, as_text, is_held
 from ssl_seg.study_answers import (
@@ -130,7 +130,7 @@ def _gain_row(page: StudyPage, gain: Gain) -> TableRow:
     cells = [condition.get(key, NOTHING) for key in page.found.axes]
     cells += [percent(gain.baseline), percent(gain.own), str(gain.gains.n), f"{points(gain.gains.mean)}{spread}"]
     cells += [between(interval) for interval in (gain.interval, gain.bootstrap, gain.images)]
-    cells += [NOTHING if gain.p is None else f"{gain.p:.3f} ({gain.p_holm:.3f})"]
+    cells += [NOTHING if gain.p is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"]
     cells += [str(gain.num_starts) if side.is_pretrained else NOTHING]
     cells += [between(gain.over_starts)] * _has_starts(page.found)
     return TableRow(gain.arm, tuple(cells), side.mark)
@@ -144,15 +144,16 @@ def _has_starts(found: Findings) -> bool:
 def _on_gains(page: StudyPage) -> Iterator[str]:
     """What is to be known of the table, and why figures are missing where they are."""
     gains = page.found.gains
+    numbers = [len(independent(gain.gains)) for gain in gains]
     with_p = [gain for gain in gains if gain.p is not None]
     if with_p:
         yield f"In brackets p is corrected for the {count_of(len(with_p), 'comparison')} that have an exact one (Holm)."
-    if any(gain.gains.n < evidence.MIN_FLIPS for gain in gains):
-        yield f"An exact p is told from {evidence.MIN_FLIPS} pairs on: of fewer it could hardly be small."
-    if any(gain.gains.n > evidence.MAX_FLIPS for gain in gains):
+    if any(number < evidence.MIN_FLIPS for number in numbers):
+        yield f"An exact p is told from {evidence.MIN_FLIPS} independent pairs on: of fewer it could hardly be small."
+    if any(number > evidence.MAX_FLIPS for number in numbers):
         yield f"Above {evidence.MAX_FLIPS} pairs there is no exact p: the interval by Student says the same."
     if any(gain.bootstrap is None for gain in gains):
-        yield f"A bootstrap-t interval needs {evidence.MIN_RESAMPLED} pairs."
+        yield f"A bootstrap-t interval needs {evidence.MIN_RESAMPLED} pairs whose gains are not mostly the same."
     if any(gain.interval is None for gain in gains):
         yield "An interval by Student needs 2 pairs."
     if any(gain.images is None for gain in gains):
@@ -160,6 +161,7 @@ def _on_gains(page: StudyPage) -> Iterator[str]:
             f"An interval over images needs {evidence.MIN_BLOCKS} blocks of {evidence.NEIGHBOURS} neighbouring images "
             "or so, and the stored matrices of every run."
         )
+    yield from dict.fromkeys(f"No interval over images: {fault}." for fault in page.found.faults)
     if any(side.is_pretrained for side in page.sides):
         yield "Starts: how many different pretrainings the runs of an arm began from."
     if _has_starts(page.found):
@@ -226,9 +228,15 @@ def _changed(page: StudyPage) -> Iterator[Section]:
         shots = tuple(shot(path, path.stem) for path in pictures[:PICTURES])
         more = f" The first {PICTURES} of {len(pictures)}." if len(pictures) > PICTURES else ""
         note = (
-            f"Images whose own mIoU differs most between {page.found.baseline} and an arm, for better or worse.{more}"
+            f"Images whose own mIoU differs most, as a mean over pairs, between {page.found.baseline} and an arm"
+            f"{_under_last(page.found)}, for better or worse. Shown is the pair nearest to that mean.{more}"
         )
         yield Section("changed", "Images that changed most", (Text(note), Gallery(shots, wide=True)))
+
+
+def _under_last(found: Findings) -> str:
+    """` under labels.count=40`, the condition that pictures are drawn of; nothing where there is but one."""
+    return f" under {findings.condition_text(found.conditions[-1])}" if len(found.conditions) > 1 else ""
 
 
 def _missing(page: StudyPage) -> Iterator[Section]:

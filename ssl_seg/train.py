@@ -7,6 +7,7 @@ left over is the state: weights, optimizer moments, loss scaler, count of bad st
 
 from __future__ import annotations
 
+import ctypes
 import math
 import resource
 import warnings
@@ -32,6 +33,7 @@ from ssl_seg.tasks import MultiTask, Stream, in_evaluation_mode, make_views, wei
 T = TypeVar("T")
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 PATIENCE_FOR_NAN = 10  # bad steps in a row before the run stops; a scaler of fp16 settles in fewer
 
 
@@ -117,6 +119,8 @@ class Processes:
 
     def __init__(self, config: TrainConfig) -> None:
         cpu = config.device == "cpu" or not torch.cuda.is_available()
+        if cpu:
+            keep_freed_memory()
         if config.precision == "fp16" and cpu:
             raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
         # Else a second run in one process keeps the first one's precision and device.
@@ -361,6 +365,19 @@ def agree(processes: Processes, losses: Mapping[str, Tensor], stop: bool) -> tup
     mine = torch.stack([*losses.values(), torch.tensor(float(stop), device=processes.device)])
     shared = (processes.sum(mine) / processes.world).tolist()
     return dict(zip(losses, shared, strict=False)), shared[-1] > 0
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to a GiB, for the next step; other C libraries are left as they are.
+
+    By default it hands large pieces back to the kernel at once, which gives them again page by page and wiped, step
+    after step: 6,000 to 11,000 page faults a step of a small network, 15 % of the time of two such runs side by side.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
 
 
 def peak_memory(device: torch.device) -> float:

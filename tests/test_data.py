@@ -122,8 +122,8 @@ def test_samples_differ_between_draws_and_repeat_for_a_draw() -> None:
     assert not np.array_equal(first.image, other.image)
 
 
-@pytest.mark.parametrize("room", [0, 3, 12])
-def test_examples_are_kept_while_there_is_room_and_change_no_sample(room: int) -> None:
+@pytest.mark.parametrize(("room", "kept_ones"), [(0, 0), (11, 0), (12, 12), (20, 12)])
+def test_examples_are_kept_where_all_fit_and_change_no_sample(room: int, kept_ones: int) -> None:
     striped = Striped()
     reads = []
 
@@ -144,8 +144,8 @@ def test_examples_are_kept_while_there_is_room_and_change_no_sample(room: int) -
     reads.clear()
     for draw in range(36, 48):
         samples[draw]
-    assert len(reads) == 12 - room
-    assert kept.size == 2400 * room
+    assert len(reads) == 12 - kept_ones
+    assert kept.size == 2400 * kept_ones
 
 
 @given(seed=st.integers(0, 10_000), low=st.floats(0.3, 1.0), high=st.floats(1.0, 3.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from scipy import stats
 
 from ssl_seg import findings
-from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes
+from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes, read_image_confusion
+from ssl_seg.evidence import detectable
 from tests.faults import message_of
 
 CLASSES = ("ground", "disc")
@@ -107,6 +109,61 @@ def test_pretrainings_that_serve_several_pairs_have_an_interval_of_their_own(tmp
     assert (gain.over_starts.low, gain.over_starts.high) == pytest.approx((wanted.low, wanted.high))
     assert findings.read(write_study(tmp_path / "two")).gains[0].over_starts is None
     assert findings.read(write_study(tmp_path / "all", num_starts=8)).gains[0].over_starts is None
+
+
+def test_p_and_the_mean_are_those_of_what_is_independent(tmp_path: Path) -> None:
+    condition = (("labels.count", "5"),)
+    own = findings.read(write_study(tmp_path / "own", num_starts=8)).gain("good", condition)
+    assert own.p == pytest.approx(2 / 2**8)
+    gain = findings.read(write_study(tmp_path / "three", num_starts=3)).gain("good", condition)
+    assert gain.p is None, "three means say nothing exactly"
+    means = [np.mean([gain.gains.values[seed] for seed in SEEDS if seed % 3 == start]) for start in range(3)]
+    assert gain.gains.mean == pytest.approx(np.mean(means))
+    assert (gain.over_starts.low + gain.over_starts.high) / 2 == pytest.approx(gain.gains.mean)
+    (row, *_) = findings.gain_rows(findings.read(tmp_path / "three"))
+    assert (row["independent"], row["starts_low"]) == (3, gain.over_starts.low)
+    assert row["detectable"] == pytest.approx(detectable(means))
+
+
+def test_masks_corrected_between_two_starts_take_intervals_over_images_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    digests = {"scratch5s0": "new", "good5s0": "new", "scratch5s1": "old", "good5s1": "old", "same5s1": "old"}
+    for name, digest in digests.items():
+        run = folder / "cells" / name
+        images = {part: replace(own, digest=digest) for part, own in read_image_confusion(run).items()}
+        (run / IMAGES_FILE).write_bytes(image_confusion_bytes(images))
+    found = findings.read(folder)
+    gain = found.gain("good", (("labels.count", "5"),), images=True)
+    assert (gain.gains.n, gain.images) == (8, None)
+    findings.write_tables(found)
+
+
+def test_damaged_images_of_one_cell_take_its_intervals_over_images_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    (folder / "cells" / "good5s3" / IMAGES_FILE).write_bytes(b"no such file")
+    found = findings.read(folder)
+    missing = [(gain.arm, *dict(gain.condition).values()) for gain in found.gains if gain.images is None]
+    assert missing == [("good", "5")]
+    assert len(found.faults) == 1
+    assert "good5s3" in found.faults[0]
+    findings.write_tables(found)
+
+
+@pytest.mark.parametrize(
+    ("edit", "place"),
+    [
+        ({"id": ".."}, "id"),
+        ({"id": "."}, "id"),
+        ({"condition": {"labels.count": "all"}}, "none of the axes"),
+        ({"condition": {}}, "none of the axes"),
+    ],
+)
+def test_cells_that_no_study_writes_are_one_line(edit: dict[str, Any], place: str, tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    record = json.loads((folder / "study.json").read_text())
+    record["cells"][0] |= edit
+    (folder / "study.json").write_text(json.dumps(record))
+    assert place in message_of(lambda: findings.read(folder))
 
 
 def test_cells_of_other_labelled_images_are_no_pair(tmp_path: Path) -> None:

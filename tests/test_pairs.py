@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +17,7 @@ from ssl_seg.confusion import ImageConfusions, image_confusion_bytes
 from ssl_seg.evidence import block_bootstrap
 from ssl_seg.pairs import (
     IMAGES_FILE,
+    Changed,
     Pairs,
     Shared,
     Spread,
@@ -23,8 +25,10 @@ from ssl_seg.pairs import (
     of_starts,
     over_starts,
     paired,
+    pictures_of,
     software_in_words,
 )
+from ssl_seg.runs import RunFolder
 from tests.test_confusion import drawn, of_matrices
 
 MIOU = "val/miou"
@@ -102,6 +106,36 @@ def test_images_are_those_of_the_runs_of_the_gain(tmp_path: Path) -> None:
     for own in changed:
         away = np.abs(differences[:, own.index] - own.difference)
         assert own.pair == possible[int(np.argmin(away))]
+
+
+def test_images_of_several_pairs_are_drawn_by_their_own_models_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"stage": "finetune", "config": {}}))
+    runs = {name: Run({}, tmp_path / name) for name in "abcd"}
+    first, second = (runs["a"], runs["b"]), (runs["c"], runs["d"])
+    changed = [Changed(4, "four", 0.3, first), Changed(1, "one", -0.2, second), Changed(2, "two", 0.1, first)]
+    drawn = []
+
+    def draw(base: RunFolder, own: RunFolder, part: str, names: Sequence[str]) -> Iterator[str]:
+        drawn.append((base.name, own.name, part, tuple(names)))
+        yield from (f"{base.name}{own.name} {name}" for name in names)
+
+    monkeypatch.setattr("ssl_seg.evaluate.changed_pictures", draw)
+    assert pictures_of(changed, "val") == ["ab four", "cd one", "ab two"]
+    assert drawn == [("a", "b", "val", ("four", "two")), ("c", "d", "val", ("one",))]
+
+
+def test_the_images_of_most_runs_count(tmp_path: Path) -> None:
+    odd = [stored(tmp_path / f"odd{side}", side, count=61)[0] for side in (0, 1)]
+    usual = [[stored(tmp_path / f"{side}{seed}", 10 * seed + side)[0] for side in (0, 1)] for seed in (1, 2)]
+    base, own = zip(odd, *usual, strict=True)
+    pairs = Pairs(*({seed: [run] for seed, run in enumerate(side)} for side in (base, own)))
+    assert pairs.changed(MIOU)
+    assert all([*image.pair] in usual for image in pairs.changed(MIOU))
+    assert pairs.over_images(MIOU) is None, "one pair of the gain is missing"
 
 
 def test_runs_of_other_images_are_left_out(tmp_path: Path) -> None:

@@ -172,6 +172,14 @@ def test_what_is_wrong_is_one_line_before_anything_runs(keys: dict[str, Any], sa
     assert message_of(lambda: make_plan(load(StudyConfig, values(**keys)), OUT)).startswith(said)
 
 
+def test_a_search_on_the_images_that_score_is_refused() -> None:
+    own = finetuning()
+    own["data"] = {"labelled": own["data"]["labelled"]}
+    make_plan(load(StudyConfig, values(finetune=own)), OUT)
+    config = load(StudyConfig, values(finetune=own, search=LR))
+    assert message_of(lambda: make_plan(config, OUT)).startswith("search: would choose on the images that score; give ")
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

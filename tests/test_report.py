@@ -88,8 +88,14 @@ def write_run(
 def write_pairs(folder: Path, gains: Sequence[float], scratch: float = 0.25) -> Path:
     for seed, gain in enumerate(gains):
         write_run(folder / f"scratch_{seed}", scratch + 0.01 * seed, seed=seed)
-        write_run(folder / f"four_{seed}", scratch + 0.01 * seed + gain, seed=seed, init="runs/four")
+        write_run(folder / f"four_{seed}", scratch + 0.01 * seed + gain, seed=seed, **started("four", seed))
     return folder
+
+
+def started(name: str, seed: int) -> dict[str, Any]:
+    """What a run from a pretraining of its own notes of it."""
+    config = {"seed": seed, "tasks": {name: {}}}
+    return {"init": f"runs/{name}_{seed}", "origin": {"stage": "pretrain", "config": config, "origin": None}}
 
 
 def write_picture(path: Path, height: int = 40, width: int = 60) -> None:
@@ -256,6 +262,24 @@ def test_a_loss_and_a_null_result_are_as_plain(tmp_path: Path) -> None:
     )
 
 
+def test_pairs_that_share_pretrainings_are_told_by_the_means_of_these_as_in_a_study(tmp_path: Path) -> None:
+    gains = [0.01, 0.012, 0.014, 0.05, 0.052, 0.054, -0.03, -0.028]
+    for seed, gain in enumerate(gains):
+        write_run(tmp_path / f"scratch_{seed}", 0.25, seed=seed)
+        write_run(tmp_path / f"four_{seed}", 0.25 + gain, seed=seed, **started("four", seed // 3))
+    assert headline_of(tmp_path) == (
+        "No gain can be told: pretraining (four) differs from scratch by +1.2 points of mIoU "
+        "(95 % interval -8.9 to +11.2 over 3 pretrainings, 8 pairs)."
+    ).replace(" -", " \N{MINUS SIGN}")
+    assert "by as many pretrainings with as many pairs each of this spread" in answer_of(tmp_path).below[-1]
+    for run in tmp_path.glob("four_*"):
+        record = json.loads((run / "run.json").read_text())
+        shared = started("four", 0)
+        record["config"]["init"], record["origin"] = shared["init"], shared["origin"]
+        write_json(run / "run.json", record)
+    assert "8 pairs from this one pretraining, exact p = " in headline_of(tmp_path)
+
+
 def test_a_null_result_says_what_it_leaves_open(tmp_path: Path) -> None:
     write_pairs(tmp_path / "null", [-0.01, 0.02, 0.01])
     told = [words for words in answer_of(tmp_path / "null").below if "8 times in 10" in words]
@@ -268,6 +292,9 @@ def test_a_null_result_says_what_it_leaves_open(tmp_path: Path) -> None:
     write_pairs(tmp_path / "same", [0.0, 0.0, 0.0])
     for name in ("gain", "few", "same"):
         assert "8 times in 10" not in " ".join(answer_of(tmp_path / name).below)
+    (tiny,) = left_open([Spread((0.0002, -0.0002, 0.0001))])
+    assert tiny.startswith("A true gain of 0.1 points"), "one that is written as 0.0 is never told"
+    assert tiny.endswith("takes about 3 of them."), "nor is anything of two pairs"
     spreads = [Spread((-0.01, 0.02, 0.01)), Spread((-0.2, 0.3, 0.1)), Spread((0.01, 0.012, 0.014))]
     (words,) = left_open(spreads)
     assert words.startswith("Where nothing can be told, a true gain of 5.0 to 82.1 points would have been told 8 times")
@@ -277,8 +304,8 @@ def test_a_null_result_says_what_it_leaves_open(tmp_path: Path) -> None:
 def test_of_several_comparisons_none_is_picked_out(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.01, 0.012, 0.014])
     for seed in range(3):
-        write_run(tmp_path / f"one_{seed}", 0.25 + 0.01 * seed + (-0.01) ** seed, seed=seed, init="runs/one")
-        write_run(tmp_path / f"bad_{seed}", 0.15, seed=seed, init="runs/bad")
+        write_run(tmp_path / f"one_{seed}", 0.25 + 0.01 * seed + (-0.01) ** seed, seed=seed, **started("one", seed))
+        write_run(tmp_path / f"bad_{seed}", 0.15, seed=seed, **started("bad", seed))
     headline = headline_of(tmp_path)
     assert headline.startswith("Against scratch, pretraining gave a gain in 1 of 3 comparisons, lost in 1, and in 1 ")
     assert headline.endswith("3 pairs each. Corrected for 3 comparisons, both stand.")
@@ -307,14 +334,14 @@ def test_the_first_sentence_says_what_stands_among_so_many(tmp_path: Path, arms:
     for number, arm in enumerate(arms):
         for seed, gain in enumerate(gains[arm]):
             name = "abcd"[number]
-            write_run(tmp_path / f"{name}_{seed}", 0.25 + gain, seed=seed, init=f"runs/{name}")
+            write_run(tmp_path / f"{name}_{seed}", 0.25 + gain, seed=seed, **started(name, seed))
     assert headline_of(tmp_path).endswith(f" {expected}")
 
 
 def test_two_comparisons_are_told_with_their_intervals(tmp_path: Path) -> None:
     write_pairs(tmp_path, [-0.01, 0.02, 0.01])
     for seed in range(2):
-        write_run(tmp_path / f"two_{seed}", 0.27 + 0.01 * seed, seed=seed, init="runs/two")
+        write_run(tmp_path / f"two_{seed}", 0.27 + 0.01 * seed, seed=seed, **started("two", seed))
     assert headline_of(tmp_path) == (
         "No gain can be told in any of 2 comparisons with scratch: +0.7 (four; 95 % interval -3.1 to +4.5) and "
         "+2.0 (two) points of mIoU, 2 to 3 pairs each."
@@ -339,10 +366,13 @@ def test_one_fine_tuning_tells_its_score_and_its_classes(tmp_path: Path) -> None
 
 
 def test_scores_of_the_images_that_chose_the_step_are_said_to_be_bright(tmp_path: Path) -> None:
-    write_run(tmp_path / "best", config={"select": "best"})
+    often = {"steps": 400, "lr": 0.001, "eval_every": 100}
+    write_run(tmp_path / "best", config={"select": "best", "train": often})
     assert "on the bright side" in answer_of(tmp_path / "best").below[0]
-    write_run(tmp_path / "last", config={"select": "last"})
-    assert "on the bright side" not in answer_of(tmp_path / "last").below[0]
+    write_run(tmp_path / "last", config={"select": "last", "train": often})
+    write_run(tmp_path / "once", config={"select": "best"})  # scored at its end alone
+    for name in ("last", "once"):
+        assert "on the bright side" not in answer_of(tmp_path / name).below[0]
 
 
 def test_a_pretraining_tells_what_its_tasks_reach(tmp_path: Path) -> None:
@@ -363,7 +393,7 @@ def test_nothing_held_out_and_no_score_are_said(tmp_path: Path) -> None:
 
 def test_a_score_that_is_no_number_is_no_score(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.01, 0.02, 0.03])
-    write_run(tmp_path / "four_3", math.nan, seed=3, init="runs/four")
+    write_run(tmp_path / "four_3", math.nan, seed=3, **started("four", 3))
     write_run(tmp_path / "scratch_3", 0.2, seed=3)
     assert "3 pairs" in headline_of(tmp_path)
     assert not re.search(r"\bnan\b", "".join(read(page_of(tmp_path)).text))

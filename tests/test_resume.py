@@ -190,6 +190,21 @@ def test_a_changed_key_is_named_and_refused_unless_allowed(tmp_path: Path) -> No
     assert (resumed["after_step"], resumed["changed"]) == (2, {"train.steps": [2, 4]})
 
 
+def test_what_the_steps_before_were_made_with_is_not_forgotten(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(steps=2))
+    pretrain(config, Options(tmp_path, quiet=True))
+    now = runs.software_of(json.loads((tmp_path / "run.json").read_text()))
+    assert now["device"] == "1 x cpu"
+    record = json.loads((tmp_path / "run.json").read_text())
+    former = {"device": "1 x cuda", "versions": {"torch": "2.10"}}
+    (tmp_path / "run.json").write_text(json.dumps({**record, **former}))
+    pretrain(config, Options(tmp_path, quiet=True))
+    both = runs.software_of(json.loads((tmp_path / "run.json").read_text()))
+    assert both["torch"] == f"2.10, {now['torch']}"
+    assert both["device"] == "1 x cuda, 1 x cpu"
+    assert both["timm"] == now["timm"]
+
+
 def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
     values = pretraining(steps=3)

@@ -284,8 +284,9 @@ def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None
         images = 30 if name.startswith("scratch") else 31
         write_cell(tmp_path / "cells" / name, 0.25, passport={"test": {"images": images, "split": "ab"}})
     told = [words for words in answer(findings.read(tmp_path)).below if words.startswith("CAUTION")]
-    assert len(told) == 1
+    assert len(told) == 2
     assert "test: images" in told[0]
+    assert told[1].startswith("CAUTION: cells that are no pair are left out of every gain: four-0-0-0: no pair with ")
 
 
 def test_pairs_that_were_not_made_with_the_same_are_told(tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_the_answer_comes_first_with_its_rules_and_its_numbers_are_those_of_find
     assert cells[:5] == ["5", "26.5 ± 1.3", "32.5 ± 1.9", "4", "+6.0 ± 0.8"]
     assert cells[5] == f"{points(gain.interval.low)} to {points(gain.interval.high)}" == interval_of(GAIN)
     assert cells[6:] == [NOTHING, NOTHING, NOTHING, "4"]
-    for reason in ("exact p is told from 8 pairs on", "needs 5 pairs", "over images needs 5 blocks"):
+    for reason in ("exact p is told from 8 independent pairs on", "needs 5 pairs", "over images needs 5 blocks"):
         assert reason in section(page, "gains")
     assert not re.search(r"\b0\.[0-9]{3,}", re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", page, flags=re.S))
 
