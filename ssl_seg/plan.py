@@ -157,7 +157,8 @@ class _Maker:
     def _common(self, arms: Sequence[Arm]) -> dict[str, Any]:
         """What all arms share. What the study does not say of the model is that of the first start, for every arm.
 
-        Else the arm from scratch would take the default, and the others what they start from.
+        Else the arm from scratch would take the default, and the others what they start from. Not where its own weights
+        came from: a pretraining that goes on from ImageNet makes no other arm start there.
         """
         values = base(self.config.finetune, "finetune")
         model: Mapping[str, Any] = {}
@@ -167,6 +168,9 @@ class _Maker:
                 model = base(self.config.pretrain[arm.pretraining], "pretrain").get("model", {})
             elif start is not None and not model:
                 model = weights.read_encoder_info(start).get("config", {})
+        if isinstance(model.get("encoder"), Mapping):
+            encoder = {key: value for key, value in model["encoder"].items() if key != "pretrained"}
+            model = {**model, "encoder": encoder}
         own = values.get("model") or {}
         if isinstance(own.get("encoder"), str):  # the word stands for the name of one of timm's, and may get more keys
             own = {**own, "encoder": {"type": "timm", "name": own["encoder"]}}

@@ -208,7 +208,7 @@ def test_the_functions_for_your_own_code_run(tmp_path: Path, capsys: pytest.Capt
     scope: dict[str, Any] = {}
     exec(compile(block.text, block.page, "exec"), scope)
     image = torch.rand(1, 3, 40, 70)
-    assert scope["segment"](str(tmp_path), image).shape == (1, 32, 64)
+    assert scope["segment"](str(tmp_path), image).shape == (1, 40, 70)
     assert [level.shape[-1] for level in scope["features"](str(tmp_path), image)] == [48, 24, 12, 6, 3]
     assert "100.0% of the parameters" in capsys.readouterr().out
 

@@ -119,6 +119,16 @@ def test_axes_of_the_start_make_arms() -> None:
     assert by_arm["two + denoise decoder"].transfer == "encoder+denoise"
 
 
+def test_a_pretraining_that_goes_on_from_imagenet_leaves_scratch_from_scratch() -> None:
+    further = {**pretraining(), "model": {"encoder": {"type": "timm", "name": "resnet18", "pretrained": True}}}
+    bare = {key: value for key, value in finetuning().items() if key != "model"}
+    arms = {"scratch": {}, "imagenet": {"init": "imagenet"}, "further": {"init": "two"}}
+    plan = make_plan(load(StudyConfig, values(arms=arms, finetune=bare, pretrain={"two": further})), OUT)
+    told = {cell.arm: (cell.from_scratch, cell.config.model.encoder.pretrained) for cell in plan.cells}
+    assert told == {"scratch": (True, False), "imagenet": (False, True), "further": (False, False)}
+    assert all(cell.config.model.encoder.pretrained for cell in plan.pretrainings)
+
+
 def test_any_other_axis_can_be_compared() -> None:
     grid = {"model.norm": ["group", "switch"], "labels.count": [1]}
     assert names_of(grid=grid, compare=["model.norm"]) == ["model.norm=group", "model.norm=switch"]

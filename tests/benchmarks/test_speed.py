@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,6 +71,46 @@ def test_a_step_against_a_bare_loop() -> None:
     ours = seconds(lambda: next(steps), STEPS - 2)
     plain = seconds(bare, STEPS - 2)
     print(f"\na step: {ours:.3f} s, bare loop {plain:.3f} s, ratio {ours / plain:.2f} (workers: 0, all in one process)")
+
+
+STEP_TIMES = """
+import sys, time
+from statistics import median
+from ssl_seg import train
+from ssl_seg.config import load
+from ssl_seg.data import Samples
+from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.stage import build_module, open_streams
+if sys.argv[1] == "plain":
+    train.keep_freed_memory = lambda: None
+pool = {"type": "synthetic", "kind": "squares", "count": 32, "size": [96, 96]}
+model = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [128, 64, 48, 32, 24]}}
+fit = {"steps": 60, "batch_size": 8, "workers": 0, "precision": "bf16", "channels_last": True, "device": "cpu"}
+values = {"data": {"pool": pool}, "model": model, "augment": {"crop": [96, 96]}, "tasks": {"denoise": {}}, "train": fit}
+config = load(PretrainConfig, values)
+learner = train.Learner(build_module(config.model, config.tasks, 0), config.train, train.Processes(config.train))
+samples = {"pool": Samples(config.data.pool, config.augment, 0)}
+steps = train.train(learner, open_streams(samples, config.train, learner.processes, 1, 0), 0, seed=0)
+taken = []
+for _ in range(60):
+    started = time.perf_counter()
+    next(steps)
+    taken.append(time.perf_counter() - started)
+print(median(taken[10:]))
+"""
+
+
+def test_a_step_with_freed_memory_kept() -> None:
+    """Two runs at a time with a thread each, as a study makes them: with glibc's own ways, and told to keep memory."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    taken: dict[str, list[float]] = {"kept": [], "plain": []}
+    for _ in range(2):
+        for word, own in taken.items():
+            command = [sys.executable, "-c", STEP_TIMES, word]
+            both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+            own += [float(process.communicate()[0]) for process in both]
+    kept, plain = (median(own) for own in taken.values())
+    print(f"\na step: freed memory kept {kept:.3f} s, given back {plain:.3f} s, ratio {plain / kept:.2f}")
 
 
 def test_keyed_normals_against_torchs() -> None:
