@@ -38,6 +38,7 @@ PANEL = 320  # pixels of the longer side of a picture on the sheet
 MOST_STORED = 20_000  # fingerprints of a run, 80 MB, for runs that start from it
 FILES = ("leaks.json", "leaks.png", "images.json", "fingerprints.safetensors")
 TRAINED = ("pool", "labelled", "images")  # what parts that are trained on end in, the last where nothing is known
+MANY = 1_000  # images whose reading takes so long that it is announced
 HEARTBEAT = 2.0  # seconds after which waiting processes hear that the first is at work
 
 
@@ -176,6 +177,8 @@ def _work(place: Place, question: Question, workers: int, quiet: bool) -> Iterat
                 (place.folder / name).unlink(missing_ok=True)
         result = Compared()
         started = beaten = time.monotonic()
+        number = sum(map(len, question.given.values()))
+        say(f"looking for leaks: {number:,} images are read once", quiet or number < MANY or not question.config.check)
         for _ in _compared(question, workers, result):
             if time.monotonic() - beaten > HEARTBEAT:
                 beaten = time.monotonic()

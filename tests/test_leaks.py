@@ -558,6 +558,17 @@ def checked(
 ONE, OTHER = Textured(count=6, seed=7), Textured(count=6, seed=30)
 
 
+@pytest.mark.parametrize(("many", "announced"), [(12, True), (13, False)])
+def test_reading_many_images_is_announced(
+    many: int, announced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leaks, "MANY", many)
+    leaks.check(Place(tmp_path), Question({"pool": ONE}, {"val": OTHER}, Leaks()))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:-1] == ["looking for leaks: 12 images are read once"] * announced
+    assert lines[-1].startswith("No leak: ")
+
+
 def test_a_chain_of_inits_is_compared_to_its_beginning(tmp_path: Path) -> None:
     checked(tmp_path / "a", ONE)
     checked(tmp_path / "b", OTHER, inits={"init": tmp_path / "a"})
