@@ -202,6 +202,20 @@ def test_before_there_is_a_pair_there_is_no_answer(tmp_path: Path) -> None:
     assert 'id="gains"' not in page
 
 
+def test_why_there_is_no_answer_is_said_as_it_is(tmp_path: Path) -> None:
+    write_study(tmp_path / "unequal", {"four": [GAIN[:2], GAIN[:2]]})
+    for name in ("four-0-0-0", "four-1-0-1"):  # another seed under each condition
+        change(tmp_path / "unequal", name, status="failed", message="exit 2")
+    assert headline_of(tmp_path / "unequal") == (
+        "No answer yet: no seed has a pair with scratch under all conditions (of 8 cells 6 finished, 2 failed)."
+    )
+    write_study(tmp_path / "other", {"four": [GAIN[:1]]}, {})
+    write_cell(tmp_path / "other" / "cells" / "four-0-0-0", 0.3, passport={"test": {"images": 31, "split": "ab"}})
+    assert headline_of(tmp_path / "other").startswith(
+        "No answer: no cell is a pair with one of scratch; four-0-0-0: no pair with scratch-0-0-0: their scores differ"
+    )
+
+
 def below(folder: Path) -> str:
     return " ".join(answer(findings.read(folder)).below)
 
