@@ -115,10 +115,9 @@ def left_open(gains: Iterable[Spread]) -> tuple[str, ...]:
     # Nothing is ever told of fewer pairs, or of a mean that is written as 0.0.
     seen = [max(LEAST_TOLD, 100 * detectable(values, 1 - ALPHA)) for values in nulls]
     needed = [max(MIN_PAIRS, pairs_needed(stdev(values), 0.01, 1 - ALPHA) or MAX_NEEDED) for values in nulls]
-    units = {"pretrainings with as many pairs each": 0, "independent pairs": 0}
-    for gain in of_pairs:
-        units[list(units)[over_starts(gain) is None]] += 1
-    unit = " or ".join(name for name, number in units.items() if number)
+    shares = [over_starts(gain) is not None for gain in of_pairs]
+    words = ["pretrainings with as many pairs each"] * any(shares) + ["independent pairs"] * (not all(shares))
+    unit = " or ".join(words)
     most = f"{MAX_NEEDED:,} or more" if max(needed) == MAX_NEEDED else f"{max(needed)}"
     number = most if min(needed) == max(needed) else f"{min(needed)} to {most}"
     begun = "A" if len(nulls) == 1 else "Where nothing can be told, a"
