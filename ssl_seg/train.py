@@ -371,7 +371,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed, up to a GiB, for the next step; other C libraries are left as they are.
 
     By default it hands large pieces back to the kernel at once, which gives them again page by page and wiped, step
-    after step: 6,000 to 11,000 page faults a step of a small network, 15 % of the time of two such runs side by side.
+    after step: 6,000 to 11,000 page faults a step of a small network, a tenth of the time of two such runs side by side
+    (tests/benchmarks/test_speed.py).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
