@@ -108,14 +108,14 @@ def verdict(gain: Spread) -> Verdict:
 
 def left_open(gains: Iterable[Spread]) -> tuple[str, ...]:
     """Where nothing can be told, what would have been, and how many pairs one point takes; empty where all is told."""
-    of_pairs = [gain for gain in gains if verdict(gain) == "none"]
-    nulls = [values for gain in of_pairs if len(set(values := independent(gain))) > 1]
-    if not nulls:
+    untold = [gain for gain in gains if verdict(gain) == "none" and len(set(independent(gain))) > 1]
+    if not untold:
         return ()
+    nulls = [independent(gain) for gain in untold]
     # Nothing is ever told of fewer pairs, or of a mean that is written as 0.0.
     seen = [max(LEAST_TOLD, 100 * detectable(values, 1 - ALPHA)) for values in nulls]
     needed = [max(MIN_PAIRS, pairs_needed(stdev(values), 0.01, 1 - ALPHA) or MAX_NEEDED) for values in nulls]
-    shares = [over_starts(gain) is not None for gain in of_pairs]
+    shares = [over_starts(gain) is not None for gain in untold]
     words = ["pretrainings with as many pairs each"] * any(shares) + ["independent pairs"] * (not all(shares))
     unit = " or ".join(words)
     most = f"{MAX_NEEDED:,} or more" if max(needed) == MAX_NEEDED else f"{max(needed)}"
@@ -172,7 +172,12 @@ def _from_these(gain: Spread) -> str:
 
 def span(interval: Interval) -> str:
     """Of differences of shares, in hundredths: `95 % interval +0.4 to +2.8`."""
-    return f"{100 * interval.level:g} % interval {points(interval.low)} to {points(interval.high)}"
+    return f"{100 * interval.level:g} % interval {between(interval)}"
+
+
+def between(interval: Interval | None) -> str:
+    """The same without its level: `+0.4 to +2.8`."""
+    return NOTHING if interval is None else f"{points(interval.low)} to {points(interval.high)}"
 
 
 def p_in_words(p: float) -> str:

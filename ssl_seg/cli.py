@@ -434,10 +434,9 @@ def _print_findings(found: Findings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ssl_seg.answers import NOTHING, p_as_number, percent, points
+    from ssl_seg.answers import NOTHING, between, p_as_number, percent, points
     from ssl_seg.findings import CELLS_FILE, GAINS_FILE
     from ssl_seg.study_answers import answer
-    from ssl_seg.study_page import between
 
     level = f"{100 * found.record['level']:g} %"
     columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]

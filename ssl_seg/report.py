@@ -20,6 +20,7 @@ from ssl_seg.answers import (
     NOTHING,
     PARTS,
     answer,
+    between,
     count_of,
     images_of,
     percent,
@@ -162,8 +163,7 @@ def _interval(gain: Spread) -> str:
     """Where the gain lies, by Student, as the sentence on top has it; of fewer pairs than it wants nothing."""
     if gain.n < MIN_PAIRS:
         return NOTHING
-    found = t_interval(independent(gain), 1 - ALPHA)
-    return f"{points(found.low)} to {points(found.high)}"
+    return between(t_interval(independent(gain), 1 - ALPHA))
 
 
 def _score_dots(page: Page, arms: Sequence[Arm]) -> Iterator[Panel]:

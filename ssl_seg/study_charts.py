@@ -8,12 +8,12 @@ from contextlib import suppress
 from itertools import product
 
 from ssl_seg import findings, plots
-from ssl_seg.answers import MIN_PAIRS, NOTHING, percent, points
+from ssl_seg.answers import MIN_PAIRS, NOTHING, between, percent, points
 from ssl_seg.evidence import Interval, t_interval
 from ssl_seg.findings import Condition, Findings, Gain
 from ssl_seg.page import Fold, Panel, Panels, Section, Table, TableRow, Text, drawn
 from ssl_seg.pairs import Spread, independent
-from ssl_seg.study_page import Side, StudyPage, between, legend_of
+from ssl_seg.study_page import Side, StudyPage, legend_of
 
 LOGARITHM_FROM = 4  # ratio of largest to smallest value of an axis
 ClassGains = Sequence[Sequence[Gain | None]]  # of an arm: [class, condition]

@@ -10,8 +10,6 @@ from typing import Any
 from markupsafe import Markup
 
 from ssl_seg import plots
-from ssl_seg.answers import NOTHING, points
-from ssl_seg.evidence import Interval
 from ssl_seg.findings import Condition, Findings
 from ssl_seg.pairs import Spread
 from ssl_seg.plots import Style
@@ -77,8 +75,3 @@ def make_page(found: Findings, place: Path) -> StudyPage:
 
 def legend_of(sides: Sequence[Side]) -> tuple[tuple[Markup, str], ...]:
     return tuple((side.mark, side.label) for side in sides) if len(sides) > 1 else ()
-
-
-def between(interval: Interval | None) -> str:
-    """In points: `+0.4 to +2.8`."""
-    return NOTHING if interval is None else f"{points(interval.low)} to {points(interval.high)}"

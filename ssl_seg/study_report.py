@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ssl_seg import evidence, files, findings
-from ssl_seg.answers import NOTHING, RULES, Answer, count_of, p_as_number, percent, points
+from ssl_seg.answers import NOTHING, RULES, Answer, between, count_of, p_as_number, percent, points
 from ssl_seg.config import UserError, flatten
 from ssl_seg.cost import Cost, average, cost_of, duration
 from ssl_seg.findings import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Findings, Gain
@@ -44,7 +44,7 @@ from ssl_seg.study_answers import (
     states,
 )
 from ssl_seg.study_charts import classes, learning
-from ssl_seg.study_page import StudyPage, between, make_page
+from ssl_seg.study_page import StudyPage, make_page
 from ssl_seg.tracking.record import read_record
 
 CHANGED = "changed"  # the folder of pictures of images that changed most

@@ -40,6 +40,16 @@ CONFIG = {
     "tracking": {"type": "none"},
 }
 PRETRAINING = {"tasks": {"denoise": {"weight": 3.0}}, "train": {"steps": 1500}, "init": None, "seed": 0}
+# A pair of leaks.json.
+LEAK = {
+    "kind": "exact",
+    "part": "pool",
+    "name": "a",
+    "scored_part": "val",
+    "scored": "b",
+    "detail": "",
+    "allowed": True,
+}
 
 
 def laid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -541,19 +551,10 @@ def test_leaks_that_were_let_pass_or_not_looked_for_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clean = {"checked": True, "trained": {"pool": 1}, "scored": {"val": 1}, "leaks": []}
-    pair = {
-        "kind": "exact",
-        "part": "pool",
-        "name": "a",
-        "scored_part": "val",
-        "scored": "b",
-        "detail": "",
-        "allowed": True,
-    }
     said = {
         "clean": clean,
-        "allowed": {**clean, "leaks": [pair]},
-        "found": {**clean, "leaks": [pair, {**pair, "allowed": False}]},
+        "allowed": {**clean, "leaks": [LEAK]},
+        "found": {**clean, "leaks": [LEAK, {**LEAK, "allowed": False}]},
         "unchecked": {**clean, "checked": False},
         "unknown": {**clean, "pairs": [{"part": "x", "scored_part": "val", "pictures": "unknown", "names": "unknown"}]},
         "none": {**clean, "scored": {}},

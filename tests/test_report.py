@@ -28,6 +28,7 @@ from ssl_seg.compare import compare
 from ssl_seg.config import UserError
 from ssl_seg.pairs import Spread
 from ssl_seg.runs import RunFolder, find_runs
+from tests.test_compare import LEAK
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = [
@@ -457,16 +458,7 @@ def test_leaks_are_told_with_their_pairs_and_picture(tmp_path: Path) -> None:
 
 def test_a_leak_s_picture_outside_of_the_run_is_not_taken(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    pair = {
-        "kind": "exact",
-        "part": "pool",
-        "name": "a",
-        "scored_part": "val",
-        "scored": "b",
-        "detail": "",
-        "allowed": True,
-    }
-    write_json(run / "leaks.json", {"checked": True, "trained": {"pool": 1}, "scored": {"val": 1}, "leaks": [pair]})
+    write_json(run / "leaks.json", {"checked": True, "trained": {"pool": 1}, "scored": {"val": 1}, "leaks": [LEAK]})
     write_picture(tmp_path / "secret.png")
     (run / "leaks.png").symlink_to(tmp_path / "secret.png")
     assert "<img" not in page_of(run)
