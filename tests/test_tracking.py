@@ -789,7 +789,7 @@ def test_a_run_killed_without_a_word_is_killed_in_mlflow_and_goes_on_there(tmp_p
     first = only_run(uri)[1].info.run_id
     assert_mirrors(uri, out)
     wait_for_mirror(out)
-    go_on_for_a_while(out, lines=30)
+    go_on_for_a_while(out)
     assert mirror.track(out).run_id == first
     client, done = only_run(uri)
     assert done.info.status == "KILLED"
@@ -798,11 +798,13 @@ def test_a_run_killed_without_a_word_is_killed_in_mlflow_and_goes_on_there(tmp_p
         assert steps == [line["step"] for line in read_metrics(out)], "each step once"
 
 
-def go_on_for_a_while(out: Path, lines: int) -> None:
-    """The same run once more, in this process and sent later; stopped by a signal when it has so many lines."""
+def go_on_for_a_while(out: Path) -> None:
+    """The same run once more, in this process and sent later; stopped by a signal when it has come further."""
+    before = len(read_metrics(out))
 
     def stop() -> None:
-        wait_for(lambda: has_lines(out, lines), "it does not go on")
+        # Not sooner: a signal before the run takes signals would end the tests.
+        wait_for(lambda: has_lines(out, before + 15), "it does not go on")
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import subprocess
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from ssl_seg import finetune, pretrain
+from ssl_seg import finetune, pretrain, rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data import Packed, Samples
 from ssl_seg.finetune import FinetuneConfig
@@ -21,6 +23,7 @@ from ssl_seg.stage import build_module, open_streams, pool_tasks
 from ssl_seg.switch_norm import SwitchNorm2d
 from ssl_seg.train import (
     PATIENCE_FOR_NAN,
+    AdamW,
     Learner,
     NonFiniteError,
     Processes,
@@ -223,6 +226,28 @@ def test_a_restored_state_goes_on_bit_for_bit(changed: dict[str, Any]) -> None:
     for step, (metrics, expected) in zip(run(other, sources, start=3), steps[3:], strict=True):
         assert step.metrics == metrics
         torch.testing.assert_close(weights(other), expected, rtol=0, atol=0)
+
+
+def test_weights_in_channels_last_are_updated_as_torch_does_and_without_copies() -> None:
+    ours = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Conv2d(7, 9, 1), nn.BatchNorm2d(9)).to(
+        memory_format=torch.channels_last
+    )
+    plain = copy.deepcopy(ours)
+    settings = {"lr": 0.1, "weight_decay": 0.05, "fused": True}
+    update, of_torch = AdamW(ours.parameters(), **settings), torch.optim.AdamW(plain.parameters(), **settings)
+    image = rng.uniform(rng.fold_in(rng.as_key(0), torch.arange(4)), (5, 8, 8))
+    for _ in range(3):
+        for module, optimizer in ((ours, update), (plain, of_torch)):
+            optimizer.zero_grad()
+            module(image.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+            with torch.profiler.profile() as seen:
+                optimizer.step()
+            if module is ours:
+                assert "aten::clone" not in {event.key for event in seen.key_averages()}
+    assert len(update.state) == len(of_torch.state) == 6
+    for own, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+        torch.testing.assert_close(update.state[own], of_torch.state[other], rtol=0, atol=0)
 
 
 def test_restoring_copies_so_that_two_learners_do_not_share_moments() -> None:
