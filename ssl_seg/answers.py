@@ -14,8 +14,8 @@ from typing import Literal
 from ssl_seg.compare import SCRATCH, Comparison, Group
 from ssl_seg.evidence import MAX_NEEDED, Interval, detectable, holm, pairs_needed, sign_flip_p, t_interval, t_test_p
 from ssl_seg.pairs import MIN_STARTS, Shared, Spread, independent, over_starts
-from ssl_seg.plots import with_minus
 from ssl_seg.runs import RunFolder
+from ssl_seg.svg import with_minus
 
 MIN_PAIRS = 3  # two pairs would have an interval of 12.7 standard errors to each side
 NAMED = 2  # comparisons that the headline tells one by one; more are counted

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from ssl_seg import files, plots, weights
+from ssl_seg import files, plots, svg, weights
 from ssl_seg.config import UserError
 from ssl_seg.norm import Shares, shares_in
 from ssl_seg.switch_norm import SHARES
@@ -42,7 +42,7 @@ def norms(run: str | Path) -> Norms:
     picture = folder / "pictures" / "norms.png"
     with files.naming(picture.parent):
         picture.parent.mkdir(exist_ok=True)
-    files.write_atomic(picture, plots.to_png(draw(parts)))
+    files.write_atomic(picture, svg.to_png(draw(parts)))
     return Norms(parts, picture)
 
 

@@ -19,7 +19,7 @@ import cv2
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from ssl_seg import images, leaks, plots
+from ssl_seg import images, leaks, plots, svg
 from ssl_seg.answers import RULES, Answer, count_of, state
 from ssl_seg.compare import Comparison, Group
 from ssl_seg.pairs import Spread
@@ -192,10 +192,10 @@ def render(front: Front, sections: Sequence[Section]) -> bytes:
         front=front,
         single=[(front.marks.get(label), words) for label, words in front.told.single],
         sections=[section for section in sections if section.blocks],
-        colours=plots.COLOURS,
+        colours=svg.COLOURS,
         version=metadata.version("ssl_seg"),
     )
-    lines = (plots.plain(line) if _has_control(line) else line for line in text.split("\n"))
+    lines = (svg.plain(line) if _has_control(line) else line for line in text.split("\n"))
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 

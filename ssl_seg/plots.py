@@ -1,53 +1,29 @@
-"""All that matplotlib draws: SVG that takes a page's colours, light or dark, and the picture of norm shares as PNG.
+"""What a report's figures show: dots, curves, bands, heat maps, confusion matrices, and the shares of switch norm.
 
-Ours is the step from matplotlib's SVG to one that lives inside a page: it has fixed colours, fonts and names that would
-collide with those of the next figure. Titles and legends are the page's: HTML wraps a long label, a figure does not.
-Labels of groups and classes are foreign text: never mathtext, never trusted to have glyphs in the font.
+`svg` makes them files. Titles and legends are the page's: HTML wraps a long label, a figure does not.
 """
 
 from __future__ import annotations
 
-import io
-import re
 import textwrap
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Affine2D
+
+from ssl_seg.svg import light, plain, to_svg, with_minus
 
 if TYPE_CHECKING:
     from ssl_seg.norm import Shares
 
-# A page sets each as a CSS variable: (on light, on dark). The hues are those of Okabe and Ito, 2008, which colour-blind
-# readers tell apart too, darkened or lightened until they stand out from the paper by 3 to 1 (WCAG 2, graphics).
-COLOURS = {
-    "paper": ("#fdfdfb", "#16181c"),
-    "ink": ("#1b1e22", "#e9e7e2"),
-    "muted": ("#5a626b", "#a7aeb7"),
-    "line": ("#d3d7dc", "#3b4149"),
-    "cell": ("#0071b1", "#3d9fdc"),
-    "on_cell": ("#fefefe", "#0d0f12"),
-    "base": ("#6f7782", "#949ca6"),
-    "blue": ("#0072b2", "#5ab0e8"),
-    "vermilion": ("#c44f00", "#f07f3c"),
-    "green": ("#00805b", "#2fbd92"),
-    "purple": ("#b0528a", "#dd93bd"),
-    "amber": ("#a06c00", "#e3a72f"),
-    "sky": ("#2c8fc4", "#8fd0f5"),
-}
 GROUP_COLOURS = ("blue", "vermilion", "green", "purple", "amber", "sky")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -66,9 +42,6 @@ NAMED = 48  # and up to which each class has its name
 POINTS = 80  # of a line; more cannot be told apart in a panel
 WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
 
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-ElementTree.register_namespace("", SVG)
-
 
 @dataclass(frozen=True)
 class Style:
@@ -80,7 +53,7 @@ class Style:
 
     @property
     def hex(self) -> str:
-        return _light(self.colour)
+        return light(self.colour)
 
 
 @dataclass(frozen=True)
@@ -164,9 +137,9 @@ def dots(name: str, rows: Sequence[Row], axis: str, about: str, zero: bool = Fal
     top = 0.0
     for row, lines, height in zip(rows, labels, heights, strict=True):
         middle = top + height - 0.21
-        panel.axhline(middle, color=_light("line"), linewidth=0.8, zorder=0)
+        panel.axhline(middle, color=light("line"), linewidth=0.8, zorder=0)
         if zero:
-            panel.plot([0, 0], [middle - 0.14, middle + 0.14], color=_light("muted"), linewidth=1.0, zorder=1)
+            panel.plot([0, 0], [middle - 0.14, middle + 0.14], color=light("muted"), linewidth=1.0, zorder=1)
         panel.plot(row.values, [middle] * len(row.values), **_dot(row.style, 5.5), alpha=0.72)
         if len(row.values) > 1:
             panel.plot([np.mean(row.values)] * 2, [middle - 0.1, middle + 0.1], color=row.style.hex, linewidth=2.2)
@@ -200,10 +173,10 @@ def curves(name: str, lines: Sequence[Curve], about: str, by_logarithm: bool = F
         panel.yaxis.set_major_locator(MaxNLocator(5))
     panel.yaxis.set_major_formatter(FuncFormatter(_short))
     panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.grid(axis="y", color=_light("line"), linewidth=0.6)
+    panel.grid(axis="y", color=light("line"), linewidth=0.6)
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    panel.set_xlabel("step", fontsize=TEXT, color=_light("muted"))
+    panel.set_xlabel("step", fontsize=TEXT, color=light("muted"))
     return to_svg(figure, name, about)
 
 
@@ -239,7 +212,7 @@ def bands(
             if own is not None:  # a band has no width at a single place
                 panel.plot(beside * 2, own, color=line.style.hex, linewidth=0.8, alpha=0.6)
     if zero:
-        panel.axhline(0.0, color=_light("muted"), linewidth=1.0, zorder=1)
+        panel.axhline(0.0, color=light("muted"), linewidth=1.0, zorder=1)
     if by_logarithm:
         panel.set_xscale("log")
     panel.set_xlim(*from_axis(to_axis([places[0], places[-1]]) + np.array([-0.07, 0.07]) * length))
@@ -249,7 +222,7 @@ def bands(
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_locator(MaxNLocator(6))
     panel.yaxis.set_major_formatter(FuncFormatter(_signed if zero else _short))
-    panel.grid(axis="y", color=_light("line"), linewidth=0.6)
+    panel.grid(axis="y", color=light("line"), linewidth=0.6)
     _name_axis(panel, axis)
     return to_svg(figure, name, about)
 
@@ -277,12 +250,12 @@ def changes(
     figure, panel = _panel(0.19 * len(rows), bottom=0.3, left=left, right=0.1, top=top, width=width)
     for row, own in enumerate(cells):
         for column, change in enumerate(own):
-            text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": _light("ink")}
+            text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": light("ink")}
             if change is None:
                 panel.text(column, row, "\N{EN DASH}", **text)
                 continue
             depth = 0.62 * min(1.0, abs(change.value) / largest) if largest else 0.0
-            colour = _light("cell" if change.value > 0 else "vermilion")
+            colour = light("cell" if change.value > 0 else "vermilion")
             panel.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, alpha=depth, linewidth=0))
             shown = with_minus(f"{change.value:+.1f}")
             panel.text(column, row, shown, fontweight="bold" if change.is_sure else "normal", **text)
@@ -306,7 +279,7 @@ def classes(
     figure, panel = _panel(row * len(names), bottom=0.46, left=left, right=0.16, top=0.24 if is_long else 0.02)
     panel.tick_params(labeltop=is_long)
     for index in range(len(names)):
-        panel.axhline(index - 0.5, color=_light("line"), linewidth=0.6, zorder=0)
+        panel.axhline(index - 0.5, color=light("line"), linewidth=0.6, zorder=0)
         offsets = np.linspace(-0.5, 0.5, len(series) + 2)[1:-1]
         for own, offset in zip(series, offsets, strict=True):
             values = own.values[index]
@@ -321,8 +294,8 @@ def classes(
     every = [value for own in series for values in own.values for value in values]
     _fit_x(panel, [*every, 0.0], zero)
     if zero:
-        panel.axvline(0.0, color=_light("muted"), linewidth=1.0, zorder=1)
-    panel.grid(axis="x", color=_light("line"), linewidth=0.6)
+        panel.axvline(0.0, color=light("muted"), linewidth=1.0, zorder=1)
+    panel.grid(axis="x", color=light("line"), linewidth=0.6)
     _name_axis(panel, axis)
     return to_svg(figure, name, about)
 
@@ -345,13 +318,13 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     left = 0.36 + 0.066 * max(len(word) for word in words)
     side = PANEL - left - 0.1 if number <= NUMBERED else 5.6
     figure, panel = _panel(side, bottom=left - 0.02, left=left, right=0.1, width=side + left + 0.1, top=0.06)
-    colour = [int(_light("cell")[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    colour = [int(light("cell")[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     if number <= NUMBERED:
         for truth, prediction in np.argwhere(shares > 0).tolist():
             share = shares[truth, prediction]
-            cell = Rectangle((prediction - 0.5, truth - 0.5), 1, 1, facecolor=_light("cell"), alpha=share, linewidth=0)
+            cell = Rectangle((prediction - 0.5, truth - 0.5), 1, 1, facecolor=light("cell"), alpha=share, linewidth=0)
             panel.add_patch(cell)
-            ink = _light("on_cell" if share > 0.7 else "ink")
+            ink = light("on_cell" if share > 0.7 else "ink")
             if share >= 0.005:
                 text = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
                 panel.text(prediction, truth, f"{share * 100:.0f}", **text)
@@ -362,7 +335,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
         panel.imshow(pixels, interpolation="none", aspect="auto")
     for truth in np.flatnonzero(totals[:, 0] == 0).tolist():
         if number <= NAMED:
-            kind = {"ha": "left", "va": "center", "fontsize": SMALL, "color": _light("muted"), "style": "italic"}
+            kind = {"ha": "left", "va": "center", "fontsize": SMALL, "color": light("muted"), "style": "italic"}
             panel.text(-0.35, truth, "no such pixel", **kind)
     every = 1 if number <= NAMED else -(-number // NAMED)
     size = SMALL if number <= NUMBERED else 7.0
@@ -370,11 +343,11 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     panel.set_yticks(range(0, number, every), words[::every], fontsize=size)
     panel.set(xlim=(-0.5, number - 0.5), ylim=(number - 0.5, -0.5))
     for edge in np.arange(number + 1) - 0.5 if number <= NUMBERED else (-0.5, number - 0.5):
-        panel.axvline(edge, color=_light("line"), linewidth=0.6)
-        panel.axhline(edge, color=_light("line"), linewidth=0.6)
+        panel.axvline(edge, color=light("line"), linewidth=0.6)
+        panel.axhline(edge, color=light("line"), linewidth=0.6)
     panel.tick_params(length=0)
-    panel.set_xlabel("predicted", fontsize=TEXT, color=_light("muted"))
-    panel.set_ylabel("truth", fontsize=TEXT, color=_light("muted"))
+    panel.set_xlabel("predicted", fontsize=TEXT, color=light("muted"))
+    panel.set_ylabel("truth", fontsize=TEXT, color=light("muted"))
     return figure
 
 
@@ -414,11 +387,11 @@ def norm_shares(parts: Mapping[str, Sequence[Shares]], kinds: Sequence[str]) -> 
     of_mean.set_yticks(rows, names, fontsize=7)
     of_mean.set_ylim(rows[-1] + 0.7, -0.7)
     for part, row in zip(parts, heads, strict=True):
-        of_mean.text(0.0, row, part, fontsize=8, fontweight="bold", va="center", color=_light("ink"))
-    of_mean.text(-0.01, heads[0], "layer  (channels)", fontsize=7, ha="right", va="center", color=_light("muted"))
+        of_mean.text(0.0, row, part, fontsize=8, fontweight="bold", va="center", color=light("ink"))
+    of_mean.text(-0.01, heads[0], "layer  (channels)", fontsize=7, ha="right", va="center", color=light("muted"))
     legend = figure.legend(bars, kinds, loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
     for text in legend.get_texts():
-        text.set_color(_light("ink"))
+        text.set_color(light("ink"))
     return figure
 
 
@@ -432,12 +405,12 @@ def _draw_bars(panel: Axes, title: str, rows: Sequence[float], values: Sequence[
             if share >= NARROW:
                 panel.text(left + share / 2, row, f"{share:.0%}", fontsize=6, color=ink, ha="center", va="center")
         lefts = [left + share for left, share in zip(lefts, shares, strict=True)]
-    panel.set_title(title, fontsize=9, color=_light("ink"))
+    panel.set_title(title, fontsize=9, color=light("ink"))
     panel.set_xlim(0, 1)
     panel.set_xticks([0, 1 / 3, 2 / 3, 1], ["0", "1/3", "2/3", "1"], fontsize=7)
     panel.get_xticklabels()[-1].set_horizontalalignment("right")  # else it is cut off at the edge
     for equal in (1 / 3, 2 / 3):
-        panel.axvline(equal, color=_light("ink"), linewidth=0.6, linestyle=":")  # where a fresh layer starts
+        panel.axvline(equal, color=light("ink"), linewidth=0.6, linestyle=":")  # where a fresh layer starts
     _plain_axes(panel)
     panel.tick_params(labelsize=7)
     return bars
@@ -447,96 +420,6 @@ def _head_rows(parts: Mapping[str, Sequence[Shares]]) -> list[int]:
     """The row of each part's name, above those of its layers."""
     sizes = [len(layers) + 1 for layers in parts.values()]
     return [sum(sizes[:index]) for index in range(len(sizes))]
-
-
-# ---- from figure to file ----
-
-
-def to_png(figure: Figure) -> bytes:
-    """On white, in the colours of light paper."""
-    file = io.BytesIO()
-    with _foreign_text(figure):
-        figure.savefig(file, format="png")
-    return file.getvalue()
-
-
-def to_svg(figure: Figure, name: str, about: str | None) -> str:
-    """An `<svg>` to stand inside an HTML page: the same bytes for the same figure.
-
-    Colours are the page's variables, letters the page's font, names begin with `name`, so that no two figures of a page
-    share one. `about` says what it shows to those who cannot see it; None for one that only decorates.
-    """
-    file = io.StringIO()
-    figure.patch.set_visible(False)
-    with _foreign_text(figure, name):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    root = ElementTree.fromstring(file.getvalue())
-    for unwanted in root.findall(f"{{{SVG}}}metadata"):
-        root.remove(unwanted)
-    for definitions in root.iter(f"{{{SVG}}}defs"):
-        for style in definitions.findall(f"{{{SVG}}}style"):
-            definitions.remove(style)  # it would hold for the whole page
-    wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', file.getvalue()))
-    for element in root.iter():
-        _settle_in(element, name, wanted)
-    box = root.get("viewBox")
-    root.attrib.clear()
-    root.attrib.update({"viewBox": box, "style": "stroke-linejoin: round"})
-    root.attrib.update({"aria-hidden": "true"} if about is None else {"role": "img", "aria-label": plain(about)})
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def plain(text: str) -> str:
-    """Foreign text in one line that any XML file can hold; what it cannot is shown as the replacement character."""
-    one_line = " ".join(text.split())
-    return "".join(letter if _is_xml(letter) else "\ufffd" for letter in one_line)
-
-
-def with_minus(number: str) -> str:
-    """A number in print: its sign as wide as a plus."""
-    return number.replace("-", "\N{MINUS SIGN}")
-
-
-def _settle_in(element: ElementTree.Element, name: str, wanted: set[str]) -> None:
-    """One element of matplotlib's, with the page's colours and font and without names that nothing refers to."""
-    own = element.attrib.pop("id", None)
-    if own in wanted:
-        element.set("id", f"{name}-{own}")
-    link = element.attrib.pop(f"{{{XLINK}}}href", None)
-    if link is not None:
-        element.set("href", f"#{name}-{link[1:]}" if link.startswith("#") else link)
-    if "clip-path" in element.attrib:
-        element.set("clip-path", element.get("clip-path").replace("url(#", f"url(#{name}-"))
-    if "style" in element.attrib:
-        unfonted = re.sub(r"font-family:[^;]*;? ?", "", element.get("style"))
-        element.set("style", VARIABLE.sub(lambda found: VARIABLES[found[0]], unfonted))
-    if element.get("transform", "").startswith("rotate(-0 "):
-        del element.attrib["transform"]
-    if "d" in element.attrib:
-        element.set("d", " ".join(element.get("d").split()))
-    if not (element.text or "").strip():
-        element.text = None
-    element.tail = None  # letters stand in elements without others inside, so this is white space
-
-
-@contextmanager
-def _foreign_text(figure: Figure, salt: str = "") -> Iterator[None]:
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-    # Those of ticks come into being while it is drawn. Text stays text in SVG: whether a letter can be shown is up to
-    # the reader's fonts, not to matplotlib's.
-    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
-    with matplotlib.rc_context(options), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield
-
-
-def _light(colour: str) -> str:
-    return COLOURS[colour][0]
-
-
-VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
-VARIABLE = re.compile("|".join(VARIABLES))
 
 
 def _panel(
@@ -554,7 +437,7 @@ def _panel(
 def _plain_axes(panel: Axes) -> None:
     panel.set_facecolor("none")
     panel.spines[:].set_visible(False)
-    panel.tick_params(length=0, labelsize=SMALL, labelcolor=_light("muted"), color=_light("line"))
+    panel.tick_params(length=0, labelsize=SMALL, labelcolor=light("muted"), color=light("line"))
     panel.set_axisbelow(True)
 
 
@@ -572,11 +455,11 @@ def _dot(style: Style, size: float) -> dict[str, object]:
 def _beside(panel: Axes, x: float, y: float, text: str, side: str, colour: str, **more: str) -> None:
     """Text at `x` of the axes' width and `y` of its data."""
     place = panel.get_yaxis_transform()
-    panel.text(x, y, text, transform=place, ha=side, va="center", fontsize=TEXT, color=_light(colour), **more)
+    panel.text(x, y, text, transform=place, ha=side, va="center", fontsize=TEXT, color=light(colour), **more)
 
 
 def _name_axis(panel: Axes, name: str) -> None:
-    panel.set_xlabel(_cut(plain(name), LABEL_WIDTH), fontsize=TEXT, color=_light("muted"))
+    panel.set_xlabel(_cut(plain(name), LABEL_WIDTH), fontsize=TEXT, color=light("muted"))
 
 
 def _fit_x(panel: Axes, values: Sequence[float], zero: bool) -> None:
@@ -603,8 +486,3 @@ def _cut(text: str, most: int) -> str:
 def _mean_of_finite(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else np.nan
-
-
-def _is_xml(letter: str) -> bool:
-    """https://www.w3.org/TR/xml/#charsets, without line breaks and tabs."""
-    return " " <= letter <= "\ud7ff" or "\ue000" <= letter <= "\ufffd" or letter >= "\U00010000"

@@ -59,9 +59,9 @@ from ssl_seg.page import (
     which,
 )
 from ssl_seg.pairs import Spread, independent
-from ssl_seg.plots import with_minus
 from ssl_seg.report_charts import classes, confusions, curves
 from ssl_seg.runs import RunFolder, as_text, find_runs
+from ssl_seg.svg import to_svg, with_minus
 
 ABREAST = 5  # groups that stand beside each other in a table of keys; more stand below each other
 # What tables show.
@@ -319,7 +319,7 @@ def _norm_shares(page: Page) -> Iterator[Section]:
         except UserError as error:  # a run whose weights were cleared away still has all the rest to report
             return [Text(str(error))]
         about = f"shares of instance, layer and batch statistics in each switch norm layer of {arm.label}"
-        svg = Markup(plots.to_svg(norms.draw(parts), f"norms{page.arms.index(arm)}", about))
+        svg = Markup(to_svg(norms.draw(parts), f"norms{page.arms.index(arm)}", about))
         return [Panels((Panel("Shares of each layer, first layer on top.", svg),), shape="full")]
 
     shown = folds(page.arms, blocks, num_open=1)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     ["config", "rng", "switch_norm", "norm", "losses", "confusion", "metrics"],
     ["models", "models.timm", "models.smp"],
-    ["images", "pictures", "plots", "files", "runs", "passport", "terminal"],
+    ["images", "pictures", "svg", "plots", "files", "runs", "passport", "terminal"],
     ["worlds", "worlds.drawing", "worlds.squares", "worlds.shapes"],
     [
         "worlds.street.perspective",
@@ -44,7 +44,7 @@ PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"train"},
     "mlflow": {"tracking.load", "tracking.client", "tracking.server"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"svg", "plots"},
     "jinja2": {"page"},
     "timm": {"models.timm"},
     "segmentation_models_pytorch": {"models.smp"},

@@ -19,7 +19,7 @@ import numpy as np
 from mlflow import Image, MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
-from ssl_seg import plots
+from ssl_seg import plots, svg
 from ssl_seg.config import UserError
 from ssl_seg.passport import from_tags, to_tags
 from ssl_seg.runs import TIME, Picture, RunFolder, description_of, labelled_digest, leak_word, now, scores_of
@@ -355,7 +355,7 @@ class MirroredRun:
                 figure = plots.draw_confusion(np.array(matrices[part]), matrices["classes"])
             with tempfile.TemporaryDirectory() as folder:
                 picture = Path(folder) / f"confusion_{part}.png"
-                picture.write_bytes(plots.to_png(figure))
+                picture.write_bytes(svg.to_png(figure))
                 self.client.log_artifact(self.run_id, str(picture))
 
     def _lasting_pictures(self) -> list[Path]:
