@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python -m experiments.demo.run --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
