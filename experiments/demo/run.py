@@ -32,10 +32,10 @@ def main() -> None:
     started = time.monotonic()
     say("1 of 4: drawing street scenes")
     scenes = given.out.parent / f"{given.out.name}_scenes"
-    for seed, (part, count) in enumerate(SCENES.items()):
-        if not (scenes / part).exists():
-            drawing = ["synth", "street", "--count", count, "--size", "128x96", "--seed", seed, "--out", scenes / part]
-            ssl_seg(*drawing)
+    missing = [(seed, part) for seed, part in enumerate(SCENES) if not (scenes / part).exists()]
+    with ThreadPoolExecutor(len(SCENES)) as together:
+        for drawn in [together.submit(draw, part, seed, scenes / part) for seed, part in missing]:
+            drawn.result()
     pretrained = given.out / "pretrained"
     parent = f"tracking.parent={given.out.name}"
     data = []
@@ -60,6 +60,10 @@ def main() -> None:
     ssl_seg("report", given.out)
     say(f"{time.monotonic() - started:.0f} seconds. The report is {given.out / 'report.html'}; all runs in MLflow:")
     print(f"   mlflow ui --backend-store-uri {next(iter(read_record(pretrained).runs), 'URI')}", flush=True)
+
+
+def draw(part: str, seed: int, folder: Path) -> None:
+    ssl_seg("synth", "street", "--count", SCENES[part], "--size", "128x96", "--seed", seed, "--out", folder)
 
 
 def say(text: str) -> None:
