@@ -1,6 +1,6 @@
 """The page of a report: what it is made of, and how that becomes one HTML file that needs no network.
 
-It has no script and forbids any. Names, labels and config values are foreign text: jinja2 escapes them, and `plots`
+It has no script and forbids any. Names, labels and config values are foreign text: jinja2 escapes them, and `svg`
 those inside figures.
 """
 
@@ -312,7 +312,7 @@ def is_own(path: Path, folder: Path) -> bool:
 
 
 def drawn(draw: Callable[..., str], *arguments: Any, **options: Any) -> Markup:
-    """A figure of `plots`, which escapes what is foreign in it by itself."""
+    """A figure of `plots`, in which `svg` has escaped what is foreign."""
     return Markup(draw(*arguments, **options))
 
 

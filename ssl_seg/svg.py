@@ -35,7 +35,7 @@ COLOURS = {
     "amber": ("#a06c00", "#e3a72f"),
     "sky": ("#2c8fc4", "#8fd0f5"),
 }
-VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
+VARIABLES = {on_light: f"var(--{name})" for name, (on_light, _) in COLOURS.items()}
 VARIABLE = re.compile("|".join(VARIABLES))
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
