@@ -117,7 +117,12 @@ def finetune_all(
             given += [f"init={pretrained[arm.pretraining, cell.pretraining_seed]}", f"transfer={arm.transfer}"]
         runs.append((["finetune", *words, *given], out / cell.name))
     run_all(runs, jobs)
-    return [{**vars(cell), **scores(out / cell.name)} for cell in wanted]
+    return [{**vars(cell), "device": device_of(out / cell.name), **scores(out / cell.name)} for cell in wanted]
+
+
+def device_of(folder: Path) -> str:
+    """`cpu` or `cuda`: what the run was made on, for scores of the two differ in more than the last digits."""
+    return json.loads((folder / "run.json").read_text())["device"].rpartition(" ")[2]
 
 
 def scores(folder: Path) -> dict[str, float]:

@@ -1,0 +1,323 @@
+"""What only a GPU can show, against the same on the CPU: draws, views, gradients, every precision, runs that go on.
+
+Skipped where torch sees no CUDA device. None of it needs more than one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pretext.colorize import Colorize
+from pretext.denoise import Denoise
+from pretext.inpaint import Inpaint
+from pretext.jigsaw import Jigsaw
+from pretext.rotate import Rotate
+from ssl_seg import files, rng, runs, store
+from ssl_seg.config import load
+from ssl_seg.data import Samples
+from ssl_seg.evaluate import EvaluateConfig, build_model, evaluate, image_confusions
+from ssl_seg.finetune import FinetuneConfig, finetune
+from ssl_seg.fingerprint import TOLERANCE, feature_distance, fingerprint
+from ssl_seg.models import ModelConfig
+from ssl_seg.norm import convert_norm
+from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.stage import Options, build_module, open_streams, pool_tasks
+from ssl_seg.tasks import PretextTask, View
+from ssl_seg.train import Learner, NonFiniteError, Processes, Step, backward, finish_gradients, train
+from tests.small import Textured, finetuning, pretraining
+from tests.two_processes import MODEL, cut_after
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+WHERE = {"cuda": "auto", "cpu": "cpu"}  # what `train.device` is called where a run is to be made
+TASKS: list[PretextTask] = [
+    Denoise(),
+    Denoise(noise="poisson"),
+    Denoise(noise="speckle"),
+    Denoise(noise="salt_and_pepper"),
+    Inpaint(),
+    Inpaint(fill="noise", mask="strokes"),
+    Inpaint(mask="grid"),
+    Colorize(),
+    Colorize(target="ab"),
+    Jigsaw(),
+    Rotate(),
+]
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32; torch's default on a GPU is TF32, whose products have ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def unwaiting() -> Iterator[Callable[[], None]]:
+    """Once called, whatever makes the host wait for the GPU is an error, until the test ends."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def keys(count: int) -> Tensor:
+    return rng.fold_in(rng.as_key("gpu"), torch.arange(count))
+
+
+def pictures(count: int = 4, height: int = 66, width: int = 70) -> Tensor:
+    coarse = rng.uniform(keys(count), (3, 6, 6))
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+
+
+# ---- draws and views ----
+
+
+def test_draws_are_those_of_the_cpu() -> None:
+    here, there = keys(1000), keys(1000).to(GPU)
+    for draw in (
+        lambda key: rng.bits(key, (7,)),
+        lambda key: rng.uniform(key, (7,), -3.0, 5.0),
+        lambda key: rng.randint(key, (7,), 2, 19),
+        lambda key: rng.permutation(key, 9),
+        lambda key: rng.fold_in(key, "word"),
+    ):
+        assert torch.equal(draw(here), draw(there).cpu())
+    torch.testing.assert_close(rng.normal(there, (7,)).cpu(), rng.normal(here, (7,)), rtol=0, atol=2e-6)
+
+
+def tensors_of(view: View) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(view).items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_a_view_is_that_of_the_cpu_and_keeps_no_one_waiting(task: PretextTask, unwaiting: Callable[[], None]) -> None:
+    images, own = pictures(), keys(4)
+    task = task.prepare(images)
+    here = tensors_of(task.corrupt(images, own))
+    far, far_keys = images.to(GPU), own.to(GPU)
+    task.corrupt(far, far_keys)  # tables go to the device once
+    unwaiting()
+    there = tensors_of(task.corrupt(far, far_keys))
+    torch.cuda.set_sync_debug_mode("default")
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert there[name].device.type == "cuda", name
+        assert there[name].dtype == value.dtype, name
+        # A pixel may fall on the other side of a threshold (a count of photons, a colour's bin), an interpolated one
+        # be rounded otherwise.
+        differs = (there[name].cpu() - value).abs() > 1e-4
+        assert differs.float().mean() < 1e-3, name
+
+
+# ---- gradients, precisions ----
+
+
+def make(place: str, norm: str = "group", **changed: Any) -> tuple[Learner, dict[str, Samples]]:
+    """A learner on `place` without dropout, which draws from another generator there.
+
+    Not of the small network of other tests: weights that differ by 1e-6 there give gradients that differ by 6 % in
+    some tensor, here by less than 1e-4.
+    """
+    values = pretraining(device=WHERE[place], **changed)
+    values["model"] = {**MODEL, "norm": norm}
+    values["tasks"] = {"denoise": {}, "inpaint": {}, "colorize": {}, "jigsaw": {}}
+    config = load(PretrainConfig, values)
+    learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, Processes(config.train))
+    assert learner.processes.device.type == place
+    return learner, {"pool": Samples(config.data.pool, config.augment, config.seed)}
+
+
+def run(learner: Learner, sources: dict[str, Samples], start: int = 0) -> Iterator[Step]:
+    streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), start)
+    return train(learner, streams, start, seed=0)
+
+
+def losses(place: str, **changed: Any) -> list[float]:
+    return [step.metrics["train/loss"] for step in run(*make(place, **changed))]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_gradients_are_those_of_the_cpu(encode: str, channels_last: bool, exact: None) -> None:
+    found = []
+    for place in ("cpu", "cuda"):
+        learner, sources = make(place, encode=encode, channels_last=channels_last, clip=None)
+        streams = open_streams(sources, learner.config, learner.processes, 4, 0)
+        backward(learner, {"pool": next(streams["pool"])}, last=True)
+        finish_gradients(learner)
+        found.append({name: weight.grad.cpu() for name, weight in learner.module.named_parameters()})
+    far = {name: (found[1][name] - gradient).norm() / gradient.norm() for name, gradient in found[0].items()}
+    assert max(far.values()) < 5e-3, max(far, key=far.get)
+
+
+@pytest.mark.parametrize(("precision", "within"), [("fp32", 0.005), ("bf16", 0.03)])
+def test_losses_are_near_those_of_the_cpu(precision: str, within: float) -> None:
+    changed = {"steps": 8, "lr": 1e-4, "channels_last": True}
+    assert losses("cuda", precision=precision, **changed) == pytest.approx(losses("cpu", **changed), rel=within)
+
+
+def test_fp16_leaves_out_first_steps_until_its_scale_fits() -> None:
+    """The scaler begins at 65536, too much for the gradients of a fresh network: it learns later than on the CPU."""
+    here = losses("cpu", steps=1)
+    learner, sources = make("cuda", steps=12, precision="fp16")
+    steps = list(run(learner, sources))
+    assert steps[0].metrics["train/loss"] == pytest.approx(here[0], rel=0.03)
+    skipped = [step.number for step in steps if not math.isfinite(step.metrics["grad_norm"])]
+    assert skipped == list(range(1, len(skipped) + 1)), "the first ones only"
+    assert learner.accelerator.scaler.get_scale() == 2.0 ** (16 - len(skipped))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_losses_fall(precision: str, optimizer: str) -> None:
+    rate = {"adamw": 1e-3, "sgd": 1e-2}[optimizer]
+    seen = losses("cuda", precision=precision, optimizer=optimizer, steps=40, lr=rate)
+    assert sum(seen[-8:]) < 0.85 * sum(seen[:8])
+
+
+def test_the_same_run_twice_is_nearly_the_same() -> None:
+    """Not to the bit: some sums on a GPU are made in the order in which threads arrive."""
+    once, again = losses("cuda", steps=10, lr=1e-4), losses("cuda", steps=10, lr=1e-4)
+    assert again == pytest.approx(once, rel=5e-3)
+
+
+def test_adamw_is_torchs_to_the_bit() -> None:
+    results = []
+    for kind in (None, torch.optim.AdamW):
+        learner, _ = make("cuda", channels_last=True, steps=4)
+        if kind is not None:
+            inner = learner.optimizer.optimizer
+            learner.optimizer.optimizer = kind(inner.param_groups, lr=1e-3, fused=True)
+        generator = torch.Generator(GPU).manual_seed(0)
+        for _ in range(3):
+            for weight in learner.module.parameters():
+                weight.grad = torch.randn(weight.shape, generator=generator, device=GPU).contiguous(
+                    memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+                )
+            learner.optimizer.step()
+        results.append({name: weight.detach().clone() for name, weight in learner.module.named_parameters()})
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def poisoned(learner: Learner, sources: dict[str, Samples], bad: Callable[[int], bool]) -> Iterator[Step]:
+    streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), 0)
+
+    def batches() -> Iterator[Any]:
+        for step, packed in enumerate(streams["pool"]):
+            learner.module.encoder.std.fill_(float("nan") if bad(step) else 0.25)
+            yield packed
+
+    return train(learner, {"pool": batches()}, 0, seed=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_bad_step_changes_nothing_and_ten_end_the_run(precision: str) -> None:
+    learner, sources = make("cuda", precision=precision, steps=30, norm="batch")
+    scaler = learner.accelerator.scaler
+    before: dict[str, Tensor] = {}
+    scale = math.inf
+    for step in poisoned(learner, sources, lambda step: step in (4, 5)):
+        now = {
+            name: value.clone()
+            for name, value in learner.module.state_dict().items()
+            if not name.endswith("encoder.std")
+        }
+        if step.number in (5, 6):
+            assert math.isnan(step.metrics["train/loss"])
+            torch.testing.assert_close(now, before, rtol=0, atol=0)
+            assert scaler is None or scaler.get_scale() < scale
+        before, scale = now, scaler.get_scale() if scaler else math.inf
+        if step.number == 8:
+            break
+    assert learner.bad_in_a_row == 0
+    with pytest.raises(NonFiniteError):
+        list(poisoned(*make("cuda", precision=precision, steps=30), lambda step: True))
+
+
+# ---- norms ----
+
+
+@pytest.mark.parametrize("kind", ["batch", "sync", "group", "instance", "layer", "switch", "switch_sync", "frozen"])
+def test_norms_are_those_of_the_cpu(kind: str, exact: None) -> None:
+    config = ModelConfig.model_validate(
+        {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}}
+    )
+    answers = []
+    for place in (CPU, GPU):
+        torch.manual_seed(0)
+        network = build_model(config, ("ground", "disc"))
+        convert_norm(network, "batch" if kind in ("sync", "switch_sync") and place is CPU else kind)
+        if kind == "switch_sync" and place is CPU:
+            convert_norm(network, "switch")
+        network = network.to(place).train()
+        answer = network(pictures(4, 64, 64).to(place))
+        answer.square().mean().backward()
+        stem = next(weight for weight in network.parameters() if weight.ndim == 4)
+        answers.append((answer.detach().cpu(), stem.grad.cpu()))
+    for here, there in zip(*answers, strict=True):
+        torch.testing.assert_close(there, here, rtol=0, atol=1e-2 * here.abs().max().item())
+
+
+# ---- whole runs ----
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    lines = runs.read_metrics(folder)
+    return [{name: value for name, value in line.items() if name not in ("images_per_s", "time")} for line in lines]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_that_was_cut_goes_on_on_the_gpu_and_on_the_cpu(precision: str, tmp_path: Path) -> None:
+    values = {**pretraining(steps=8, save_every=4, lr=1e-4, device="auto", precision=precision), "model": MODEL}
+    whole = pretrain(load(PretrainConfig, values), Options(tmp_path / "whole", quiet=True)).folder
+    assert runs.software_of(files.read_json(whole / "run.json"))["device"] == "1 x cuda"
+    cut_after(4, whole, tmp_path / "cut")
+    pretrain(load(PretrainConfig, values), Options(tmp_path / "cut", quiet=True))
+    for again, once in zip(figures(tmp_path / "cut"), figures(whole), strict=True):
+        assert again == pytest.approx(once, rel=1e-2, abs=1e-4, nan_ok=True)  # an overflow's norm in fp16
+    assert store.load_state(whole).data.keys() == store.load_state(tmp_path / "cut").data.keys()
+    if precision == "fp32":
+        cut_after(4, whole, tmp_path / "moved")
+        values["train"]["device"] = "cpu"
+        moved = Options(tmp_path / "moved", quiet=True, allow_changed=("train.device",))
+        pretrain(load(PretrainConfig, values), moved)
+        assert figures(tmp_path / "moved")[-1] == pytest.approx(figures(whole)[-1], rel=2e-2, abs=1e-3)
+
+
+def test_what_a_gpu_trained_is_the_same_network_on_the_cpu(tmp_path: Path) -> None:
+    values = {**finetuning(steps=6, device="auto", precision="bf16"), "init": str(tmp_path / "pre")}
+    pretrain(load(PretrainConfig, pretraining(device="auto", precision="bf16")), Options(tmp_path / "pre", quiet=True))
+    done = finetune(load(FinetuneConfig, values), Options(tmp_path / "fine", quiet=True))
+    receipt = files.read_json(done.folder / "receipts.json")["encoder"]
+    assert (receipt["share"], receipt["features_equal"]) == (1.0, True)
+    weights = load_file(done.folder / "model" / "model.safetensors")
+    assert all(value.device.type == "cpu" for value in weights.values())
+    data = {"images": {"type": "textured", "count": 3, "seed": 7}}
+    scores = {}
+    for place in ("cpu", "auto"):
+        config = load(EvaluateConfig, {"model": str(done.folder), "data": {"test": data["images"]}, "device": place})
+        scores[place] = evaluate(config, tmp_path / place).scores.miou
+    assert scores["auto"] == pytest.approx(scores["cpu"], abs=5e-3)
+
+
+def test_predictions_and_fingerprints_do_not_depend_on_the_device(tmp_path: Path) -> None:
+    config = ModelConfig.model_validate(
+        {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}}
+    )
+    network = build_model(config, ("ground", "disc")).eval()
+    exported = fingerprint(network)
+    here = image_confusions(network, Textured(count=3, seed=6))
+    network = network.to(GPU)
+    assert feature_distance(exported, fingerprint(network)) < TOLERANCE
+    there = image_confusions(network, Textured(count=3, seed=6))
+    assert there.names == here.names
+    confusions = [found.scores().confusion for found in (here, there)]
+    moved = abs(confusions[0] - confusions[1]).sum() / confusions[0].sum()
+    assert moved < 0.02, "twice the share of pixels that got another class"
