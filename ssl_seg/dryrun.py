@@ -27,7 +27,7 @@ class DryRun:
     def lines(self) -> list[str]:
         counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
         shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
-        return [*counted, *shown, f"{self.seconds_per_step:.2f} s per step, peak {self.peak_memory_mib:.0f} MiB"]
+        return [*counted, *shown, f"{self.seconds_per_step:.3g} s per step, peak {self.peak_memory_mib:.0f} MiB"]
 
 
 def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
