@@ -6,6 +6,7 @@ Skipped where torch sees no CUDA device. None of it needs more than one.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ssl_seg.stage import Options, build_module, open_streams, pool_tasks
 from ssl_seg.tasks import PretextTask, View
 from ssl_seg.train import Learner, NonFiniteError, Processes, Step, backward, finish_gradients, train
 from tests.small import Textured, finetuning, pretraining
+from tests.test_resume import figures
 from tests.two_processes import MODEL, cut_after
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -63,8 +65,10 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unwaiting() -> Iterator[Callable[[], None]]:
     """Once called, whatever makes the host wait for the GPU is an error, until the test ends."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)  # torch 2.11
+        yield lambda: torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def keys(count: int) -> Tensor:
@@ -266,11 +270,6 @@ def test_norms_are_those_of_the_cpu(kind: str, exact: None) -> None:
 
 
 # ---- whole runs ----
-
-
-def figures(folder: Path) -> list[dict[str, float]]:
-    lines = runs.read_metrics(folder)
-    return [{name: value for name, value in line.items() if name not in ("images_per_s", "time")} for line in lines]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
