@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture
-def unwaiting() -> Iterator[Callable[[], None]]:
-    """Once called, whatever makes the host wait for the GPU is an error, until the test ends."""
+@contextmanager
+def unwaiting() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)  # torch 2.11
-        yield lambda: torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -101,15 +105,14 @@ def tensors_of(view: View) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_a_view_is_that_of_the_cpu_and_keeps_no_one_waiting(task: PretextTask, unwaiting: Callable[[], None]) -> None:
+def test_a_view_is_that_of_the_cpu_and_keeps_no_one_waiting(task: PretextTask) -> None:
     images, own = pictures(), keys(4)
     task = task.prepare(images)
     here = tensors_of(task.corrupt(images, own))
     far, far_keys = images.to(GPU), own.to(GPU)
     task.corrupt(far, far_keys)  # tables go to the device once
-    unwaiting()
-    there = tensors_of(task.corrupt(far, far_keys))
-    torch.cuda.set_sync_debug_mode("default")
+    with unwaiting():
+        there = tensors_of(task.corrupt(far, far_keys))
     assert here.keys() == there.keys()
     for name, value in here.items():
         assert there[name].device.type == "cuda", name
