@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ from ssl_seg.tasks import PretextTask, View
 from ssl_seg.train import Learner, NonFiniteError, Processes, Step, backward, finish_gradients, train
 from tests.small import Textured, finetuning, pretraining
 from tests.test_resume import figures
+from tests.test_train import poison, run
 from tests.two_processes import MODEL, cut_after
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
+BATCH_NORM = ModelConfig.model_validate({**MODEL, "norm": "keep"})
 WHERE = {"cuda": "auto", "cpu": "cpu"}  # what `train.device` is called where a run is to be made
 TASKS: list[PretextTask] = [
     Denoise(),
@@ -141,11 +143,6 @@ def make(place: str, norm: str = "group", **changed: Any) -> tuple[Learner, dict
     return learner, {"pool": Samples(config.data.pool, config.augment, config.seed)}
 
 
-def run(learner: Learner, sources: dict[str, Samples], start: int = 0) -> Iterator[Step]:
-    streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), start)
-    return train(learner, streams, start, seed=0)
-
-
 def losses(place: str, **changed: Any) -> list[float]:
     return [step.metrics["train/loss"] for step in run(*make(place, **changed))]
 
@@ -213,15 +210,9 @@ def test_adamw_is_torchs_to_the_bit() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def poisoned(learner: Learner, sources: dict[str, Samples], bad: Callable[[int], bool]) -> Iterator[Step]:
+def poisoned(learner: Learner, sources: dict[str, Samples], steps: set[int]) -> Iterator[Step]:
     streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), 0)
-
-    def batches() -> Iterator[Any]:
-        for step, packed in enumerate(streams["pool"]):
-            learner.module.encoder.std.fill_(float("nan") if bad(step) else 0.25)
-            yield packed
-
-    return train(learner, {"pool": batches()}, 0, seed=0)
+    return train(learner, {"pool": poison(streams["pool"], steps, learner)}, 0, seed=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -230,7 +221,7 @@ def test_a_bad_step_changes_nothing_and_ten_end_the_run(precision: str) -> None:
     scaler = learner.accelerator.scaler
     before: dict[str, Tensor] = {}
     scale = math.inf
-    for step in poisoned(learner, sources, lambda step: step in (4, 5)):
+    for step in poisoned(learner, sources, {4, 5}):
         now = {
             name: value.clone()
             for name, value in learner.module.state_dict().items()
@@ -245,7 +236,7 @@ def test_a_bad_step_changes_nothing_and_ten_end_the_run(precision: str) -> None:
             break
     assert learner.bad_in_a_row == 0
     with pytest.raises(NonFiniteError):
-        list(poisoned(*make("cuda", precision=precision, steps=30), lambda step: True))
+        list(poisoned(*make("cuda", precision=precision, steps=30), set(range(30))))
 
 
 # ---- norms ----
@@ -253,13 +244,10 @@ def test_a_bad_step_changes_nothing_and_ten_end_the_run(precision: str) -> None:
 
 @pytest.mark.parametrize("kind", ["batch", "sync", "group", "instance", "layer", "switch", "switch_sync", "frozen"])
 def test_norms_are_those_of_the_cpu(kind: str, exact: None) -> None:
-    config = ModelConfig.model_validate(
-        {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}}
-    )
     answers = []
     for place in (CPU, GPU):
         torch.manual_seed(0)
-        network = build_model(config, ("ground", "disc"))
+        network = build_model(BATCH_NORM, ("ground", "disc"))
         convert_norm(network, "batch" if kind in ("sync", "switch_sync") and place is CPU else kind)
         if kind == "switch_sync" and place is CPU:
             convert_norm(network, "switch")
@@ -310,10 +298,7 @@ def test_what_a_gpu_trained_is_the_same_network_on_the_cpu(tmp_path: Path) -> No
 
 
 def test_predictions_and_fingerprints_do_not_depend_on_the_device(tmp_path: Path) -> None:
-    config = ModelConfig.model_validate(
-        {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}}
-    )
-    network = build_model(config, ("ground", "disc")).eval()
+    network = build_model(BATCH_NORM, ("ground", "disc")).eval()
     exported = fingerprint(network)
     here = image_confusions(network, Textured(count=3, seed=6))
     network = network.to(GPU)

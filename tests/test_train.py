@@ -357,7 +357,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         "if sys.argv[1] == 'kept': keep_freed_memory()\n"
         "def step():\n"
         "    pieces = [torch.ones(2**23) for _ in range(4)]\n"  # of 32 MiB: beyond what malloc learns to keep by itself
-        "step(); step()\n"
+        "for _ in range(8): step()\n"  # the heap finds its size: in two steps not always
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(5): step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
@@ -366,5 +366,4 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
         for word in ("kept", "plain")
     )
-    # By where the heap lies in this process, one of the four pieces may still be given back: a quarter of the faults.
-    assert kept < plain / 2
+    assert kept < plain / 10
