@@ -267,7 +267,7 @@ def test_gaps_show_what_is_behind_and_holes_take_the_class() -> None:
     for holes, inside in ((None, 5), (7, 7)):
         picture = Picture(CAMERA)
         channels(picture.packed)[:] = (90, 91, 92, 5)
-        picture.wall(((-300, 500), (300, 500)), (0, 300), fence, holes)
+        picture.wall(((-300, 500), (300, 500)), (0, 300), fence, holes=holes)
         assert picture.rgba[30, 60].tolist() == [90, 91, 92, inside]
         assert picture.rgba[30, 15].tolist() == [1, 2, 3, 7]
 

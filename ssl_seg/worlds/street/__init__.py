@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -49,8 +50,9 @@ class Street(World):
         scenery = Scenery(picture, plan, frame)
         layout = Layout(scenery, self.traffic, self.crowd)
         first = (view.at[2] + NEAR) // BLOCK
-        for number in range(first, first + BLOCKS + 1):
-            layout.lay(number, Dice(rng.fold_in(rng.fold_in(key, "block"), number)))
+        numbers = torch.arange(first, first + BLOCKS + 1)
+        for number, block in zip(numbers.tolist(), rng.fold_in(rng.fold_in(key, "block"), numbers), strict=True):
+            layout.lay(number, Dice(block))
         layout.drive(Dice(rng.fold_in(key, "traffic")))
         layout.close(Dice(rng.fold_in(key, "end")))
         surface = Surface(scenery)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from ssl_seg import rng
 from ssl_seg.worlds.drawing import tile
-from ssl_seg.worlds.street.perspective import Colour, channels
+from ssl_seg.worlds.street.perspective import Colour
 
 # Those of CamVid, in its order; a test compares them.
 CLASSES = (
@@ -111,7 +110,9 @@ class Air(NamedTuple):
     night: bool = False
 
     def tone(self, colour: Colour, light: int, away: int) -> Colour:
-        veil = self.veil(away)
+        return self._tone(colour, light, self.veil(away))
+
+    def _tone(self, colour: Colour, light: int, veil: int) -> Colour:
         red, green, blue = (part * light >> 8 for part in colour)
         far_red, far_green, far_blue = self.haze
         return (
@@ -126,17 +127,17 @@ class Air(NamedTuple):
         return 180 * away // (away + self.depth)
 
     def sides(self, colour: Colour, away: int) -> list[Colour]:
-        return [self.tone(colour, light, away) for light in (self.top, self.front, self.left, self.right)]
+        veil = self.veil(away)
+        return [self._tone(colour, light, veil) for light in (self.top, self.front, self.left, self.right)]
 
-    def over(self, packed: np.ndarray, light: int, away: int) -> None:
-        """Tone a whole texture in place."""
+    def tones(self, light: int, away: int) -> np.ndarray:
+        """`tone` of every level, a table `(1, 256, 4)` uint8 for packed pixels; the class stays."""
         veil = self.veil(away)
         lit = np.minimum(255, LEVELS * light >> 8)
         table = np.empty((1, 256, 4), dtype=np.uint8)
         table[0, :, :3] = lit + ((np.array(self.haze) - lit) * veil >> 8)
         table[0, :, 3:] = LEVELS
-        pixels = channels(packed)
-        cv2.LUT(pixels, table, pixels)
+        return table
 
 
 Scale = tuple[int, int]  # pixels to the metre, across and up

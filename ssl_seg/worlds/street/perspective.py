@@ -185,11 +185,14 @@ class Picture:
         ends: tuple[tuple[int, int], tuple[int, int]],
         heights: tuple[int, int],
         pixels: np.ndarray,
+        tones: np.ndarray | None = None,
         holes: int | None = None,
     ) -> None:
         """An upright wall from (x, s) to (x, s), first and last column of a texture; transparent ones are not painted.
 
-        With `holes`, transparent pixels take that class and keep the colour of what is seen through them.
+        `tones` `(1, 256, 4)` uint8 is what light and air make of the texture's bytes: looked up for what is seen of it,
+        a third as much. With `holes`, transparent pixels take that class and keep the colour of what is seen through
+        them.
         """
         low, high = heights
         (x, s), (end_x, end_s) = ends
@@ -231,6 +234,9 @@ class Picture:
         depth *= wide
         depth += columns.astype(np.int32)
         found = pixels.ravel().take(depth, mode="clip")
+        if tones is not None:
+            seen = channels(found)
+            cv2.LUT(seen, tones, seen)
         if holes is not None:
             self.rgba[above:below, first:last, 3][drawn] = holes
         # A texture without holes that has gaps has some at its upper edge.

@@ -154,9 +154,8 @@ class Scenery:
             plain = (red * 13 // 16, green * 13 // 16, blue * 13 // 16)
             self.picture.polygons(np.array([face]), self.air.tone(plain, light, (near + far) // 2), BUILDING)
             return
-        pixels = facades.front(front, scale)
-        self.air.over(pixels, light, (near + far) // 2)
-        self.picture.wall(ends, (0, front.height), pixels)
+        tones = self.air.tones(light, (near + far) // 2)
+        self.picture.wall(ends, (0, front.height), facades.front(front, scale), tones)
 
     def scale(self, ends: Ends) -> tuple[int, int]:
         """Pixels to the metre, across and up, that a wall's texture needs: no more than the picture can show."""
@@ -194,16 +193,17 @@ class Scenery:
     def _barrier(self, kind: str, x: int, start: int, end: int, height: int, colour: Colour, seed: int) -> None:
         away = self.away((start + end) // 2)
         light = self.air.right if x < 0 else self.air.left
-        scale = self.scale(((x, start), (x, end)))
+        ends = ((x, start), (x, end))
+        scale = self.scale(ends)
         if kind == "hedge":
             pixels = plants.hedge(end - start, height, scale, seed, self.greens(light, away))
-        else:
-            label = BUILDING if kind == "bricks" else FENCE
-            pixels = facades.railing(end - start, height, scale, colour, kind)
-            self.air.over(pixels, light, away)
-            if label != FENCE:
-                channels(pixels)[..., 3] = label
-        self.picture.wall(((x, start), (x, end)), (0, height), pixels, FENCE if kind == "bars" else None)
+            self.picture.wall(ends, (0, height), pixels)
+            return
+        pixels = facades.railing(end - start, height, scale, colour, kind)
+        if kind == "bricks":
+            channels(pixels)[..., 3] = BUILDING
+        holes = FENCE if kind == "bars" else None
+        self.picture.wall(ends, (0, height), pixels, self.air.tones(light, away), holes)
 
     def greens(self, light: int, away: int, colours: tuple[Colour, Colour] | None = None) -> np.ndarray:
         dark, bright = colours or self.plan.leaves
