@@ -47,7 +47,7 @@ RULES = (
     "within pairs whose mean is at least as far from 0.",
     "The 5 of 100 hold where every pair has a pretraining of its own; else the interval is about these pretrainings "
     f"only. Where pairs share pretrainings, {MIN_STARTS} or more, mean, interval and p are those of the means of each "
-    "pretraining.",
+    "pretraining; where every seed has several of them, those of the pairs if their interval is the wider.",
 )
 
 Verdict = Literal["gain", "loss", "none", "few"]
@@ -80,10 +80,6 @@ def answer(comparison: Comparison, runs: Sequence[RunFolder]) -> Answer:
     bases = {id(base): base for group, _ in paired if (base := comparison.baseline(group)) is not None}
     if len(bases) == 1:
         below.append(f"From scratch: {percent(next(iter(bases.values())).spread(score))} % mIoU.")
-    if any(len({run.start for run in group.outcomes}) < len(group.outcomes) > gain.n for group, gain in paired):
-        below.append(
-            "Runs that start from one pretraining do not show how much pretrainings differ; intervals leave it out."
-        )
     below += left_open(gain for _, gain in paired)
     single = [(group.label, sentence(gain, group.label)) for group, gain in paired]
     alone = [own.label for own, gain in gains if gain is None and own.stage == "finetune" and not own.from_scratch]
@@ -159,7 +155,10 @@ def certainty(gain: Spread) -> str:
 
 def _told_by(gain: Spread) -> str:
     """The interval of the verdict: `95 % interval +0.4 to +2.8 over 4 pretrainings`."""
-    over = "" if over_starts(gain) is None else f" over {gain.num_starts} pretrainings"
+    over = ""
+    if isinstance(gain, Shared) and not gain.is_of_few:
+        number = f"{gain.num_starts} pretrainings"
+        over = f" over {number}" if gain.by_start else f" over pairs, wider than over their {number}"
     return f"{span(t_interval(independent(gain), 1 - ALPHA))}{over}"
 
 

@@ -17,7 +17,7 @@ from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval
-from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Spread, of_starts, pictures_of, software_in_words
+from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Shared, Spread, pictures_of, software_in_words
 from ssl_seg.passport import Passports, definition_of, differing, passports_in
 from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of, software_of
 from ssl_seg.tracking import prepare
@@ -162,6 +162,11 @@ class Comparison:
         if told:
             names = ", ".join(label for label, other in software.items() if other)
             lines.append(f"not made with the same as what is from scratch ({told}): {names}")
+        gains = ((group, self.gain(group, score)) for group in self.groups if (score := main_score_of([group])))
+        shared = [(group.label, gain) for group, gain in gains if isinstance(gain, Shared)]
+        if shared:
+            counts = ", ".join(f"{label} ({gain.n} pairs, pretrainings: {gain.num_starts})" for label, gain in shared)
+            lines.append(f"pairs that start from one pretraining are not independent: {counts}")
         return (*self.apart, *lines)
 
     def baseline(self, group: Group) -> Group | None:
@@ -186,7 +191,9 @@ class Comparison:
     def pairs(self, group: Group) -> Pairs[Outcome] | None:
         """The runs of the group and those of its baseline with the same seeds and the same labelled images."""
         baseline = self.baseline(group)
-        return None if baseline is None else Pairs(_by_draws(baseline), _by_draws(group), self._read)
+        if baseline is None:
+            return None
+        return Pairs(_by_draws(baseline), _by_draws(group), lambda _, run: run.weights or "", self._read)
 
     def gain(self, group: Group, score: str) -> Spread | None:
         """Paired differences to the baseline, one for each choice of seeds; None without such pairs.
@@ -194,11 +201,7 @@ class Comparison:
         `Shared` where pairs start from one pretraining; several runs of the same seeds count by their mean.
         """
         pairs = self.pairs(group)
-        gain = None if pairs is None else pairs.gain(score)
-        if gain is None:
-            return None
-        starts = [[run.weights or "" for run in own] for _, own in pairs.sides(score).values()]
-        return gain if any(len(own) > 1 for own in starts) else of_starts(gain.values, [start for (start,) in starts])
+        return None if pairs is None else pairs.gain(score)
 
     def over_images(self, group: Group, score: str) -> Interval | None:
         """Where the gain in a mIoU lies for other images of the same kind: `Pairs.over_images`."""
@@ -330,14 +333,14 @@ def outcome(
     """A run from what `runs.description_of` says of it."""
     seeds = {key: description[key] for key in SEEDS if key in description}
     settings = {key: value for key, value in description.items() if _tells_apart(key, description)}
-    init = Path(description.get("init", "null"))
-    start = init.resolve().parent.name if init.name == "encoder" else init.name
+    init = Path(description.get("init", "null")).resolve()
+    home = init.parent if init.name == "encoder" else init  # one pretraining, however it was named
     return Outcome(
         name=name,
         stage=stage,
         settings=settings,
         seeds=seeds,
-        start=None if start == "null" else start,
+        start=None if init.name == "null" else home.name,
         scores=dict(scores),
         passports=passports or {},
         labelled=labelled,
@@ -345,7 +348,7 @@ def outcome(
         leaks=leaks,
         held_out=held_out,
         software=software or {},
-        weights=None if start == "null" else str(init),
+        weights=None if init.name == "null" else str(home),
     )
 
 

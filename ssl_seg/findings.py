@@ -21,7 +21,7 @@ from ssl_seg.compare import MAIN_SCORES, TIMM
 from ssl_seg.config import UserError
 from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval, bootstrap_t_interval, detectable, holm, sign_flip_p, t_interval
-from ssl_seg.pairs import MIN_STARTS, Changed, Pairs, Spread, independent, of_starts, over_starts
+from ssl_seg.pairs import MIN_STARTS, Changed, Pairs, Spread, independent, over_starts
 from ssl_seg.passport import Passports, differing, passports_in
 from ssl_seg.runs import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of, software_of
 
@@ -143,7 +143,7 @@ class Findings:
             return None
         lower, upper = (tuple(pair[side].scores[name] for pair in cells.values()) for side in (0, 1))
         starts = tuple(self._start(arm, *pair) for pair in cells.values())
-        gains = of_starts(pairs.gain(name).values, starts)
+        gains = pairs.gain(name)
         means = over_starts(gains)
         level = self.record["level"]
         return Gain(
@@ -167,7 +167,8 @@ class Findings:
         """The finished cells of an arm and of the baseline by their seed, but for those that are no pair (`apart`)."""
         base, own = self.of(self.baseline, condition), self.of(arm, condition)
         seeds = [seed for seed in own if seed in base and _may_be_ranked(base[seed], own[seed])]
-        return Pairs(*({seed: [cells[seed]] for seed in seeds} for cells in (base, own)), self._read)
+        sides = ({seed: [cells[seed]] for seed in seeds} for cells in (base, own))
+        return Pairs(*sides, lambda lower, upper: self._start(arm, lower, upper), self._read)
 
     def is_pretrained(self, arm: str) -> bool:
         """Whether an arm starts from weights; by what it changes alone where the study does not say."""

@@ -8,7 +8,7 @@ Imports no torch, but to draw.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from ssl_seg.confusion import BAND, IMAGES_FILE, ImageConfusions, read_image_confusion
-from ssl_seg.evidence import Interval, block_bootstrap
+from ssl_seg.evidence import Interval, block_bootstrap, t_interval
 from ssl_seg.runs import RunFolder
 
 MIN_STARTS = 3  # pretrainings; two means would have an interval of 12.7 standard errors to each side
@@ -54,48 +54,78 @@ class Spread:
 
 @dataclass(frozen=True)
 class Shared(Spread):
-    """Paired differences of which some start from the same pretraining, so that they are not independent.
+    """Paired differences, one for each choice of seeds, of which some start from the same pretraining.
 
-    Taken as if they were, 8 pairs over 2 pretrainings tell something false in 24 of 100 null comparisons where
-    pretrainings differ as much as seeds do.
+    They are not independent. Taken as if they were, 8 pairs over 2 pretrainings tell something false in 24 of 100 null
+    comparisons where pretrainings differ as much as seeds do; with both pretrainings under each of the seeds, in 28.
     """
 
-    starts: tuple[str, ...]  # the pretraining behind each value
+    means: tuple[float, ...]  # of each pretraining, over its pairs
+    crossed: bool = False  # whether some seeds have runs of several pretrainings
 
     @property
     def mean(self) -> float:
         """Over what counts as independent, so that it lies in the middle of its interval."""
-        return super().mean if self.is_of_few else mean(self.means())
+        return mean(self.units)
 
     @property
     def num_starts(self) -> int:
-        return len(set(self.starts))
+        return len(self.means)
 
     @property
     def is_of_few(self) -> bool:
         """Whether it has too few pretrainings for an interval over them, and is about these alone."""
         return self.num_starts < MIN_STARTS
 
-    def means(self) -> tuple[float, ...]:
-        """The mean of each pretraining."""
-        by_start: dict[str, list[float]] = {}
-        for start, value in zip(self.starts, self.values, strict=True):
-            by_start.setdefault(start, []).append(value)
-        return tuple(map(mean, by_start.values()))
+    @property
+    def by_start(self) -> bool:
+        """Whether the means of pretrainings count as independent, and not the pairs.
+
+        Where each seed has several pretrainings, neither spread holds the other: that with the wider interval counts.
+        Of null comparisons, 3 to 8 pretrainings under 3 to 8 seeds, 2 to 8 in 100 are then told (simulated, with
+        pretrainings and seeds that differ alike, one half as much as the other, or one not at all).
+        """
+        if self.is_of_few:
+            return False
+        pairs, starts = t_interval(self.values), t_interval(self.means)
+        return not self.crossed or (pairs is not None and _width(starts) >= _width(pairs))
+
+    @property
+    def units(self) -> tuple[float, ...]:
+        return self.means if self.by_start else self.values
+
+
+def of_differences(differences: Iterable[tuple[Hashable, str, float]]) -> Spread:
+    """Paired differences from (what the pair has in common, the pretraining behind it, difference).
+
+    Runs with both the same count by their mean, as then do the pretrainings of a key and the keys of a pretraining.
+    `Shared` where a pretraining stands behind several keys.
+    """
+    cells: dict[tuple[Hashable, str], list[float]] = {}
+    for key, start, difference in differences:
+        cells.setdefault((key, start), []).append(difference)
+    keys, starts = ({} for _ in range(2))
+    for (key, start), own in cells.items():
+        keys.setdefault(key, []).append(mean(own))
+        starts.setdefault(start, []).append(mean(own))
+    values = tuple(map(mean, keys.values()))
+    if all(len(own) == 1 for own in starts.values()):
+        return Spread(values)
+    return Shared(values, tuple(map(mean, starts.values())), crossed=len(cells) > len(keys))
 
 
 def of_starts(values: Sequence[float], starts: Sequence[str]) -> Spread:
-    """Paired differences, and whether pretrainings are shared among them."""
-    return Spread(tuple(values)) if len(set(starts)) == len(values) else Shared(tuple(values), tuple(starts))
+    """Paired differences of one run each, and whether pretrainings are shared among them."""
+    return of_differences((index, *own) for index, own in enumerate(zip(starts, values, strict=True)))
 
 
 def over_starts(gain: Spread) -> tuple[float, ...] | None:
-    """The means of the pretrainings that pairs share; None where none is shared, and for too few of them."""
-    return gain.means() if isinstance(gain, Shared) and not gain.is_of_few else None
+    """The means of the pretrainings that pairs share, where these count as independent; else None."""
+    return gain.means if isinstance(gain, Shared) and gain.by_start else None
 
 
 def independent(gain: Spread) -> tuple[float, ...]:
-    """What counts as independent: the means of pretrainings that pairs share, the pairs where these are too few."""
+    """What counts as independent: the means of pretrainings that pairs share, or the pairs."""
     return over_starts(gain) or gain.values
 
 
@@ -134,10 +164,13 @@ class Pairs(Generic[R]):
     """The runs of a baseline and those compared with it, by what a pair has in common.
 
     Several runs of a side under one key, as those from several pretrainings, count by their mean: they share partners.
+    `start` names the pretraining behind a pair (a run of the baseline, one of the others); without it each pair has one
+    of its own.
     """
 
     base: Mapping[Any, Sequence[R]]
     own: Mapping[Any, Sequence[R]]
+    start: Callable[[R, R], str] | None = None
     # Reads the images of a run; a caller with many comparisons gives one that remembers.
     read: Callable[[Path], Mapping[str, ImageConfusions]] = read_image_confusion
 
@@ -147,22 +180,27 @@ class Pairs(Generic[R]):
         return {key: sides for key, sides in found.items() if all(sides)}
 
     def gain(self, score: str) -> Spread | None:
-        """The differences in a score, one for each key; None without a pair."""
-        sides = self.sides(score)
-        base, own = ({key: [run.scores[score] for run in of[side]] for key, of in sides.items()} for side in (0, 1))
-        return paired(base, own)
+        """The differences in a score, one for each key, `Shared` where pretrainings are; None without a pair."""
+        found = [
+            (key, self._start(key, base, run), run.scores[score] - mean(partner.scores[score] for partner in base))
+            for key, (base, own) in self.sides(score).items()
+            for run in own
+        ]
+        return of_differences(found) if found else None
 
     def over_images(self, score: str, level: float = 0.95, resamples: int = 10_000) -> Interval | None:
         """Where the gain in a mIoU (`val/miou`, `val/band/miou`) lies for other images of the same kind, runs fixed.
 
-        Of the very runs of the gain, each key counting once as there. None without pairs, where a run of theirs kept no
-        images, and for too few images (`evidence.block_bootstrap`).
+        Of the very runs of the gain, each counting as much as in its mean. None without pairs, where a run of theirs
+        kept no images, and for too few images (`evidence.block_bootstrap`).
         """
         found = self._images(score)
         if not found or any(None in (*lower, *upper) for lower, upper in found):
             return None
-        runs, weights = zip(*(_weighted(side) for side in zip(*found, strict=True)), strict=True)
-        return block_bootstrap(*runs, level=level, resamples=resamples, weights=weights)
+        lower, upper = ([images for side in found for images in side[which]] for which in (0, 1))
+        weights = tuple(zip(*self._weights(score), strict=True))
+        lower_weights, upper_weights = ([weight for of_key in side for weight in of_key] for side in weights)
+        return block_bootstrap(lower, upper, level=level, resamples=resamples, weights=(lower_weights, upper_weights))
 
     def changed(self, score: str, most: int | None = None) -> tuple[Changed[R], ...]:
         """The images that differ most from the baseline come first; those that do not differ are left out.
@@ -200,6 +238,20 @@ class Pairs(Generic[R]):
                     if lower.software[name] != upper.software[name]:
                         found.setdefault(name, {}).update(dict.fromkeys((lower.software[name], upper.software[name])))
         return {name: tuple(values) for name, values in found.items()}
+
+    def _start(self, key: Any, base: Sequence[R], own: R) -> str:
+        return str(key) if self.start is None else self.start(base[0], own)
+
+    def _weights(self, score: str) -> Iterator[tuple[list[float], list[float]]]:
+        """For each key, how much the runs of either side count in the mean of the gain."""
+        gain = self.gain(score)
+        starts = {key: [self._start(key, base, run) for run in own] for key, (base, own) in self.sides(score).items()}
+        keys_of = Counter(start for own in starts.values() for start in set(own))
+        for key, (base, own) in self.sides(score).items():
+            reruns = Counter(starts[key])
+            shared_by = [keys_of[start] for start in starts[key]] if over_starts(gain) else [len(reruns)] * len(own)
+            upper = [1 / (many * reruns[start]) for many, start in zip(shared_by, starts[key], strict=True)]
+            yield [sum(upper) / len(base)] * len(base), upper
 
     def _images(self, score: str) -> list[tuple[Images, Images]]:
         """For each key that `sides` has, the images of the baseline's runs and of the others."""
@@ -246,6 +298,10 @@ def pictures_of(changed: Sequence[Changed], part: str) -> list[np.ndarray]:
     return [drawn[one.index] for one in changed]
 
 
+def _width(interval: Interval) -> float:
+    return interval.high - interval.low
+
+
 def _having(runs: Iterable[R], score: str) -> list[R]:
     return [run for run in runs if score in run.scores]
 
@@ -269,9 +325,3 @@ def _of_set(side: Images, wanted: tuple[Any, ...]) -> Images:
         return own == [*wanted[:-1]] and (digest == wanted[-1] or not digest or not wanted[-1])
 
     return [images if fits(images) else None for images in side]
-
-
-def _weighted(side: Sequence[Images]) -> tuple[list[ImageConfusions], list[float]]:
-    """All runs of one side of a comparison, and weights by which each key counts once."""
-    runs = [images for of_key in side for images in of_key]
-    return runs, [1 / len(of_key) for of_key in side for _ in of_key]

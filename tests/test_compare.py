@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ssl_seg import cli, compare, report, runs
+from ssl_seg.answers import certainty
 from ssl_seg.compare import Group, Outcome, group
 from ssl_seg.confusion import IMAGES_FILE
 from ssl_seg.data import hold_out
@@ -137,6 +138,30 @@ def test_runs_of_the_same_seeds_count_once() -> None:
     for outcomes in ([*scratch, *pretrained], [*pretrained, *reversed(scratch)]):
         found = group(outcomes)
         assert found.gain(found.groups[1], "val/miou").values == pytest.approx([0.2]), "0.5 less 0.3"
+
+
+def test_pretrainings_under_every_seed_are_no_more_pretrainings_than_they_are() -> None:
+    scratch = [finetuned(0.2, seed=seed) for seed in range(4)]
+    for starts, in_words in ((1, "one"), (2, "these 2")):
+        pretrained = [
+            finetuned(0.21 + 0.01 * seed, {"seed": start}, seed=seed, init=f"runs/pre_{start}")
+            for start in range(starts)
+            for seed in range(4)
+        ]
+        found = group([*scratch, *pretrained])
+        gain = found.gain(found.groups[1], "val/miou")
+        assert (gain.n, gain.num_starts, gain.is_of_few) == (4, starts, True)
+        assert f"4 pairs from {'this ' * (starts == 1)}{in_words} pretraining" in certainty(gain)
+        (note,) = found.notes
+        assert note.endswith(f"are not independent: {found.groups[1].label} (4 pairs, pretrainings: {starts})")
+
+
+def test_a_pretraining_is_one_however_it_is_named() -> None:
+    named = ("runs/pre", "runs/pre/encoder", str(Path("runs/pre").resolve()), "runs/../runs/pre")
+    pretrained = [finetuned(0.3, {}, seed=seed, init=init) for seed, init in enumerate(named)]
+    found = group([*(finetuned(0.2, seed=seed) for seed in range(4)), *pretrained])
+    assert found.gain(found.groups[1], "val/miou").num_starts == 1
+    assert [own.label for own in found.groups] == ["scratch", "pre"]
 
 
 @pytest.mark.parametrize("pretrained", ["a1_in1k", "weights.safetensors", True])

@@ -31,6 +31,7 @@ from ssl_seg.evidence import (
     t_interval,
     t_test_p,
 )
+from ssl_seg.pairs import independent, of_differences
 
 # Darwin's plants, crossed against self-fertilised: paired differences in eighths of an inch (Fisher 1935, section 17).
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
@@ -220,6 +221,18 @@ def test_pairs_that_share_pretrainings_are_not_independent_and_the_means_of_thes
     assert 0.935 <= coverage(t_interval, in_turn(8), 8) <= 0.965, "a pretraining of its own for every pair"
     for pretrainings, pairs in ((3, 9), (4, 8), (4, 16)):
         assert 0.935 <= coverage(over_starts(pretrainings), in_turn(pretrainings), pairs) <= 0.965
+
+
+def test_pretrainings_under_every_seed_are_told_by_chance_as_rarely_as_the_rules_say() -> None:
+    """A gain of each pretraining under each seed, where both differ alike. Of 2 a gain is said to be of these alone."""
+    random = np.random.default_rng(0)
+    for starts, seeds, least, most in ((2, 8, 0.24, 0.32), (3, 3, 0.01, 0.05), (4, 8, 0.03, 0.075), (8, 8, 0.05, 0.1)):
+        told = []
+        for _ in range(1000):
+            gains = random.normal(size=(seeds, 1)) + random.normal(size=starts) + random.normal(0, 0.5, (seeds, starts))
+            cells = ((seed, str(start), gains[seed, start]) for seed in range(seeds) for start in range(starts))
+            told.append(t_test_p(independent(of_differences(cells))) <= 0.05)
+        assert least <= np.mean(told) <= most
 
 
 def test_a_study_that_grows_until_it_tells_something_is_wrong_far_more_often_than_5_times_in_100() -> None:

@@ -22,6 +22,7 @@ from ssl_seg.pairs import (
     Shared,
     Spread,
     independent,
+    of_differences,
     of_starts,
     over_starts,
     paired,
@@ -70,6 +71,36 @@ def test_of_shared_pretrainings_the_means_are_independent() -> None:
     assert independent(of_two) == (1.0, 2.0, 4.0)
 
 
+def crossed(*rows: Sequence[float]) -> Spread:
+    """A row a choice of seeds, a column a pretraining."""
+    return of_differences(
+        (seed, f"p{start}", value) for seed, row in enumerate(rows) for start, value in enumerate(row)
+    )
+
+
+def test_where_each_seed_has_several_pretrainings_the_wider_interval_counts() -> None:
+    of_two = crossed((1.0, 2.0), (2.0, 4.0), (3.0, 9.0))
+    assert isinstance(of_two, Shared)
+    assert of_two.is_of_few, "about these two alone"
+    assert independent(of_two) == (1.5, 3.0, 6.0)
+    pretrainings_differ = crossed((1.0, 5.0, 9.0), (2.0, 6.0, 10.0), (1.0, 5.0, 9.0))
+    assert (
+        independent(pretrainings_differ) == over_starts(pretrainings_differ) == pytest.approx((4 / 3, 16 / 3, 28 / 3))
+    )
+    seeds_differ = crossed((1.0, 2.0, 1.0), (5.0, 6.0, 5.0), (9.0, 10.0, 9.0))
+    assert over_starts(seeds_differ) is None
+    assert independent(seeds_differ) == pytest.approx((4 / 3, 16 / 3, 28 / 3))
+    assert crossed((1.0, 5.0, 9.0)).n == 1, "one choice of seeds is one pair"
+
+
+def test_a_run_made_again_changes_no_rule() -> None:
+    once = [("s0", "a", 1.0), ("s1", "b", 4.0), ("s2", "c", 6.0)]
+    assert of_differences([*once, ("s0", "a", 1.0)]) == Spread((1.0, 4.0, 6.0))
+    shared = [(seed, "a", value) for seed, _, value in once]
+    assert of_differences([*shared, ("s0", "a", 1.0)]) == of_differences(shared)
+    assert of_differences(shared).num_starts == 1
+
+
 def test_several_runs_of_a_key_count_by_their_mean() -> None:
     assert paired({0: [1.0], 1: [2.0]}, {0: [2.0, 4.0], 2: [9.0]}).values == (2.0,)
     assert paired({0: [1.0]}, {1: [2.0]}) is None
@@ -106,6 +137,20 @@ def test_images_are_those_of_the_runs_of_the_gain(tmp_path: Path) -> None:
     for own in changed:
         away = np.abs(differences[:, own.index] - own.difference)
         assert own.pair == possible[int(np.argmin(away))]
+
+
+def test_images_count_as_their_runs_do_in_the_gain(tmp_path: Path) -> None:
+    """Three pairs of one pretraining, and one of each of two others: the mean is over pretrainings."""
+    runs, images = zip(*(stored(tmp_path / str(seed), seed) for seed in range(10)), strict=True)
+    starts = dict(zip((run.folder for run in runs[5:]), "aaabc", strict=True))
+    sides = ({key: [run] for key, run in enumerate(side)} for side in (runs[:5], runs[5:]))
+    pairs = Pairs(*sides, lambda _, own: starts[own.folder])
+    weights = [1 / 3, 1 / 3, 1 / 3, 1, 1]
+    differences = [own.scores[MIOU] - base.scores[MIOU] for base, own in zip(runs[:5], runs[5:], strict=True)]
+    assert pairs.gain(MIOU).mean == pytest.approx(np.average(differences, weights=weights))
+    expected = block_bootstrap(images[:5], images[5:], resamples=500, weights=(weights, weights))
+    found = pairs.over_images(MIOU, resamples=500)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_images_of_several_pairs_are_drawn_by_their_own_models_in_their_order(
