@@ -36,6 +36,7 @@ MAIN_SCORES = ("test/miou", "val/miou")
 RESAMPLES = 2_000
 LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
     "allowed": "trained on some of the scored images, which leaks.allow let pass",
+    "cut": "trained on frames beside scored ones, at the cut that the run made itself",
     "found": "trained on some of the scored images",
     "unchecked": "not checked for training images among the scored ones (leaks.check=false)",
     "unknown": "started from weights whose training images are not known, so these were not checked",

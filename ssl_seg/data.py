@@ -422,8 +422,8 @@ def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:
 def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
     """A training and a validation part of about a fifth: whole sequences where some are small enough, else images.
 
-    Images whose names are one numbering are taken from its end, for they may be frames of a video. The shuffle has a
-    seed of its own, so that runs with other labels or weights are validated on the same images.
+    Images whose names are a numbering are taken from its end, for they may be frames of a video. The shuffle has a seed
+    of its own, so that runs with other labels or weights are validated on the same images.
     """
     count = len(dataset)
     by_sequence: dict[str, set[int]] = {}
@@ -443,13 +443,22 @@ def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
 
 
 def _single_images(dataset: Dataset) -> set[int]:
-    """A fifth of the images, whatever sequence they belong to."""
+    """A fifth of the images, whatever sequence they belong to: the end of each numbering, of the others any."""
     count = len(dataset)
-    numbered = [numbering(dataset.name(index)) for index in range(count)]
+    numberings: dict[str, list[tuple[int, int]]] = {}
+    others: list[int] = []
     order = rng.permutation(HOLD_OUT_KEY, count).tolist()
-    if None not in numbered and len({sequence for sequence, _ in numbered}) == 1:
-        order = sorted(range(count), key=lambda index: -numbered[index][1])
-    return set(order[: round(HELD_OUT * count)])
+    for index in order:
+        numbered = numbering(dataset.name(index))
+        if numbered is None:
+            others.append(index)
+        else:
+            numberings.setdefault(numbered[0], []).append((numbered[1], index))
+    groups = [[index for _, index in sorted(own, reverse=True)] for own in numberings.values() if len(own) > 1]
+    # A number that no other image shares a sequence with is as good as none.
+    groups.append([*others, *(own[0][1] for own in numberings.values() if len(own) == 1)])
+    share = {index: (place + 0.5) / len(own) for own in groups for place, index in enumerate(own)}
+    return set(sorted(order, key=share.__getitem__)[: round(HELD_OUT * count)])
 
 
 def manifest(examples: Examples) -> dict[str, Any]:

@@ -134,8 +134,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
         trained = {"labelled": labelled, "pool": config.data.pool}
         scored = {"val": val, "test": config.data.test}
-        own_cut = config.data.val is None
-        question = Question(trained, scored, config.leaks, {"init": config.init}, own_cut)
+        own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
+        question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
         guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}

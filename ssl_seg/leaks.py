@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +23,7 @@ from ssl_seg import files
 from ssl_seg.config import Config, UserError
 from ssl_seg.images import resize_image, show_path, write_image
 from ssl_seg.likeness import SIDE, Fingerprints, altered, equal, fingerprint
-from ssl_seg.sequences import are_too_few, frames_apart, neighbours
+from ssl_seg.sequences import NONE_SHARED, TOO_FEW, frames_apart, how_judged, neighbours
 from ssl_seg.terminal import say
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class Question:
     # The runs whose weights are started from: their images are compared by what those runs stored. By name: `init`, or
     # `init.` and anything where there are several.
     inits: Mapping[str, str | None] = field(default_factory=dict)
-    # Whether the scored part `val` was cut from `labelled` by the run itself: then their frames beside the cut are
-    # written down and let pass, for the user has not chosen it and one clip cannot be cut without.
-    own_cut: bool = False
+    # Parts (trained, scored) that the run itself has cut from one data set: frames beside the cut are written down and
+    # let pass, for the user has not chosen it and one clip cannot be cut without.
+    own_cuts: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def given(self) -> dict[str, Examples]:
@@ -183,7 +183,7 @@ def _work(place: Place, question: Question, workers: int, quiet: bool) -> Iterat
             if time.monotonic() - beaten > HEARTBEAT:
                 beaten = time.monotonic()
                 yield None
-        record = make_record(basis, result, set(question.scored), question.config, question.own_cut)
+        record = make_record(basis, result, set(question.scored), question.config, question.own_cuts)
         if question.config.check:
             write_fingerprints(place, result)
         if result.leaks:
@@ -227,7 +227,11 @@ def _compared(question: Question, workers: int, result: Compared) -> Iterator[No
 
 
 def make_record(
-    basis: Mapping[str, Any], result: Compared, scored: set[str], config: Leaks, own_cut: bool = False
+    basis: Mapping[str, Any],
+    result: Compared,
+    scored: set[str],
+    config: Leaks,
+    own_cuts: Collection[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """leaks.json: what was compared and how, and every leak with whether it is allowed, the worst first."""
     trained = {part: prints for part, prints in result.prints.items() if part not in scored}
@@ -243,16 +247,13 @@ def make_record(
         "trained": {part: len(prints) for part, prints in trained.items()},
         "scored": {part: len(prints) for part, prints in against.items()},
         "pairs": pairs,
-        "leaks": [_recorded(leak, config, own_cut and _is_at_cut(leak)) for leak in _worst_first(result.leaks)],
+        "leaks": [_recorded(leak, config, own_cuts) for leak in _worst_first(result.leaks)],
     }
 
 
-def _recorded(leak: Leak, config: Leaks, at_own_cut: bool) -> dict[str, Any]:
+def _recorded(leak: Leak, config: Leaks, own_cuts: Collection[tuple[str, str]]) -> dict[str, Any]:
+    at_own_cut = leak.kind == "sequence" and (leak.part, leak.scored_part) in own_cuts
     return {**asdict(leak), "allowed": at_own_cut or is_allowed(leak, config.allow), "at_own_cut": at_own_cut}
-
-
-def _is_at_cut(leak: Leak) -> bool:
-    return (leak.kind, leak.part, leak.scored_part) == ("sequence", "labelled", "val")
 
 
 def _how(trained: Fingerprints | None, scored: Fingerprints, config: Leaks) -> dict[str, str]:
@@ -261,8 +262,7 @@ def _how(trained: Fingerprints | None, scored: Fingerprints, config: Leaks) -> d
         return {"pictures": "unknown", "names": "unknown"}
     if trained.thumbs is None:
         return {"pictures": "exact only", "names": "not looked at"}
-    names = "too few" if are_too_few(trained, scored) else "judged"
-    return {"pictures": "compared", "names": names if config.frames else "not looked at"}
+    return {"pictures": "compared", "names": how_judged(trained, scored) if config.frames else "not looked at"}
 
 
 def _worst_first(found: Sequence[Leak]) -> list[Leak]:
@@ -301,7 +301,7 @@ def _gaps(record: Mapping[str, Any]) -> list[str]:
     pairs = record.get("pairs", ())
     parts = {
         how: list(dict.fromkeys(pair["part"] for pair in pairs if how in (pair["pictures"], pair["names"])))
-        for how in ("unknown", "exact only", "too few")
+        for how in ("unknown", "exact only", TOO_FEW, NONE_SHARED)
     }
     words = []
     if parts["unknown"]:
@@ -309,8 +309,11 @@ def _gaps(record: Mapping[str, Any]) -> list[str]:
         words.append(f"the images that {' and '.join(runs)} was trained on are unknown")
     if parts["exact only"]:
         words.append(f"of {' and '.join(parts['exact only'])} only exact copies were looked for")
-    if parts["too few"]:
-        words.append(f"too few images of {' and '.join(parts['too few'])} to judge neighbours by name")
+    if parts[TOO_FEW]:
+        words.append(f"too few images of {' and '.join(parts[TOO_FEW])} to judge neighbours by name")
+    if parts[NONE_SHARED]:
+        named = " and ".join(parts[NONE_SHARED])
+        words.append(f"names of {named} share no numbering with the scored ones, so no neighbours were looked for")
     return words
 
 

@@ -393,15 +393,18 @@ def labelled_digest(split: Mapping[str, Any] | None) -> str:
 
 
 def leak_word(record: Mapping[str, Any] | None) -> str:
-    """A leaks.json in a word: `clean`, `allowed`, `found` (not allowed), `unchecked`, `unknown` or `none`.
+    """A leaks.json in a word: `clean`, `allowed`, `cut`, `found` (not allowed), `unchecked`, `unknown` or `none`.
 
-    `unknown` is clean as far as it could be looked at, `none` had nothing to compare or is from before there was one.
+    `cut` has none but frames beside the cut that the run made itself, `unknown` is clean as far as it could be looked
+    at, `none` had nothing to compare or is from before there was one.
     """
     if record is None:
         return "none"
     if not record["checked"]:
         return "unchecked"
     if record["leaks"]:
+        if all(leak.get("at_own_cut") for leak in record["leaks"]):
+            return "cut"
         return "allowed" if all(leak["allowed"] for leak in record["leaks"]) else "found"
     if any(pair["pictures"] == "unknown" for pair in record.get("pairs", ())):
         return "unknown"

@@ -24,6 +24,7 @@ LEAST_PAIRS = 5  # of one numbering; smaller ones are judged together
 ALIKE_IN_TIME, ALIKE_ACROSS = 0.9, 0.7
 LEAST_COMBINATIONS = 50  # of an image of each side; among fewer, chance makes any pictures seem to follow each other
 MOST_PAIRS = 2000  # whose likeness is looked at
+TOO_FEW, NONE_SHARED = "too few", "no numbering in common"
 ALWAYS_ALIKE = 0.9  # a standing camera's frames are all alike
 
 
@@ -33,10 +34,27 @@ def frames_apart(name: str, other: str) -> int | None:
     return None if one is None or two is None or one[0] != two[0] else abs(one[1] - two[1])
 
 
-def are_too_few(trained: Fingerprints, scored: Fingerprints) -> bool:
-    """Whether shared numberings are not judged, because so few pictures cannot say whether numbers are time."""
-    few = len(trained) * len(scored) < LEAST_COMBINATIONS
-    return few and any(_shared_numberings(trained.names, scored.names))
+def how_judged(trained: Fingerprints, scored: Fingerprints) -> str:
+    """What names say of neighbours: `judged`, TOO_FEW pictures to tell whether numbers are time, or NONE_SHARED.
+
+    The last where numbers are alike but for a folder that one side has, as of one video's frames in two places:
+    `clip/00012` and `00013`. They are not compared, for of `a/00012` and `b/00013` the folders tell two clips apart.
+    """
+    if any(_shared_numberings(trained.names, scored.names)):
+        return TOO_FEW if len(trained) * len(scored) < LEAST_COMBINATIONS else "judged"
+    ours, theirs = (_by_folder(side.names) for side in (trained, scored))
+    return NONE_SHARED if ours[False] & theirs[True] or ours[True] & theirs[False] else "judged"
+
+
+def _by_folder(names: Sequence[str]) -> dict[bool, set[str]]:
+    """The numberings of names without a folder, and without their folder those of the others."""
+    found: dict[bool, set[str]] = {False: set(), True: set()}
+    for name in names:
+        numbered = numbering(name)
+        if numbered is not None:
+            folder, _, pattern = numbered[0].rpartition("/")
+            found[bool(folder)].add(pattern)
+    return found
 
 
 def neighbours(trained: Fingerprints, scored: Fingerprints, frames: int) -> list[Neighbour]:
@@ -47,7 +65,7 @@ def neighbours(trained: Fingerprints, scored: Fingerprints, frames: int) -> list
     the split or across it, are no more alike than pairs taken at random. Two videos with the same numbers do not count,
     since there those across the split are no more alike than others.
     """
-    if are_too_few(trained, scored):
+    if how_judged(trained, scored) == TOO_FEW:
         return []
     pictures = _Pictures(trained.thumbs, scored.thumbs)
     groups = [_numbered(*members, frames) for members in _shared_numberings(trained.names, scored.names)]

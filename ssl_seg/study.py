@@ -381,6 +381,7 @@ def leak_question(plan: Plan) -> leaks.Question | None:
     settings = plan.cells[0].config.leaks.model_copy(update={"allow": tuple(dict.fromkeys(allowed))})
     trained: dict[str, Any] = {}
     scored: dict[str, Any] = {}
+    own_cuts: set[tuple[str, str]] = set()
     for cell in plan.pretrainings:
         trained[f"{cell.arm}.pool"] = cell.config.data.pool
     for number, cell in enumerate(_of_different_data(plan.cells), start=1):
@@ -388,9 +389,10 @@ def leak_question(plan: Plan) -> leaks.Question | None:
         available, val = candidates(cell.config)
         trained |= {f"labelled{suffix}": available, f"pool{suffix}": cell.config.data.pool}
         scored |= {f"val{suffix}": val, f"test{suffix}": cell.config.data.test}
+        own_cuts |= {(f"labelled{suffix}", f"val{suffix}")} if cell.config.data.val is None else set()
     paths = dict.fromkeys(cell.config.init for cell in plan.cells if cell.config.init and cell.start is None)
     inits = {f"init.{number}" if len(paths) > 1 else "init": path for number, path in enumerate(paths, start=1)}
-    return leaks.Question(trained, scored, settings, inits) if settings.check else None
+    return leaks.Question(trained, scored, settings, inits, frozenset(own_cuts)) if settings.check else None
 
 
 def _of_different_data(cells: Iterable[Cell]) -> list[Cell]:

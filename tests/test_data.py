@@ -304,6 +304,40 @@ def test_hold_out_of_one_video_takes_its_end() -> None:
     assert len(kept) == 40
 
 
+@pytest.mark.parametrize("stray", [False, True])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_hold_out_cuts_each_video_at_its_end(clips: int, stray: bool) -> None:
+    class Videos(Striped):
+        def name(self, index: int) -> str:
+            return "cover" if stray and index == 13 else f"clip{index % clips}/{index:03d}"
+
+        def sequence(self, index: int) -> str:
+            return self.name(index).rpartition("/")[0]
+
+    count = 40 + stray
+    kept, held = (
+        {part.name(index) for index in range(len(part))} - {"cover"} for part in hold_out(Videos(count=count))
+    )
+    assert len(held) in (7, 8)
+    for clip in range(clips):
+        before, after = (sorted(name for name in part if name.startswith(f"clip{clip}")) for part in (kept, held))
+        assert before[-1] < after[0], "no frame that is trained on lies among those held out"
+
+
+def test_hold_out_of_numbered_kinds_takes_some_of_each() -> None:
+    class Breeds(Striped):
+        def name(self, index: int) -> str:
+            return f"{'ABCDEFGHIJ'[index // 10]}_{index % 10}"
+
+        def sequence(self, index: int) -> str:
+            return ""
+
+    _, held = hold_out(Breeds(count=100))
+    assert sorted(held.name(index) for index in range(len(held))) == [
+        f"{own}_{n}" for own in "ABCDEFGHIJ" for n in (8, 9)
+    ]
+
+
 def test_crops_reach_the_borders_as_often_as_any_place() -> None:
     image = np.arange(12, dtype=np.uint8)[None, :, None].repeat(10, axis=0).repeat(3, axis=2)
     augment = Augment(crop=(10, 10), zoom=(1.0, 1.0), flip=False)

@@ -25,6 +25,7 @@ from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.leaks import Compared, Leak, LeakError, Leaks, Question, compare, is_allowed, sentence
 from ssl_seg.likeness import SIDE, Fingerprints, fingerprint
 from ssl_seg.pretrain import PretrainConfig, pretrain
+from ssl_seg.runs import leak_word
 from ssl_seg.stage import Options
 from tests.small import Textured, finetuning, pretraining
 
@@ -445,11 +446,17 @@ def test_frames_beside_the_runs_own_cut_are_written_down_and_let_pass() -> None:
         replace(at_cut, kind="altered", alike=0.9),
         replace(at_cut, scored_part="test"),
     ]
-    for own_cut in (False, True):
+    for own_cut in ((), {("labelled", "val")}):
         result = leaks.Compared(leaks=[at_cut, *others])
         record = leaks.make_record({}, result, {"val", "test"}, Leaks(), own_cut)
-        assert [leak["allowed"] for leak in record["leaks"]].count(True) == own_cut
+        assert [leak["allowed"] for leak in record["leaks"]].count(True) == len(own_cut)
         assert {leak["part"] for leak in record["leaks"] if leak["allowed"]} == ({"labelled"} if own_cut else set())
+        assert leak_word(record) == "found"
+    alone = leaks.make_record({}, leaks.Compared(leaks=[at_cut]), {"val"}, Leaks(), {("labelled", "val")})
+    assert leak_word(alone) == "cut", "and not one that leaks.allow let pass"
+    second = leaks.Compared(leaks=[replace(at_cut, part="labelled#2", scored_part="val#2")])
+    record = leaks.make_record({}, second, {"val#2"}, Leaks(), {("labelled", "val")})
+    assert leak_word(record) == "found", "another data set of a study, which has a data.val of its own"
 
 
 def test_what_is_allowed_by_name_passes_and_is_written_everywhere(tmp_path: Path) -> None:
@@ -700,6 +707,20 @@ def test_so_few_images_that_names_are_not_judged_are_said() -> None:
     assert "too few" not in sentence(leaks.make_record({}, result, {"val"}, NAMELESS))
     named = Compared({"labelled": replace(few, names=tuple("abcde")), "val": scored})
     assert "too few" not in sentence(leaks.make_record({}, named, {"val"}, Leaks()))
+
+
+def test_numbers_that_have_nothing_in_common_are_said() -> None:
+    """Frames of one video in two folders: pictures alone decide, and of slow changes they see nothing."""
+    pool, scored = split(12, lambda index: index % 4 == 0, lambda index: f"clip/{index:05d}.png")
+    elsewhere = replace(scored, names=tuple(name.removeprefix("clip/") for name in scored.names))
+    record = leaks.make_record({}, Compared({"pool": pool, "val": elsewhere}), {"val"}, Leaks())
+    assert [pair["names"] for pair in record["pairs"]] == ["no numbering in common"]
+    words = "names of pool share no numbering with the scored ones, so no neighbours were looked for."
+    assert sentence(record).endswith(words)
+    other_clip = replace(scored, names=tuple(name.replace("clip", "other") for name in scored.names))
+    for part in (scored, other_clip, replace(scored, names=tuple("abc"))):
+        record = leaks.make_record({}, Compared({"pool": pool, "val": part}), {"val"}, Leaks())
+        assert "numbering" not in sentence(record)
 
 
 def test_the_first_sentence_needs_no_torch() -> None:

@@ -17,7 +17,7 @@ from ssl_seg import store
 from ssl_seg.config import load, use_plugin
 from ssl_seg.plan import make_plan
 from ssl_seg.questions import StudyConfig
-from ssl_seg.study import StudyOptions, outline, study
+from ssl_seg.study import StudyOptions, leak_question, outline, study
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 
@@ -68,6 +68,14 @@ def test_a_study_makes_its_cells_once_and_pairs_them(tmp_path: Path, capsys: pyt
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")} == made
     assert again.gains[0].gains.mean == pytest.approx(-found.gains[0].gains.mean)
     assert record(out)["resumed"]
+
+
+def test_a_study_lets_its_own_cut_pass_as_a_run_does(tmp_path: Path) -> None:
+    base = short(finetuning())
+    images = base["data"].pop("labelled")
+    for val, cuts in ((None, {("labelled", "val")}), ({**images, "seed": 9}, set())):
+        config = load(StudyConfig, values(finetune={**base, "data": {**base["data"], "labelled": images, "val": val}}))
+        assert leak_question(make_plan(config, tmp_path)).own_cuts == cuts
 
 
 TRAPS = '''
