@@ -76,6 +76,18 @@ class Subset:
         return self.dataset.sequence(self.indices[index])
 
 
+def subset_of(dataset: Dataset, names: Sequence[str]) -> Subset:
+    """The labelled images of these names, as a run has recorded them. Raises UserError for one that is gone."""
+    index_of = {dataset.name(index): index for index in range(len(dataset))}
+    gone = [name for name in names if name not in index_of]
+    if gone:
+        raise UserError(
+            f"data.labelled: {images.show_path(gone[0])} is not there any more, and the run began with it; "
+            "put it back, or start anew with --overwrite"
+        )
+    return Subset(dataset, tuple(index_of[name] for name in names))
+
+
 class Labels(Config):
     """How many of the labelled images are used, and which: the sets of one seed are nested and cover the classes."""
 

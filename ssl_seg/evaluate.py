@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ssl_seg import files, images, pictures, runs, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, SegmentationScores, image_confusion_bytes
-from ssl_seg.data import Augment, Examples, Packed, Views, Whole, hold_out, loader, manifest, pack
+from ssl_seg.data import Augment, Examples, Packed, Views, Whole, hold_out, loader, manifest, pack, subset_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.leaks import LeakError, Leaks, Question, check
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
@@ -230,8 +230,9 @@ def examples_of(run: RunFolder, part: str) -> Examples:
         return load(Dataset, data[part])
     if part != "val" or data.get("labelled") is None:
         raise UserError(f"{run.folder}: its config has no data.{part}; name runs that were scored on one")
-    _, held_out = hold_out(load(Dataset, data["labelled"]))
-    return held_out
+    labelled = load(Dataset, data["labelled"])
+    recorded = (run.read("split.json") or {}).get("val")
+    return hold_out(labelled)[1] if recorded is None else subset_of(labelled, recorded)
 
 
 def _model_of(run: RunFolder) -> str | Path:

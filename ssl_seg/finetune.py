@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_
 from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.confusion import ImageConfusions, SegmentationScores
-from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts, sample_digest
+from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts, sample_digest, subset_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.dryrun import DryRun, dry_run
 from ssl_seg.leaks import Leaks, Question, guard
@@ -140,7 +140,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         learner, sources = assemble(config, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
         if processes.is_main:
-            split = {"labelled": names_of(labelled), **held_out, "sha256_of_labelled": sample_digest(labelled)}
+            split = {"labels": config.labels.dump(), "labelled": names_of(labelled), **held_out}
+            split["sha256_of_labelled"] = sample_digest(labelled)
             run.write_json("split.json", split)
         resize = config.data.resize
         model = SegmentationModel(
@@ -292,12 +293,19 @@ def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:
 
 
 def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = None) -> tuple[Subset, Examples]:
-    """The images whose masks are used, as the run has recorded them, and those on which it is validated."""
-    available, val = candidates(config)
+    """The images whose masks are used, and those on which it is validated: those that the run has recorded.
+
+    Raises UserError where one of these is gone, and for a run that began with another choice of labels.
+    """
     if recorded is None:
+        available, val = candidates(config)
         return config.labels.choose(available), val
-    index_of = {available.name(index): index for index in range(len(available))}
-    return Subset(available, tuple(index_of[name] for name in recorded["labelled"])), val
+    if recorded.get("labels", config.labels.dump()) != config.labels.dump():
+        raise UserError("labels: a run goes on with the images that it began with; give another --out for others")
+    labelled = subset_of(config.data.labelled, recorded["labelled"])
+    if config.data.val is None and "val" in recorded:
+        return labelled, subset_of(config.data.labelled, recorded["val"])
+    return labelled, candidates(config)[1]
 
 
 def names_of(examples: Examples) -> tuple[str, ...]:

@@ -92,11 +92,16 @@ class Job:
 
     def resume(self) -> Self:
         """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds."""
+        self._restore()
+        self.run.go_on()
+        return self
+
+    def _restore(self) -> None:
         processes = self.learner.processes
         state = self.run.resume() if processes.is_main else None
         step = processes.from_first(None if state is None else state.step)
         if step is None:
-            return self
+            return
         if state is None:
             state = store.load_state(self.run.folder, step)
         for skipped in state.skipped:
@@ -106,7 +111,6 @@ class Job:
         self.start = step
         over = step == self.learner.config.steps or should_stop(self)
         say("already finished; nothing is left to train" if over else f"resuming after step {step}", self.quiet)
-        return self
 
     def save(self, step: int) -> None:
         self.count_time()

@@ -63,6 +63,7 @@ RUN_FILES = (
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
 STATE_TENSORS, STATE_DATA, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
+OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 NUM_NEWEST = 2  # one to resume from, one more for when a disk has damaged it
 
 
@@ -80,6 +81,8 @@ class Run:
         self.folder = folder
         self._record = record
         self._lock = lock
+        self._awaited: dict[str, Any] | None = None  # the record that `go_on` makes this run's
+        self._held: dict[str, bytes] = {}  # files that belong to it
 
     @classmethod
     def open(
@@ -97,7 +100,8 @@ class Run:
         """A new run, or the one in `folder` to be continued; `device` and `seed` are noted in run.json.
 
         A run continues under the config it was started with, but for the dotted keys that globs of `allow_changed`
-        name; without a checkpoint there is nothing to lose, and it starts anew under any config. Raises UserError for
+        name, and under these from `go_on` on. Without a checkpoint there is nothing to lose, and it starts anew under
+        any config. Raises UserError for
         another key that differs, another stage, a run that is finished or has exported and holds no checkpoint, a
         folder that is no run (never touched, whatever `overwrite` says), one in use, and one that cannot be written.
         """
@@ -109,10 +113,34 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(folder)
             undo.callback(_free_lock, lock)
-            record = _start(folder, _new_record(stage, config, device, seed), overwrite, allow_changed)
-            files.write_atomic(folder / "config.yaml", config.to_yaml().encode())
+            record = _new_record(stage, config, device, seed)
+            former = _start(folder, record, overwrite, allow_changed)
+            run = cls(folder, record if former is None else {**former, "status": "running", "ended": None}, lock)
+            if former is not None:
+                run._awaited = _going_on(former, record, max(_checkpoints(folder)))
+            files.write_atomic(folder / "run.json", files.json_bytes(run._record))
+            run._write_or_hold("config.yaml", config.to_yaml().encode())
             undo.pop_all()
-        return cls(folder, record, lock)
+        return run
+
+    def go_on(self) -> None:
+        """Take up the config that the run was opened with, once nothing can refuse it any more.
+
+        Until then a run with a checkpoint keeps the record of the config which that was made under: another command
+        that fails, over other images or weights that do not fit, leaves a folder that the right one continues.
+        """
+        if self._awaited is not None:
+            self._record, self._awaited = self._awaited, None
+            files.write_atomic(self.folder / "run.json", files.json_bytes(self._record))
+        while self._held:
+            name, payload = self._held.popitem()
+            files.write_atomic(self.folder / name, payload)
+
+    def _write_or_hold(self, name: str, payload: bytes) -> None:
+        if self._awaited is not None and name in OF_CONFIG:
+            self._held[name] = payload
+        else:
+            files.write_atomic(self.folder / name, payload)
 
     def resume(self) -> State | None:
         """The newest whole checkpoint, None for a run that has none; the metrics after it are dropped."""
@@ -158,10 +186,12 @@ class Run:
         if name not in RUN_FILES:
             raise ValueError(f"{name}: not in RUN_FILES; name it there, or --overwrite would leave it behind")
         if self._lock is not None:
-            files.write_atomic(self.folder / name, files.json_bytes(files.finite(values)))
+            self._write_or_hold(name, files.json_bytes(files.finite(values)))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """What `write_json` wrote, on every process; None where there is no such file."""
+        if name in self._held:
+            return json.loads(self._held[name])
         path = self.folder / name
         return files.read_json(path) if path.exists() else None
 
@@ -222,8 +252,10 @@ def _refuse_stranger(folder: Path) -> None:
         raise UserError(f"{folder}: is no run (it holds {strangers[0]} but no run.json); choose another folder")
 
 
-def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed: Sequence[str]) -> dict[str, Any]:
-    """Make a locked folder ready, to continue the run in it or to start anew; gives the content of its run.json."""
+def _start(
+    folder: Path, record: Mapping[str, Any], overwrite: bool, allow_changed: Sequence[str]
+) -> dict[str, Any] | None:
+    """Make a locked folder ready; gives the run.json of the run to be continued in it, None for one that starts."""
     path = folder / "run.json"
     files.settle(folder)
     files.settle(folder / "state")
@@ -235,15 +267,17 @@ def _start(folder: Path, record: dict[str, Any], overwrite: bool, allow_changed:
     if former is not None:
         _check_continues(folder, former, record, allow_changed)
     if former is not None and _checkpoints(folder):
-        changed = diff(former["config"], record["config"])
-        resumed = {"at": record["started"], "after_step": max(_checkpoints(folder)), "changed": changed}
-        resumed |= {key: former[key] for key in ("versions", "device") if key in former}  # of the steps before
-        record |= {"started": former["started"], "resumed": [*former["resumed"], resumed]}
-        record |= {key: former[key] for key in ("origin", "cost") if key in former}
-    else:
-        _clear(folder)
-    files.write_atomic(path, files.json_bytes(record))
-    return record
+        return former
+    _clear(folder)
+    return None
+
+
+def _going_on(former: Mapping[str, Any], record: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The run.json of a run that is continued after `step`."""
+    resumed = {"at": record["started"], "after_step": step, "changed": diff(former["config"], record["config"])}
+    resumed |= {key: former[key] for key in ("versions", "device") if key in former}  # of the steps before
+    kept = {key: former[key] for key in ("origin", "cost") if key in former}
+    return {**record, "started": former["started"], "resumed": [*former["resumed"], resumed], **kept}
 
 
 def _check_ours(folder: Path, former: Mapping[str, Any], stage: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ssl_seg import rng
@@ -34,7 +34,9 @@ from ssl_seg.tasks import MultiTask, Stream, in_evaluation_mode, make_views, wei
 T = TypeVar("T")
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+SGD_DECAY = 1e-4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}  # what each keeps of a weight
 PATIENCE_FOR_NAN = 10  # bad steps in a row before the run stops; a scaler of fp16 settles in fewer
 
 
@@ -49,7 +51,9 @@ class TrainConfig(Config):
     encoder_lr: PositiveFloat = 1.0  # factor on lr for the encoder; below 1 keeps a pretrained one closer to its start
     # Factor on lr for the shares of switch norm: Adam moves a weight by lr a step at most, and logits have units to go.
     switch_lr: PositiveFloat = 10.0
-    weight_decay: NonNegativeFloat = 0.05  # not of biases, norms and what timm lists beside them; ConvNeXt's value
+    # Not of biases, norms and what timm lists beside them. ConvNeXt's value; of sgd 1e-4 (He et al. 2016), whose decay
+    # is added to the gradient: 0.05 with momentum would take a weight to 0 within 100 steps at a rate of 0.1.
+    weight_decay: NonNegativeFloat = 0.05
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)  # of sgd
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw
     schedule: Literal["cosine", "poly", "multistep", "constant"] = "cosine"
@@ -69,6 +73,13 @@ class TrainConfig(Config):
     eval_every: PositiveInt | None = None  # steps; None: at the end only
     save_every: PositiveInt | None = None  # steps; None: ten times a run, but not more often than every 200
     log_every: PositiveInt = 10
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decay_of_sgd(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("optimizer") == "sgd":
+            return {"weight_decay": SGD_DECAY, **values}
+        return values
 
 
 def lr_at(config: TrainConfig, step: int) -> float:
@@ -223,9 +234,13 @@ class Learner:
         return {"bad_in_a_row": self.bad_in_a_row, "scaler": scaler.state_dict() if scaler else None}
 
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        """Put back what `tensors()` and `data()` gave."""
+        """Put back what `tensors()` and `data()` gave; another optimizer than theirs begins with fresh moments.
+
+        Raises UserError, with nothing changed, for the weights of another module.
+        """
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        others = sorted(set(weights) ^ set(self.module.state_dict()))
+        own = self.module.state_dict()
+        others = sorted(set(weights) ^ set(own)) or [name for name in own if weights[name].shape != own[name].shape]
         if others:
             raise UserError(
                 f"the checkpoint is of other tasks or another model ({others[0]}); start anew with --overwrite"
@@ -234,8 +249,8 @@ class Learner:
         parameters = dict(self.module.named_parameters())
         for key, value in tensors.items():
             part, _, rest = key.partition("/")
-            if part == "optimizer":
-                name, _, kind = rest.rpartition("/")
+            name, _, kind = rest.rpartition("/")
+            if part == "optimizer" and kind in MOMENTS[self.config.optimizer]:
                 self._inner.state[parameters[name]][kind] = _like(value, parameters[name], kind)
         self.bad_in_a_row = data["bad_in_a_row"]
         if self.accelerator.scaler and data["scaler"]:

@@ -218,6 +218,51 @@ def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
         pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=("*",), quiet=True))
 
 
+def test_a_start_that_is_refused_leaves_the_run_to_the_command_it_belongs_to(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(steps=2))
+    pretrain(config, Options(tmp_path, quiet=True))
+    records = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "data.json", "tasks.json")}
+    values = pretraining(steps=4)
+    values["tasks"]["inpaint"] = {}
+    with pytest.raises(UserError, match=r"heads\.inpaint"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path, allow_changed=("*",), quiet=True))
+    wide = pretraining(steps=4)
+    wide["model"] = {**wide["model"], "decoder": {**wide["model"]["decoder"], "pyramid_channels": 16}}
+    with pytest.raises(UserError, match="another model") as caught:
+        pretrain(load(PretrainConfig, wide), Options(tmp_path, allow_changed=("*",), quiet=True))
+    assert "\n" not in str(caught.value)
+    assert {name: (tmp_path / name).read_bytes() for name in records} == records
+    assert pretrain(config, Options(tmp_path, quiet=True)).steps == 2
+
+
+@pytest.mark.parametrize(("first", "then"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_another_optimizer_begins_with_fresh_moments(tmp_path: Path, first: str, then: str) -> None:
+    for steps, optimizer in ((2, first), (4, then)):
+        values = pretraining(steps=steps)
+        values["train"]["optimizer"] = optimizer
+        done = pretrain(load(PretrainConfig, values), Options(tmp_path, allow_changed=("train.*",), quiet=True))
+        assert done.steps == steps
+    kinds = {name.rpartition("/")[2] for name in last_state(tmp_path) if name.startswith("optimizer/")}
+    assert kinds == ({"momentum_buffer"} if then == "sgd" else {"step", "exp_avg", "exp_avg_sq"})
+
+
+def test_a_fine_tuning_goes_on_with_the_images_that_it_began_with_or_not_at_all(tmp_path: Path) -> None:
+    def again(**labelled: Any) -> None:
+        values = finetuning(steps=2)
+        values["labels"] = {"count": labelled.pop("labels", 3)}
+        values["data"] = {"labelled": {**values["data"]["labelled"], "count": 12, **labelled}}
+        finetune(load(FinetuneConfig, values), Options(tmp_path, allow_changed=("*",), quiet=True))
+
+    again()
+    names = json.loads((tmp_path / "split.json").read_text())
+    for changed, said in (({"labels": 4}, "labels: "), ({"seed": 77}, "is not there any more")):
+        with pytest.raises(UserError, match=said) as caught:
+            again(**changed)
+        assert "\n" not in str(caught.value)
+    again(count=32)
+    assert json.loads((tmp_path / "split.json").read_text()) == names, "more images change neither part"
+
+
 def test_other_images_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
     values = pretraining(steps=4)

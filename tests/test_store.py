@@ -455,7 +455,9 @@ def test_the_status_tells_how_a_run_ended(tmp_path, error, status):
         stop()
     first = json.loads((tmp_path / "a/run.json").read_text())
     assert (first["status"], first["resumed"]) == (status, [])
-    open_run(tmp_path / "a").close("killed")
+    run = open_run(tmp_path / "a")
+    run.go_on()
+    run.close("killed")
     record = json.loads((tmp_path / "a/run.json").read_text())
     assert record["status"] == "killed"
     assert record["started"] == first["started"]
@@ -483,7 +485,29 @@ def test_a_changed_config_is_refused_by_its_first_key(tmp_path):
     assert "tasks.jigsaw was null and is now 0.5" in message_of(lambda: open_run(tmp_path / "a", added))
     with open_run(tmp_path / "a", changed, allow_changed=["lr", "si*"]) as run:
         assert run.resume().step == 1
+        run.go_on()
     open_run(tmp_path / "a", changed).close()  # what was allowed is the run's config from then on
+
+
+def test_a_changed_config_that_fails_before_it_goes_on_leaves_the_record_of_the_former(tmp_path):
+    make_finished_run(tmp_path / "a")
+    files_of = [tmp_path / "a" / name for name in ("run.json", "config.yaml")]
+    config = json.loads(files_of[0].read_text())["config"]
+    described = files_of[1].read_text()
+
+    def fail_before_it_goes_on() -> None:
+        with open_run(tmp_path / "a", Settings(lr=0.5), allow_changed=["lr"]) as run:
+            run.write_json("data.json", {"pool": {"images": 3}})
+            assert run.read_json("data.json") == {"pool": {"images": 3}}, "the run itself sees what it has written"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_before_it_goes_on()
+    record = json.loads(files_of[0].read_text())
+    assert (record["config"], record["status"], record["resumed"]) == (config, "failed", [])
+    assert files_of[1].read_text() == described
+    assert not (tmp_path / "a" / "data.json").exists()
+    open_run(tmp_path / "a").close()
 
 
 def test_another_stage_is_refused(tmp_path):

@@ -519,6 +519,7 @@ def steps_of(folder: Path, first: int, last: int, lr: float = 1e-3, allow: Seque
     """What a run of these steps leaves that is killed then; its only checkpoint is that of step 3."""
     run = store.Run.open(folder, "finetune", Settings(lr=lr), allow_changed=allow)
     run.resume()
+    run.go_on()
     for step in range(first, last + 1):
         run.metrics(step, {"train/loss": lr / step})
         if step == 3:

@@ -105,6 +105,14 @@ def test_biases_and_norms_are_not_decayed_and_the_encoder_has_its_own_rate() -> 
     assert not names, "every parameter is in a group"
 
 
+def test_decay_is_what_the_optimizer_is_used_with() -> None:
+    """That of sgd is added to the gradient, and ten times as strong with momentum."""
+    assert TrainConfig().weight_decay == TrainConfig(optimizer="adamw").weight_decay == 0.05
+    assert TrainConfig(optimizer="sgd").weight_decay == 1e-4
+    assert TrainConfig(optimizer="sgd", weight_decay=0.01).weight_decay == 0.01
+    assert load(TrainConfig, TrainConfig(optimizer="sgd").dump()) == TrainConfig(optimizer="sgd")
+
+
 def test_the_shares_of_switch_norm_have_a_rate_of_their_own() -> None:
     values = pretraining(switch_lr=7.0, encoder_lr=0.5)
     config = load(PretrainConfig, {**values, "model": {**values["model"], "norm": "switch"}})
