@@ -484,7 +484,7 @@ def manifest(examples: Examples) -> dict[str, Any]:
 def _jitter(image: np.ndarray, brightness: float, contrast: float) -> np.ndarray:
     mean = float(image.mean())
     changed = ((image.astype(np.float32) - mean) * contrast + mean) * brightness
-    return np.clip(changed, 0, 255).astype(np.uint8)
+    return np.clip(np.rint(changed), 0, 255).astype(np.uint8)
 
 
 def _channels_first(image: np.ndarray) -> Tensor:

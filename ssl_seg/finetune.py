@@ -37,6 +37,7 @@ from ssl_seg.stage import (
     prepare_tasks,
     recall,
     record_tasks,
+    resolve_model,
     start_module,
 )
 from ssl_seg.tasks import MultiTask, Segment
@@ -219,17 +220,8 @@ def try_out(config: FinetuneConfig) -> DryRun:
 
 
 def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> FinetuneConfig:
-    """The config with what other files decide written out: the model, the number of classes.
-
-    Each part of the model is the config's own, else that of the run taken up again (its config is `former`), else of
-    `init`, else the default.
-    """
-    model = config.model or ModelConfig()
-    if former is not None:
-        model = lay_on(load(ModelConfig, former["model"]), config.model)
-    elif config.init:
-        info = weights.read_encoder_info(config.init)
-        model = inherit(load(ModelConfig, info["config"]), config) if info else model
+    """The config with what other files decide written out: the model (`resolve_model`), the number of classes."""
+    model = resolve_model(config, former)
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
@@ -238,25 +230,6 @@ def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> 
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
     segment = load(Segment, {**config.segment.dump(), "num_classes": count})
     return config.model_copy(update={"model": model, "segment": segment})
-
-
-def lay_on(base: ModelConfig, model: ModelConfig | None) -> ModelConfig:
-    """The parts of a model that were given, on those of another."""
-    given = {} if model is None else {name: getattr(model, name) for name in model.model_fields_set}
-    return base.model_copy(update=given)
-
-
-def inherit(exported: ModelConfig, config: FinetuneConfig) -> ModelConfig:
-    """What the config says of the model laid on the model of `init`; another encoder than that is refused."""
-    whole = lay_on(exported, config.model)
-    names = [encoder.dump().get("name") for encoder in (exported.encoder, whole.encoder)]
-    types = [encoder.type for encoder in (exported.encoder, whole.encoder)]
-    if (names[0] != names[1] or types[0] != types[1]) and not config.init_allow:
-        raise UserError(
-            f"init: {config.init} holds a {names[0] or types[0]}, and model.encoder asks for {names[1] or types[1]}; "
-            "leave model.encoder out to take that of init, or name another init"
-        )
-    return whole
 
 
 def check(config: FinetuneConfig, processes: Processes) -> None:

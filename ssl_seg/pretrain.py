@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
 
@@ -28,6 +30,7 @@ from ssl_seg.stage import (
     prepare_tasks,
     recalibrate,
     record_tasks,
+    resolve_model,
     start_module,
 )
 from ssl_seg.tasks import MultiTask, PretextTask
@@ -48,7 +51,7 @@ class PretrainConfig(Config):
     """`ssl-seg pretrain`: what its YAML may hold."""
 
     data: PretrainData
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = ModelConfig()  # what is left out comes from the model of `init`, if there is one
     tasks: TaskMapping
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
@@ -93,11 +96,10 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
+    config = resolve(config, None if options.overwrite else store.former_config(options.out))
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)
-    if config.init and not store.has_checkpoint(options.out):
-        weights.read_encoder_info(config.init)  # before anything is written
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
@@ -145,10 +147,16 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
 def try_out(config: PretrainConfig) -> DryRun:
     """One batch through every head; writes nothing."""
+    config = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
     learner, sources = assemble(config, processes, None, quiet=True)
     return dry_run(learner, sources)
+
+
+def resolve(config: PretrainConfig, former: Mapping[str, Any] | None = None) -> PretrainConfig:
+    """The config with what other files decide written out: the model (`resolve_model`)."""
+    return config.model_copy(update={"model": resolve_model(config, former)})
 
 
 def check(config: PretrainConfig, processes: Processes) -> None:

@@ -19,7 +19,7 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
 
 from ssl_seg import images, norm, rng, store, tracking, weights
-from ssl_seg.config import NAME, Config, Interrupted, UserError
+from ssl_seg.config import NAME, Config, Interrupted, UserError, load
 from ssl_seg.data import Draws, Examples, Packed, Samples, check_batch_size, loader, manifest
 from ssl_seg.datasets import Dataset
 from ssl_seg.models import DenseHead, ModelConfig
@@ -228,6 +228,37 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
         except NonFiniteError as error:
             run.write_json("nonfinite.json", {"images": error.names})
             raise
+
+
+def resolve_model(config: Config, former: Mapping[str, Any] | None = None) -> ModelConfig:
+    """The whole network of a stage, from the few keys of `config.model` that may have been given.
+
+    Each part is the config's own, else that of the run taken up again (its config is `former`), else of `init`, else
+    the default. Raises UserError for another encoder than that of `init`.
+    """
+    given = config.model or ModelConfig()
+    if former is not None:
+        return _lay_on(load(ModelConfig, former["model"]), given)
+    info = weights.read_encoder_info(config.init) if config.init else {}
+    return _inherit(load(ModelConfig, info["config"]), given, config) if info else given
+
+
+def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """The parts of a model that were given, on those of another."""
+    return base.model_copy(update={name: getattr(model, name) for name in model.model_fields_set})
+
+
+def _inherit(exported: ModelConfig, given: ModelConfig, config: Config) -> ModelConfig:
+    """What the config has given of the model laid on the model of `init`; another encoder than that is refused."""
+    whole = _lay_on(exported, given)
+    names = [encoder.dump().get("name") for encoder in (exported.encoder, whole.encoder)]
+    types = [encoder.type for encoder in (exported.encoder, whole.encoder)]
+    if (names[0] != names[1] or types[0] != types[1]) and not config.init_allow:
+        raise UserError(
+            f"init: {config.init} holds a {names[0] or types[0]}, and model.encoder asks for {names[1] or types[1]}; "
+            "leave model.encoder out to take that of init, or name another init"
+        )
+    return whole
 
 
 def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> MultiTask:

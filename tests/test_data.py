@@ -172,6 +172,14 @@ def test_flips_are_even_and_can_be_switched_off() -> None:
     assert all(never.apply(example.image, None, rng.as_key(seed))[0][0, 0, 2] == 0 for seed in range(20))
 
 
+def test_jitter_makes_images_neither_brighter_nor_darker() -> None:
+    image = np.arange(60, 180, dtype=np.uint8).reshape(10, 12, 1).repeat(3, axis=2)
+    augment = Augment(crop=(10, 12), zoom=(1.0, 1.0), flip=False, jitter=0.1)
+    drawn = [augment.apply(image, None, rng.as_key(seed))[0].astype(np.float64) for seed in range(3000)]
+    # A change of brightness by up to a tenth has a mean with a standard error of 120 * 0.058 / 3000 ** 0.5 = 0.13.
+    assert np.mean(drawn) == pytest.approx(image.mean(), abs=0.3)
+
+
 def test_jitter_changes_colours_within_its_bounds() -> None:
     grey = np.full((20, 20, 3), 100, dtype=np.uint8)
     augment = Augment(crop=(20, 20), zoom=(1.0, 1.0), jitter=0.4)

@@ -106,6 +106,17 @@ def test_what_the_config_leaves_out_of_the_model_is_that_of_init(pretrained: Pat
     assert (resolved.encoder.name, resolved.decoder.type, resolved.norm) == ("mobilenetv2_035", "unet", "group")
 
 
+def test_a_pretraining_takes_the_model_of_init_too(pretrained: Path, tmp_path: Path) -> None:
+    values = {key: value for key, value in pretraining(steps=1).items() if key != "model"}
+    done = pretrain(load(PretrainConfig, {**values, "init": str(pretrained)}), Options(tmp_path / "run", quiet=True))
+    config = json.loads((done.folder / "run.json").read_text())["config"]
+    assert config["model"] == json.loads((pretrained / "run.json").read_text())["config"]["model"]
+    other = {**values, "init": str(pretrained), "model": {"encoder": {"name": "resnet18"}}}
+    with pytest.raises(UserError, match=r"model\.encoder asks for resnet18"):
+        pretrain(load(PretrainConfig, other), Options(tmp_path / "other", quiet=True))
+    assert not (tmp_path / "other").exists()
+
+
 UNET = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}, "norm": "group"}
 
 

@@ -23,6 +23,8 @@ from ssl_seg.models import timm as timm_encoders
 from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus, UPerNet
 from ssl_seg.models.timm import Timm
 from ssl_seg.testing import check_decoder, check_encoder
+from ssl_seg.train import not_decayed
+from tests.faults import message_of
 
 ENCODERS = (
     "resnet18",
@@ -123,6 +125,32 @@ def test_output_stride_16_or_one_line(name):
         assert "\n" not in str(caught.value)
     else:
         assert dilated(name).strides == (2, 4, 8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"), [("swin_tiny_patch4_window7_224", "bias_table"), ("resnet18", None), ("mobilenetv2_035", None)]
+)
+def test_the_weights_that_timm_spares_from_decay_are_spared(name, spared):
+    network = load(Timm, {"name": name}).build()
+    found = not_decayed(network)
+    wide = {own for own, parameter in network.named_parameters() if parameter.ndim > 1}
+    assert found & wide == {own for own in wide if spared and spared in own}
+    assert bool(found & wide) == bool(spared)
+
+
+def test_maps_that_are_at_no_whole_stride_are_one_line():
+    message = message_of(lambda: load(Timm, {"name": "legacy_xception"}).build())
+    assert "no whole stride" in message
+    assert "choose another" in message
+
+
+def test_one_image_whose_last_map_is_one_value_is_one_line():
+    network = load(Timm, {"name": "mobilenetv2_035"}).build().train()
+    message = message_of(lambda: network(torch.zeros(1, 3, 32, 32)))
+    assert "without a variance" in message
+    network(torch.zeros(2, 3, 32, 32))
+    network(torch.zeros(1, 3, 32, 64))
+    network.eval()(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_copy_has_its_own_weights_and_gives_the_same_maps():

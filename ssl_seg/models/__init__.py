@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg.config import Config, Plugin
+from ssl_seg.config import Config, Plugin, UserError
 from ssl_seg.norm import Kind, convert_norm, has_batch_norm
 
 Features = list[Tensor]  # five maps, fine to coarse: (B, C_i, h_i, w_i); C_i = 0 where the encoder has no such map
@@ -53,6 +53,12 @@ class EncoderNet(nn.Module):
         height, width = normal.shape[-2:]
         # Zero is the mean colour here, so the padding adds no edge brighter or darker than the images are.
         padded = F.pad(normal, (0, -width % self.multiple, 0, -height % self.multiple))
+        alone = self.training and len(image) == 1 and max(padded.shape[-2:]) == self.strides[-1]
+        if alone and has_batch_norm(self.backbone):
+            raise UserError(
+                f"one image of {height} x {width} leaves batch norm one value, without a variance; raise augment.crop, "
+                "or train.batch_size for 2 images or more a pass, or use norm: group"
+            )
         return self.backbone(padded)
 
 

@@ -8,7 +8,7 @@ have a single stride, and errors of one line (its own attempt at missing weights
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -102,7 +102,10 @@ class Timm(Encoder):
         """
         network, shapes = self._create(output_stride)
         plain = _is_plain(shapes)
-        backbone = Pyramid(network, shapes[-1].channels, output_stride) if plain else Maps(network, shapes)
+        if plain:
+            backbone = Pyramid(network, shapes[-1].channels, output_stride)
+        else:
+            backbone = Maps(network, shapes, _not_decayed(network, self.name))
         strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
         if backbone.strides != strides:
             raise UserError(
@@ -185,8 +188,9 @@ class MapShape(NamedTuple):
 class Maps(nn.Module):
     """timm's maps as the contract wants them: one of stride 1 left out, a missing one of stride 2 without channels."""
 
-    def __init__(self, network: nn.Module, shapes: Sequence[MapShape]) -> None:
+    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], spared: Collection[str] = ()) -> None:
         super().__init__()
+        self.spared = frozenset(f"network.{name}" for name in spared)
         kept = [shape for shape in shapes if shape.stride > 1]
         self.network = network
         self.num_skipped = len(shapes) - len(kept)
@@ -201,6 +205,10 @@ class Maps(nn.Module):
         if self.has_stride_2:
             return maps
         return [_no_channels(maps[0], image), *maps]
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """As timm's networks have it: the names of weights that are not pulled towards 0."""
+        return self.spared
 
 
 class Pyramid(nn.Module):
@@ -247,7 +255,21 @@ def _measure(network: nn.Module) -> list[MapShape]:
     with torch.no_grad():
         maps = _channels_first(network, torch.zeros(1, 3, *PROBE_SIZE))
     network.train()
+    for level in maps:
+        sides = tuple(level.shape[-2:])
+        stride = PROBE_SIZE[0] // sides[0]
+        if tuple(side * stride for side in sides) != PROBE_SIZE:
+            raise ValueError(f"its map of {sides} for an image of {PROBE_SIZE} is at no whole stride")
     return [MapShape(level.shape[1], PROBE_SIZE[0] // level.shape[2]) for level in maps]
+
+
+def _not_decayed(network: nn.Module, name: str) -> list[str]:
+    """The weights of `network` in the list of the whole one: a part that gives maps has lost it, and writes a `_` for
+    some dots in names."""
+    with torch.device("meta"):
+        whole = timm.create_model(name)
+    listed = {own.replace(".", "_") for own in getattr(whole, "no_weight_decay", set)()}
+    return [own for own, _ in network.named_parameters() if own.replace(".", "_") in listed]
 
 
 def _is_plain(shapes: Sequence[MapShape]) -> bool:
