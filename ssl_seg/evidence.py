@@ -180,14 +180,20 @@ def image_blocks(names: Sequence[str], size: int = NEIGHBOURS) -> np.ndarray:
     that do not depend on each other blocks cost nothing but their number.
 
     Names alone say so: a sequence is what stands before a name's last number, whatever all names end with aside
-    (`0006R0_f00930.png`: `0006R0_f`; `aachen_000001_000019_leftImg8bit.png`: `aachen_`). Within one, images are
-    neighbours by that number. Frames whose names are no numbers count as independent, which makes intervals too narrow.
+    (`0006R0_f00930.png`: `0006R0_f`), and of those that nothing shares this with, what stands before the number before
+    (`munster_000012_000019_leftImg8bit.png`: `munster_`). Within one, images are neighbours by that number. Frames
+    whose names are no numbers count as independent, which makes intervals too narrow.
     """
     ending = _common_ending(names)
     places: dict[str, list[tuple[int, str, int]]] = {}
     for index, name in enumerate(names):
         sequence, number = _counted(name.removesuffix(ending))
         places.setdefault(sequence, []).append((number, name, index))
+    for sequence in [sequence for sequence, own in places.items() if len(own) == 1]:
+        wider, number = _counted(sequence)
+        if wider != sequence:
+            (_, name, index), *_ = places.pop(sequence)
+            places.setdefault(f"{wider}#", []).append((number, name, index))
     blocks = np.zeros(len(names), dtype=np.int64)
     first = 0
     for own in places.values():

@@ -154,7 +154,9 @@ class _Ledger:
         kept = [own for key in ("pretrained", "cells") for own in former.get(key, [])]
         kept += former.get("search", {}).get("trials", [])
         self.states = {own["id"]: own for own in kept if "id" in own}
-        start = {**store.provenance(), "seeds": len(former.get("seeds", []))}  # as many as there were before it
+        if self.plan.trials:
+            self.search = former.get("search", {})
+        start = {**store.provenance(), "seeds": former.get("seeds", [])}  # those that there were before it
         kept = {key: former[key] for key in start if key in former and key != "seeds"}
         self.about |= {**kept, "resumed": [*former.get("resumed", []), start]}
 

@@ -435,6 +435,14 @@ def test_what_all_names_end_with_is_no_number_of_theirs() -> None:
     assert blocks_of("p1_5.png", "p1_15.png", "p1_25.png", "p1_35.png") == [0, 0, 1, 1]
 
 
+def test_snippets_of_a_drive_are_neighbours_by_the_number_before() -> None:
+    """Cityscapes' validation images: of one city all have one snippet's number, of others each has one of its own."""
+    lindau = [f"lindau_{number:06d}_000019_leftImg8bit.png" for number in range(59)]
+    frankfurt = [f"frankfurt_{number // 20:06d}_{500 * number:06d}_leftImg8bit.png" for number in range(60)]
+    assert len(set(image_blocks([*lindau, *frankfurt]))) == 6 + 6
+    assert len(set(image_blocks(lindau))) == 6
+
+
 def test_images_without_numbers_stand_alone() -> None:
     assert blocks_of("anna.png", "berta.png", "clara.png") == [0, 1, 2]
 

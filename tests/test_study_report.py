@@ -282,6 +282,7 @@ def test_over_a_baseline_that_is_pretrained_too_no_gain_is_one_of_pretraining(tm
         (["2026-01-02"], False),
         ([{"started": "2026-01-02", "seeds": 4}], False),
         (["2026-01-02", {"started": "2026-01-03", "seeds": 3}], True),
+        ([{"started": "2026-01-02", "seeds": [0, 1, 2]}], True),
     ],
 )
 def test_seeds_that_came_later_are_told(tmp_path: Path, resumed: list[Any], is_told: bool) -> None:
@@ -290,6 +291,13 @@ def test_seeds_that_came_later_are_told(tmp_path: Path, resumed: list[Any], is_t
     assert cells_of(section(page_of(tmp_path), "setup"), "Taken up again") == [
         ", ".join(("2026-01-02", "2026-01-03")[: len(resumed)])
     ]
+
+
+def test_seeds_that_are_left_out_are_told(tmp_path: Path) -> None:
+    resumed = [{"started": "2026-01-02", "seeds": [0, 1, 2, 9]}]
+    write_study(tmp_path, {"four": [GAIN]}, {}, resumed=resumed)
+    assert "CAUTION: seeds of an earlier start were left out (9);" in below(tmp_path)
+    assert "Seeds were added" not in below(tmp_path)
 
 
 def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None:
