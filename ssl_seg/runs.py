@@ -317,7 +317,10 @@ def is_held(folder: Path) -> bool:
 
 
 def origin(init: str | None) -> dict[str, Any] | None:
-    """Stage, config and own origin of the run that `init` names by its folder or encoder/; None for a mere file."""
+    """Stage, config, pool and own origin of the run that `init` names by its folder or encoder/; None for a mere file.
+
+    The pool by the number of its images and the digest of their names: under one path other images may lie by now.
+    """
     places = [] if init is None else [Path(init), Path(init).parent]
     for place in places:
         path = place / "run.json"
@@ -325,8 +328,14 @@ def origin(init: str | None) -> dict[str, Any] | None:
             record = files.read_json(path)
             if isinstance(record.get("config"), Mapping) and "stage" in record:
                 check_shape(path, record)
-                return {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
+                known = {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
+                return known | _pool_in(place / "data.json")
     return None
+
+
+def _pool_in(path: Path) -> dict[str, Any]:
+    pool = read_checked(path).get("pool") if path.is_file() else None
+    return {} if pool is None else {"pool": f"{pool['images']} images, names {pool['sha256_of_names'][:12]}"}
 
 
 def described(config: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, str]:
@@ -337,6 +346,7 @@ def described(config: Mapping[str, Any], start: Mapping[str, Any] | None) -> dic
     description = {key: as_text(value) for key, value in flatten(config).items() if not key.startswith(WATCHING)}
     if start is not None:
         inner = {"stage": start["stage"], **described(start["config"], start.get("origin"))}
+        inner |= {"pool": start["pool"]} if "pool" in start else {}
         description |= {f"init.{key}": value for key, value in inner.items()}
     return description
 

@@ -126,6 +126,7 @@ def _below(found: Findings) -> tuple[str, ...]:
     told += _corrected(found)
     told += of_shared_starts(found)
     told += _other_seeds(found)
+    told += _of_pools(done)
     told += _of_passports(done)
     told += _of_software(found)
     told += _of_apart(found)
@@ -204,6 +205,15 @@ def _of_passports(done: Sequence[CellFound]) -> list[str]:
     if not told:
         return []
     return [f"CAUTION: the scores of these cells do not mean the same ({'; '.join(told)}); make the study anew."]
+
+
+def _of_pools(done: Sequence[CellFound]) -> list[str]:
+    """A word where the pretrainings of an arm did not read the same images."""
+    pools: dict[str, set[str]] = {}
+    for cell in done:
+        pools.setdefault(cell.arm, set()).add((cell.run.record.get("origin") or {}).get("pool", ""))
+    arms = " and ".join(arm for arm, own in pools.items() if len(own - {""}) > 1)
+    return [f"CAUTION: the pretrainings of {arms} did not read the same images; make the study anew."] * bool(arms)
 
 
 def _of_apart(found: Findings) -> list[str]:

@@ -156,6 +156,22 @@ def test_pretrainings_under_every_seed_are_no_more_pretrainings_than_they_are() 
         assert note.endswith(f"are not independent: {found.groups[1].label} (4 pairs, pretrainings: {starts})")
 
 
+def test_pretrainings_on_other_images_under_one_path_are_no_group(tmp_path: Path) -> None:
+    for number, images in enumerate((266, 300, 266)):
+        pretrained = written(
+            tmp_path / f"pre_{number}", {**PRETRAINING, "seed": number}, {"steps": 1}, stage="pretrain"
+        )
+        pool = {"images": images, "sha256_of_names": f"{images:064d}"}
+        (pretrained / "data.json").write_text(json.dumps({"pool": pool}))
+        record = {"stage": "finetune", "config": {**CONFIG, "init": str(pretrained)}}
+        record["origin"] = runs.origin(record["config"]["init"])
+        (tmp_path / f"run_{number}").mkdir()
+        (tmp_path / f"run_{number}" / "run.json").write_text(json.dumps({**record, "status": "finished"}))
+        (tmp_path / f"run_{number}" / "result.json").write_text(json.dumps({"val": {"miou": 0.2}}))
+    found = compare.compare([tmp_path / f"run_{number}" for number in range(3)])
+    assert [len(own.outcomes) for own in found.groups] == [2, 1]
+
+
 def test_a_pretraining_is_one_however_it_is_named() -> None:
     named = ("runs/pre", "runs/pre/encoder", str(Path("runs/pre").resolve()), "runs/../runs/pre")
     pretrained = [finetuned(0.3, {}, seed=seed, init=init) for seed, init in enumerate(named)]

@@ -311,6 +311,17 @@ def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None
     assert told[1].startswith("CAUTION: cells that are no pair are left out of every gain: four-0-0-0: no pair with ")
 
 
+@pytest.mark.parametrize("pools", [("266 images", "266 images"), ("266 images", "300 images")])
+def test_pretrainings_on_other_images_are_told(tmp_path: Path, pools: Sequence[str]) -> None:
+    write_study(tmp_path, {"four": [GAIN]}, {})
+    for seed, pool in enumerate(pools):
+        path = tmp_path / "cells" / f"four-0-0-{seed}" / "run.json"
+        origin = {"stage": "pretrain", "config": {}, "origin": None, "pool": pool}
+        write_json(path, {**json.loads(path.read_text()), "origin": origin})
+    said = "CAUTION: the pretrainings of four did not read the same images" in below(tmp_path)
+    assert said is (pools[0] != pools[1])
+
+
 def test_pairs_that_were_not_made_with_the_same_are_told(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN]}, {})
     for name, torch in (("scratch-0-0-0", "2.14.0"), ("four-0-0-0", "2.14.1")):
