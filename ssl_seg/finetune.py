@@ -17,7 +17,18 @@ from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_
 from ssl_seg import evaluate, store, weights
 from ssl_seg.config import Config, UserError, load
 from ssl_seg.confusion import ImageConfusions, SegmentationScores
-from ssl_seg.data import Augment, Examples, Labels, Samples, Subset, hold_out, pixel_counts, sample_digest, subset_of
+from ssl_seg.data import (
+    Augment,
+    Examples,
+    Labels,
+    Samples,
+    Subset,
+    hold_out,
+    pixel_counts,
+    region,
+    sample_digest,
+    subset_of,
+)
 from ssl_seg.datasets import Dataset
 from ssl_seg.dryrun import DryRun, dry_run
 from ssl_seg.leaks import Leaks, Question, guard
@@ -133,6 +144,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         labelled, val = choose_images(config, run.read_json("split.json"))
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
+        for line in of_small_images(config, labelled):
+            say(line, quiet)
         trained = {"labelled": labelled, "pool": config.data.pool}
         scored = {"val": val, "test": config.data.test}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
@@ -279,6 +292,19 @@ def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = N
     if config.data.val is None and "val" in recorded:
         return labelled, subset_of(config.data.labelled, recorded["val"])
     return labelled, candidates(config)[1]
+
+
+def of_small_images(config: FinetuneConfig, labelled: Examples) -> list[str]:
+    """A word where crops enlarge the images that they are cut from: whole images are scored at their own size."""
+    size = config.data.resize or labelled.image(0).image.shape[:2]
+    crop = config.augment.crop
+    if region(size, crop, 1.0) == crop:
+        return []
+    (height, width), (crop_height, crop_width) = size, crop
+    return [
+        f"augment.crop: {crop_height} x {crop_width} is larger than the images ({height} x {width}), which are "
+        f"enlarged for training and scored as they are; give augment.crop=[{min(size)},{min(size)}] or less"
+    ]
 
 
 def names_of(examples: Examples) -> tuple[str, ...]:

@@ -15,7 +15,16 @@ from ssl_seg.config import UserError, load
 from ssl_seg.confusion import read_image_confusion
 from ssl_seg.data import sample_digest
 from ssl_seg.evaluate import image_confusions, load_model
-from ssl_seg.finetune import SEGMENT, FinetuneConfig, Finetuned, choose_images, finetune, load_weights, resolve
+from ssl_seg.finetune import (
+    SEGMENT,
+    FinetuneConfig,
+    Finetuned,
+    choose_images,
+    finetune,
+    load_weights,
+    of_small_images,
+    resolve,
+)
 from ssl_seg.pretrain import PretrainConfig, pretrain
 from ssl_seg.runs import LOCK, read_metrics
 from ssl_seg.stage import Options, build_module
@@ -104,6 +113,20 @@ def test_what_the_config_leaves_out_of_the_model_is_that_of_init(pretrained: Pat
     model = {"decoder": {"type": "unet", "channels": [32, 16, 16, 8, 8]}}
     resolved = resolve(load(FinetuneConfig, {**finetuning(), "model": model, "init": str(pretrained)})).model
     assert (resolved.encoder.name, resolved.decoder.type, resolved.norm) == ("mobilenetv2_035", "unet", "group")
+
+
+def test_crops_that_enlarge_the_images_are_told() -> None:
+    values = finetuning()
+    size = load(FinetuneConfig, values).data.labelled.image(0).image.shape[:2]
+    for crop, resize, is_told in (
+        (size, None, False),
+        ((size[0] + 1, size[1]), None, True),
+        ((64, 64), (32, 48), True),
+        ((32, 32), (32, 48), False),
+    ):
+        data = {**values["data"], "resize": resize}
+        config = load(FinetuneConfig, {**values, "augment": {"crop": crop}, "data": data})
+        assert bool(of_small_images(config, config.data.labelled)) is is_told
 
 
 def test_a_pretraining_takes_the_model_of_init_too(pretrained: Path, tmp_path: Path) -> None:
