@@ -19,7 +19,16 @@ from ssl_seg.confusion import ImageConfusions, read_image_confusion
 from ssl_seg.evidence import Interval
 from ssl_seg.pairs import NUM_CHANGED, Changed, Pairs, Shared, Spread, pictures_of, software_in_words
 from ssl_seg.passport import Passports, definition_of, differing, passports_in
-from ssl_seg.runs import RunFolder, description_of, find_runs, labelled_digest, leak_word, scores_of, software_of
+from ssl_seg.runs import (
+    RunFolder,
+    description_of,
+    find_runs,
+    labelled_digest,
+    leak_word,
+    scores_of,
+    software_of,
+    transfer_in_words,
+)
 from ssl_seg.tracking import prepare
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
@@ -445,8 +454,7 @@ def _labels(kinds: Sequence[Sequence[Outcome]], differing: Mapping[str, Sequence
         first = own[0]
         words = [_start_label(own)] if _is_finetuned(first) else [first.stage]
         words += ["evaluated"] if words != ["evaluate"] and first.stage == "evaluate" and several else []
-        _, _, decoder = first.settings.get("transfer", "").partition("+")
-        words += [f"+ {decoder} decoder"] if decoder else []
+        words += transfer_in_words(first.settings.get("transfer", ""))
         rest = [f"{key}={differing[key][index]}" for key in told if differing[key][index] is not None]
         labels.append(" ".join([*words, f"({', '.join(rest)})"] if rest else words))
     return [label if labels.count(label) == 1 else f"{label} #{number}" for number, label in enumerate(labels, start=1)]

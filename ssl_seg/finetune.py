@@ -34,6 +34,7 @@ from ssl_seg.dryrun import DryRun, dry_run
 from ssl_seg.leaks import Leaks, Question, guard
 from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.passport import passport_of
+from ssl_seg.runs import WHOLE
 from ssl_seg.stage import (
     Job,
     Options,
@@ -82,7 +83,9 @@ class FinetuneConfig(Config):
     train: TrainConfig = TrainConfig()
     init: str | None = None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
     init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
-    transfer: str = "encoder"  # or encoder+<task>: that task's decoder too (Brempong et al. 2022)
+    # Or encoder+<task>: that task's decoder too (Brempong et al. 2022). Or model: all of a fine-tuned run of the same
+    # classes, its last layer too, as after training on drawn masks.
+    transfer: str = "encoder"
     # best: the weights of the best validation score; last: those of the last step, when val must not choose.
     select: Literal["best", "last"] = "best"
     stop: StopRule = StopRule()
@@ -94,9 +97,9 @@ class FinetuneConfig(Config):
     @classmethod
     def _known_transfer(cls, transfer: str) -> str:
         first, _, rest = transfer.partition("+")
-        if first != "encoder" or "+" in rest or transfer.endswith("+"):
+        if transfer != WHOLE and (first != "encoder" or "+" in rest or transfer.endswith("+")):
             raise ValueError(
-                f"'{transfer}' is not known; write encoder, or encoder+denoise with a task of the init run"
+                f"'{transfer}' is not known; write encoder, encoder+denoise with a task of the init run, or {WHOLE}"
             )
         return transfer
 
@@ -109,7 +112,7 @@ class FinetuneConfig(Config):
         if self.tasks and self.data.pool is None:
             raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
-            raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the pretraining run whose decoder is meant")
+            raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the run whose weights are meant")
         if SEGMENT in self.tasks:
             raise ValueError(f"tasks.{SEGMENT}: the name is taken by the supervised task; choose another")
         return self
@@ -335,6 +338,16 @@ def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, weights
     """Put what `init` and `transfer` name into the module; a receipt for each part."""
     if config.init is None:
         return {}
+    if config.transfer == WHOLE:
+        names = config.data.labelled.class_names
+        theirs = tuple(weights.read_model_info(config.init)["class_names"])
+        if theirs != names:
+            raise UserError(
+                f"transfer: {WHOLE}: init tells {', '.join(theirs)} apart, and data.labelled {', '.join(names)}; "
+                f"transfer=encoder+{SEGMENT} takes all but the last layer"
+            )
+        model = SegmentationModel(module.encoder, module.heads[SEGMENT], names)
+        return {WHOLE: weights.load_model_weights(model, config.init, config.init_allow)}
     receipts = {"encoder": weights.load_encoder(module.encoder, config.init, config.init_allow)}
     _, _, task = config.transfer.partition("+")
     if task:

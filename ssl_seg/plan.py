@@ -21,7 +21,7 @@ from ssl_seg.findings import CELLS, PRETRAINED, SEARCHED
 from ssl_seg.finetune import FinetuneConfig, check_data
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.questions import Arm, StudyConfig, arms_of, conditions_of, refuse_keys_said_twice
-from ssl_seg.runs import WATCHING
+from ssl_seg.runs import WATCHING, WHOLE
 from ssl_seg.stage import check_images
 
 SEARCH_SEEDS = 1000  # the first seed of the search, or above the study's own, so that none is tuned on its own draws
@@ -241,6 +241,8 @@ def _check_fit(arm: Arm, config: FinetuneConfig, start: Cell) -> None:
     if len(names) == 2 and names[0] != names[1]:  # one that names none takes the other's
         raise UserError(f"arm {arm.name}: its encoder is {names[0]}, and that of pretrain.{start.arm} is {names[1]}")
     _, _, task = config.transfer.partition("+")
+    if config.transfer == WHOLE:
+        raise UserError(f"arm {arm.name}: transfer: {WHOLE} takes a fine-tuned run, and pretrain.{start.arm} is none")
     if task and task not in start.config.tasks:
         known = ", ".join(start.config.tasks)
         raise UserError(f"arm {arm.name}: transfer: pretrain.{start.arm} has no task {task}; it has: {known}")
@@ -273,10 +275,9 @@ def _start_digest(init: str | None, transfer: str) -> str | None:
         return None
     digest = weights.read_encoder_info(init).get("sha256") or files.sha256(Path(init).read_bytes())
     _, _, task = transfer.partition("+")
-    decoders = [folder / "decoders" / f"{task}.json" for folder in (Path(init), Path(init).parent)]
-    return "+".join(
-        [digest, *(files.read_json(path).get("sha256", "") for path in decoders if task and path.is_file())]
-    )
+    part = "model/model.json" if transfer == WHOLE else f"decoders/{task}.json" if task else None
+    others = [folder / part for folder in (Path(init), Path(init).parent)] if part else []
+    return "+".join([digest, *(files.read_json(path).get("sha256", "") for path in others if path.is_file())])
 
 
 def slug(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ssl_seg.config import Config, UserError, flatten
+from ssl_seg.runs import transfer_in_words
 
 IMAGENET = "imagenet"  # an `init`: the weights that timm publishes for the encoder
 ARM_AXES = ("init", "transfer")  # keys of the grid that are compared, not conditions of the comparison
@@ -184,8 +185,7 @@ def _arm_name(changes: Mapping[str, Any]) -> str:
         place = Path(str(start))
         folder = place.parent if place.name == "encoder" else place
         words.append("scratch" if start is None else folder.name)
-    _, _, decoder = str(changes.get("transfer", "")).partition("+")
-    words += [f"+ {decoder} decoder"] if decoder else []
+    words += transfer_in_words(str(changes.get("transfer", "")))
     words += [f"{key}={value}" for key, value in changes.items() if key not in ARM_AXES]
     return " ".join(words) or "encoder"
 

@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 from ssl_seg import files
 from ssl_seg.config import UserError, flatten
 
+WHOLE = "model"  # the word of `transfer` for all of a fine-tuned network
 WATCHING = ("tracking.", "leaks.")  # config keys by which nothing comes out differently
 LOCK = "lock"  # of the process that runs; its number stands in it
 TIME = "time"  # of a line of metrics: milliseconds since 1970
@@ -373,6 +374,14 @@ def software_of(record: Mapping[str, Any]) -> dict[str, str]:
             if value is not None:
                 found.setdefault(name, {})[str(value)] = None
     return {name: ", ".join(values) for name, values in found.items()}
+
+
+def transfer_in_words(transfer: str) -> list[str]:
+    """What of a start is taken beside its encoder: `+ denoise decoder`, `+ whole model`; nothing for `encoder`."""
+    if transfer == WHOLE:
+        return ["+ whole model"]
+    _, _, decoder = transfer.partition("+")
+    return [f"+ {decoder} decoder"] if decoder else []
 
 
 def as_text(value: Any) -> str:

@@ -84,6 +84,31 @@ def test_a_fine_tuned_run_is_a_start_too_so_that_masks_of_a_drawn_world_can_pret
     assert all(torch.equal(state[f"heads.{SEGMENT}.decoder.{name}"], value) for name, value in decoder.items())
 
 
+def test_a_whole_model_may_be_the_start_of_another_fine_tuning(tmp_path: Path) -> None:
+    supervised = run(tmp_path / "supervised", steps=2)
+    model = load_file(supervised.model / "model.safetensors")
+    state = started(supervised.folder, "model")
+    own = {name.replace("head.", f"heads.{SEGMENT}.", 1): value for name, value in model.items()}
+    assert own.keys() == state.keys()
+    assert all(torch.equal(state[name], value) for name, value in own.items())
+    done = run(tmp_path / "again", {"init": str(supervised.folder), "transfer": "model"}, steps=1)
+    (receipt,) = json.loads((done.folder / "receipts.json").read_text()).values()
+    assert (receipt["share"], receipt["features_equal"]) == (1.0, True)
+
+
+def test_a_whole_model_of_other_classes_or_of_no_classes_is_one_line(pretrained: Path, tmp_path: Path) -> None:
+    supervised = run(tmp_path / "supervised", steps=1)
+    info = json.loads((supervised.model / "model.json").read_text())
+    (supervised.model / "model.json").write_text(json.dumps({**info, "class_names": ["sky", "road"]}))
+    for init, said in (
+        (supervised.folder, r"takes all but the last layer"),
+        (pretrained, r"no model/model\.safetensors"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            started(init, "model")
+        assert "\n" not in str(caught.value)
+
+
 def test_a_task_without_a_decoder_cannot_lend_one(pretrained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rotate"):
         run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+rotate"})

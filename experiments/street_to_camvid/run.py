@@ -18,6 +18,7 @@ ARMS = {
     "tasks+decoder": Arm("tasks", "encoder+denoise"),
     "masks": Arm("masks"),
     "masks+decoder": Arm("masks", "encoder+segment"),
+    "masks+model": Arm("masks", "model"),
 }
 
 
