@@ -32,6 +32,7 @@ class Arm:
 
     pretraining: str | None = None  # the name of one of the pretrainings
     transfer: str = "encoder"
+    words: tuple[str, ...] = ()  # what else its runs are given
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def finetune_all(
         given += [f"train.steps={cell.steps}"]
         if arm.pretraining:
             given += [f"init={pretrained[arm.pretraining, cell.pretraining_seed]}", f"transfer={arm.transfer}"]
+        given += arm.words
         runs.append((["finetune", *words, *given], out / cell.name))
     run_all(runs, jobs)
     return [{**vars(cell), "device": device_of(out / cell.name), **scores(out / cell.name)} for cell in wanted]

@@ -19,6 +19,7 @@ ARMS = {
     "masks": Arm("masks"),
     "masks+decoder": Arm("masks", "encoder+segment"),
     "masks+model": Arm("masks", "model"),
+    "masks+model_slow": Arm("masks", "model", ("train.lr=1e-4",)),  # a tenth, chosen on other frames: see README.md
 }
 
 
