@@ -730,8 +730,8 @@ def test_runs_are_kept_in_the_folder_called_runs(tmp_path: Path, monkeypatch: py
 def test_tracking_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     with store.Run.open(tmp_path / "a", "finetune", Settings()) as run:
         run.save_state(1, {}, {})
-    with store.Run.open(tmp_path / "a", "finetune", Settings(tracking=Tracking(uri="http://x"))):
-        pass
+    with store.Run.open(tmp_path / "a", "finetune", Settings(tracking=Tracking(uri="http://x"))) as run:
+        run.go_on()
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["config"]["tracking"]["uri"] == "http://x"
     assert "lr was" in message_of(lambda: store.Run.open(tmp_path / "a", "finetune", Settings(lr=0.5)))
