@@ -168,7 +168,10 @@ def test_a_pretraining_takes_the_model_of_init_too(pretrained: Path, tmp_path: P
 UNET = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}, "norm": "group"}
 
 
-@pytest.mark.parametrize(("encode", "model"), [("together", MODEL), ("in_turn", MODEL), ("together", UNET)])
+@pytest.mark.parametrize(
+    ("encode", "model"),
+    [("together", MODEL), ("in_turn", MODEL), pytest.param("together", UNET, marks=pytest.mark.slow)],
+)
 def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(
     encode: str, model: dict[str, Any], tmp_path: Path
 ) -> None:
