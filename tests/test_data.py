@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from ssl_seg.config import UserError
 from ssl_seg.data import (
     Augment,
     Draws,
+    Examples,
     Kept,
     Labels,
     Samples,
@@ -299,51 +301,43 @@ def test_hold_out_takes_about_a_fifth_of_uneven_sequences(sizes: tuple[int, ...]
     assert (len(kept), len(val)) == (100 - held, held)
 
 
-def test_hold_out_of_one_video_takes_its_end() -> None:
-    class Video(Striped):
+def called(name: Callable[[int], str]) -> type[Striped]:
+    """The images under other names; those of one folder are a sequence."""
+
+    class Called(Striped):
         def name(self, index: int) -> str:
-            return f"frame_{(7 * index) % 50:03d}"
+            return name(index)
 
         def sequence(self, index: int) -> str:
-            return ""
+            return name(index).rpartition("/")[0]
 
-    kept, held = hold_out(Video(count=50))
-    assert sorted(held.name(index) for index in range(len(held))) == [f"frame_{number:03d}" for number in range(40, 50)]
+    return Called
+
+
+def names_of(examples: Examples) -> list[str]:
+    return sorted(examples.name(index) for index in range(len(examples)))
+
+
+def test_hold_out_of_one_video_takes_its_end() -> None:
+    kept, held = hold_out(called(lambda index: f"frame_{(7 * index) % 50:03d}")(count=50))
+    assert names_of(held) == [f"frame_{number:03d}" for number in range(40, 50)]
     assert len(kept) == 40
 
 
 @pytest.mark.parametrize("stray", [False, True])
 @pytest.mark.parametrize("clips", [1, 2])
 def test_hold_out_cuts_each_video_at_its_end(clips: int, stray: bool) -> None:
-    class Videos(Striped):
-        def name(self, index: int) -> str:
-            return "cover" if stray and index == 13 else f"clip{index % clips}/{index:03d}"
-
-        def sequence(self, index: int) -> str:
-            return self.name(index).rpartition("/")[0]
-
-    count = 40 + stray
-    kept, held = (
-        {part.name(index) for index in range(len(part))} - {"cover"} for part in hold_out(Videos(count=count))
-    )
+    videos = called(lambda index: "cover" if stray and index == 13 else f"clip{index % clips}/{index:03d}")
+    kept, held = ([name for name in names_of(part) if name != "cover"] for part in hold_out(videos(count=40 + stray)))
     assert len(held) in (7, 8)
     for clip in range(clips):
-        before, after = (sorted(name for name in part if name.startswith(f"clip{clip}")) for part in (kept, held))
+        before, after = ([name for name in part if name.startswith(f"clip{clip}")] for part in (kept, held))
         assert before[-1] < after[0], "no frame that is trained on lies among those held out"
 
 
 def test_hold_out_of_numbered_kinds_takes_some_of_each() -> None:
-    class Breeds(Striped):
-        def name(self, index: int) -> str:
-            return f"{'ABCDEFGHIJ'[index // 10]}_{index % 10}"
-
-        def sequence(self, index: int) -> str:
-            return ""
-
-    _, held = hold_out(Breeds(count=100))
-    assert sorted(held.name(index) for index in range(len(held))) == [
-        f"{own}_{n}" for own in "ABCDEFGHIJ" for n in (8, 9)
-    ]
+    _, held = hold_out(called(lambda index: f"{'ABCDEFGHIJ'[index // 10]}_{index % 10}")(count=100))
+    assert names_of(held) == [f"{own}_{n}" for own in "ABCDEFGHIJ" for n in (8, 9)]
 
 
 def test_crops_reach_the_borders_as_often_as_any_place() -> None:

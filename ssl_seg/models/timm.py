@@ -8,7 +8,7 @@ have a single stride, and errors of one line (its own attempt at missing weights
 from __future__ import annotations
 
 import ssl
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -102,10 +102,7 @@ class Timm(Encoder):
         """
         network, shapes = self._create(output_stride)
         plain = _is_plain(shapes)
-        if plain:
-            backbone = Pyramid(network, shapes[-1].channels, output_stride)
-        else:
-            backbone = Maps(network, shapes, _not_decayed(network, self.name))
+        backbone = Pyramid(network, shapes[-1].channels, output_stride) if plain else Maps(network, shapes, self.name)
         strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
         if backbone.strides != strides:
             raise UserError(
@@ -188,9 +185,9 @@ class MapShape(NamedTuple):
 class Maps(nn.Module):
     """timm's maps as the contract wants them: one of stride 1 left out, a missing one of stride 2 without channels."""
 
-    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], spared: Collection[str] = ()) -> None:
+    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], name: str) -> None:
         super().__init__()
-        self.spared = frozenset(f"network.{name}" for name in spared)
+        self.name = name  # timm's, of the whole network
         kept = [shape for shape in shapes if shape.stride > 1]
         self.network = network
         self.num_skipped = len(shapes) - len(kept)
@@ -206,9 +203,16 @@ class Maps(nn.Module):
             return maps
         return [_no_channels(maps[0], image), *maps]
 
-    def no_weight_decay(self) -> frozenset[str]:
-        """As timm's networks have it: the names of weights that are not pulled towards 0."""
-        return self.spared
+    def no_weight_decay(self) -> set[str]:
+        """As timm's networks have it: the names of weights that are not pulled towards 0.
+
+        A part that gives maps has lost the list of the whole network, and writes a `_` for some dots in names.
+        """
+        with torch.device("meta"):
+            whole = timm.create_model(self.name)
+        listed = {name.replace(".", "_") for name in getattr(whole, "no_weight_decay", set)()}
+        names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in listed]
+        return {f"network.{name}" for name in names}
 
 
 class Pyramid(nn.Module):
@@ -261,15 +265,6 @@ def _measure(network: nn.Module) -> list[MapShape]:
         if tuple(side * stride for side in sides) != PROBE_SIZE:
             raise ValueError(f"its map of {sides} for an image of {PROBE_SIZE} is at no whole stride")
     return [MapShape(level.shape[1], PROBE_SIZE[0] // level.shape[2]) for level in maps]
-
-
-def _not_decayed(network: nn.Module, name: str) -> list[str]:
-    """The weights of `network` in the list of the whole one: a part that gives maps has lost it, and writes a `_` for
-    some dots in names."""
-    with torch.device("meta"):
-        whole = timm.create_model(name)
-    listed = {own.replace(".", "_") for own in getattr(whole, "no_weight_decay", set)()}
-    return [own for own, _ in network.named_parameters() if own.replace(".", "_") in listed]
 
 
 def _is_plain(shapes: Sequence[MapShape]) -> bool:
