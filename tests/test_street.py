@@ -9,12 +9,15 @@ import hashlib
 import json
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_seg import rng
@@ -22,12 +25,27 @@ from ssl_seg.config import UserError, load
 from ssl_seg.datasets.camvid import CLASSES as CAMVID_CLASSES
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.testing import check_dataset
-from ssl_seg.worlds import Scene
+from ssl_seg.worlds import Scene, street
 from ssl_seg.worlds.drawing import Dice, tile
-from ssl_seg.worlds.street import CLASSES, Street
-from ssl_seg.worlds.street.materials import TURN, cosine, sensor, sine
-from ssl_seg.worlds.street.perspective import NEAR, Camera, Picture, Solid, channels, pack, texture
-from ssl_seg.worlds.street.plan import BLOCK, STEP, WEATHERS, camera, draw_plan
+from ssl_seg.worlds.street import CLASSES, Street, facades, hiding
+from ssl_seg.worlds.street.facades import Front
+from ssl_seg.worlds.street.hiding import Thing, seen
+from ssl_seg.worlds.street.materials import TURN, cosine, ramp, sensor, sine, texels
+from ssl_seg.worlds.street.perspective import (
+    NEAR,
+    SHIFT,
+    Camera,
+    Ends,
+    Part,
+    Picture,
+    Solid,
+    channels,
+    pack,
+    texture,
+)
+from ssl_seg.worlds.street.plan import BLOCK, STEP, WEATHERS, Plan, camera, draw_plan
+from ssl_seg.worlds.street.plants import hedge
+from ssl_seg.worlds.street.things import Scenery
 
 KEPT = Path(__file__).parent / "golden" / "worlds_street.json"
 SIZE = (90, 120)
@@ -218,7 +236,12 @@ def _apart(scene: Scene, other: Scene) -> tuple[float, float]:
     return float(difference), float((scene.label == other.label).mean())
 
 
+UNPAINTED = pack((1, 254, 3), 77)
 CAMERA = Camera(size=(60, 80), focal=60 * 16, centre=(40 * 16, 30 * 16), at=(0, 150, 0))
+
+
+def put_up(picture: Picture, ends: Ends, height: int, pixels: np.ndarray, holes: int | None = None) -> None:
+    picture.wall(ends, (0, height), pixels.shape, pixels.__getitem__, holes=holes)
 
 
 def test_lines_along_the_street_meet_at_the_vanishing_point() -> None:
@@ -234,7 +257,7 @@ def test_a_wall_is_drawn_where_its_outline_is() -> None:
     """The texture's own rasteriser against OpenCV's polygons, through the near plane too."""
     for ends in (((-400, -500), (-400, 3000)), ((300, 2500), (300, 200)), ((-200, 900), (250, 900))):
         wall, outline = Picture(CAMERA), Picture(CAMERA)
-        wall.wall(ends, (0, 400), texture((40, 40), pack((9, 9, 9), 1)))
+        put_up(wall, ends, 400, texture((40, 40), pack((9, 9, 9), 1)))
         (x, s), (end_x, end_s) = ends
         corners = [(x, 0, s), (end_x, 0, end_s), (end_x, 400, end_s), (x, 400, s)]
         outline.polygons(np.array([corners]), (9, 9, 9), 1)
@@ -251,7 +274,7 @@ def test_a_texture_shrinks_with_distance() -> None:
     stripes = texture((4, 6), pack((0, 0, 0), 1))
     stripes[:, ::2] = pack((255, 0, 0), 2)
     picture = Picture(CAMERA)
-    picture.wall(((-200, 300), (-200, 1500)), (0, 300), stripes)
+    put_up(picture, ((-200, 300), (-200, 1500)), 300, stripes)
     row = picture.rgba[30, :, 3]
     row = row[row > 0]
     edges = np.flatnonzero(np.diff(row.astype(int)))
@@ -267,7 +290,7 @@ def test_gaps_show_what_is_behind_and_holes_take_the_class() -> None:
     for holes, inside in ((None, 5), (7, 7)):
         picture = Picture(CAMERA)
         channels(picture.packed)[:] = (90, 91, 92, 5)
-        picture.wall(((-300, 500), (300, 500)), (0, 300), fence, holes=holes)
+        put_up(picture, ((-300, 500), (300, 500)), 300, fence, holes)
         assert picture.rgba[30, 60].tolist() == [90, 91, 92, inside]
         assert picture.rgba[30, 15].tolist() == [1, 2, 3, 7]
 
@@ -277,7 +300,7 @@ def test_what_is_behind_the_camera_is_not_drawn() -> None:
     behind = np.array([[(-100, 0, -500), (100, 0, -500), (100, 0, NEAR - 1), (-100, 0, NEAR - 1)]])
     picture.polygons(behind, (1, 1, 1), 3)
     for ends in (((-100, -900), (-100, 10)), ((-100, -50), (100, -50))):
-        picture.wall(ends, (0, 300), texture((4, 4), pack((1, 1, 1), 3)))
+        put_up(picture, ends, 300, texture((4, 4), pack((1, 1, 1), 3)))
     assert not picture.rgba.any()
 
 
@@ -291,12 +314,102 @@ def test_a_solid_shows_the_faces_towards_the_camera() -> None:
         "right": (4, 5, 7, 6),
     }
     box = Solid(corners, [(numbers, part, 50) for part, numbers in sides.items()])
-    colours = {part: [(number + 1, 0, 0)] * 4 for number, part in enumerate(sides)}
-    for x, seen in ((0, {"front", "top"}), (-400, {"front", "top", "right"}), (400, {"front", "top", "left"})):
+    colours = {part: (number + 1, 0, 0) for number, part in enumerate(sides)}
+    for x, towards in ((0, {"front", "top"}), (-400, {"front", "top", "right"}), (400, {"front", "top", "left"})):
         picture = Picture(CAMERA)
-        picture.solid((x, 0, 900), (1024, 0), box, colours, 8)
+        picture.solid((x, 0, 900), (1024, 0), box, lambda part, _: colours[part], 8)
         drawn = {list(sides)[number - 1] for number in np.unique(picture.rgba[..., 0]).tolist() if number}
-        assert drawn == seen
+        assert drawn == towards
+
+
+FRONT = Front(
+    width=900,
+    storeys=3,
+    storey=300,
+    ground=340,
+    wall=(150, 120, 100),
+    trim=(210, 206, 200),
+    base=(46, 58, 50),
+    brick=True,
+    bays=3,
+    pane=(110, 150),
+    shop=True,
+    sign=True,
+    gable=300,
+    seed=29,
+    lit=30,
+)
+SEEN = st.tuples(st.integers(0, 90), st.integers(1, 90), st.integers(0, 90), st.integers(1, 90))
+
+
+@given(seen=SEEN, kind=st.sampled_from(["shop", "house", "far", "bars", "boards", "bricks", "hedge"]))
+def test_part_of_a_texture_is_that_part_of_the_whole(seen: tuple[int, int, int, int], kind: str) -> None:
+    scale = (4, 6) if kind == "far" else (12, 10)
+    draw: Callable[[Part], np.ndarray]
+    if kind in ("shop", "house", "far"):
+        front = FRONT if kind == "shop" else FRONT._replace(shop=False, brick=False, seed=33)
+        draw, (wide, high) = partial(facades.front, front, scale), (front.width, front.height)
+    elif kind == "hedge":
+        wide, high = 900, 180
+        draw = partial(hedge, wide, high, scale, 17, ramp((20, 30, 16), (120, 130, 80), TREE))
+    else:
+        wide, high = 900, 140
+        draw = partial(facades.railing, wide, high, scale, (90, 84, 70), kind)
+    rows, columns = texels(scale, wide, high)
+    top, tall, left, across = seen
+    top, left = top % rows, left % columns
+    part = slice(top, min(rows, top + tall)), slice(left, min(columns, left + across))
+    whole = draw((slice(0, rows), slice(0, columns)))
+    assert whole.shape == (rows, columns)
+    assert np.array_equal(draw(part), whole[part])
+
+
+def test_what_is_covered_leaves_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures are the same where all is painted that no house hides."""
+    worlds = [Synthetic(kind="street", count=12, size=size, seed=7, clip=2) for size in ((97, 61), (180, 240))]
+    shown = [(world, index, digest(world.scene(index))) for world in worlds for index in range(12)]
+    count = 0
+
+    def uncovered(things: list[Thing], camera: Camera) -> list[Thing]:
+        nonlocal count
+        found = seen([thing._replace(faces=()) for thing in things], camera)
+        count += len(found) - len(seen(things, camera))
+        return found
+
+    monkeypatch.setattr(street, "seen", uncovered)
+    for world, index, kept in shown:
+        assert digest(world.scene(index)) == kept
+    assert count > 5 * len(shown)
+
+
+def test_things_stay_in_their_boxes_and_nothing_is_seen_through_their_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[list[Thing], Picture]] = []
+
+    class Kept(Scenery):
+        def __init__(self, picture: Picture, plan: Plan, frame: int) -> None:
+            super().__init__(picture, plan, frame)
+            found.append((self.things, picture))
+
+    monkeypatch.setattr(street, "Scenery", Kept)
+    for size in ((97, 61), (180, 240)):
+        for index in range(10):
+            Synthetic(kind="street", count=10, size=size, seed=8).scene(index)
+    covering = 0
+    for things, picture in found:
+        numbers, _, boxes = hiding.places(things, picture.camera)
+        covers = hiding.covers(things, picture.camera)
+        for number, (left, top, right, bottom) in zip(numbers, boxes, strict=True):
+            picture.packed[:] = UNPAINTED
+            things[number].paint()
+            painted = picture.packed != UNPAINTED
+            covered = np.zeros(picture.camera.size, dtype=np.uint8)
+            for corners in covers.get(number, ()):
+                cv2.fillConvexPoly(covered, corners, 1, cv2.LINE_8, SHIFT)
+            assert not covered[~painted].any(), things[number]
+            painted[top:bottom, left:right] = False
+            assert not painted.any(), things[number]
+            covering += bool(covered.any())
+    assert covering > 200
 
 
 def test_sines_are_those_of_the_library() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import cv2
 import numpy as np
@@ -20,27 +20,39 @@ BLOCKS = 4  # drawn at once: a call of torch costs as much as a thousand words
 class Dice:
     """Integers from a key, one after the other: the order of the calls is part of a world's definition."""
 
-    def __init__(self, key: Tensor) -> None:
-        self._words = _words(key)
+    def __init__(self, key: Tensor, first: Sequence[int] = ()) -> None:
+        """`first` are words of the key that were drawn already, whole blocks of them."""
+        self._words = _words(key, first)
+
+    @classmethod
+    def several(cls, keys: Tensor, blocks: int = 2) -> list[Self]:
+        """Dice for keys `(N,)`, the same as from each alone, whose first words are drawn in one go."""
+        return [cls(key, words) for key, words in zip(keys, _draw(keys, 0, blocks), strict=True)]
 
     def roll(self, low: int, high: int) -> int:
         """An integer in [low, high); the range is under 2^31."""
         return low + (next(self._words) * (high - low) >> 32)
 
     def chance(self, percent: int) -> bool:
-        return self.roll(0, 100) < percent
+        return next(self._words) * 100 >> 32 < percent
 
     def pick(self, options: Sequence[T]) -> T:
-        return options[self.roll(0, len(options))]
+        return options[next(self._words) * len(options) >> 32]
 
 
-def _words(key: Tensor) -> Iterator[int]:
-    first = 0
+def _words(key: Tensor, words: Sequence[int]) -> Iterator[int]:
+    block = len(words) // BLOCK
     while True:
-        keys = rng.fold_in(key, torch.arange(first, first + BLOCKS))
-        drawn = rng.bits(keys, (BLOCK,)).numpy()
-        yield from (drawn.view(np.uint64) >> np.uint64(32)).ravel().tolist()
-        first += BLOCKS
+        yield from words
+        (words,) = _draw(key[None], block, BLOCKS)
+        block += BLOCKS
+
+
+def _draw(keys: Tensor, block: int, blocks: int) -> list[list[int]]:
+    """The words of some blocks, from number `block` on, for each of keys `(N,)`."""
+    blocks_of = rng.fold_in(keys[:, None], torch.arange(block, block + blocks))
+    drawn = rng.bits(blocks_of, (BLOCK,)).numpy()
+    return (drawn.view(np.uint64) >> np.uint64(32)).reshape(len(keys), -1).tolist()
 
 
 def noise(key: Tensor, size: tuple[int, int], cell: int, octaves: int = 1) -> np.ndarray:

@@ -18,10 +18,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pretext import colorize
-from ssl_seg import images, rng
+from ssl_seg import images, pictures, rng
 from ssl_seg.config import load
 from ssl_seg.data import Augment, Kept, Samples
 from ssl_seg.datasets.folder import Folder
+from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.pretrain import PretrainConfig
 from ssl_seg.stage import build_module, open_streams
 from ssl_seg.tasks import MultiTask
@@ -209,3 +210,23 @@ def test_a_step_s_images_with_and_without_keeping_them(tmp_path: Path) -> None:
         taken[name] = seconds(lambda samples=samples, draws=draws: [samples[next(draws)] for _ in range(8)], STEPS)
     ratio = taken["decoded"] / taken["kept"]
     print(f"\n8 crops: {1e3 * taken['kept']:.0f} ms; decoded anew {1e3 * taken['decoded']:.0f} ms, ratio {ratio:.1f}")
+
+
+def test_drawing_streets_against_reading_them_back(tmp_path: Path) -> None:
+    """One process, images and masks as PNG of 480 x 360; the aim is 30 a second and core."""
+    count = 300
+    streets = load(Synthetic, {"kind": "street", "count": count, "size": [360, 480]})
+    colours = pictures.palette(len(streets.class_names))
+
+    def draw() -> None:
+        for index in range(count):
+            scene = streets.scene(index)
+            images.write_image(tmp_path / "images" / f"{index:03d}.png", scene.image, noisy=True)
+            images.write_mask(tmp_path / "masks" / f"{index:03d}.png", scene.label, colours)
+
+    drawing = seconds(draw, 2) / count
+    folders = {part: str(tmp_path / part) for part in ("images", "masks")}
+    written = load(Folder, {**folders, "classes": list(streets.class_names)})
+    reading = seconds(lambda: [written.read(index) for index in range(count)], 2) / count
+    print(f"\na street drawn and written: {1e3 * drawing:.1f} ms ({1 / drawing:.1f} a second)", end="")
+    print(f", read back {1e3 * reading:.1f} ms, ratio {drawing / reading:.1f}")

@@ -16,12 +16,15 @@ from torch import Tensor
 from ssl_seg import rng
 from ssl_seg.worlds import Scene, World
 from ssl_seg.worlds.drawing import Dice
+from ssl_seg.worlds.street.hiding import seen
 from ssl_seg.worlds.street.layout import Layout
 from ssl_seg.worlds.street.materials import CLASSES
 from ssl_seg.worlds.street.perspective import NEAR, Picture
 from ssl_seg.worlds.street.plan import BLOCK, BLOCKS, camera, draw_plan
 from ssl_seg.worlds.street.surface import Surface, expose
 from ssl_seg.worlds.street.things import Scenery
+
+PARTS = torch.stack([rng.as_key(part) for part in ("plan", "block", "traffic", "end", "noise")])
 
 
 class Street(World):
@@ -44,26 +47,29 @@ class Street(World):
         return CLASSES
 
     def draw(self, key: Tensor, size: tuple[int, int], frame: int = 0) -> Scene:
-        plan = draw_plan(Dice(rng.fold_in(key, "plan")), self.weather, self.place)
+        of_plan, of_blocks, of_traffic, of_end, of_noise = rng.fold_in(key, PARTS)
+        plan = draw_plan(Dice(of_plan), self.weather, self.place)
         view = camera(plan, size, frame)
         picture = Picture(view)
         scenery = Scenery(picture, plan, frame)
         layout = Layout(scenery, self.traffic, self.crowd)
         first = (view.at[2] + NEAR) // BLOCK
         numbers = torch.arange(first, first + BLOCKS + 1)
-        for number, block in zip(numbers.tolist(), rng.fold_in(rng.fold_in(key, "block"), numbers), strict=True):
-            layout.lay(number, Dice(block))
-        layout.drive(Dice(rng.fold_in(key, "traffic")))
-        layout.close(Dice(rng.fold_in(key, "end")))
+        others = torch.stack([of_traffic, of_end, rng.fold_in(of_noise, frame)])
+        *blocks, traffic, end, noise = Dice.several(torch.cat([rng.fold_in(of_blocks, numbers), others]))
+        for number, block in zip(numbers.tolist(), blocks, strict=True):
+            layout.lay(number, block)
+        layout.drive(traffic)
+        layout.close(end)
         surface = Surface(scenery)
         surface.sky()
         surface.ground()
         for paint in scenery.ground:
             paint()
         surface.cast()
-        for thing in scenery.seen():
+        for thing in seen(scenery.things, view):
             thing.paint()
         if plan.wet:
             surface.mirror()
-        image = expose(picture, plan, Dice(rng.fold_in(rng.fold_in(key, "noise"), frame)))
+        image = expose(picture, plan, noise)
         return Scene(image, np.ascontiguousarray(picture.rgba[..., 3]))

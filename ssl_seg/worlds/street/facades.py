@@ -7,8 +7,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from ssl_seg.worlds.street.materials import BUILDING, FENCE, SIGN, Scale, fitting, rough, scatter, times
-from ssl_seg.worlds.street.perspective import CLEAR, Colour, channels, pack, texture
+from ssl_seg.worlds.street.materials import BUILDING, FENCE, SIGN, Scale, rough, scatter, texels, times
+from ssl_seg.worlds.street.perspective import CLEAR, Colour, Part, channels, pack, texture
 
 
 class Front(NamedTuple):
@@ -46,35 +46,52 @@ GOODS = ((150, 60, 50), (170, 160, 140), (60, 80, 120), (180, 140, 60), (90, 110
 
 
 class _Sheet:
-    """A texture painted in centimetres, up from the pavement."""
+    """The part of a texture that is seen, painted in centimetres up from the pavement."""
 
-    def __init__(self, width: int, height: int, scale: Scale, colour: Colour, label: int = BUILDING) -> None:
+    def __init__(
+        self, width: int, height: int, scale: Scale, part: Part, colour: Colour, label: int = BUILDING
+    ) -> None:
         self.across, self.up = scale
-        self.rows, self.columns = max(2, height * self.up // 100), max(2, width * self.across // 100)
-        self.packed = texture((self.rows, self.columns), pack(colour, label))
+        self.rows, self.columns = texels(scale, width, height)
+        self.top, self.left = part[0].start, part[1].start
+        self.size = part[0].stop - self.top, part[1].stop - self.left
+        self.packed = texture(self.size, pack(colour, label))
+
+    def shows(self, left: int, low: int, right: int, high: int) -> bool:
+        """Whether something of a box is seen."""
+        return (
+            left * self.across // 100 < self.left + self.size[1]
+            and right * self.across // 100 >= self.left
+            and self.rows - high * self.up // 100 < self.top + self.size[0]
+            and self.rows - low * self.up // 100 >= self.top
+        )
 
     def box(self, left: int, low: int, right: int, high: int, colour: Colour, label: int = BUILDING) -> None:
-        first = left * self.across // 100
-        last = right * self.across // 100
-        top = self.rows - high * self.up // 100
-        foot = self.rows - low * self.up // 100
+        first = left * self.across // 100 - self.left
+        last = right * self.across // 100 - self.left
+        top = self.rows - high * self.up // 100 - self.top
+        foot = self.rows - low * self.up // 100 - self.top
+        last = last if last > first else first + 1
+        foot = foot if foot > top else top + 1
+        if last <= 0 or foot <= 0:
+            return
         red, green, blue = colour
-        self.packed[
-            top if top > 0 else 0 : foot if foot > top else top + 1, first : last if last > first else first + 1
-        ] = red | green << 8 | blue << 16 | label << 24
+        self.packed[top if top > 0 else 0 : foot, first if first > 0 else 0 : last] = (
+            red | green << 8 | blue << 16 | label << 24
+        )
 
     def roughen(self, kind: str, seed: int) -> None:
         lighter, darker = rough(kind)
-        top, left = seed % 300, seed * 7 % 300
-        part = (slice(top, top + self.rows), slice(left, left + self.columns))
+        top, left = seed % 300 + self.top, seed * 7 % 300 + self.left
+        part = (slice(top, top + self.size[0]), slice(left, left + self.size[1]))
         pixels = channels(self.packed)
         cv2.add(pixels, lighter[part], pixels)
         cv2.subtract(pixels, darker[part], pixels)
 
 
-def front(spec: Front, scale: Scale) -> np.ndarray:
-    """A house front as a texture."""
-    sheet = _Sheet(spec.width, spec.height, fitting(scale, spec.width, spec.height), spec.wall)
+def front(spec: Front, scale: Scale, part: Part) -> np.ndarray:
+    """Part of a house front as a texture."""
+    sheet = _Sheet(spec.width, spec.height, scale, part, spec.wall)
     dark = times(spec.wall, 150)
     if sheet.up >= 8:
         sheet.roughen("brick" if spec.brick else "plaster", spec.seed)
@@ -112,6 +129,8 @@ def front(spec: Front, scale: Scale) -> np.ndarray:
 
 def _window(sheet: _Sheet, box: tuple[int, int, int, int], spec: Front, luck: int) -> None:
     left, low, right, high = box
+    if not sheet.shows(left - 9, low - 16, right + 9, high + 16):
+        return
     if sheet.up < 9:
         sheet.box(left, low, right, high, spec.trim)
         sheet.box(
@@ -203,33 +222,35 @@ def _ground_floor(sheet: _Sheet, spec: Front, bay: int, wide: int, luck: bytes) 
 def _cut_gable(sheet: _Sheet, spec: Front) -> None:
     rows = spec.gable * sheet.up // 100
     half = sheet.columns // 2
-    reach = np.arange(rows)[:, None] * half // max(1, rows)
-    away = np.abs(np.arange(sheet.columns) - half)[None]
-    sheet.packed[:rows][away > reach] = CLEAR
+    reach = np.arange(sheet.top, rows)[:, None] * half // max(1, rows)
+    away = np.abs(np.arange(sheet.left, sheet.left + sheet.size[1]) - half)[None]
+    above = sheet.packed[: len(reach)]
+    above[away > reach[: len(above)]] = CLEAR
 
 
-def railing(width: int, height: int, scale: Scale, colour: Colour, kind: str) -> np.ndarray:
-    """A fence as a texture: bars with gaps between, boards, or a wall of bricks."""
-    sheet = _Sheet(width, height, fitting(scale, width, height), colour, FENCE)
+def railing(width: int, height: int, scale: Scale, colour: Colour, kind: str, part: Part) -> np.ndarray:
+    """Part of a fence as a texture: bars with gaps between, boards, or a wall of bricks."""
+    label = BUILDING if kind == "bricks" else FENCE
+    sheet = _Sheet(width, height, scale, part, colour, label)
     dark = times(colour, 170)
     if kind == "bars":
         sheet.packed[:] = CLEAR
         gap = 14 if sheet.across > 12 else 30
         for left in range(0, width, gap):
-            sheet.box(left, 0, left + 4, height, colour, FENCE)
+            sheet.box(left, 0, left + 4, height, colour, label)
         for low in (8, height - 10):
-            sheet.box(0, low, width, low + 6, colour, FENCE)
+            sheet.box(0, low, width, low + 6, colour, label)
         for left in range(0, width, 200):
-            sheet.box(left, 0, left + 8, height, dark, FENCE)
+            sheet.box(left, 0, left + 8, height, dark, label)
     elif kind == "boards":
         for number, left in enumerate(range(0, width, 16)):
             board = times(colour, 215 + number * 37 % 60)
-            sheet.box(left, 0, left + 15, height - number * 5 % 4, board, FENCE)
-            sheet.box(left + 14, 0, left + 16, height, dark, FENCE)
-        sheet.box(0, height - 30, width, height - 22, dark, FENCE)
+            sheet.box(left, 0, left + 15, height - number * 5 % 4, board, label)
+            sheet.box(left + 14, 0, left + 16, height, dark, label)
+        sheet.box(0, height - 30, width, height - 22, dark, label)
         sheet.roughen("plaster", 31)
     else:
-        sheet.box(0, height - 12, width, height, times(colour, 290), FENCE)
-        sheet.box(0, height - 15, width, height - 12, dark, FENCE)
+        sheet.box(0, height - 12, width, height, times(colour, 290), label)
+        sheet.box(0, height - 15, width, height - 12, dark, label)
         sheet.roughen("brick", 77)
     return sheet.packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import isqrt
 
 import numpy as np
@@ -12,6 +13,7 @@ from ssl_seg.worlds.street.perspective import Colour
 Shapes = list[tuple[list[np.ndarray], Colour]]
 
 
+@lru_cache(maxsize=1 << 12)
 def limb(x: int, y: int, end_x: int, end_y: int, width: int, end_width: int | None = None) -> np.ndarray:
     """A straight piece between two places, `width` thick."""
     across_x, across_y = y - end_y, end_x - x
@@ -20,7 +22,9 @@ def limb(x: int, y: int, end_x: int, end_y: int, width: int, end_width: int | No
     for place_x, place_y, thick in ((x, y, width), (end_x, end_y, width if end_width is None else end_width)):
         corners.append((place_x, place_y, across_x * thick // (2 * length), across_y * thick // (2 * length)))
     (a, b, c, d), (e, f, g, h) = corners
-    return np.array([(a + c, b + d), (e + g, f + h), (e - g, f - h), (a - c, b - d)])
+    outline = np.array([(a + c, b + d), (e + g, f + h), (e - g, f - h), (a - c, b - d)])
+    outline.setflags(write=False)
+    return outline
 
 
 COATS = (

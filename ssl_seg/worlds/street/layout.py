@@ -224,7 +224,14 @@ class Layout:
                     ([figures.box(-26, -24, 26, 24)], ink),
                     ([figures.box(-18, -16, 18, 16)], base),
                 ]
-                self.put.stand(partial(self.put.upright, x, height, s, plate, SIGN), x, s, 45, height + 60)
+                self.put.stand(
+                    partial(self.put.upright, x, height, s, plate, SIGN),
+                    x,
+                    s,
+                    45,
+                    height + 60,
+                    (-42, 42, height - 55, height + 55),
+                )
 
     def junction(self, start: int, dice: Dice) -> None:
         """Traffic lights, a stop line, people who cross."""
@@ -332,12 +339,6 @@ class Layout:
             if kind == "house":
                 front = self.front(dice, self.put.plan.sides[0], dice.roll(900, 1600), (2, 4))
                 ends = ((place, s - 300), (place + front.width, s - 300))
-                self.put.add(partial(self.put.wall, ends, front, self.put.air.front), ends, front.height, front.eaves)
+                self.put.wall(ends, front, self.put.air.front)
             else:
-                self.put.stand(
-                    partial(self.put.paint_tree, place, s - 200, height, kind, dice.roll(0, 6), 256, 0),
-                    place,
-                    s - 200,
-                    height,
-                    height,
-                )
+                self.put.put_tree(place, s - 200, height, kind, dice.roll(0, 6), 256, 0, height)

@@ -45,11 +45,14 @@ def cosine(direction: int) -> int:
     return _ROUND[(direction + 16) % TURN]
 
 
+@lru_cache(maxsize=1 << 10)
 def disc(x: int, y: int, width: int, height: int | None = None, corners: int = 16) -> np.ndarray:
     """An ellipse's outline `(corners, 2)` from its centre and half sides."""
     high = width if height is None else height
     directions = range(0, TURN, TURN // corners)
-    return np.array([(x + (width * cosine(d) >> 10), y + (high * sine(d) >> 10)) for d in directions])
+    outline = np.array([(x + (width * cosine(d) >> 10), y + (high * sine(d) >> 10)) for d in directions])
+    outline.setflags(write=False)
+    return outline
 
 
 @lru_cache(maxsize=1)
@@ -88,6 +91,13 @@ def rough(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=1)
+def ground() -> tuple[np.ndarray, np.ndarray]:
+    """What light the ground throws back, of 256: of its grain and of its patches, uint16 `(512 * 512,)` to be added."""
+    fine, patches = ((grain(*kind).ravel().astype(np.int16) - 128) for kind in ((2,), (64, 4)))
+    return (256 + (fine >> 3)).astype(np.uint16), (patches >> 2).astype(np.uint16)
+
+
+@lru_cache(maxsize=1)
 def sensor() -> np.ndarray:
     """Noise nearly normal, int8 with deviation 32, in a row."""
     words = rng.bits(rng.as_key("sensor"), (1 << 19,)).numpy().view(np.uint8)
@@ -95,7 +105,8 @@ def sensor() -> np.ndarray:
     return np.clip((four.sum(axis=1) - 510) * 7 // 32, -127, 127).astype(np.int8)
 
 
-LEVELS = np.arange(256)[:, None]
+LEVELS = np.arange(256, dtype=np.int32)
+PARTS = LEVELS.repeat(4)  # of 256 pixels in a row: numpy is slow on short rows
 
 
 class Air(NamedTuple):
@@ -110,10 +121,9 @@ class Air(NamedTuple):
     night: bool = False
 
     def tone(self, colour: Colour, light: int, away: int) -> Colour:
-        return self._tone(colour, light, self.veil(away))
-
-    def _tone(self, colour: Colour, light: int, veil: int) -> Colour:
-        red, green, blue = (part * light >> 8 for part in colour)
+        veil = self.veil(away)
+        red, green, blue = colour
+        red, green, blue = red * light >> 8, green * light >> 8, blue * light >> 8
         far_red, far_green, far_blue = self.haze
         return (
             min(255, red + ((far_red - red) * veil >> 8)),
@@ -126,18 +136,26 @@ class Air(NamedTuple):
         away = max(0, away)
         return 180 * away // (away + self.depth)
 
-    def sides(self, colour: Colour, away: int) -> list[Colour]:
-        veil = self.veil(away)
-        return [self._tone(colour, light, veil) for light in (self.top, self.front, self.left, self.right)]
+    @property
+    def lights(self) -> tuple[int, int, int, int]:
+        """On a face by where it looks: TOP, FRONT, LEFT, RIGHT."""
+        return self.top, self.front, self.left, self.right
 
     def tones(self, light: int, away: int) -> np.ndarray:
         """`tone` of every level, a table `(1, 256, 4)` uint8 for packed pixels; the class stays."""
-        veil = self.veil(away)
-        lit = np.minimum(255, LEVELS * light >> 8)
-        table = np.empty((1, 256, 4), dtype=np.uint8)
-        table[0, :, :3] = lit + ((np.array(self.haze) - lit) * veil >> 8)
-        table[0, :, 3:] = LEVELS
+        lit = np.minimum(255, PARTS * light >> 8)
+        mixed = _every_level(self.haze) - lit
+        mixed *= self.veil(away)
+        mixed >>= 8
+        mixed += lit
+        table = mixed.astype(np.uint8).reshape(1, 256, 4)
+        table[0, :, 3] = LEVELS
         return table
+
+
+@lru_cache(maxsize=4)
+def _every_level(colour: Colour) -> np.ndarray:
+    return np.tile(np.array([*colour, 0], dtype=np.int32), 256)
 
 
 Scale = tuple[int, int]  # pixels to the metre, across and up
@@ -148,6 +166,12 @@ def fitting(scale: Scale, width: int, height: int) -> Scale:
     return min(scale[0], 700 * 100 // width), min(scale[1], 600 * 100 // height)
 
 
+def texels(scale: Scale, width: int, height: int) -> tuple[int, int]:
+    """The rows and columns of a texture at a `fitting` scale."""
+    return max(2, height * scale[1] // 100), max(2, width * scale[0] // 100)
+
+
+@lru_cache(maxsize=1 << 12)
 def times(colour: Colour, share: int) -> Colour:
     """Lighter or darker: `share` of 256."""
     red, green, blue = colour
@@ -156,8 +180,6 @@ def times(colour: Colour, share: int) -> Colour:
 
 def ramp(dark: Colour, light: Colour, label: int) -> np.ndarray:
     """256 packed pixels from one colour to another."""
-    low, high = np.array(dark), np.array(light)
-    pixels = np.empty((256, 4), dtype=np.uint8)
-    pixels[:, :3] = low + (high - low) * LEVELS // 255
-    pixels[:, 3] = label
-    return pixels.view("<u4")[:, 0]
+    low, high = np.array((*dark, label), dtype=np.int32), np.array((*light, label), dtype=np.int32)
+    pixels = low + (high - low) * LEVELS[:, None] // 255
+    return pixels.astype(np.uint8).view("<u4")[:, 0]

@@ -8,7 +8,7 @@ street); the street may bend and rise, and the camera sees that as parabolas abo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -19,8 +19,11 @@ PIXEL = 1 << SHIFT
 FARTHEST = 1 << 20  # cm, to any side
 NEAR = 60  # cm; what lies nearer to the camera is cut off
 TRANSPARENT = 255  # as a texture's class
+TOP, FRONT, LEFT, RIGHT = range(4)  # where a face looks: up, to the camera, to its left, to its right
 CURVE = 24  # bits of fraction in `bend` and `rise`
 Colour = tuple[int, int, int]
+Part = tuple[slice, slice]  # rows and columns of a texture
+Ends = tuple[tuple[int, int], tuple[int, int]]
 
 
 def pack(colour: Colour, label: int) -> int:
@@ -43,6 +46,11 @@ def channels(packed: np.ndarray) -> np.ndarray:
     return packed.view(np.uint8).reshape(*packed.shape, 4)
 
 
+def centre(place: int) -> int:
+    """The first pixel whose middle lies at or after a place in sixteenths."""
+    return place + PIXEL // 2 - 1 >> SHIFT
+
+
 class Camera(NamedTuple):
     size: tuple[int, int]  # (H, W) pixels
     focal: int  # sixteenths of a pixel, as both of `centre`
@@ -53,25 +61,28 @@ class Camera(NamedTuple):
 
 
 class Solid:
-    """A convex-sided body: points `(N, 3)` about its foot, and faces as point numbers with the part they belong to.
+    """A convex-sided body: points `(3, N)` about its foot, and faces as runs of them with the part they belong to.
 
-    Faces are turned so that their normals point away from `middle`, for hidden ones to be left out.
+    Faces are turned so that their normals `(3, F)` point away from `middle`, for hidden ones to be left out.
     """
 
     def __init__(self, points: Sequence[Sequence[int]], faces: Sequence[tuple[Sequence[int], str, int]]) -> None:
         """A face is `(point numbers, part, height of the middle its normal points away from)`."""
-        self.points = np.array(points, dtype=np.int64)
+        given = np.array(points, dtype=np.int64)
+        turned = [_outward(given[list(corners)], height) for corners, _, height in faces]
+        self.points = np.ascontiguousarray(np.concatenate(turned).T)
         self.parts = [part for _, part, _ in faces]
-        self.faces = [self._outward(list(corners), height) for corners, _, height in faces]
-        self.firsts = np.array([corners[0] for corners in self.faces])
-        first, second, third = self.points[np.array([corners[:3] for corners in self.faces])].swapaxes(0, 1)
-        self.normals = np.cross(second - first, third - first)
+        ends = np.cumsum([len(face) for face in turned])
+        self.firsts = ends - [len(face) for face in turned]
+        self.runs = [slice(first, end) for first, end in zip(self.firsts.tolist(), ends.tolist(), strict=True)]
+        normals = [np.cross(face[1] - face[0], face[2] - face[0]) for face in turned]
+        self.normals = np.ascontiguousarray(np.array(normals).T)
 
-    def _outward(self, corners: list[int], height: int) -> list[int]:
-        first, second, third = self.points[corners[:3]]
-        normal = np.cross(second - first, third - first)
-        middle = np.array([0, height, 0])
-        return corners if (normal * (first - middle)).sum() > 0 else corners[::-1]
+
+def _outward(face: np.ndarray, height: int) -> np.ndarray:
+    normal = np.cross(face[1] - face[0], face[2] - face[0])
+    middle = np.array([0, height, 0])
+    return face if (normal * (face[0] - middle)).sum() > 0 else face[::-1]
 
 
 class Picture:
@@ -81,16 +92,21 @@ class Picture:
         self.camera = camera
         self.packed = texture(camera.size, 0)
         self.rgba = channels(self.packed)
+        height, width = camera.size
+        self._rows = np.arange(height, dtype=np.int32)[:, None] * PIXEL + PIXEL // 2  # their middles
+        self._columns = np.arange(width) * PIXEL + PIXEL // 2
         self._origin = np.array(camera.at, dtype=np.int64)
         self._focal = np.array([camera.focal, -camera.focal], dtype=np.int64)
         self._centre = np.array(camera.centre, dtype=np.int64)
+        self._curved = bool(camera.bend or camera.rise)
         self._curve = np.array([camera.bend, camera.rise], dtype=np.int64)
 
     def place(self, points: np.ndarray) -> np.ndarray:
         """Street coordinates `(..., 3)` as the camera's (right, up, away)."""
         placed = points - self._origin
-        away = placed[..., 2:]
-        placed[..., :2] += self._curve * (away * away) >> CURVE
+        if self._curved:
+            away = placed[..., 2:]
+            placed[..., :2] += self._curve * (away * away) >> CURVE
         return placed
 
     def pixels(self, placed: np.ndarray) -> np.ndarray:
@@ -128,6 +144,17 @@ class Picture:
         if outlines:
             self.fill(outlines, colour, label)
 
+    def polygon(self, points: Sequence[tuple[int, int, int]], colour: Colour, label: int) -> None:
+        """A polygon in street coordinates, of few points: `polygons` takes longer to begin."""
+        placed = [self.offset(*point) for point in points]
+        nearest = min(away for _, _, away in placed)
+        if nearest >= NEAR:
+            focal, (column, row) = self.camera.focal, self.camera.centre
+            outline = [(column + right * focal // away, row + -up * focal // away) for right, up, away in placed]
+            self.fill([np.array(outline, dtype=np.int32)], colour, label)
+        else:
+            self.polygons(np.array([points]), colour, label)
+
     def outlines(self, polygons: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Those of some polygons `(M, 3)` before the camera, cut at NEAR, as `(M, 2)` on the picture."""
         if not len(polygons):
@@ -150,89 +177,114 @@ class Picture:
         if self.offset(*at)[2] < NEAR:
             return
         column, row, away = self.spot(*at)
+        points = np.concatenate([outline for outlines, _ in shapes for outline in outlines])
+        points = (points * self.camera.focal // away * _MIRROR + (column, row)).astype(np.int32)
+        first = 0
         for outlines, colour in shapes:
-            scaled = [outline * self.camera.focal // away for outline in outlines]
-            self.fill([(_MIRROR * outline + (column, row)).astype(np.int32) for outline in scaled], colour, label)
+            placed = []
+            for outline in outlines:
+                placed.append(points[first : first + len(outline)])
+                first += len(outline)
+            self.fill(placed, colour, label)
 
     def solid(
-        self, at: tuple[int, int, int], turn: tuple[int, int], body: Solid, colours: dict[str, list[Colour]], label: int
+        self,
+        at: tuple[int, int, int],
+        turn: tuple[int, int],
+        body: Solid,
+        colour: Callable[[str, int], Colour | None],
+        label: int,
     ) -> None:
-        """A body turned by `turn` (cosine, sine of 1024); `colours[part]` are those of its top, front, left and right.
+        """A body turned by `turn` (cosine, sine of 1024); `colour(part, side)` for side TOP, FRONT, LEFT or RIGHT.
 
-        Parts without colours are left out.
+        Parts without a colour are left out.
         """
         cosine, sine = turn
-        spin = np.array([(cosine, 0, -sine), (0, 1024, 0), (sine, 0, cosine)])
-        placed = self.place((body.points @ spin >> 10) + np.array(at))
-        if placed[:, 2].max() <= NEAR:
+        spin = np.array([(cosine, 0, sine), (0, 1024, 0), (-sine, 0, cosine)])
+        right, up, away = placed = spin @ body.points >> 10
+        placed += np.array(at)[:, None] - self._origin[:, None]
+        if away.max() <= NEAR:
             return
-        normals = body.normals @ spin
-        towards = ((normals * placed[body.firsts]).sum(axis=1) < 0).tolist()
+        if self._curved:
+            square = away * away
+            right += self.camera.bend * square >> CURVE
+            up += self.camera.rise * square >> CURVE
+        normals = spin @ body.normals
+        towards = ((normals * placed[:, body.firsts]).sum(axis=0) < 0).tolist()
         sides = _sides(normals)
-        whole = bool(placed[:, 2].min() >= NEAR)
-        flat = self.pixels(placed) if whole else placed
-        for corners, part, shown, side in zip(body.faces, body.parts, towards, sides, strict=True):
-            if shown and part in colours:
-                outline = flat[corners]
-                if not whole:
-                    if outline[:, 2].max() <= NEAR:
-                        continue
-                    outline = self.pixels(_cut(outline))
-                cv2.fillPoly(self.rgba, [outline], (*colours[part][side], label), cv2.LINE_8, SHIFT)
+        whole = bool(away.min() >= NEAR)
+        flat = self.pixels(placed.T) if whole else placed.T
+        for run, part, shown, side in zip(body.runs, body.parts, towards, sides, strict=True):
+            tone = colour(part, side) if shown else None
+            if tone is None:
+                continue
+            outline = flat[run]
+            if not whole:
+                if outline[:, 2].max() <= NEAR:
+                    continue
+                outline = self.pixels(_cut(outline))
+            cv2.fillPoly(self.rgba, [outline], (*tone, label), cv2.LINE_8, SHIFT)
 
     def wall(
         self,
-        ends: tuple[tuple[int, int], tuple[int, int]],
+        ends: Ends,
         heights: tuple[int, int],
-        pixels: np.ndarray,
+        size: tuple[int, int],
+        draw: Callable[[Part], np.ndarray],
         tones: np.ndarray | None = None,
         holes: int | None = None,
     ) -> None:
         """An upright wall from (x, s) to (x, s), first and last column of a texture; transparent ones are not painted.
 
-        `tones` `(1, 256, 4)` uint8 is what light and air make of the texture's bytes: looked up for what is seen of it,
-        a third as much. With `holes`, transparent pixels take that class and keep the colour of what is seen through
-        them.
+        `draw` makes the part of the texture, `(rows, columns)` as a whole, that is seen. `tones` `(1, 256, 4)` uint8 is
+        what light and air make of the texture's bytes: looked up for what is seen of it, a third as much. With `holes`,
+        transparent pixels take that class and keep the colour of what is seen through them.
         """
         low, high = heights
         (x, s), (end_x, end_s) = ends
-        left = _End(*self.offset(x, low, s), 0)
-        right = _End(*self.offset(end_x, low, end_s), pixels.shape[1] << 8)
+        tall, wide = size
+        left, right = _End(*self.offset(x, low, s), 0), _End(*self.offset(end_x, low, end_s), wide << 8)
         if max(left.away, right.away) <= NEAR:
             return
         left, right = left.cut(right), right.cut(left)
         focal, (column, row) = self.camera.focal, self.camera.centre
-        start, stop = (column + end.right * focal // end.away for end in (left, right))
+        start, stop = column + left.right * focal // left.away, column + right.right * focal // right.away
         if start > stop:
             left, right, start, stop = right, left, stop, start
         height, width = self.camera.size
-        first, last = max(0, start + PIXEL // 2 - 1 >> SHIFT), min(width, stop + PIXEL // 2 - 1 >> SHIFT)
+        first, last = max(0, centre(start)), min(width, centre(stop))
         if first >= last:
             return
-        along = np.arange(first, last, dtype=np.int64) * PIXEL + PIXEL // 2 - start
+        along = self._columns[first:last] - start
         whole = stop - start
+        feet = [row - end.up * focal // end.away for end in (left, right)]
+        tops = [row - (end.up + high - low) * focal // end.away for end in (left, right)]
+        top = tops[0] + (tops[1] - tops[0]) * along // whole
+        span = np.maximum(1, feet[0] + (feet[1] - feet[0]) * along // whole - top)
+        # All that follows from a column's place changes one way only: what is seen is found at the ends.
+        edge, end_edge = int(top[0]), int(top[-1])
+        of, end_of = int(span[0]), int(span[-1])
+        above, below = max(0, centre(min(edge, end_edge))), min(height, centre(max(edge + of, end_edge + end_of)))
+        if above >= below:
+            return
         # 1 / distance is linear on the picture, so the place on the wall is not.
         share = along * left.away
         share_of = (whole - along) * right.away + share
         columns = left.texel + (right.texel - left.texel) * share // share_of >> 8
-        np.minimum(columns, pixels.shape[1] - 1, out=columns)  # the very end, seen from the other side
-        tops, feet = ([row - (end.up + rise) * focal // end.away for end in (left, right)] for rise in (high - low, 0))
-        top = tops[0] + (tops[1] - tops[0]) * along // whole
-        foot = feet[0] + (feet[1] - feet[0]) * along // whole
-        above = max(0, int(top.min()) + PIXEL // 2 - 1 >> SHIFT)
-        below = min(height, int(foot.max()) + PIXEL // 2 - 1 >> SHIFT)
-        if above >= below:
-            return
-        texels, wide = pixels.shape
-        span = np.maximum(1, foot - top)
-        step = ((texels << 20) // span).astype(np.int32)
-        rows = np.arange(above, below, dtype=np.int32)[:, None] * PIXEL + PIXEL // 2
-        depth = rows - top.astype(np.int32)
+        np.minimum(columns, wide - 1, out=columns)  # the very end, seen from the other side
+        leftmost, rightmost = sorted((int(columns[0]), int(columns[-1])))
+        highest = min((above * PIXEL - edge) * tall // of, (above * PIXEL - end_edge) * tall // end_of) - 2
+        lowest = max((below * PIXEL - edge) * tall // of, (below * PIXEL - end_edge) * tall // end_of) + 3
+        part = slice(max(0, highest), min(tall, lowest)), slice(leftmost, rightmost + 1)
+        pixels = draw(part)
+
+        step = ((tall << 20) // span).astype(np.int32)
+        depth = self._rows[above:below] - top.astype(np.int32)
         drawn = depth.view(np.uint32) < span.astype(np.uint32)  # what lies above is a large number, unsigned
         depth *= step  # 31 bits at most where it is drawn; elsewhere it may wrap
         depth >>= 20
-        depth *= wide
-        depth += columns.astype(np.int32)
+        depth *= pixels.shape[1]
+        depth += (columns - (leftmost + part[0].start * pixels.shape[1])).astype(np.int32)
         found = pixels.ravel().take(depth, mode="clip")
         if tones is not None:
             seen = channels(found)
@@ -244,11 +296,11 @@ class Picture:
             drawn &= found < SOLID
         np.copyto(self.packed[above:below, first:last], found, where=drawn)
 
-    def sprite(self, box: tuple[int, int, int, int], planes: Sequence[np.ndarray], colours: np.ndarray) -> None:
+    def sprite(self, box: tuple[int, int, int, int], planes: np.ndarray, colours: np.ndarray, solid: bool) -> None:
         """A square sprite in a box (left, top, right, bottom) of pixels, which may reach over the picture's edges.
 
-        `planes` are what it covers of the background (of 255), its level, and where its class holds (not 0), uint8;
-        `colours` `(256,)` packed pixels, one a level.
+        `planes` `(side, side)` pack three bytes: what it covers of the background (of 255), its level, and where its
+        class holds (not 0). `colours` `(256,)` are packed pixels, one a level. A `solid` one is not blended.
         """
         left, top, right, bottom = box
         height, width = self.camera.size
@@ -256,21 +308,24 @@ class Picture:
         above, below = max(0, top), min(height, bottom)
         if first >= last or above >= below:
             return
-        side = len(planes[0])
-        rows = (np.arange(above, below) - top) * side // (bottom - top)
+        side = len(planes)
+        rows = (np.arange(above, below) - top) * side // (bottom - top) * side
         columns = (np.arange(first, last) - left) * side // (right - left)
-        index = rows[:, None] * side + columns
-        cover, level, reach = (plane.ravel().take(index) for plane in planes)
-        drawn = colours[level]
-        behind = self.rgba[above:below, first:last]
-        if planes[2] is planes[0]:
-            np.copyto(self.packed[above:below, first:last], drawn, where=cover > 127)
+        cover, level, reach, _ = cv2.split(channels(planes.ravel().take(rows[:, None] + columns)))
+        if solid:
+            np.copyto(self.packed[above:below, first:last], colours.take(level), where=cover > 127)
             return
-        share = cover[..., None].astype(np.int16) + (cover[..., None] > 127)
-        seen = behind[..., :3].astype(np.int16)
-        seen += ((channels(drawn)[..., :3] - seen).astype(np.int32) * share >> 8).astype(np.int16)
-        behind[..., :3] = seen
-        np.copyto(behind[..., 3], channels(drawn)[..., 3], where=reach > 40)
+        behind = self.rgba[above:below, first:last]
+        *seen, label = cv2.split(behind)
+        # At 256 for 1, a product with a byte fits 16 bits.
+        share = cover + (cover > 127).astype(np.uint16)
+        rest = 256 - share
+        for plane, tones in zip(seen, channels(colours).T, strict=False):
+            mixed = share * cv2.LUT(level, np.ascontiguousarray(tones))
+            mixed += rest * plane
+            plane[:] = mixed >> 8
+        label[reach > 40] = colours[0] >> 24
+        behind[:] = cv2.merge([*seen, label])
 
 
 class _End(NamedTuple):
@@ -306,8 +361,8 @@ def _cut(polygon: np.ndarray) -> np.ndarray:
 
 
 def _sides(normals: np.ndarray) -> list[int]:
-    """0 top, 1 front, 2 looking left, 3 looking right: what light falls on a face."""
-    x, y, away = normals.T
+    """Of TOP, FRONT, LEFT, RIGHT: what light falls on a face."""
+    x, y, away = normals
     flat = np.abs(y) * 5 > (np.abs(x) + np.abs(away)) * 4
     across = np.abs(x) > np.abs(away)
-    return np.where(flat, 0, np.where(across, np.where(x < 0, 2, 3), 1)).tolist()
+    return np.where(flat, TOP, np.where(across, np.where(x < 0, LEFT, RIGHT), FRONT)).tolist()

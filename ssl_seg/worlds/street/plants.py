@@ -10,14 +10,13 @@ import numpy as np
 
 from ssl_seg import rng
 from ssl_seg.worlds.drawing import Dice
-from ssl_seg.worlds.street.materials import TURN, Scale, cosine, fitting, sine, wide_grain
-from ssl_seg.worlds.street.perspective import CLEAR
+from ssl_seg.worlds.street.materials import TURN, Scale, cosine, sine, texels, wide_grain
+from ssl_seg.worlds.street.perspective import CLEAR, Part
 
 
-def hedge(width: int, height: int, scale: Scale, seed: int, colours: np.ndarray) -> np.ndarray:
-    """A hedge as a texture with a ragged top; `colours` are packed, dark to light, 256 of them."""
-    across, up = fitting(scale, width, height)
-    rows, columns = max(2, height * up // 100), max(2, width * across // 100)
+def hedge(width: int, height: int, scale: Scale, seed: int, colours: np.ndarray, part: Part) -> np.ndarray:
+    """Part of a hedge as a texture with a ragged top; `colours` are packed, dark to light, 256 of them."""
+    rows, columns = texels(scale, width, height)
     leaves = wide_grain(4, 2)[seed % 99 : seed % 99 + rows, :columns].astype(np.int32)
     clumps = wide_grain(64, 4)[seed % 77 : seed % 77 + rows, seed % 50 : seed % 50 + columns].astype(np.int32)
     light = 150 - np.arange(rows)[:, None] * 90 // rows
@@ -25,15 +24,14 @@ def hedge(width: int, height: int, scale: Scale, seed: int, colours: np.ndarray)
     packed = colours[level]
     top = (wide_grain(16, 2)[seed % 300, :columns].astype(np.int32) + leaves[0] // 2) * rows // 1200
     packed[np.arange(rows)[:, None] < top[None]] = CLEAR
-    return packed
+    return packed[part]
 
 
 class Crown(NamedTuple):
-    """A tree's sprite at one size, `(side, side)` uint8."""
+    """A tree's sprite at one size."""
 
-    cover: np.ndarray  # how much of the background it hides
-    level: np.ndarray  # dark to light
-    reach: np.ndarray  # not 0 where the pixel is the tree's
+    planes: np.ndarray  # `(side, side)` packed, as `Picture.sprite` takes them
+    solid: bool
 
 
 SIDE = 256
@@ -46,15 +44,19 @@ def crown(kind: str, number: int) -> list[Crown]:
     if kind == "bare":
         cover, level = _bare(dice)
         reach = cv2.dilate(cover, np.ones((7, 7), np.uint8))
-        cover, level, reach = _half(cover), _half(level), _half(reach)
+        planes = _half(np.stack([cover, level, reach, np.zeros_like(cover)], axis=-1))
     else:
         cover, level = _leafy(dice, kind)
-        reach = cover
-    found = [Crown(cover, level, reach)]
-    while len(cover) > 8:
-        cover, level, reach = _half(cover), _half(level), _half(reach)
-        found.append(Crown(cover, level, reach))
+        planes = np.stack([cover, level, cover, np.zeros_like(cover)], axis=-1)
+    found = [Crown(_packed(planes), kind != "bare")]
+    while len(planes) > 8:
+        planes = _half(planes)
+        found.append(Crown(_packed(planes), False))
     return found
+
+
+def _packed(planes: np.ndarray) -> np.ndarray:
+    return planes.view("<u4")[..., 0]
 
 
 def _half(plane: np.ndarray) -> np.ndarray:

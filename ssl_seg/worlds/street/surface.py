@@ -24,18 +24,19 @@ class Surface:
         horizon = self.horizon()
         rows = min(height, max(0, horizon) + height // 16 + 1)
         bands = 64
-        above, low, light, shade = (np.array(colour, dtype=np.int32) for colour in self.plan.sky)
-        lift = np.arange(bands)[:, None, None] * 4
-        clear = low + ((above - low) * lift >> 8)  # (bands, 1, 3)
+        # (3, bands, 256): the parts of a colour come first, since numpy is slow on short rows.
+        above, low, light, shade = (np.array(colour, dtype=np.int32)[:, None, None] for colour in self.plan.sky)
+        lift = np.arange(bands, dtype=np.int32)[:, None] * 4
+        clear = low + ((above - low) * lift >> 8)
         many, hard = self.plan.clouds
-        level = np.arange(256)[None, :, None]
+        level = np.arange(256, dtype=np.int32)
         cover = np.clip((level - 256 + many) * hard + 64, 0, 256)
         body = np.clip((level - 200 + many // 2) * 3, 0, 256)  # thick clouds are darker
         cloud = light + ((shade - light) * body >> 8)
-        rgb = np.clip(clear + ((cloud - clear) * cover >> 8), 0, 255).astype(np.uint32)
-        table = rgb[..., 0] | rgb[..., 1] << np.uint32(8) | rgb[..., 2] << np.uint32(16) | np.uint32(SKY << 24)
+        red, green, blue = np.clip(clear + ((cloud - clear) * cover >> 8), 0, 255).astype(np.uint32)
+        table = red | green << np.uint32(8) | blue << np.uint32(16) | np.uint32(SKY << 24)
         climb = horizon - np.arange(rows)
-        band = np.clip(climb * 100 // max(1, height), 0, bands - 1).astype(np.int32)
+        band = np.clip(climb * 100 // max(1, height), 0, bands - 1)
         down = (self.plan.seed + climb * 768 // max(1, height)) % 512
         across = (self.plan.seed // 7 + np.arange(width) * 420 // max(height, width)) % 512
         levels = materials.grain(128, 6)[down][:, across]
@@ -66,9 +67,8 @@ class Surface:
         self.scenery.flat([self.scenery.band(-left.kerb, right.kerb)], air.tone(plan.asphalt, air.top, 1500), ROAD)
         dirt = air.tone(tuple(part * 3 // 4 for part in plan.asphalt), air.top, 1500)
         tracks = air.tone(tuple(part * 31 // 32 for part in plan.asphalt), air.top, 1500)
-        for lane in range(-plan.lanes, plan.lanes):
-            for at in (75, 235):
-                self.scenery.flat([self.scenery.band(lane * LANE + at - 30, lane * LANE + at + 30)], tracks, ROAD)
+        middles = [lane * LANE + at for lane in range(-plan.lanes, plan.lanes) for at in (75, 235)]
+        self.scenery.flat([self.scenery.band(x - 30, x + 30) for x in middles], tracks, ROAD)
         self.scenery.flat([self.scenery.band(-left.kerb, -left.kerb + 14)], dirt, ROAD)
         self.scenery.flat([self.scenery.band(right.kerb - 14, right.kerb)], dirt, ROAD)
         self._lines()
@@ -79,12 +79,9 @@ class Surface:
         kerb, edge = side * spec.kerb, side * (spec.kerb + spec.pavement)
         seams = [rectangle(kerb, s, edge, s + 3) for s in range(first, first + 1500, 75)]
         self.scenery.flat(seams, joint, PAVEMENT)
-        for x in range(75, spec.pavement, 75):
-            self.scenery.flat(
-                [self.scenery.band(kerb + side * x, kerb + side * (x + 3), None, self.scenery.here + 1500)],
-                joint,
-                PAVEMENT,
-            )
+        end = self.scenery.here + 1500
+        rows = [kerb + side * x for x in range(75, spec.pavement, 75)]
+        self.scenery.flat([self.scenery.band(x, x + side * 3, None, end) for x in rows], joint, PAVEMENT)
 
     def _lines(self) -> None:
         plan, air = self.plan, self.air
@@ -142,10 +139,10 @@ class Surface:
         texels = ((along >> deep & 511) * 512).astype(np.int32)[:, None] + (
             across >> wide.astype(np.int32)[:, None] & 511
         )
-        rough = materials.grain(2).ravel().take(texels).astype(np.int16) - 128
+        fine, patches = materials.ground()
+        light = fine.take(texels)
         texels = ((along >> 3 & 511) * 512).astype(np.int32)[:, None] + (across >> 3 & 511)
-        patch = materials.grain(64, 4).ravel().take(texels).astype(np.int16) - 128
-        light = (256 + (rough >> 3) + (patch >> 2)).astype(np.uint16)
+        light += patches.take(texels)
         shade = np.full((height, width), 255, dtype=np.uint8)
         for outlines, dark in ((self.scenery.shadows, 112), (self.scenery.shades, 60)):
             for cut in picture.outlines(outlines):
@@ -154,13 +151,15 @@ class Surface:
         # At 128 for 1, a product with a byte fits 16 bits.
         share = (light >> 1) * _soften(shade[top:]) >> 8
         share = share * (256 - veil).astype(np.uint16)[:, None] >> 8
-        haze = (np.array(self.air.haze) * veil[:, None] >> 8).astype(np.uint16)[:, None]
-        ground = picture.rgba[top:, :, :3]
-        lit = ground.astype(np.uint16)
-        lit *= share[..., None]
-        lit >>= 7
-        lit += haze
-        ground[:] = np.minimum(lit, 255, out=lit)
+        # A plane after the other: numpy is five times as fast on long rows as on threes.
+        ground = picture.rgba[top:]
+        planes = list(cv2.split(ground))
+        for plane, far in zip(planes[:3], self.air.haze, strict=True):
+            lit = plane * share
+            lit >>= 7
+            lit += (far * veil >> 8).astype(np.uint16)[:, None]
+            np.minimum(lit, 255, out=plane, casting="unsafe")
+        cv2.merge(planes, ground)
 
     def mirror(self) -> None:
         """A wet road shows what stands above it, upside down."""

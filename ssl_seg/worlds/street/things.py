@@ -12,21 +12,12 @@ from ssl_seg.worlds.drawing import Dice
 from ssl_seg.worlds.street import facades, figures, materials, plants, vehicles
 from ssl_seg.worlds.street.facades import Front
 from ssl_seg.worlds.street.figures import Shapes
-from ssl_seg.worlds.street.materials import BICYCLIST, BUILDING, CAR, FENCE, PEDESTRIAN, POLE, ROAD, SIGN, TREE
-from ssl_seg.worlds.street.perspective import NEAR, PIXEL, SHIFT, Colour, Picture, Solid, channels
+from ssl_seg.worlds.street.hiding import Face, Thing
+from ssl_seg.worlds.street.materials import BICYCLIST, BUILDING, CAR, FENCE, PEDESTRIAN, POLE, ROAD, SIGN, TREE, Scale
+from ssl_seg.worlds.street.perspective import NEAR, PIXEL, SHIFT, Colour, Ends, Picture, Solid
 from ssl_seg.worlds.street.plan import BRICKS, FAR, SLATES, STONES, Plan
 
-Ends = tuple[tuple[int, int], tuple[int, int]]
 SECTIONS = (150, 250, 400, 650, 1000, 1500, 2200, 3200, 4600, 6500, 9000, 13000, 18000)
-
-
-class Thing(NamedTuple):
-    far: int
-    number: int  # which was there first, for things equally far
-    ends: Ends
-    height: int
-    cover: int
-    paint: Callable[[], None]
 
 
 class House(NamedTuple):
@@ -53,14 +44,34 @@ class Scenery:
         self.shadows: list[np.ndarray] = []
         self.shades: list[np.ndarray] = []  # under cars, in any light
 
-    def add(self, paint: Callable[[], None], ends: Ends, height: int, cover: int = 0) -> None:
-        """Something upright on the ground between two places (x, s); up to `cover` nothing is seen through it."""
+    def add(
+        self,
+        paint: Callable[[], None],
+        ends: Ends,
+        height: int,
+        cover: int = 0,
+        faces: Sequence[Face] = (),
+        box: tuple[int, int, int, int, int, int] | None = None,
+    ) -> None:
+        """Something upright on the ground, in a box with two places (x, s) as its corners."""
         far = max(ends[0][1], ends[1][1])
         if self.here + NEAR < far:
-            self.things.append(Thing(far, len(self.things), ends, height, cover, paint))
+            (x, s), (end_x, end_s) = ends
+            outline = (x, s, end_x, end_s, height, cover)
+            self.things.append(Thing(outline, box or (x, end_x, s, end_s, 0, height), paint, faces))
 
-    def stand(self, paint: Callable[[], None], x: int, s: int, half: int, height: int) -> None:
-        self.add(paint, ((x - half, s), (x + half, s)), height)
+    def stand(
+        self,
+        paint: Callable[[], None],
+        x: int,
+        s: int,
+        half: int,
+        height: int,
+        body: tuple[int, int, int, int] | None = None,
+    ) -> None:
+        """`body` is what of it is painted at most, about its place: left, right, from low to high."""
+        left, right, low, high = body or (-half, half, 0, height)
+        self.add(paint, ((x - half, s), (x + half, s)), height, box=(x + left, x + right, s, s, low, high))
 
     def away(self, s: int) -> int:
         return max(NEAR, s - self.here)
@@ -73,11 +84,12 @@ class Scenery:
 
     def flat(self, outlines: Sequence[Sequence[tuple[int, int]]], colour: Colour, label: int) -> None:
         """Outlines (x, s) on the ground, all with as many corners."""
-        points = np.array(outlines, dtype=np.int64)
-        if points[..., 1].max() - self.here > NEAR:
-            self.picture.polygons(
-                np.stack([points[..., 0], np.zeros_like(points[..., 0]), points[..., 1]], axis=-1), colour, label
-            )
+        flat = np.array(outlines)
+        if flat[..., 1].max() - self.here <= NEAR:
+            return
+        points = np.zeros((*flat.shape[:2], 3), dtype=np.int64)
+        points[..., ::2] = flat
+        self.picture.polygons(points, colour, label)
 
     def band(self, left: int, right: int, start: int | None = None, end: int | None = None) -> list[tuple[int, int]]:
         """A strip along the street as an outline with enough corners to follow its bend."""
@@ -102,7 +114,16 @@ class Scenery:
         self.shadow_of_house(side, line, start, end, front.eaves + pitch // 2)
         if pitch:
             high = front.eaves + (front.gable or pitch) + 120
-            self.add(partial(self._roof, house), ((house.x, start), (house.back, end)), high)
+            inner, low = (house.x + house.back) // 2 + side * 45, front.eaves
+            box = (
+                house.x,
+                house.back if front.gable else inner,
+                start,
+                end,
+                low,
+                low + max(front.gable or pitch, pitch + 90),
+            )
+            self.add(partial(self._roof, house), ((house.x, start), (house.back, end)), high, box=box)
         if gable:
             peak = 0 if front.gable else pitch
             self.end_wall(house, front._replace(width=depth, gable=peak, bays=2, shop=False, seed=front.seed ^ 5))
@@ -112,14 +133,14 @@ class Scenery:
         """A house front along the street."""
         ends = ((x, start), (x, end)) if side < 0 else ((x, end), (x, start))
         light = self.air.right if side < 0 else self.air.left
-        self.add(partial(self.wall, ends, front, light), ends, front.height, front.eaves)
+        self.wall(ends, front, light)
 
     def end_wall(self, house: House, front: Front) -> None:
         """A house's wall that looks towards the camera."""
         corner, back = (house.x, house.start), (house.back, house.start)
         ends = (back, corner) if house.side < 0 else (corner, back)
         if house.start > self.here + NEAR:
-            self.add(partial(self.wall, ends, front, self.air.front), ends, front.height, front.eaves)
+            self.wall(ends, front, self.air.front)
 
     def _roof(self, house: House) -> None:
         """Its slopes, which the walls painted afterwards cut off below, and a chimney."""
@@ -131,33 +152,49 @@ class Scenery:
             peak = eaves + front.gable
             for s, light in ((start, (air.front + air.top) // 2), (end, air.front // 2)):
                 slope = [(x, eaves, s), (x, peak, across), (back, peak, across), (back, eaves, s)]
-                self.picture.polygons(np.array([slope]), air.tone(colour, light, away), BUILDING)
+                self.picture.polygon(slope, air.tone(colour, light, away), BUILDING)
         else:
             peak = eaves + pitch
             slope = [(x, eaves, start), (x, eaves, end), (middle, peak, end), (middle, peak, start)]
-            self.picture.polygons(np.array([slope]), air.tone(colour, (lit + air.top) // 2, away), BUILDING)
+            self.picture.polygon(slope, air.tone(colour, (lit + air.top) // 2, away), BUILDING)
         if chimney and away < 9000:
             low, high, s = eaves + pitch - 60, eaves + pitch + 90, start + 70
             near, far = middle - 45 * side, middle + 45 * side
             flank = [(near, low, s), (near, low, s + 90), (near, high, s + 90), (near, high, s)]
             face = [(near, low, s), (far, low, s), (far, high, s), (near, high, s)]
-            self.picture.polygons(np.array([flank]), air.tone(front.wall, lit, away), BUILDING)
-            self.picture.polygons(np.array([face]), air.tone(front.wall, air.front * 7 // 8, away), BUILDING)
+            self.picture.polygon(flank, air.tone(front.wall, lit, away), BUILDING)
+            self.picture.polygon(face, air.tone(front.wall, air.front * 7 // 8, away), BUILDING)
 
-    def wall(self, ends: tuple[tuple[int, int], tuple[int, int]], front: Front, light: int) -> None:
-        near, far = sorted((self.away(ends[0][1]), self.away(ends[1][1])))
-        scale = self.scale(ends)
+    def wall(self, ends: Ends, front: Front, light: int) -> None:
+        """A house's wall between two places (x, s)."""
         (x, s), (end_x, end_s) = ends
+        scale = self.scale(ends)
         if scale[1] <= 4 and abs(end_s - s) > abs(end_x - x):  # a window is a pixel or less
-            face = [(x, 0, s), (end_x, 0, end_s), (end_x, front.eaves, end_s), (x, front.eaves, s)]
-            red, green, blue = front.wall
-            plain = (red * 13 // 16, green * 13 // 16, blue * 13 // 16)
-            self.picture.polygons(np.array([face]), self.air.tone(plain, light, (near + far) // 2), BUILDING)
+            self.add(partial(self._plain_wall, ends, front, light), ends, front.height, front.eaves)
             return
-        tones = self.air.tones(light, (near + far) // 2)
-        self.picture.wall(ends, (0, front.height), facades.front(front, scale), tones)
+        # Beside a gable there is sky, down to a whole texel.
+        high = front.eaves - 200 // scale[1] - 2 if front.gable else front.height
+        faces = [(x, s, end_x, end_s, 0, high, False)]
+        self.add(partial(self._wall, ends, front, light, scale), ends, front.height, front.eaves, faces)
 
-    def scale(self, ends: Ends) -> tuple[int, int]:
+    def _plain_wall(self, ends: Ends, front: Front, light: int) -> None:
+        (x, s), (end_x, end_s) = ends
+        face = [(x, 0, s), (end_x, 0, end_s), (end_x, front.eaves, end_s), (x, front.eaves, s)]
+        red, green, blue = front.wall
+        plain = (red * 13 // 16, green * 13 // 16, blue * 13 // 16)
+        self.picture.polygon(face, self.air.tone(plain, light, self._middle(ends)), BUILDING)
+
+    def _wall(self, ends: Ends, front: Front, light: int, scale: Scale) -> None:
+        scale = materials.fitting(scale, front.width, front.height)
+        draw = partial(facades.front, front, scale)
+        size = materials.texels(scale, front.width, front.height)
+        self.picture.wall(ends, (0, front.height), size, draw, self.air.tones(light, self._middle(ends)))
+
+    def _middle(self, ends: Ends) -> int:
+        """How far away a wall is, about."""
+        return (self.away(ends[0][1]) + self.away(ends[1][1])) // 2
+
+    def scale(self, ends: Ends) -> Scale:
         """Pixels to the metre, across and up, that a wall's texture needs: no more than the picture can show."""
         camera = self.picture.camera
         near = max(300, min(self.away(ends[0][1]), self.away(ends[1][1])))
@@ -194,16 +231,15 @@ class Scenery:
         away = self.away((start + end) // 2)
         light = self.air.right if x < 0 else self.air.left
         ends = ((x, start), (x, end))
-        scale = self.scale(ends)
+        scale = materials.fitting(self.scale(ends), end - start, height)
+        size = materials.texels(scale, end - start, height)
         if kind == "hedge":
-            pixels = plants.hedge(end - start, height, scale, seed, self.greens(light, away))
-            self.picture.wall(ends, (0, height), pixels)
+            draw = partial(plants.hedge, end - start, height, scale, seed, self.greens(light, away))
+            self.picture.wall(ends, (0, height), size, draw)
             return
-        pixels = facades.railing(end - start, height, scale, colour, kind)
-        if kind == "bricks":
-            channels(pixels)[..., 3] = BUILDING
+        draw = partial(facades.railing, end - start, height, scale, colour, kind)
         holes = FENCE if kind == "bars" else None
-        self.picture.wall(ends, (0, height), pixels, self.air.tones(light, away), holes)
+        self.picture.wall(ends, (0, height), size, draw, self.air.tones(light, away), holes)
 
     def greens(self, light: int, away: int, colours: tuple[Colour, Colour] | None = None) -> np.ndarray:
         dark, bright = colours or self.plan.leaves
@@ -211,7 +247,7 @@ class Scenery:
 
     def vehicle(self, kind: str, x: int, s: int, direction: int, dice: Dice) -> None:
         """`direction` counts 64 to a turn: 0 drives away from the camera, 16 to the right."""
-        body, half, reach = vehicles.vehicle(kind)
+        body, half, reach, _ = vehicles.vehicle(kind)
         colour = dice.pick(vehicles.PAINTS)
         if kind in ("bus", "truck"):
             colour = dice.pick(((150, 40, 40), (176, 178, 176), (66, 96, 124), (196, 190, 170), (60, 90, 70)))
@@ -225,7 +261,15 @@ class Scenery:
         ends = ((x - wide, s + long), (x + wide, max(self.here + NEAR, s - long)))
         if x < 0:
             ends = ((x - wide, max(self.here + NEAR, s - long)), (x + wide, s + long))
-        self.add(partial(self._vehicle, (x, s), turn, body, colour), ends, 340)
+        slack = (reach >> 5) + 4  # for the turn, and for lamps and wheels, which stand out
+        top = int(body.points[1].max())
+        box = (x - wide - slack, x + wide + slack, s - long - slack, s + long + slack, -6, top)
+        whole = away - reach - slack > NEAR  # one that is cut off is hollow
+        faces = [
+            (x + left, s + near, x + right, s + near, low, high, True)
+            for left, right, near, low, high in (vehicles.fronts(kind, turn) if whole else ())
+        ]
+        self.add(partial(self._vehicle, (x, s), turn, body, colour), ends, 340, faces=faces, box=box)
         foot = [(x - wide, s - long), (x + wide, s - long), (x + wide, s + long), (x - wide, s + long)]
         self.shades.append(np.array([(a, 0, b) for a, b in foot]))
         self.shadow(foot, 110)
@@ -239,15 +283,16 @@ class Scenery:
         if not NEAR < away < 9000:
             return
         paint = partial(self._figure, figures.person, x, s, across, seed, 3, size, PEDESTRIAN)
-        self.stand(paint, x, s, 45, 185 * size >> 8)
+        self.stand(paint, x, s, 45, 185 * size >> 8, (-46, 46, -2, 176 * size >> 8))
         self.post_shadow(x, s, 165 * size >> 8, 22)
 
     def rider(self, x: int, s: int, across: bool, seed: int, size: int) -> None:
         away = s - self.here
         if not NEAR < away < 9000:
             return
+        half = 91 if across else 37
         paint = partial(self._figure, figures.bicyclist, x, s, across, seed, 4, size, BICYCLIST)
-        self.stand(paint, x, s, 95, 190 * size >> 8)
+        self.stand(paint, x, s, 95, 190 * size >> 8, (-half, half, -2, 180 * size >> 8))
         self.post_shadow(x, s, 165 * size >> 8, 30)
 
     def _figure(
@@ -270,7 +315,14 @@ class Scenery:
         away = s - self.here
         if not NEAR < away < 12000:
             return
-        self.stand(partial(self._lamp, x, s, height, reach, colour), x, s, 180, height + 50)
+        self.stand(
+            partial(self._lamp, x, s, height, reach, colour),
+            x,
+            s,
+            180,
+            height + 50,
+            (min(-14, reach - 30), max(14, reach + 30), 0, height + 45),
+        )
         self.post_shadow(x, s, height, 9)
 
     def _lamp(self, x: int, s: int, height: int, reach: int, colour: Colour) -> None:
@@ -298,7 +350,14 @@ class Scenery:
         away = s - self.here
         if not NEAR < away < 10000:
             return
-        self.stand(partial(self._sign_post, x, s, kind, seed, height, back), x, s, 110, height + 110)
+        self.stand(
+            partial(self._sign_post, x, s, kind, seed, height, back),
+            x,
+            s,
+            110,
+            height + 110,
+            (-100, 100, 0, height + 70) if kind == "direction" else (-44, 44, 0, height + 70),
+        )
         self.post_shadow(x, s, height, 6)
 
     def _sign_post(self, x: int, s: int, kind: str, seed: int, height: int, back: bool) -> None:
@@ -335,7 +394,7 @@ class Scenery:
         away = s - self.here
         if not NEAR * 3 < away < FAR:
             return
-        self.stand(partial(self.paint_tree, x, s, height, kind, number, light, tint), x, s, height * 3 // 5, height)
+        self.put_tree(x, s, height, kind, number, light, tint, height * 3 // 5)
         if self.plan.sun and kind != "bare":
             across, along = self.plan.sun
             up = height * 5 // 8
@@ -348,6 +407,16 @@ class Scenery:
             ]
             self.shadow(blob, 0)
         self.post_shadow(x, s, height // 2, height // 40)
+
+    def put_tree(self, x: int, s: int, height: int, kind: str, number: int, light: int, tint: int, half: int) -> None:
+        """A tree that is seen at most `half` to its sides; its crown is drawn narrower."""
+        wide = height * 3 // 5
+        body = (
+            (-wide, wide, -height // 8 - 2, height * 9 // 10 + 1)
+            if kind == "bush"
+            else (-height // 2, height // 2, 0, height)
+        )
+        self.stand(partial(self.paint_tree, x, s, height, kind, number, light, tint), x, s, half, height, body)
 
     def paint_tree(self, x: int, s: int, height: int, kind: str, number: int, light: int, tint: int) -> None:
         picture, air = self.picture, self.air
@@ -371,14 +440,12 @@ class Scenery:
         if kind == "leafy":
             wide = height // 28
             trunk = [
-                [
-                    (x - wide, 0, s),
-                    (x + wide, 0, s),
-                    (x + wide * 2 // 3, height // 2, s),
-                    (x - wide * 2 // 3, height // 2, s),
-                ]
+                (x - wide, 0, s),
+                (x + wide, 0, s),
+                (x + wide * 2 // 3, height // 2, s),
+                (x - wide * 2 // 3, height // 2, s),
             ]
-            picture.polygons(np.array(trunk), air.tone(self.plan.bark, light, away), TREE)
+            picture.polygon(trunk, air.tone(self.plan.bark, light, away), TREE)
             low = foot - tall // 5
             half = tall * 2 // 5
         elif kind == "bush":
@@ -387,19 +454,25 @@ class Scenery:
         box = (column - half >> SHIFT, top >> SHIFT, column + half >> SHIFT, low >> SHIFT)
         if box[2] - box[0] < 1 or box[3] - box[1] < 1:
             return
-        planes = plants.crown(kind, number)
+        crowns = plants.crown(kind, number)
         level = 0
-        while level + 1 < len(planes) and len(planes[level + 1].cover) >= box[3] - box[1]:
+        while level + 1 < len(crowns) and len(crowns[level + 1].planes) >= box[3] - box[1]:
             level += 1
-        picture.sprite(box, planes[level], colours)
+        picture.sprite(box, crowns[level].planes, colours, crowns[level].solid)
 
     def shadow(self, outline: Sequence[tuple[int, int]], height: int) -> None:
         """The shadow of an upright prism, on the ground."""
         if self.plan.sun is None:
             return
         across, along = self.plan.sun
-        moved = [(x - (across * height >> 8), s - (along * height >> 8)) for x, s in outline]
-        hull = _hull([*outline, *moved])
+        across, along = -(across * height >> 8), -(along * height >> 8)
+        moved = [(x + across, s + along) for x, s in outline]
+        if len(outline) == 2:
+            (x, s), (end_x, end_s) = outline
+            turn = (end_x - x) * along - (end_s - s) * across
+            hull = [] if turn == 0 else [*outline, *moved[::-1]] if turn > 0 else [outline[0], *moved, outline[1]]
+        else:
+            hull = _hull([*outline, *moved])
         if len(hull) > 2:
             self.shadows.append(np.array([(x, 0, s) for x, s in hull]))
 
@@ -411,39 +484,6 @@ class Scenery:
         self.shadow(
             [(side * line, start), (side * line, end), (side * (line + 300), end), (side * (line + 300), start)], height
         )
-
-    def seen(self) -> list[Thing]:
-        """The things that no nearer house hides and that stand in the picture, far ones first."""
-        camera = self.picture.camera
-        height, width = camera.size
-        focal, (middle, row) = camera.focal, camera.centre
-        covered = np.full(width, height, dtype=np.int64)  # houses stand from the ground up to this row
-        seen = []
-        for thing in sorted(self.things, key=lambda thing: (thing.far, -thing.number)):
-            corners = []
-            for x, s in thing.ends:
-                right, up, away = self.picture.offset(x, 0, s)
-                away = max(away, NEAR)
-                base = row - up * focal // away
-                corners.append(
-                    (
-                        middle + right * focal // away,
-                        base - thing.height * focal // away,
-                        base - thing.cover * focal // away,
-                    )
-                )
-            (start, top, high), (stop, end_top, end_high) = sorted(corners)
-            first, last = max(0, (start >> SHIFT) - 1), min(width, (stop >> SHIFT) + 2)
-            if first >= last or int(covered[first:last].max()) <= min(top, end_top) >> SHIFT:
-                continue
-            seen.append(thing)
-            if thing.cover and last - first > 4:
-                whole = stop - start
-                along = (np.arange(first + 2, last - 2) << SHIFT) - start
-                edge = (high + (end_high - high) * along // max(1, whole) >> SHIFT) + 1
-                part = covered[first + 2 : last - 2]
-                np.minimum(part, edge, out=part)
-        return seen[::-1]
 
 
 def rectangle(left: int, start: int, right: int, end: int) -> list[tuple[int, int]]:

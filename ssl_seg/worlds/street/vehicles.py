@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from ssl_seg.worlds.street.materials import Air, disc
 from ssl_seg.worlds.street.perspective import Colour, Solid
@@ -22,6 +23,13 @@ class Vehicle:
         self.faces: list[tuple[list[int], str, int]] = []
         rear, front = body[0][0], body[-1][0]
         self.length = front - rear
+        low, behind, before = body[0][1], max(along for along, _ in body[:3]), min(along for along, _ in body[-3:])
+        self.cores = [(half, low, min(up for _, up in body[2:-2]), behind, before)]
+        if cabin:
+            (start, up), (stop, end_up) = cabin[1:3]
+            self.cores.append((half - inset, low, min(up, end_up), start, stop))
+        else:
+            self.cores.append((half, low, min(up for _, up in body[2:4]), behind, body[3][0]))
         self.top = max(up for _, up in (*body, *cabin))
         for end in (rear + 45, front - 45):  # tyres and the dark under the car, as seen from its ends
             for side in (-1, 1):
@@ -116,9 +124,6 @@ class Vehicle:
             )
         self.add([(2 * x, y, front) for x, y in ((-24, low), (24, low), (22, high - 4), (-22, high - 4))], "under")
 
-    def solid(self) -> Solid:
-        return Solid(self.points, self.faces)
-
 
 def _between(a: Sequence[int], b: Sequence[int], share: int) -> tuple[int, ...]:
     return tuple(x + (y - x) * share // 1000 for x, y in zip(a, b, strict=True))
@@ -127,9 +132,17 @@ def _between(a: Sequence[int], b: Sequence[int], share: int) -> tuple[int, ...]:
 VEHICLES = ("hatch", "saloon", "estate", "tall", "van", "truck", "bus")
 
 
+class Model(NamedTuple):
+    """A kind of vehicle."""
+
+    body: Solid
+    half: int  # of its width
+    reach: int  # half its length
+    cores: list[tuple[int, int, int, int, int]]  # boxes within it: half the width, y from and to, along from and to
+
+
 @lru_cache(maxsize=len(VEHICLES))
-def vehicle(kind: str) -> tuple[Solid, int, int]:
-    """Its solid, half width and half length."""
+def vehicle(kind: str) -> Model:
     if kind == "hatch":
         body = [(-190, 28), (-197, 60), (-190, 96), (92, 98), (178, 84), (197, 64), (194, 28)]
         made = Vehicle(84, body, [(-190, 94), (-140, 146), (5, 148), (98, 96)], 22)
@@ -179,7 +192,28 @@ def vehicle(kind: str) -> tuple[Solid, int, int]:
                     ],
                     "glass",
                 )
-    return made.solid(), made.half, made.length // 2
+    return Model(Solid(made.points, made.faces), made.half, made.length // 2, made.cores)
+
+
+@lru_cache(maxsize=1 << 10)
+def fronts(kind: str, turn: tuple[int, int]) -> list[tuple[int, int, int, int, int]]:
+    """Upright faces towards the camera that lie within a vehicle, about its place: x from and to, s, y from and to.
+
+    `turn` is within two degrees of a quarter turn's multiples.
+    """
+    cosine, sine = turn
+    found = []
+    for half, low, high, rear, front in vehicle(kind).cores:
+        ends = (rear, front) if cosine + sine > 0 else (-front, -rear)
+        long = max(abs(rear), abs(front))
+        # A turn brings the corners this much inwards, at most.
+        if abs(cosine) > abs(sine):
+            aside, ahead = long * abs(sine) // 1024 + 2, half * abs(sine) // 1024 + 2
+            found.append((aside - half, half - aside, ends[0] + ahead, low, high))
+        else:
+            aside, ahead = half * abs(cosine) // 1024 + 2, long * abs(cosine) // 1024 + 2
+            found.append((ends[0] + aside, ends[1] - aside, ahead - half, low, high))
+    return found
 
 
 PAINTS = (
@@ -198,30 +232,34 @@ PAINTS = (
 )
 
 
-def paint(colour: Colour, air: Air, away: int) -> dict[str, list[Colour]]:
-    """The colours of a vehicle's parts; what would be smaller than a pixel or two is left out."""
-    parts = {
-        "body": air.sides(colour, away),
-        "glass": air.sides((46, 52, 60), away),
-        "tyre": air.sides((20, 20, 21), away),
-        "under": air.sides((15, 15, 16), away),
+def paint(colour: Colour, air: Air, away: int) -> Callable[[str, int], Colour | None]:
+    """The colour of a vehicle's part on a side; what would be smaller than a pixel or two has none."""
+    near = away < 6000
+    lights = air.lights
+    red, green, blue = colour
+    body = {
+        "body": colour,
+        "glass": (46, 52, 60),
+        "tyre": (20, 20, 21),
+        "under": (15, 15, 16),
     }
-    lamp, tail = ((255, 248, 225), (255, 70, 50)) if air.night else (air.tone((225, 228, 232), 240, away),) * 2
-    if not air.night:
-        tail = air.tone((150, 26, 24), 256, away)
-    parts["lamp"] = [lamp] * 4
-    parts["tail"] = [tail] * 4
-    if away < 6000:
-        parts["gleam"] = air.sides((86, 96, 108), away)
-        parts["shine"] = air.sides(
-            (
-                min(255, colour[0] * 11 // 8 + 16),
-                min(255, colour[1] * 11 // 8 + 16),
-                min(255, colour[2] * 11 // 8 + 16),
-            ),
-            away,
-        )
-        parts["hub"] = air.sides((132, 134, 138), away)
-        parts["plate"] = air.sides((205, 200, 170), away)
-        parts["sill"] = air.sides((colour[0] * 5 // 8, colour[1] * 5 // 8, colour[2] * 5 // 8), away)
-    return parts
+    if near:
+        body |= {
+            "gleam": (86, 96, 108),
+            "shine": (min(255, red * 11 // 8 + 16), min(255, green * 11 // 8 + 16), min(255, blue * 11 // 8 + 16)),
+            "hub": (132, 134, 138),
+            "plate": (205, 200, 170),
+            "sill": (red * 5 // 8, green * 5 // 8, blue * 5 // 8),
+        }
+    if air.night:
+        shining = {"lamp": (255, 248, 225), "tail": (255, 70, 50)}
+    else:
+        shining = {"lamp": air.tone((225, 228, 232), 240, away), "tail": air.tone((150, 26, 24), 256, away)}
+
+    @cache
+    def tone(part: str, side: int) -> Colour | None:
+        if part in shining:
+            return shining[part]
+        return air.tone(body[part], lights[side], away) if part in body else None
+
+    return tone
