@@ -13,7 +13,9 @@ import numpy as np
 
 from ssl_seg.worlds.street.perspective import CURVE, NEAR, PIXEL, SHIFT, Camera, centre
 
-Face = tuple[int, int, int, int, int, int, bool]  # (x, s) to (x, s), y from and to, whether OpenCV fills it
+# Both end with whether OpenCV fills it.
+Face = tuple[int, int, int, int, int, int, bool]  # (x, s) to (x, s), y from and to
+Box = tuple[int, int, int, int, int, int, bool]  # x, s and y from and to
 
 
 class Thing(NamedTuple):
@@ -24,7 +26,7 @@ class Thing(NamedTuple):
     """
 
     outline: tuple[int, int, int, int, int, int]
-    box: tuple[int, int, int, int, int, int]
+    box: Box
     paint: Callable[[], None]
     faces: Sequence[Face] = ()
 
@@ -61,7 +63,7 @@ def places(things: Sequence[Thing], camera: Camera) -> tuple[list[int], list[lis
     """Things that stand in the picture, near ones first: their numbers, outlines and boxes in its pixels."""
     height, width = camera.size
     x, s, end_x, end_s, tall, house = np.array([thing.outline for thing in things]).T
-    left, right, near, far, low, high = np.array([thing.box for thing in things]).T
+    left, right, near, far, low, high, by_opencv = np.array([thing.box for thing in things]).T
 
     ends = np.stack([x, end_x])
     across, up, along = _offset(camera, ends, 0, np.stack([s, end_s]))
@@ -80,8 +82,13 @@ def places(things: Sequence[Thing], camera: Camera) -> tuple[list[int], list[lis
     across, up, along = _offset(camera, np.stack([left, left, right, right]), np.stack([low, low, high, high]), corners)
     away = np.maximum(along, NEAR)
     column, row = camera.centre[0] + across * camera.focal // away, camera.centre[1] - up * camera.focal // away
-    bottom = np.where(along.min(axis=0) > NEAR, (row.max(axis=0) >> SHIFT) + 2, height)
-    boxes = np.stack([column.min(axis=0) >> SHIFT, row.min(axis=0) >> SHIFT, (column.max(axis=0) >> SHIFT) + 2, bottom])
+    starts = np.stack([column.min(axis=0), row.min(axis=0)])
+    ends = np.stack([column.max(axis=0), row.max(axis=0)])
+    # OpenCV counts from the middles of pixels and paints the edges too.
+    starts = np.where(by_opencv, starts >> SHIFT, centre(starts))
+    ends = np.where(by_opencv, (ends + PIXEL // 2 + 2 >> SHIFT) + 1, centre(ends))
+    ends[1, along.min(axis=0) <= NEAR] = height
+    boxes = np.concatenate([starts, ends])
     np.maximum(boxes, 0, out=boxes)
 
     order = np.lexsort((-np.arange(len(things)), np.maximum(s, end_s)))

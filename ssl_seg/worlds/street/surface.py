@@ -40,7 +40,7 @@ class Surface:
         down = (self.plan.seed + climb * 768 // max(1, height)) % 512
         across = (self.plan.seed // 7 + np.arange(width) * 420 // max(height, width)) % 512
         levels = materials.grain(128, 6)[down][:, across]
-        self.picture.packed[:rows] = table.ravel().take(levels + (band * 256)[:, None])
+        table.ravel().take(levels + (band * 256)[:, None], out=self.picture.packed[:rows], mode="clip")
 
     def horizon(self) -> int:
         return self.picture.camera.centre[1] >> SHIFT
@@ -200,9 +200,12 @@ def expose(picture: Picture, plan: Plan, dice: Dice) -> np.ndarray:
     bent = np.clip(levels + (plan.exposure[3] - 256) * (levels - 128) * levels * (255 - levels) // (1 << 21), 0, 255)
     table = np.minimum(255, bent[:, None] * np.array(plan.exposure[:3]) >> 8).astype(np.uint8)
     rgb = cv2.LUT(rgb, table[None])
-    noise = materials.sensor()
-    start = dice.roll(0, len(noise))
-    count = rgb.size
-    grain = np.resize(np.roll(noise, -start) if start + count > len(noise) else noise[start : start + count], count)
-    noisy = rgb.astype(np.int16) + (grain.reshape(rgb.shape).astype(np.int16) * plan.noise >> 8)
-    return np.clip(noisy, 0, 255).astype(np.uint8)
+    noise, count = materials.sensor(), rgb.size
+    start = dice.roll(0, len(noise) // 2)
+    whole = noise if start + count <= len(noise) else np.resize(noise, start + count)
+    noisy = whole[start : start + count].astype(np.int16)
+    noisy *= plan.noise
+    noisy >>= 8
+    noisy = noisy.reshape(rgb.shape)
+    noisy += rgb
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)

@@ -12,7 +12,7 @@ from ssl_seg.worlds.drawing import Dice
 from ssl_seg.worlds.street import facades, figures, materials, plants, vehicles
 from ssl_seg.worlds.street.facades import Front
 from ssl_seg.worlds.street.figures import Shapes
-from ssl_seg.worlds.street.hiding import Face, Thing
+from ssl_seg.worlds.street.hiding import Box, Face, Thing
 from ssl_seg.worlds.street.materials import BICYCLIST, BUILDING, CAR, FENCE, PEDESTRIAN, POLE, ROAD, SIGN, TREE, Scale
 from ssl_seg.worlds.street.perspective import NEAR, PIXEL, SHIFT, Colour, Ends, Picture, Solid
 from ssl_seg.worlds.street.plan import BRICKS, FAR, SLATES, STONES, Plan
@@ -51,14 +51,14 @@ class Scenery:
         height: int,
         cover: int = 0,
         faces: Sequence[Face] = (),
-        box: tuple[int, int, int, int, int, int] | None = None,
+        box: Box | None = None,
     ) -> None:
         """Something upright on the ground, in a box with two places (x, s) as its corners."""
         far = max(ends[0][1], ends[1][1])
         if self.here + NEAR < far:
             (x, s), (end_x, end_s) = ends
             outline = (x, s, end_x, end_s, height, cover)
-            self.things.append(Thing(outline, box or (x, end_x, s, end_s, 0, height), paint, faces))
+            self.things.append(Thing(outline, box or (x, end_x, s, end_s, 0, height, False), paint, faces))
 
     def stand(
         self,
@@ -71,7 +71,7 @@ class Scenery:
     ) -> None:
         """`body` is what of it is painted at most, about its place: left, right, from low to high."""
         left, right, low, high = body or (-half, half, 0, height)
-        self.add(paint, ((x - half, s), (x + half, s)), height, box=(x + left, x + right, s, s, low, high))
+        self.add(paint, ((x - half, s), (x + half, s)), height, box=(x + left, x + right, s, s, low, high, True))
 
     def away(self, s: int) -> int:
         return max(NEAR, s - self.here)
@@ -122,6 +122,7 @@ class Scenery:
                 end,
                 low,
                 low + max(front.gable or pitch, pitch + 90),
+                True,
             )
             self.add(partial(self._roof, house), ((house.x, start), (house.back, end)), high, box=box)
         if gable:
@@ -170,7 +171,8 @@ class Scenery:
         (x, s), (end_x, end_s) = ends
         scale = self.scale(ends)
         if scale[1] <= 4 and abs(end_s - s) > abs(end_x - x):  # a window is a pixel or less
-            self.add(partial(self._plain_wall, ends, front, light), ends, front.height, front.eaves)
+            box = (x, end_x, s, end_s, 0, front.eaves, True)
+            self.add(partial(self._plain_wall, ends, front, light), ends, front.height, front.eaves, box=box)
             return
         # Beside a gable there is sky, down to a whole texel.
         high = front.eaves - 200 // scale[1] - 2 if front.gable else front.height
@@ -263,7 +265,7 @@ class Scenery:
             ends = ((x - wide, max(self.here + NEAR, s - long)), (x + wide, s + long))
         slack = (reach >> 5) + 4  # for the turn, and for lamps and wheels, which stand out
         top = int(body.points[1].max())
-        box = (x - wide - slack, x + wide + slack, s - long - slack, s + long + slack, -6, top)
+        box = (x - wide - slack, x + wide + slack, s - long - slack, s + long + slack, -6, top, True)
         whole = away - reach - slack > NEAR  # one that is cut off is hollow
         faces = [
             (x + left, s + near, x + right, s + near, low, high, True)
