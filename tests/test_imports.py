@@ -18,6 +18,7 @@ ROWS = [
     ["worlds", "worlds.drawing", "worlds.squares", "worlds.shapes"],
     [
         "worlds.street.perspective",
+        "worlds.street.hiding",
         "worlds.street.materials",
         "worlds.street.facades",
         "worlds.street.plants",

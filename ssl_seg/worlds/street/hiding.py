@@ -37,7 +37,9 @@ def seen(things: Sequence[Thing], camera: Camera) -> list[Thing]:
         return []
     height, width = camera.size
     columns = np.arange(width) << SHIFT
-    skyline = np.full(width, height)  # houses stand from the ground up to this row
+    # Houses stand from the ground up to this row. Slivers that are seen past their edges go with the rest: what the
+    # pictures show is defined so, while the mask only saves work.
+    skyline = np.full(width, height)
     covered = np.zeros(camera.size, dtype=np.uint8)
     faces = covers(things, camera)
     found = []
@@ -62,8 +64,8 @@ def seen(things: Sequence[Thing], camera: Camera) -> list[Thing]:
 def places(things: Sequence[Thing], camera: Camera) -> tuple[list[int], list[list[int]], list[list[int]]]:
     """Things that stand in the picture, near ones first: their numbers, outlines and boxes in its pixels."""
     height, width = camera.size
-    x, s, end_x, end_s, tall, house = np.array([thing.outline for thing in things]).T
-    left, right, near, far, low, high, by_opencv = np.array([thing.box for thing in things]).T
+    x, s, end_x, end_s, tall, house = _columns([thing.outline for thing in things])
+    left, right, near, far, low, high, by_opencv = _columns([thing.box for thing in things])
 
     ends = np.stack([x, end_x])
     across, up, along = _offset(camera, ends, 0, np.stack([s, end_s]))
@@ -101,7 +103,7 @@ def covers(things: Sequence[Thing], camera: Camera) -> dict[int, list[np.ndarray
     owners = [number for number, thing in enumerate(things) for _ in thing.faces]
     if not owners:
         return {}
-    x, s, end_x, end_s, low, high, by_opencv = np.array([face for thing in things for face in thing.faces]).T
+    x, s, end_x, end_s, low, high, by_opencv = _columns([face for thing in things for face in thing.faces])
     across, up, away = _offset(camera, np.stack([x, end_x]), low, np.stack([s, end_s]))
     before = away.max(axis=0) > NEAR
     # Ends nearer than NEAR are moved towards the other one.
@@ -137,6 +139,10 @@ def covers(things: Sequence[Thing], camera: Camera) -> dict[int, list[np.ndarray
     for number in kept:
         found.setdefault(owners[number], []).append(quads[number])
     return found
+
+
+def _columns(rows: Sequence[tuple[int, ...]]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).T
 
 
 def _offset(

@@ -94,7 +94,7 @@ class Picture:
         self.rgba = channels(self.packed)
         height, width = camera.size
         self._rows = np.arange(height, dtype=np.int32)[:, None] * PIXEL + PIXEL // 2  # their middles
-        self._columns = np.arange(width) * PIXEL + PIXEL // 2
+        self._columns = np.arange(width, dtype=np.int64) * PIXEL + PIXEL // 2
         self._origin = np.array(camera.at, dtype=np.int64)
         self._focal = np.array([camera.focal, -camera.focal], dtype=np.int64)
         self._centre = np.array(camera.centre, dtype=np.int64)
