@@ -133,16 +133,19 @@ class Timm(Encoder):
         if self.drop_path:
             extra["drop_path_rate"] = self.drop_path
         arguments = {"features_only": True, **weights, **extra, **self.options}
+        refusal: Exception | None = None
         for any_size in ANY_SIZE if self._has_fixed_size else ANY_SIZE[-1:]:
             try:
                 network = self._loaded(arguments | any_size)
                 return network, _measure(network)
             except REFUSALS as error:
-                if not (any_size and next(iter(any_size)) in str(error)):
-                    raise UserError(f"encoder {self.name}: timm refuses: {_one_line(error)}; choose another") from error
+                # Swin took the first word without heeding it before timm 1.0.31: a failure is no reason to stop at it.
+                unknown = any_size and next(iter(any_size)) in str(error)
+                refusal = refusal or (None if unknown else error)
             except OSError as error:
                 raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
-        raise AssertionError("the last attempt returns or raises")
+        assert refusal is not None, "the last attempt adds no word that could be unknown"
+        raise UserError(f"encoder {self.name}: timm refuses: {_one_line(refusal)}; choose another") from refusal
 
     def _loaded(self, arguments: dict[str, Any]) -> nn.Module:
         network = timm.create_model(self._full_name, **arguments)
