@@ -211,6 +211,20 @@ def test_what_timm_cannot_build_is_one_line(config, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_word_that_a_family_takes_but_does_not_heed_is_followed_by_the_next(monkeypatch):
+    """As Swin before timm 1.0.31, which took `dynamic_img_size` and went on to refuse every size but its own."""
+    create = timm.create_model
+
+    def older(name, **arguments):
+        arguments.pop("dynamic_img_size", None)
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", older)
+    encoder = Timm(name="swin_tiny_patch4_window7_224").build().eval()
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, 3, 64, 96))[-1].shape[2:] == (2, 3)
+
+
 # Weights
 
 SMALL = "mobilenetv2_050"
