@@ -105,9 +105,10 @@ class Timm(Encoder):
         backbone = Pyramid(network, shapes[-1].channels, output_stride) if plain else Maps(network, shapes, self.name)
         strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
         if backbone.strides != strides:
-            raise UserError(
-                f"encoder {self.name}: has maps at strides {backbone.strides}, not {strides}; choose another"
-            )
+            found = f"has maps at strides {backbone.strides}, not {strides}"
+            if output_stride < 32:
+                raise self._not_dilated(output_stride, found)
+            raise UserError(f"encoder {self.name}: {found}; choose another")
         cfg = network.pretrained_cfg
         return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], MULTIPLE)
 
@@ -123,11 +124,13 @@ class Timm(Encoder):
                 network, shapes = self._attempt(weights)
                 if _is_plain(shapes):
                     return network, shapes
-            reason = _one_line(error.__cause__ or error)
-            raise UserError(
-                f"encoder {self.name}: cannot be dilated to output stride {output_stride} ({reason}); take a resnet or "
-                f"convnext, or a decoder for stride 32 (unet, fpn, upernet; deeplabv3plus with encoder_stride: 32)"
-            ) from error
+            raise self._not_dilated(output_stride, _one_line(error.__cause__ or error)) from error
+
+    def _not_dilated(self, output_stride: int, reason: str) -> UserError:
+        return UserError(
+            f"encoder {self.name}: cannot be dilated to output stride {output_stride} ({reason}); take a resnet or "
+            f"convnext, or a decoder for stride 32 (unet, fpn, upernet; deeplabv3plus with encoder_stride: 32)"
+        )
 
     def _attempt(self, weights: dict[str, Any], **extra: Any) -> tuple[nn.Module, list[MapShape]]:
         if self.drop_path:
