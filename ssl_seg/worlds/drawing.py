@@ -33,6 +33,7 @@ class Dice:
         """An integer in [low, high); the range is under 2^31."""
         return low + (next(self._words) * (high - low) >> 32)
 
+    # Written out as `roll` has it: a street makes a thousand of these choices.
     def chance(self, percent: int) -> bool:
         return next(self._words) * 100 >> 32 < percent
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from ssl_seg.worlds.street.perspective import CURVE, NEAR, PIXEL, SHIFT, Camera, centre
+from ssl_seg.worlds.street.perspective import NEAR, PIXEL, SHIFT, Camera, centre
 
 # Both end with whether OpenCV fills it.
 Face = tuple[int, int, int, int, int, int, bool]  # (x, s) to (x, s), y from and to
@@ -68,9 +68,7 @@ def places(things: Sequence[Thing], camera: Camera) -> tuple[list[int], list[lis
     left, right, near, far, low, high, by_opencv = _columns([thing.box for thing in things])
 
     ends = np.stack([x, end_x])
-    across, up, along = _offset(camera, ends, 0, np.stack([s, end_s]))
-    away = np.maximum(along, NEAR)
-    column, base = camera.centre[0] + across * camera.focal // away, camera.centre[1] - up * camera.focal // away
+    column, base, away = _project(camera, *camera.offset(ends, 0, np.stack([s, end_s])))
     top = (base - tall * camera.focal // away).min(axis=0) >> SHIFT
     edge = base - house * camera.focal // away
     turned = column[0] > column[1]
@@ -81,15 +79,14 @@ def places(things: Sequence[Thing], camera: Camera) -> tuple[list[int], list[lis
 
     # A box has its corners at both distances, and is cut where it reaches behind the camera.
     corners = np.stack([near, far, near, far])
-    across, up, along = _offset(camera, np.stack([left, left, right, right]), np.stack([low, low, high, high]), corners)
-    away = np.maximum(along, NEAR)
-    column, row = camera.centre[0] + across * camera.focal // away, camera.centre[1] - up * camera.focal // away
+    offset = camera.offset(np.stack([left, left, right, right]), np.stack([low, low, high, high]), corners)
+    column, row, _ = _project(camera, *offset)
     starts = np.stack([column.min(axis=0), row.min(axis=0)])
     ends = np.stack([column.max(axis=0), row.max(axis=0)])
     # OpenCV counts from the middles of pixels and paints the edges too.
     starts = np.where(by_opencv, starts >> SHIFT, centre(starts))
     ends = np.where(by_opencv, (ends + PIXEL // 2 + 2 >> SHIFT) + 1, centre(ends))
-    ends[1, along.min(axis=0) <= NEAR] = height
+    ends[1, offset[2].min(axis=0) <= NEAR] = height
     boxes = np.concatenate([starts, ends])
     np.maximum(boxes, 0, out=boxes)
 
@@ -104,16 +101,14 @@ def covers(things: Sequence[Thing], camera: Camera) -> dict[int, list[np.ndarray
     if not owners:
         return {}
     x, s, end_x, end_s, low, high, by_opencv = _columns([face for thing in things for face in thing.faces])
-    across, up, away = _offset(camera, np.stack([x, end_x]), low, np.stack([s, end_s]))
+    across, up, away = camera.offset(np.stack([x, end_x]), low, np.stack([s, end_s]))
     before = away.max(axis=0) > NEAR
     # Ends nearer than NEAR are moved towards the other one.
     share = np.maximum(0, NEAR - away)
     of = np.maximum(1, away[::-1] - away)
     across, up = (place + (place[::-1] - place) * share // of for place in (across, up))
-    away = np.maximum(away, NEAR)
-    column = camera.centre[0] + across * camera.focal // away
-    top = camera.centre[1] - (up + high - low) * camera.focal // away
-    foot = camera.centre[1] - up * camera.focal // away
+    column, foot, _ = _project(camera, across, up, away)
+    _, top, _ = _project(camera, across, up + high - low, away)
     ends = np.stack([column, top, foot])
     turned = column[0] > column[1]
     ends[:, :, turned] = ends[:, ::-1, turned]
@@ -145,14 +140,9 @@ def _columns(rows: Sequence[tuple[int, ...]]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).T
 
 
-def _offset(
-    camera: Camera, x: np.ndarray, y: np.ndarray | int, s: np.ndarray
+def _project(
+    camera: Camera, right: np.ndarray, up: np.ndarray, away: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places as the camera's (right, up, away)."""
-    away = s - camera.at[2]
-    square = away * away
-    return (
-        x - camera.at[0] + (camera.bend * square >> CURVE),
-        y - camera.at[1] + (camera.rise * square >> CURVE),
-        away,
-    )
+    """Columns and rows on the picture, and the distance; what is nearer than NEAR is seen from there."""
+    away = np.maximum(away, NEAR)
+    return camera.centre[0] + right * camera.focal // away, camera.centre[1] - up * camera.focal // away, away

@@ -22,6 +22,7 @@ TRANSPARENT = 255  # as a texture's class
 TOP, FRONT, LEFT, RIGHT = range(4)  # where a face looks: up, to the camera, to its left, to its right
 CURVE = 24  # bits of fraction in `bend` and `rise`
 Colour = tuple[int, int, int]
+Place = int | np.ndarray
 Part = tuple[slice, slice]  # rows and columns of a texture
 Ends = tuple[tuple[int, int], tuple[int, int]]
 
@@ -59,6 +60,15 @@ class Camera(NamedTuple):
     bend: int = 0  # x per s^2, in 2^-24 / cm
     rise: int = 0
 
+    def offset(self, x: Place, y: Place, s: Place) -> tuple[Place, Place, Place]:
+        """A place as the camera's (right, up, away): numbers, or arrays of them."""
+        away = s - self.at[2]
+        return (
+            x - self.at[0] + (self.bend * away * away >> CURVE),
+            y - self.at[1] + (self.rise * away * away >> CURVE),
+            away,
+        )
+
 
 class Solid:
     """A convex-sided body: points `(3, N)` about its foot, and faces as runs of them with the part they belong to.
@@ -75,14 +85,16 @@ class Solid:
         ends = np.cumsum([len(face) for face in turned])
         self.firsts = ends - [len(face) for face in turned]
         self.runs = [slice(first, end) for first, end in zip(self.firsts.tolist(), ends.tolist(), strict=True)]
-        normals = [np.cross(face[1] - face[0], face[2] - face[0]) for face in turned]
-        self.normals = np.ascontiguousarray(np.array(normals).T)
+        self.normals = np.ascontiguousarray(np.array([_normal(face) for face in turned]).T)
+
+
+def _normal(face: np.ndarray) -> np.ndarray:
+    return np.cross(face[1] - face[0], face[2] - face[0])
 
 
 def _outward(face: np.ndarray, height: int) -> np.ndarray:
-    normal = np.cross(face[1] - face[0], face[2] - face[0])
     middle = np.array([0, height, 0])
-    return face if (normal * (face[0] - middle)).sum() > 0 else face[::-1]
+    return face if (_normal(face) * (face[0] - middle)).sum() > 0 else face[::-1]
 
 
 class Picture:
@@ -118,19 +130,9 @@ class Picture:
 
     def spot(self, x: int, y: int, s: int) -> tuple[int, int, int]:
         """A point's column and row in sixteenths of a pixel, and its distance away; the point lies beyond NEAR."""
-        right, up, away = self.offset(x, y, s)
+        right, up, away = self.camera.offset(x, y, s)
         column, row = self.camera.centre
         return column + right * self.camera.focal // away, row - up * self.camera.focal // away, away
-
-    def offset(self, x: int, y: int, s: int) -> tuple[int, int, int]:
-        """A point as the camera's (right, up, away)."""
-        camera = self.camera
-        away = s - camera.at[2]
-        return (
-            x - camera.at[0] + (camera.bend * away * away >> CURVE),
-            y - camera.at[1] + (camera.rise * away * away >> CURVE),
-            away,
-        )
 
     def fill(self, outlines: Sequence[np.ndarray], colour: Colour, label: int) -> None:
         """Outlines `(N, 2)` int32 in sixteenths of a pixel; where an even number of them overlap there is a hole."""
@@ -146,7 +148,7 @@ class Picture:
 
     def polygon(self, points: Sequence[tuple[int, int, int]], colour: Colour, label: int) -> None:
         """A polygon in street coordinates, of few points: `polygons` takes longer to begin."""
-        placed = [self.offset(*point) for point in points]
+        placed = [self.camera.offset(*point) for point in points]
         nearest = min(away for _, _, away in placed)
         if nearest >= NEAR:
             focal, (column, row) = self.camera.focal, self.camera.centre
@@ -174,7 +176,7 @@ class Picture:
 
     def flat(self, at: tuple[int, int, int], shapes: Sequence[tuple[Sequence[np.ndarray], Colour]], label: int) -> None:
         """Shapes `(N, 2)` (right, up) about a place, upright and facing the camera."""
-        if self.offset(*at)[2] < NEAR:
+        if self.camera.offset(*at)[2] < NEAR:
             return
         column, row, away = self.spot(*at)
         points = np.concatenate([outline for outlines, _ in shapes for outline in outlines])
@@ -201,14 +203,11 @@ class Picture:
         """
         cosine, sine = turn
         spin = np.array([(cosine, 0, sine), (0, 1024, 0), (-sine, 0, cosine)])
-        right, up, away = placed = spin @ body.points >> 10
-        placed += np.array(at)[:, None] - self._origin[:, None]
+        turned = (spin @ body.points >> 10) + np.array(at)[:, None]
+        placed = np.stack(self.camera.offset(*turned))
+        away = placed[2]
         if away.max() <= NEAR:
             return
-        if self._curved:
-            square = away * away
-            right += self.camera.bend * square >> CURVE
-            up += self.camera.rise * square >> CURVE
         normals = spin @ body.normals
         towards = ((normals * placed[:, body.firsts]).sum(axis=0) < 0).tolist()
         sides = _sides(normals)
@@ -243,7 +242,7 @@ class Picture:
         low, high = heights
         (x, s), (end_x, end_s) = ends
         tall, wide = size
-        left, right = _End(*self.offset(x, low, s), 0), _End(*self.offset(end_x, low, end_s), wide << 8)
+        left, right = _End(*self.camera.offset(x, low, s), 0), _End(*self.camera.offset(end_x, low, end_s), wide << 8)
         if max(left.away, right.away) <= NEAR:
             return
         left, right = left.cut(right), right.cut(left)

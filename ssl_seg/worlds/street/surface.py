@@ -29,7 +29,7 @@ class Surface:
         lift = np.arange(bands, dtype=np.int32)[:, None] * 4
         clear = low + ((above - low) * lift >> 8)
         many, hard = self.plan.clouds
-        level = np.arange(256, dtype=np.int32)
+        level = materials.LEVELS
         cover = np.clip((level - 256 + many) * hard + 64, 0, 256)
         body = np.clip((level - 200 + many // 2) * 3, 0, 256)  # thick clouds are darker
         cloud = light + ((shade - light) * body >> 8)
@@ -153,7 +153,7 @@ class Surface:
         share = share * (256 - veil).astype(np.uint16)[:, None] >> 8
         # A plane after the other: numpy is five times as fast on long rows as on threes.
         ground = picture.rgba[top:]
-        planes = list(cv2.split(ground))
+        planes = cv2.split(ground)
         for plane, far in zip(planes[:3], self.air.haze, strict=True):
             lit = plane * share
             lit >>= 7

@@ -249,7 +249,7 @@ class Scenery:
 
     def vehicle(self, kind: str, x: int, s: int, direction: int, dice: Dice) -> None:
         """`direction` counts 64 to a turn: 0 drives away from the camera, 16 to the right."""
-        body, half, reach, _ = vehicles.vehicle(kind)
+        body, half, reach, top, _ = vehicles.vehicle(kind)
         colour = dice.pick(vehicles.PAINTS)
         if kind in ("bus", "truck"):
             colour = dice.pick(((150, 40, 40), (176, 178, 176), (66, 96, 124), (196, 190, 170), (60, 90, 70)))
@@ -264,7 +264,6 @@ class Scenery:
         if x < 0:
             ends = ((x - wide, max(self.here + NEAR, s - long)), (x + wide, s + long))
         slack = (reach >> 5) + 4  # for the turn, and for lamps and wheels, which stand out
-        top = int(body.points[1].max())
         box = (x - wide - slack, x + wide + slack, s - long - slack, s + long + slack, -6, top, True)
         whole = away - reach - slack > NEAR  # one that is cut off is hollow
         faces = [

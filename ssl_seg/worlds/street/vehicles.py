@@ -138,6 +138,7 @@ class Model(NamedTuple):
     body: Solid
     half: int  # of its width
     reach: int  # half its length
+    top: int  # height
     cores: list[tuple[int, int, int, int, int]]  # boxes within it: half the width, y from and to, along from and to
 
 
@@ -192,7 +193,7 @@ def vehicle(kind: str) -> Model:
                     ],
                     "glass",
                 )
-    return Model(Solid(made.points, made.faces), made.half, made.length // 2, made.cores)
+    return Model(Solid(made.points, made.faces), made.half, made.length // 2, made.top, made.cores)
 
 
 @lru_cache(maxsize=1 << 10)
