@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
-from ssl_seg.pairs import Spread, paired
+from ssl_seg.evidence.pairs import Spread, paired
 
 SCRATCH = "scratch"
 

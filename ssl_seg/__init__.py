@@ -1,7 +1,7 @@
 """ssl_seg: multi-task self-supervised pretraining for semantic segmentation, with evidence of whether it helps.
 
-The public names, imported when first used: `import ssl_seg` alone costs no torch. The stages' functions have the names
-of their modules and are imported from there: `from ssl_seg.pretrain import PretrainConfig, pretrain`.
+The public names, imported when first used: `import ssl_seg` alone costs no torch. The verbs are functions, as are the
+commands of `ssl-seg`: `from ssl_seg import PretrainConfig, Options, load, pretrain`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from typing import Any
 
 _HOMES = {
     "config": ("Config", "Interrupted", "Plugin", "UserError", "load"),
-    "data": ("Augment", "Labels"),
+    "data.loading": ("Augment", "Labels"),
+    "data.synth": ("synth",),
     "datasets": ("Dataset", "Example"),
-    "evaluate": ("EvaluateConfig", "load_model"),
-    "finetune": ("FinetuneConfig",),
+    "evidence.compare": ("compare",),
     "metrics": ("ConfusionMatrix", "SegmentationScores"),
     "models": ("Decoder", "DecoderNet", "DenseHead", "Encoder", "EncoderNet", "EncoderSpec", "ModelConfig"),
-    "norm": ("convert_norm", "norm_shares", "recalibrate"),
-    "predict": ("PredictConfig",),
-    "pretrain": ("PretrainConfig",),
-    "stage": ("Options",),
-    "switch_norm": ("SwitchNorm2d",),
+    "norm.convert": ("convert_norm", "norm_shares", "recalibrate"),
+    "norm.layers": ("SwitchNorm2d",),
+    "reports.runs": ("report",),
+    "stages.evaluate": ("EvaluateConfig", "evaluate", "load_model"),
+    "stages.finetune": ("FinetuneConfig", "finetune"),
+    "stages.predict": ("PredictConfig", "predict"),
+    "stages.pretrain": ("PretrainConfig", "pretrain"),
+    "stages.setup": ("Options",),
+    "studies.config": ("StudyConfig",),
+    "studies.study": ("StudyOptions", "study"),
     "tasks": ("Batch", "MultiTask", "PretextTask", "Segment", "Task", "View"),
-    "train": ("TrainConfig",),
-    "weights": ("load_encoder",),
+    "training.loop": ("TrainConfig",),
+    "weights.export": ("load_encoder",),
     "worlds": ("Scene", "World"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -35,3 +40,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'ssl_seg' has no attribute '{name}'")
     return getattr(importlib.import_module(f"ssl_seg.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

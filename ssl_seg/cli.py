@@ -21,11 +21,11 @@ from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssl_seg.compare import Comparison, Group
-    from ssl_seg.evidence import Interval
-    from ssl_seg.findings import Findings
-    from ssl_seg.metrics import SegmentationScores
-    from ssl_seg.pairs import Spread
+    from ssl_seg.evidence.compare import Comparison, Group
+    from ssl_seg.evidence.pairs import Spread
+    from ssl_seg.evidence.results import Findings
+    from ssl_seg.evidence.statistics import Interval
+    from ssl_seg.scores import SegmentationScores
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -82,9 +82,10 @@ def pretrain_command(
 ) -> None:
     """Train one encoder with pretext tasks on unlabelled images."""
     values = _values(words, plugin)
-    from ssl_seg import pretrain
+    from ssl_seg.stages import pretrain
+    from ssl_seg.stages.pretrain import PretrainConfig
 
-    config = load(pretrain.PretrainConfig, values)
+    config = load(PretrainConfig, values)
     if dry_run:
         _print_lines(pretrain.try_out(config).lines())
         return
@@ -106,9 +107,10 @@ def finetune_command(
 ) -> None:
     """Learn segmentation from labelled images: from scratch, or from a pretrained encoder."""
     values = _values(words, plugin)
-    from ssl_seg import finetune
+    from ssl_seg.stages import finetune
+    from ssl_seg.stages.finetune import FinetuneConfig
 
-    config = load(finetune.FinetuneConfig, values)
+    config = load(FinetuneConfig, values)
     if dry_run:
         _print_lines(finetune.try_out(config).lines())
         return
@@ -123,9 +125,10 @@ def finetune_command(
 def evaluate_command(words: Words = None, out: Out = None, plugin: Plugins = None) -> None:
     """Score a fine-tuned model on a labelled data set."""
     values = _values(words, plugin)
-    from ssl_seg import evaluate
+    from ssl_seg.stages import evaluate
+    from ssl_seg.stages.evaluate import EvaluateConfig
 
-    result = evaluate.evaluate(load(evaluate.EvaluateConfig, values), out)
+    result = evaluate.evaluate(load(EvaluateConfig, values), out)
     _print_lines(_score_lines("test", result.scores, result.class_names))
 
 
@@ -133,9 +136,10 @@ def evaluate_command(words: Words = None, out: Out = None, plugin: Plugins = Non
 def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None) -> None:
     """Write a mask for every image."""
     values = _values(words, plugin)
-    from ssl_seg import predict
+    from ssl_seg.stages import predict
+    from ssl_seg.stages.predict import PredictConfig
 
-    result = predict.predict(load(predict.PredictConfig, values), _needed(out))
+    result = predict.predict(load(PredictConfig, values), _needed(out))
     _print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
 
 
@@ -157,18 +161,20 @@ def compare_command(
         raise UserError("compare: --verify and --pictures read run folders; name these in place of --experiment")
     for module in plugin or []:
         use_plugin(module)
-    from ssl_seg import compare, passport
+    from ssl_seg.evidence import compare
+    from ssl_seg.evidence.compare import compare_experiment, draw_changed
+    from ssl_seg.evidence.passport import verify_all
 
     if verify:
-        for run, verified in passport.verify_all(runs):
+        for run, verified in verify_all(runs):
             said = f"{verified.figures} figures follow from the confusion matrices"
             without = ", ".join(verified.without_passport)
             more = f"; no passport of {without}, so not by which definition and on which images" if without else ""
             _print_lines([f"{run}: {said} (largest difference {verified.largest:.1g}){more}"])
-    found = compare.compare(runs) if runs else compare.compare_experiment(experiment, uri)
+    found = compare.compare(runs) if runs else compare_experiment(experiment, uri)
     _print_comparison(found)
     if drawn is not None:
-        written = compare.draw_changed(found, drawn)
+        written = draw_changed(found, drawn)
         _print_lines([f"{len(written)} images that changed most: {drawn}"])
 
 
@@ -187,13 +193,15 @@ def study_command(
         raise UserError(f"--executor {executor}: not known; write local or submitit")
     values = _values(words, plugin)
     folder = _needed(out)
-    from ssl_seg import questions, study
+    from ssl_seg.studies import study
+    from ssl_seg.studies.config import StudyConfig
+    from ssl_seg.studies.study import StudyOptions, outline
 
-    config = load(questions.StudyConfig, values)
+    config = load(StudyConfig, values)
     if dry_run:
-        _print_lines(study.outline(config, folder))
+        _print_lines(outline(config, folder))
         return
-    options = study.StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
+    options = StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
     _print_findings(study.study(config, options))
 
 
@@ -230,10 +238,11 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
-    from ssl_seg import report, study_report
+    from ssl_seg.reports import runs as of_runs
+    from ssl_seg.reports import study as of_study
 
-    is_study = any(study_report.is_study(run) for run in runs)
-    written = study_report.report(runs, out) if is_study else report.report(runs, out)
+    page = of_study if any(of_study.is_study(run) for run in runs) else of_runs
+    written = page.report(runs, out)
     _print_lines([written.headline, f"report: {written.path}"])
 
 
@@ -243,8 +252,8 @@ def norms_command(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ssl_seg import norms
-    from ssl_seg.switch_norm import SHARES
+    from ssl_seg.norm.layers import SHARES
+    from ssl_seg.reports import norms
 
     found = norms.norms(run)
     table = Table("", "channels", *(f"{of} {share}" for of in ("mean", "var") for share in SHARES))
@@ -282,7 +291,7 @@ def synth_command(
     options = _values(words, plugin)
     if "type" in options:
         raise UserError(f"type={options['type']}: the world is the first word; write ssl-seg synth {options['type']}")
-    from ssl_seg import synth
+    from ssl_seg.data import synth
     from ssl_seg.datasets.synthetic import Synthetic
 
     values = {"kind": {**options, "type": kind}, "count": count, "size": (int(height), int(width)), "seed": seed}
@@ -339,7 +348,7 @@ def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any
 
 
 def _options(out: Path | None, resume: bool, overwrite: bool, allow_changed: list[str] | None, quiet: bool) -> Any:
-    from ssl_seg.stage import Options
+    from ssl_seg.stages.setup import Options
 
     folder = _needed(out)
     if not resume and not overwrite and folder.exists():
@@ -379,7 +388,7 @@ def _print_comparison(found: Comparison) -> None:
 def _main_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
     from rich.table import Table
 
-    from ssl_seg.compare import main_score_of
+    from ssl_seg.evidence.compare import main_score_of
 
     score = main_score_of(groups)
     gaining = [group for group in groups if score and found.baseline(group)]
@@ -434,9 +443,9 @@ def _print_findings(found: Findings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ssl_seg.answers import NOTHING, between, p_as_number, percent, points
-    from ssl_seg.findings import CELLS_FILE, GAINS_FILE
-    from ssl_seg.study_answers import answer
+    from ssl_seg.evidence.claims import NOTHING, between, p_as_number, percent, points
+    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE
+    from ssl_seg.evidence.study_claims import answer
 
     level = f"{100 * found.record['level']:g} %"
     columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_seg.confusion import BAND_WIDTH, SegmentationScores
 from ssl_seg.losses import IGNORE_INDEX, regression
+from ssl_seg.scores import BAND_WIDTH, SegmentationScores
 
 # 10 log10 of a squared error under 1e-10 (a hundredth of a thousandth of the range) says nothing more, and one
 # infinite value would spoil the mean over a data set.

@@ -16,7 +16,7 @@ from ssl_seg.config import UserError
 
 # Children start from a server that has imported torch once and runs no threads, so that starting one takes little.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ssl_seg.store", "ssl_seg.weights", "hypothesis", "pytest"])
+PROCESSES.set_forkserver_preload(["ssl_seg.runs.writer", "ssl_seg.weights.export", "hypothesis", "pytest"])
 SYSTEM_CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "ftruncate")
 
 

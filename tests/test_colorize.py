@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from pretext import colorize
 from pretext.colorize import Colorize
 from ssl_seg import rng
-from ssl_seg.data import Augment, Samples
+from ssl_seg.data.loading import Augment, Samples
 from ssl_seg.models import DecoderNet, DenseHead, Features
-from ssl_seg.stage import prepare_tasks, recall
+from ssl_seg.stages.setup import prepare_tasks, recall
 from ssl_seg.tasks import PretextTask, View
 from ssl_seg.testing import check_pretext_task
 from tests.small import Textured

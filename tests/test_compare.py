@@ -15,16 +15,19 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_seg import cli, compare, report, runs
-from ssl_seg.answers import certainty
-from ssl_seg.compare import Group, Outcome, group
-from ssl_seg.confusion import IMAGES_FILE
-from ssl_seg.data import hold_out
-from ssl_seg.evaluate import changed_pictures, examples_of, image_confusions
-from ssl_seg.evidence import block_bootstrap
+from ssl_seg import cli
+from ssl_seg.data.loading import hold_out
+from ssl_seg.evidence import compare
+from ssl_seg.evidence.claims import certainty
+from ssl_seg.evidence.compare import Group, Outcome, group
+from ssl_seg.evidence.statistics import block_bootstrap
+from ssl_seg.figures.panels import GAP, palette
 from ssl_seg.images import read_image, resize_mask
-from ssl_seg.pictures import GAP, palette
-from ssl_seg.runs import RunFolder
+from ssl_seg.reports import runs
+from ssl_seg.runs import folder as run_folder
+from ssl_seg.runs.folder import RunFolder, described, scores_of
+from ssl_seg.scores import IMAGES_FILE
+from ssl_seg.stages.evaluate import changed_pictures, examples_of, image_confusions
 from ssl_seg.tracking import mirror
 from tests.faults import message_of
 from tests.small import Textured
@@ -71,7 +74,7 @@ def finetuned(miou: float, pretraining: dict[str, Any] | None = None, **over: An
     start = None
     if pretraining is not None:
         start = {"stage": "pretrain", "config": laid(PRETRAINING, pretraining), "origin": None}
-    description = runs.described(laid(CONFIG, dotted), start)
+    description = described(laid(CONFIG, dotted), start)
     return compare.outcome("run", "finetune", description, {"val/miou": miou, "val/iou/road": miou / 2})
 
 
@@ -164,7 +167,7 @@ def test_pretrainings_on_other_images_under_one_path_are_no_group(tmp_path: Path
         pool = {"images": images, "sha256_of_names": f"{images:064d}"}
         (pretrained / "data.json").write_text(json.dumps({"pool": pool}))
         record = {"stage": "finetune", "config": {**CONFIG, "init": str(pretrained)}}
-        record["origin"] = runs.origin(record["config"]["init"])
+        record["origin"] = run_folder.origin(record["config"]["init"])
         (tmp_path / f"run_{number}").mkdir()
         (tmp_path / f"run_{number}" / "run.json").write_text(json.dumps({**record, "status": "finished"}))
         (tmp_path / f"run_{number}" / "result.json").write_text(json.dumps({"val": {"miou": 0.2}}))
@@ -269,8 +272,8 @@ def test_the_start_of_an_older_run_is_looked_up(tmp_path: Path) -> None:
 def test_a_start_has_its_own_start(tmp_path: Path) -> None:
     first = written(tmp_path / "first", PRETRAINING, {}, stage="pretrain")
     between = laid(PRETRAINING, {"init": str(first), "train.steps": 9})
-    second = written(tmp_path / "second", between, {}, stage="pretrain", origin=runs.origin(str(first)))
-    description = runs.described(laid(CONFIG, {"init": str(second)}), runs.origin(str(second)))
+    second = written(tmp_path / "second", between, {}, stage="pretrain", origin=run_folder.origin(str(first)))
+    description = described(laid(CONFIG, {"init": str(second)}), run_folder.origin(str(second)))
     assert description["init.train.steps"] == "9"
     assert description["init.init.train.steps"] == "1500"
 
@@ -324,9 +327,9 @@ def test_a_report_calls_none_of_them_the_highest(tmp_path: Path) -> None:
     other = of_images(tmp_path / "other", 1, init="runs/pre", images="b")
     alike = of_images(tmp_path / "alike", 1, init="runs/pre")
     change(alike / "run.json", lambda record: record["config"]["train"].update(steps=9))
-    assert "so none is the highest" in report.report([one, other]).headline
+    assert "so none is the highest" in runs.report([one, other]).headline
     assert "it differs in val: split." in (tmp_path / "report.html").read_text()
-    assert "The highest mean mIoU" in report.report([one, alike]).headline
+    assert "The highest mean mIoU" in runs.report([one, alike]).headline
 
 
 def test_a_run_without_a_passport_is_ranked_among_its_like_alone(tmp_path: Path) -> None:
@@ -473,10 +476,10 @@ def test_the_images_that_changed_most_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     side = 80
-    monkeypatch.setattr("ssl_seg.pictures.ERROR_SIDE", side)
+    monkeypatch.setattr("ssl_seg.figures.panels.ERROR_SIDE", side)
     data = Textured(count=9)
     models = {tmp_path / name: Constant(index) for index, name in enumerate(("scratch", "pre"))}
-    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda run: (models[run], (40, 40)))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda run: (models[run], (40, 40)))
     for (folder, model), init in zip(models.items(), (None, "runs/pre"), strict=True):
         config = laid(CONFIG, {"data.val": data.dump(), "init": init})
         origin = None if init is None else {"stage": "pretrain", "config": PRETRAINING, "origin": None}
@@ -687,9 +690,9 @@ def with_record(**record: Any) -> dict[str, Any]:
 )
 def test_a_file_of_a_stranger_that_makes_no_sense_is_one_line(name: str, values: Any, tmp_path: Path) -> None:
     run = written(tmp_path / "run", CONFIG, {"val": {"miou": 0.5, "iou/a": 0.5}})
-    report.report([run])
+    runs.report([run])
     (run / name).write_text(json.dumps(values))
-    assert str(run) in message_of(lambda: report.report([run]))
+    assert str(run) in message_of(lambda: runs.report([run]))
     if name in ("run.json", "result.json", "split.json"):
         assert str(run) in message_of(lambda: compare.compare([run]))
 
@@ -707,11 +710,11 @@ def test_a_start_that_does_not_name_its_own_is_read(tmp_path: Path) -> None:
 def test_json_nested_without_end_and_metrics_that_are_no_numbers_are_one_line(tmp_path: Path) -> None:
     run = written(tmp_path / "run", CONFIG, {"val": {"miou": 0.5}})
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": "low"}\n')
-    assert "line 1 is no metrics record" in message_of(lambda: report.report([run]))
+    assert "line 1 is no metrics record" in message_of(lambda: runs.report([run]))
     (run / "result.json").write_text("[" * 100_000)
     assert "result.json: not readable as JSON" in message_of(lambda: compare.compare([run]))
 
 
 def test_a_score_that_is_no_finite_number_is_none() -> None:
     result = {"val": {"miou": 0.5, "iou/a": math.nan, "iou/b": math.inf, "iou/c": None, "iou/d": 10**400}}
-    assert runs.scores_of(result) == {"val/miou": 0.5}
+    assert scores_of(result) == {"val/miou": 0.5}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
 
 from ssl_seg.config import UserError
-from ssl_seg.confusion import (
+from ssl_seg.scores import (
     COLUMNS,
     IMAGES_FILE,
     ImageConfusions,
@@ -221,7 +221,7 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
     kept(tmp_path, {"val": of_matrices(drawn(3))})
     script = (
         "import sys\n"
-        "from ssl_seg.confusion import read_image_confusion\n"
+        "from ssl_seg.scores import read_image_confusion\n"
         f"assert len(read_image_confusion({str(tmp_path)!r})['val']) == 3\n"
         "assert 'torch' not in sys.modules\n"
     )

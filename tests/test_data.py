@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ssl_seg import rng
 from ssl_seg.config import UserError
-from ssl_seg.data import (
+from ssl_seg.data.loading import (
     Augment,
     Draws,
     Examples,

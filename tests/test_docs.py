@@ -25,21 +25,21 @@ from pretext.colorize import Colorize
 from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.jigsaw import Jigsaw
-from ssl_seg import weights
 from ssl_seg.cli import app
 from ssl_seg.config import Config, Plugin, UserError, load, merge, read_words, use_plugin
+from ssl_seg.data.synth import EXTRAS
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.synthetic import Synthetic
-from ssl_seg.evaluate import EvaluateConfig, build_model
-from ssl_seg.finetune import FinetuneConfig
 from ssl_seg.models import Decoder, ModelConfig
-from ssl_seg.norm import Kind
-from ssl_seg.plan import make_plan
-from ssl_seg.predict import PredictConfig
-from ssl_seg.pretrain import PretrainConfig
-from ssl_seg.questions import StudyConfig
-from ssl_seg.synth import EXTRAS
+from ssl_seg.norm.convert import Kind
+from ssl_seg.stages.evaluate import EvaluateConfig, build_model
+from ssl_seg.stages.finetune import FinetuneConfig
+from ssl_seg.stages.predict import PredictConfig
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.studies.config import StudyConfig
+from ssl_seg.studies.plan import make_plan
 from ssl_seg.tracking import Tracking
+from ssl_seg.weights.export import export_encoder, export_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -203,8 +203,8 @@ def test_the_functions_for_your_own_code_run(tmp_path: Path, capsys: pytest.Capt
     (block,) = [block for block in blocks("python") if block.page == "models.md"]
     config = ModelConfig(encoder="resnet18", decoder={"channels": [16, 16, 16, 16, 8]})
     model = build_model(config, ("ground", "leaf")).eval()
-    weights.export_encoder(tmp_path, model.encoder, config.dump())
-    weights.export_model(tmp_path, model, config.dump(), {"resize": (32, 64)})
+    export_encoder(tmp_path, model.encoder, config.dump())
+    export_model(tmp_path, model, config.dump(), {"resize": (32, 64)})
     scope: dict[str, Any] = {}
     exec(compile(block.text, block.page, "exec"), scope)
     image = torch.rand(1, 3, 40, 70)

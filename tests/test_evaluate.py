@@ -14,12 +14,18 @@ import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
-from ssl_seg import images, passport, runs, store
+from ssl_seg import images
 from ssl_seg.config import UserError, load
-from ssl_seg.confusion import named_scores, read_image_confusion
-from ssl_seg.data import Subset
+from ssl_seg.data.loading import Subset
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.evaluate import (
+from ssl_seg.evidence.passport import verify
+from ssl_seg.figures.panels import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
+from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
+from ssl_seg.metrics import near_boundaries
+from ssl_seg.runs.folder import RunFolder, description_of, labelled_digest, leak_word
+from ssl_seg.runs.writer import Run, hold
+from ssl_seg.scores import named_scores, read_image_confusion
+from ssl_seg.stages.evaluate import (
     EvaluateConfig,
     error_picture,
     evaluate,
@@ -30,12 +36,8 @@ from ssl_seg.evaluate import (
     task_pictures,
     write_images,
 )
-from ssl_seg.leaks import LeakError, Leaks, Question, check
-from ssl_seg.metrics import near_boundaries
-from ssl_seg.pictures import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
-from ssl_seg.pretrain import PretrainConfig
-from ssl_seg.runs import RunFolder
-from ssl_seg.stage import build_module
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.setup import build_module
 from tests.faults import message_of
 from tests.small import Textured, pretraining
 
@@ -228,7 +230,7 @@ def test_the_error_map_shows_what_was_counted_wrong() -> None:
 def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = Halves()
     height, width = examples.read(2).label.shape
-    monkeypatch.setattr("ssl_seg.pictures.ERROR_SIDE", width)  # pixel by pixel
+    monkeypatch.setattr("ssl_seg.figures.panels.ERROR_SIDE", width)  # pixel by pixel
     sheet = error_picture(Brightness(), examples, 2, resize)
     total = image_confusions(Brightness(), examples, resize).total([2])
     errors = sheet[:height, 3 * (width + GAP) :]
@@ -241,12 +243,12 @@ def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, m
 def test_evaluate_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Brightness()
     model.class_names = Halves().class_names
-    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda path: (model, None))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (model, None))
     config = EvaluateConfig(model="x", data={"test": Unmasked()}, workers=0, device="cpu")
     evaluate(config, tmp_path / "out")
     summed = read_image_confusion(tmp_path / "out")["test"].total().tolist()
     assert summed == json.loads((tmp_path / "out" / "confusion.json").read_text())["test"]
-    assert passport.verify(tmp_path / "out").largest <= 1e-12
+    assert verify(tmp_path / "out").largest <= 1e-12
     assert len(listed(tmp_path / "out")["test"]) == 2
     with pytest.raises(UserError, match=r"data\.test: holds no image"):
         evaluate(EvaluateConfig(model="x", data={"test": Halves(count=0)}), tmp_path / "empty")
@@ -264,10 +266,10 @@ class Ground(Brightness):
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run of a model that was trained on two images, as `finetune` leaves it."""
-    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda path: (Ground(), None))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Ground(), None))
     folder = tmp_path / "run"
     folder.mkdir()
-    place = store.Run(folder, {}, os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
+    place = Run(folder, {}, os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
     check(place, Question({"labelled": Textured(count=2, seed=5)}, {"val": Textured(count=2, seed=6)}, Leaks()))
     config = {
         "seed": 3,
@@ -297,15 +299,15 @@ def test_images_that_the_model_was_trained_on_are_no_test(
         assert raised.value.exit_code == 3
     allowed = of_textured(trained, 5, leaks={"allow": ["exact"]})
     assert evaluate(allowed, tmp_path / "out").out == tmp_path / "out", "the refused one is taken again"
-    assert runs.leak_word(RunFolder.open(tmp_path / "out").read("leaks.json")) == "allowed"
+    assert leak_word(RunFolder.open(tmp_path / "out").read("leaks.json")) == "allowed"
     evaluate(of_textured(trained, 5, leaks={"check": False}), tmp_path / "unchecked")
-    assert runs.leak_word(RunFolder.open(tmp_path / "unchecked").read("leaks.json")) == "unchecked"
+    assert leak_word(RunFolder.open(tmp_path / "unchecked").read("leaks.json")) == "unchecked"
 
 
 def test_the_model_s_own_validation_images_are_no_leak(trained: Path, tmp_path: Path) -> None:
     evaluate(of_textured(trained, 6), tmp_path / "out")
     record = RunFolder.open(tmp_path / "out").read("leaks.json")
-    assert runs.leak_word(record) == "clean"
+    assert leak_word(record) == "clean"
     assert list(record["trained"].values()) == [2]
 
 
@@ -315,8 +317,8 @@ def test_an_evaluation_says_of_which_run_its_model_is(trained: Path, tmp_path: P
     own = RunFolder.open(trained)
     assert run.is_done
     assert run.record["origin"] == {"stage": "finetune", "config": own.config, "origin": None}
-    assert runs.labelled_digest(run.read("split.json")) == runs.labelled_digest(own.read("split.json")) != ""
-    described = runs.description_of(run.record)
+    assert labelled_digest(run.read("split.json")) == labelled_digest(own.read("split.json")) != ""
+    described = description_of(run.record)
     assert (described["seed"], described["data.test.seed"]) == ("3", "7")
     assert "data.test.root" not in described
     assert run.read("data.json")["test"]["images"] == 2
@@ -325,7 +327,7 @@ def test_an_evaluation_says_of_which_run_its_model_is(trained: Path, tmp_path: P
 def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_seg.evaluate.check", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("ssl_seg.leaks.guard.check", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file" / "out", Path("/proc/nope/out")):
         assert f"{out}: cannot be written" in message_of(lambda out=out: evaluate(of_textured(trained, 6), out))
@@ -342,25 +344,25 @@ def test_an_evaluation_that_was_killed_is_taken_again(
 
     config, out = of_textured(trained, 6), tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(f"ssl_seg.evaluate.{name}", die)
+        patched.setattr(f"ssl_seg.stages.evaluate.{name}", die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config, out)
     assert not RunFolder.open(out).is_done
     evaluate(config, out)
-    assert passport.verify(out).figures == 6
+    assert verify(out).figures == 6
     with pytest.raises(UserError, match="exists already"):
         evaluate(config, out)
 
 
 def test_two_evaluations_do_not_write_one_folder(trained: Path, tmp_path: Path) -> None:
-    with store.hold(tmp_path / "out"):
+    with hold(tmp_path / "out"):
         assert "in use by process" in message_of(lambda: evaluate(of_textured(trained, 6), tmp_path / "out"))
 
 
 def test_the_model_s_classes_must_be_the_data_s(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Brightness()
     model.class_names = ("ground", "disc")
-    monkeypatch.setattr("ssl_seg.evaluate.load_model", lambda path: (model, None))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (model, None))
     assert evaluate(EvaluateConfig(model="x", data={"test": Textured(count=1)}, workers=0)).out is None
     with pytest.raises(UserError, match=r"data\.test: has the classes dark, bright, never"):
         evaluate(EvaluateConfig(model="x", data={"test": Halves()}))

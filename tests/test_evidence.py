@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ssl_seg import evidence
 from ssl_seg.config import UserError
-from ssl_seg.confusion import ImageConfusions
-from ssl_seg.evidence import (
+from ssl_seg.evidence import statistics
+from ssl_seg.evidence.pairs import independent, of_differences
+from ssl_seg.evidence.statistics import (
+    MIN_FLIPS,
+    MIN_RESAMPLED,
     Interval,
     block_bootstrap,
     bootstrap_t_interval,
@@ -31,7 +33,7 @@ from ssl_seg.evidence import (
     t_interval,
     t_test_p,
 )
-from ssl_seg.pairs import independent, of_differences
+from ssl_seg.scores import ImageConfusions
 
 # Darwin's plants, crossed against self-fertilised: paired differences in eighths of an inch (Fisher 1935, section 17).
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
@@ -299,9 +301,9 @@ def test_of_several_like_comparisons_holm_tells_any_on_few_pages() -> None:
 @pytest.mark.parametrize("pairs", [3, 5, 8, 16])
 def test_coverage_and_rates_of_20000_null_studies(pairs: int) -> None:
     assert 0.945 <= coverage(t_interval, normal, pairs, 20_000) <= 0.955
-    if pairs >= evidence.MIN_RESAMPLED:
+    if pairs >= MIN_RESAMPLED:
         assert 0.935 <= coverage(short_bootstrap_t, normal, pairs, 20_000) <= 0.96
-    if pairs >= evidence.MIN_FLIPS:
+    if pairs >= MIN_FLIPS:
         expected = attainable(pairs, 0.05)
         error = math.sqrt(expected * (1 - expected) / 20_000)
         assert rejections(two_like_arms, pairs, 0.05, 20_000) == pytest.approx(expected, abs=3 * error)
@@ -371,7 +373,7 @@ def test_sides_may_be_several_runs_and_change_places() -> None:
 def test_resamples_do_not_depend_on_how_many_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = drawn(80, seed=0), drawn(80, seed=1)
     at_once = block_bootstrap(a, b, resamples=1000)
-    monkeypatch.setattr(evidence, "AT_ONCE", 7 * 16)
+    monkeypatch.setattr(statistics, "AT_ONCE", 7 * 16)
     assert block_bootstrap(a, b, resamples=1000) == at_once
     assert block_bootstrap(a, b, resamples=1000, seed=1) != at_once
 
@@ -527,7 +529,7 @@ def test_coverage_with_few_blocks(blocks: int) -> None:
 def test_it_needs_neither_torch_nor_scipy_stats() -> None:
     script = (
         "import sys\n"
-        "from ssl_seg.evidence import t_interval\n"
+        "from ssl_seg.evidence.statistics import t_interval\n"
         "assert t_interval([1.0, 2.0]) is not None\n"
         "assert not {'torch', 'scipy.stats'} & set(sys.modules)\n"
     )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssl_seg import findings
-from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes, read_image_confusion
-from ssl_seg.evidence import detectable
+from ssl_seg.evidence import results
+from ssl_seg.evidence.statistics import detectable
+from ssl_seg.scores import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes, read_image_confusion
 from tests.faults import message_of
 
 CLASSES = ("ground", "disc")
@@ -74,7 +74,7 @@ def scores_in(folder: Path, arm: str, count: int, seeds: tuple[int, ...] = SEEDS
 
 
 def test_gains_are_paired_by_seed(folder: Path) -> None:
-    found = findings.read(folder)
+    found = results.read(folder)
     assert found.arms == ("scratch", "good", "same")
     assert found.main_score == "test/miou"
     gain = found.gain("good", (("labels.count", "5"),))
@@ -87,7 +87,7 @@ def test_gains_are_paired_by_seed(folder: Path) -> None:
 
 
 def test_a_failed_cell_takes_its_pair_along_and_no_other(folder: Path) -> None:
-    found = findings.read(folder)
+    found = results.read(folder)
     gain = found.gain("same", (("labels.count", "10"),))
     assert gain.seeds == SEEDS[:7]
     assert gain.p is None  # seven pairs
@@ -97,30 +97,30 @@ def test_a_failed_cell_takes_its_pair_along_and_no_other(folder: Path) -> None:
 
 
 def test_the_interval_over_images_holds_the_mean_gain(folder: Path) -> None:
-    for gain in findings.read(folder).gains:
+    for gain in results.read(folder).gains:
         assert gain.images.low < gain.gains.mean < gain.images.high
 
 
 def test_pretrainings_that_serve_several_pairs_have_an_interval_of_their_own(tmp_path: Path) -> None:
-    found = findings.read(write_study(tmp_path, num_starts=4))
+    found = results.read(write_study(tmp_path, num_starts=4))
     gain = found.gain("good", (("labels.count", "5"),))
     means = [np.mean([gain.gains.values[seed] for seed in SEEDS if seed % 4 == start]) for start in range(4)]
     wanted = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     assert (gain.over_starts.low, gain.over_starts.high) == pytest.approx((wanted.low, wanted.high))
-    assert findings.read(write_study(tmp_path / "two")).gains[0].over_starts is None
-    assert findings.read(write_study(tmp_path / "all", num_starts=8)).gains[0].over_starts is None
+    assert results.read(write_study(tmp_path / "two")).gains[0].over_starts is None
+    assert results.read(write_study(tmp_path / "all", num_starts=8)).gains[0].over_starts is None
 
 
 def test_p_and_the_mean_are_those_of_what_is_independent(tmp_path: Path) -> None:
     condition = (("labels.count", "5"),)
-    own = findings.read(write_study(tmp_path / "own", num_starts=8)).gain("good", condition)
+    own = results.read(write_study(tmp_path / "own", num_starts=8)).gain("good", condition)
     assert own.p == pytest.approx(2 / 2**8)
-    gain = findings.read(write_study(tmp_path / "three", num_starts=3)).gain("good", condition)
+    gain = results.read(write_study(tmp_path / "three", num_starts=3)).gain("good", condition)
     assert gain.p is None, "three means say nothing exactly"
     means = [np.mean([gain.gains.values[seed] for seed in SEEDS if seed % 3 == start]) for start in range(3)]
     assert gain.gains.mean == pytest.approx(np.mean(means))
     assert (gain.over_starts.low + gain.over_starts.high) / 2 == pytest.approx(gain.gains.mean)
-    (row, *_) = findings.gain_rows(findings.read(tmp_path / "three"))
+    (row, *_) = results.gain_rows(results.read(tmp_path / "three"))
     assert (row["independent"], row["starts_low"]) == (3, gain.over_starts.low)
     assert row["detectable"] == pytest.approx(detectable(means))
 
@@ -132,21 +132,21 @@ def test_masks_corrected_between_two_starts_take_intervals_over_images_and_nothi
         run = folder / "cells" / name
         images = {part: replace(own, digest=digest) for part, own in read_image_confusion(run).items()}
         (run / IMAGES_FILE).write_bytes(image_confusion_bytes(images))
-    found = findings.read(folder)
+    found = results.read(folder)
     gain = found.gain("good", (("labels.count", "5"),), images=True)
     assert (gain.gains.n, gain.images) == (8, None)
-    findings.write_tables(found)
+    results.write_tables(found)
 
 
 def test_damaged_images_of_one_cell_take_its_intervals_over_images_and_nothing_else(tmp_path: Path) -> None:
     folder = write_study(tmp_path)
     (folder / "cells" / "good5s3" / IMAGES_FILE).write_bytes(b"no such file")
-    found = findings.read(folder)
+    found = results.read(folder)
     missing = [(gain.arm, *dict(gain.condition).values()) for gain in found.gains if gain.images is None]
     assert missing == [("good", "5")]
     assert len(found.faults) == 1
     assert "good5s3" in found.faults[0]
-    findings.write_tables(found)
+    results.write_tables(found)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_cells_that_no_study_writes_are_one_line(edit: dict[str, Any], place: st
     record = json.loads((folder / "study.json").read_text())
     record["cells"][0] |= edit
     (folder / "study.json").write_text(json.dumps(record))
-    assert place in message_of(lambda: findings.read(folder))
+    assert place in message_of(lambda: results.read(folder))
 
 
 def test_cells_of_other_labelled_images_are_no_pair(tmp_path: Path) -> None:
@@ -171,21 +171,21 @@ def test_cells_of_other_labelled_images_are_no_pair(tmp_path: Path) -> None:
     for run in (folder / "cells").glob("*5s*"):
         (run / "split.json").write_text(json.dumps({"labelled": ["a"]}))
     (folder / "cells" / "good5s3" / "split.json").write_text(json.dumps({"labelled": ["b"]}))
-    found = findings.read(folder)
+    found = results.read(folder)
     assert found.gain("good", (("labels.count", "5"),)).seeds == (0, 1, 2, 4, 5, 6, 7)
     assert found.apart == ("good5s3: no pair with scratch5s3: their labelled images differ",)
 
 
 def test_p_is_adjusted_for_all_comparisons_of_the_study(folder: Path) -> None:
-    told = [gain for gain in findings.read(folder).gains if gain.p is not None]
+    told = [gain for gain in results.read(folder).gains if gain.p is not None]
     assert len(told) == 3
     assert min(gain.p_holm for gain in told) == pytest.approx(3 * 2 / 2**8)
     assert all(gain.p_holm >= gain.p for gain in told)
 
 
 def test_tables_are_tidy(folder: Path) -> None:
-    found = findings.read(folder)
-    findings.write_tables(found)
+    found = results.read(folder)
+    results.write_tables(found)
     cells = list(csv.DictReader((folder / "cells.csv").read_text().splitlines()))
     assert len(cells) == 2 * 3 * 8
     assert [row["message"] for row in cells if row["status"] != "finished"] == ["exit 2: no room"]
@@ -198,6 +198,6 @@ def test_tables_are_tidy(folder: Path) -> None:
 
 
 def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:
-    assert "is no study" in message_of(lambda: findings.read(tmp_path))
+    assert "is no study" in message_of(lambda: results.read(tmp_path))
     (tmp_path / "study.json").write_text('{"cells": [{"id": 3}]}')
-    assert "not as ssl-seg study writes it" in message_of(lambda: findings.read(tmp_path))
+    assert "not as ssl-seg study writes it" in message_of(lambda: results.read(tmp_path))

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_seg import passport, weights
 from ssl_seg.config import UserError, load
-from ssl_seg.confusion import read_image_confusion
-from ssl_seg.data import sample_digest
-from ssl_seg.evaluate import image_confusions, load_model
-from ssl_seg.finetune import (
+from ssl_seg.data.loading import sample_digest
+from ssl_seg.evidence.passport import verify
+from ssl_seg.runs.folder import LOCK, read_metrics
+from ssl_seg.runs.writer import RUN_FILES, load_state
+from ssl_seg.scores import read_image_confusion
+from ssl_seg.stages.evaluate import image_confusions, load_model
+from ssl_seg.stages.finetune import (
     SEGMENT,
     FinetuneConfig,
     Finetuned,
@@ -25,10 +27,9 @@ from ssl_seg.finetune import (
     of_small_images,
     resolve,
 )
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.runs import LOCK, read_metrics
-from ssl_seg.stage import Options, build_module
-from ssl_seg.store import RUN_FILES, load_state
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options, build_module
+from ssl_seg.weights.export import Receipt
 from tests.small import MODEL, POOL, Textured, finetuning, pretraining
 
 
@@ -223,7 +224,7 @@ def test_every_image_s_confusion_adds_up_to_the_run_s(tmp_path: Path) -> None:
         assert found[part].names == tuple(f"textured_{seed}_{index}" for index in range(3))
         assert found[part].class_names == ("ground", "disc")
     assert {path.name for path in done.folder.iterdir()} <= {*RUN_FILES, LOCK}, "--overwrite would leave the rest"
-    assert passport.verify(done.folder).largest <= 1e-9
+    assert verify(done.folder).largest <= 1e-9
     said = json.loads((done.folder / "result.json").read_text())["passport"]
     assert said["val"]["split"] == found["val"].digest != said["test"]["split"]
     split = json.loads((done.folder / "split.json").read_text())
@@ -311,7 +312,7 @@ def test_the_receipts_are_kept(pretrained: Path, tmp_path: Path) -> None:
     done = run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+denoise"})
     kept = json.loads((done.folder / "receipts.json").read_text())
     for part in ("encoder", "decoder"):
-        receipt = weights.Receipt(**kept[part])
+        receipt = Receipt(**kept[part])
         assert receipt.share == 1.0
         assert not receipt.missing + receipt.left_over
     assert kept["encoder"]["features_equal"] is True

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ssl_seg.config import load
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.runs import read_metrics
-from ssl_seg.stage import Options
+from ssl_seg.runs.folder import read_metrics
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
 from tests.small import pretraining
 
 KEPT = Path(__file__).parent / "golden" / "pretraining.json"

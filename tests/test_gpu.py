@@ -22,18 +22,20 @@ from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.jigsaw import Jigsaw
 from pretext.rotate import Rotate
-from ssl_seg import files, rng, runs, store
+from ssl_seg import files, rng
 from ssl_seg.config import load
-from ssl_seg.data import Samples
-from ssl_seg.evaluate import EvaluateConfig, build_model, evaluate, image_confusions
-from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.fingerprint import TOLERANCE, feature_distance, fingerprint
+from ssl_seg.data.loading import Samples
 from ssl_seg.models import ModelConfig
-from ssl_seg.norm import convert_norm
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.stage import Options, build_module, open_streams, pool_tasks
+from ssl_seg.norm.convert import convert_norm
+from ssl_seg.runs.folder import software_of
+from ssl_seg.runs.writer import load_state
+from ssl_seg.stages.evaluate import EvaluateConfig, build_model, evaluate, image_confusions
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options, build_module, open_streams, pool_tasks
 from ssl_seg.tasks import PretextTask, View
-from ssl_seg.train import Learner, NonFiniteError, Processes, Step, backward, finish_gradients, train
+from ssl_seg.training.loop import Learner, NonFiniteError, Processes, Step, backward, finish_gradients, train
+from ssl_seg.weights.fingerprint import TOLERANCE, feature_distance, fingerprint
 from tests.small import Textured, finetuning, pretraining
 from tests.test_resume import figures
 from tests.test_train import poison, run
@@ -267,12 +269,12 @@ def test_norms_are_those_of_the_cpu(kind: str, exact: None) -> None:
 def test_a_run_that_was_cut_goes_on_on_the_gpu_and_on_the_cpu(precision: str, tmp_path: Path) -> None:
     values = {**pretraining(steps=8, save_every=4, lr=1e-4, device="auto", precision=precision), "model": MODEL}
     whole = pretrain(load(PretrainConfig, values), Options(tmp_path / "whole", quiet=True)).folder
-    assert runs.software_of(files.read_json(whole / "run.json"))["device"] == "1 x cuda"
+    assert software_of(files.read_json(whole / "run.json"))["device"] == "1 x cuda"
     cut_after(4, whole, tmp_path / "cut")
     pretrain(load(PretrainConfig, values), Options(tmp_path / "cut", quiet=True))
     for again, once in zip(figures(tmp_path / "cut"), figures(whole), strict=True):
         assert again == pytest.approx(once, rel=1e-2, abs=1e-4, nan_ok=True)  # an overflow's norm in fp16
-    assert store.load_state(whole).data.keys() == store.load_state(tmp_path / "cut").data.keys()
+    assert load_state(whole).data.keys() == load_state(tmp_path / "cut").data.keys()
     if precision == "fp32":
         cut_after(4, whole, tmp_path / "moved")
         values["train"]["device"] = "cpu"

@@ -16,17 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_seg import leaks, likeness, runs
 from ssl_seg.cli import app, run
 from ssl_seg.config import UserError, load
 from ssl_seg.datasets import Example, numbering
 from ssl_seg.datasets.synthetic import Synthetic
-from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.leaks import Compared, Leak, LeakError, Leaks, Question, compare, is_allowed, sentence
-from ssl_seg.likeness import SIDE, Fingerprints, fingerprint
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.runs import leak_word
-from ssl_seg.stage import Options
+from ssl_seg.leaks import guard, near_duplicates
+from ssl_seg.leaks.guard import Compared, Leak, LeakError, Leaks, Question, compare, is_allowed, sentence
+from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, fingerprint
+from ssl_seg.runs.folder import leak_word, read_checked
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
 from tests.small import Textured, finetuning, pretraining
 
 T = TypeVar("T")
@@ -245,8 +245,8 @@ def test_thirty_copies_of_one_picture_are_not_taken_for_a_margin() -> None:
 
 def test_a_handful_of_pictures_shares_nothing() -> None:
     few, many = (printed([in_white(picture) for picture in clouds(count, seed=8)]).thumbs for count in (5, 30))
-    assert not likeness.shared_structure(few).any()
-    shared = likeness.shared_structure(many)
+    assert not near_duplicates.shared_structure(few).any()
+    shared = near_duplicates.shared_structure(many)
     assert shared[6:58, 6].all()
     assert shared[20:44, 20:44].mean() < 0.15
 
@@ -348,7 +348,7 @@ def test_what_is_found_does_not_depend_on_the_blocks(
 ) -> None:
     trained = printed([cropped(image, (0, 0.8), (0, 0.8)) for image in scenes])
     whole = found(trained, scored)
-    monkeypatch.setattr(likeness, "BLOCK", 5)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 5)
     assert sorted(found(trained, scored), key=str) == sorted(whole, key=str)
 
 
@@ -356,11 +356,11 @@ def test_only_the_best_of_all_blocks_are_aligned(
     scenes: list[np.ndarray], scored: Fingerprints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = []
-    monkeypatch.setattr(likeness, "_align", lambda *_: tried.append(1))
-    monkeypatch.setattr(likeness, "NEAR", -1.0)
-    monkeypatch.setattr(likeness, "BLOCK", 4)
+    monkeypatch.setattr(near_duplicates, "_align", lambda *_: tried.append(1))
+    monkeypatch.setattr(near_duplicates, "NEAR", -1.0)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 4)
     assert not found(printed([as_jpeg(scenes[0])]), scored)
-    assert len(tried) == likeness.BEST
+    assert len(tried) == near_duplicates.BEST
 
 
 def test_the_thumbnails_are_the_digests_companions(scenes: list[np.ndarray]) -> None:
@@ -447,15 +447,15 @@ def test_frames_beside_the_runs_own_cut_are_written_down_and_let_pass() -> None:
         replace(at_cut, scored_part="test"),
     ]
     for own_cut in ((), {("labelled", "val")}):
-        result = leaks.Compared(leaks=[at_cut, *others])
-        record = leaks.make_record({}, result, {"val", "test"}, Leaks(), own_cut)
+        result = guard.Compared(leaks=[at_cut, *others])
+        record = guard.make_record({}, result, {"val", "test"}, Leaks(), own_cut)
         assert [leak["allowed"] for leak in record["leaks"]].count(True) == len(own_cut)
         assert {leak["part"] for leak in record["leaks"] if leak["allowed"]} == ({"labelled"} if own_cut else set())
         assert leak_word(record) == "found"
-    alone = leaks.make_record({}, leaks.Compared(leaks=[at_cut]), {"val"}, Leaks(), {("labelled", "val")})
+    alone = guard.make_record({}, guard.Compared(leaks=[at_cut]), {"val"}, Leaks(), {("labelled", "val")})
     assert leak_word(alone) == "cut", "and not one that leaks.allow let pass"
-    second = leaks.Compared(leaks=[replace(at_cut, part="labelled#2", scored_part="val#2")])
-    record = leaks.make_record({}, second, {"val#2"}, Leaks(), {("labelled", "val")})
+    second = guard.Compared(leaks=[replace(at_cut, part="labelled#2", scored_part="val#2")])
+    record = guard.make_record({}, second, {"val#2"}, Leaks(), {("labelled", "val")})
     assert leak_word(record) == "found", "another data set of a study, which has a data.val of its own"
 
 
@@ -479,7 +479,7 @@ def test_a_run_goes_on_only_if_every_leak_is_allowed(tmp_path: Path) -> None:
 def test_a_resumed_run_does_not_look_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = pretrained(pretraining(steps=1), tmp_path / "run")
     assert record["leaks"] == []
-    monkeypatch.setattr(leaks, "fingerprint", None)
+    monkeypatch.setattr(guard, "fingerprint", None)
     assert pretrained(pretraining(steps=1), tmp_path / "run") == record
 
 
@@ -524,8 +524,8 @@ def test_altered_copies_in_the_pool_of_the_pretraining_are_found_by_what_it_has_
     stored = printed(mirrored)
 
     place = Place(tmp_path)
-    leaks.write_fingerprints(place, Compared({"pool": stored, "val": printed(scenes), "init.pool": stored}))
-    read, unknown = leaks.read_fingerprints(str(tmp_path / "encoder"))
+    guard.write_fingerprints(place, Compared({"pool": stored, "val": printed(scenes), "init.pool": stored}))
+    read, unknown = guard.read_fingerprints(str(tmp_path / "encoder"))
     assert set(read) == {"pool", "init.pool"}
     assert not unknown
     assert len(found(read["pool"], printed(scenes))) == len(scenes)
@@ -559,7 +559,7 @@ def checked(
     folder.mkdir(exist_ok=True)
     starts = {name: str(run) for name, run in (inits or {}).items()}
     question = Question({"pool": pool}, {"val": val}, Leaks(**settings), starts)
-    return leaks.check(Place(folder), question, quiet=True)
+    return guard.check(Place(folder), question, quiet=True)
 
 
 ONE, OTHER = Textured(count=6, seed=7), Textured(count=6, seed=30)
@@ -569,8 +569,8 @@ ONE, OTHER = Textured(count=6, seed=7), Textured(count=6, seed=30)
 def test_reading_many_images_is_announced(
     many: int, announced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(leaks, "MANY", many)
-    leaks.check(Place(tmp_path), Question({"pool": ONE}, {"val": OTHER}, Leaks()))
+    monkeypatch.setattr(guard, "MANY", many)
+    guard.check(Place(tmp_path), Question({"pool": ONE}, {"val": OTHER}, Leaks()))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:-1] == ["looking for leaks: 12 images are read once"] * announced
     assert lines[-1].startswith("No leak: ")
@@ -597,7 +597,7 @@ def test_several_inits_are_told_apart(tmp_path: Path) -> None:
 def test_weights_of_unknown_images_are_said_also_further_down_the_chain(tmp_path: Path) -> None:
     (tmp_path / "copied").mkdir()
     record = checked(tmp_path / "a", ONE, OTHER, {"init": tmp_path / "copied"})
-    assert runs.read_checked(tmp_path / "a" / "leaks.json") == record
+    assert read_checked(tmp_path / "a" / "leaks.json") == record
     assert [pair["pictures"] for pair in record["pairs"]] == ["compared", "unknown"]
     assert sentence(record) == (
         "No leak: 6 images of pool compared with 6 images of val; the images that init was trained on are unknown."
@@ -611,7 +611,7 @@ def test_weights_of_unknown_images_are_said_also_further_down_the_chain(tmp_path
 def test_a_pool_too_large_to_store_is_compared_by_exact_copies_only_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaks, "MOST_STORED", 5)
+    monkeypatch.setattr(guard, "MOST_STORED", 5)
     checked(tmp_path / "a", ONE)
     assert not (tmp_path / "a" / "fingerprints.safetensors").exists()
     record = checked(tmp_path / "b", val=OTHER, inits={"init": tmp_path / "a"})
@@ -673,7 +673,7 @@ def test_the_answer_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(LeakError):
         checked(tmp_path, ONE, ONE)
     with monkeypatch.context() as patch:
-        patch.setattr(leaks, "sheet", killed)
+        patch.setattr(guard, "sheet", killed)
         with pytest.raises(KeyboardInterrupt):
             checked(tmp_path, ONE, ONE, frames=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fingerprints.safetensors", "images.json"]
@@ -690,9 +690,9 @@ def test_an_answer_to_no_question_is_made_anew(tmp_path: Path) -> None:
 
 def test_the_refusal_counts_each_two_parts_for_themselves(tmp_path: Path) -> None:
     found = [replace(LEAK, part="labelled", scored_part="test#2"), LEAK, replace(LEAK, name="c", kind="altered")]
-    record = leaks.make_record({"inits": {}}, Compared(leaks=found), {"val", "test"}, Leaks(allow=("c",)))
+    record = guard.make_record({"inits": {}}, Compared(leaks=found), {"val", "test"}, Leaks(allow=("c",)))
     record["leaks"].append({**record["leaks"][0], "part": "scratch.pool"})
-    assert (leaks.say_leaks(record, tmp_path) or "").startswith(
+    assert (guard.say_leaks(record, tmp_path) or "").startswith(
         "data.labelled: leak into data.test: 1 exact: a/7.png ~ b/8.png (the same pixels); data.pool: leak into "
         "data.val: 1 exact; pretrain.scratch.data.pool: leak into data.test: 1 exact; see"
     )
@@ -702,27 +702,27 @@ def test_so_few_images_that_names_are_not_judged_are_said() -> None:
     trained, scored = split(12, lambda index: index % 4 == 0, lambda index: f"clip_{index}.png")
     few = replace(trained, names=trained.names[:5], digests=trained.digests[:5], thumbs=trained.thumbs[:5])
     result = Compared({"labelled": few, "val": scored})
-    record = leaks.make_record({}, result, {"val"}, Leaks())
+    record = guard.make_record({}, result, {"val"}, Leaks())
     assert sentence(record).endswith("; too few images of labelled to judge neighbours by name.")
-    assert "too few" not in sentence(leaks.make_record({}, result, {"val"}, NAMELESS))
+    assert "too few" not in sentence(guard.make_record({}, result, {"val"}, NAMELESS))
     named = Compared({"labelled": replace(few, names=tuple("abcde")), "val": scored})
-    assert "too few" not in sentence(leaks.make_record({}, named, {"val"}, Leaks()))
+    assert "too few" not in sentence(guard.make_record({}, named, {"val"}, Leaks()))
 
 
 def test_numbers_that_have_nothing_in_common_are_said() -> None:
     """Frames of one video in two folders: pictures alone decide, and of slow changes they see nothing."""
     pool, scored = split(12, lambda index: index % 4 == 0, lambda index: f"clip/{index:05d}.png")
     elsewhere = replace(scored, names=tuple(name.removeprefix("clip/") for name in scored.names))
-    record = leaks.make_record({}, Compared({"pool": pool, "val": elsewhere}), {"val"}, Leaks())
+    record = guard.make_record({}, Compared({"pool": pool, "val": elsewhere}), {"val"}, Leaks())
     assert [pair["names"] for pair in record["pairs"]] == ["no numbering in common"]
     words = "names of pool share no numbering with the scored ones, so no neighbours were looked for."
     assert sentence(record).endswith(words)
     other_clip = replace(scored, names=tuple(name.replace("clip", "other") for name in scored.names))
     for part in (scored, other_clip, replace(scored, names=tuple("abc"))):
-        record = leaks.make_record({}, Compared({"pool": pool, "val": part}), {"val"}, Leaks())
+        record = guard.make_record({}, Compared({"pool": pool, "val": part}), {"val"}, Leaks())
         assert "numbering" not in sentence(record)
 
 
 def test_the_first_sentence_needs_no_torch() -> None:
-    script = "import sys; from ssl_seg.leaks import sentence; sentence(None); assert 'torch' not in sys.modules"
+    script = "import sys; from ssl_seg.leaks.guard import sentence; sentence(None); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from ssl_seg import losses, rng
 from ssl_seg.config import load, use_plugin
-from ssl_seg.finetune import FinetuneConfig, finetune
 from ssl_seg.metrics import ConfusionMatrix
 from ssl_seg.models import DecoderNet, DenseHead, EncoderSpec, Features
-from ssl_seg.runs import read_metrics
-from ssl_seg.stage import Options
+from ssl_seg.runs.folder import read_metrics
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.setup import Options
 from ssl_seg.tasks import Batch, PretextTask, Segment, View
 from tests.small import Textured, finetuning
 

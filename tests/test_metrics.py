@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from sklearn import metrics as sk
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ssl_seg.confusion import BAND_WIDTH
-from ssl_seg.metrics import MAX_PSNR, ConfusionMatrix, SegmentationScores, mae, near_boundaries, psnr
+from ssl_seg.metrics import MAX_PSNR, ConfusionMatrix, mae, near_boundaries, psnr
+from ssl_seg.scores import BAND_WIDTH, SegmentationScores
 
 
 @st.composite

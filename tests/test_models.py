@@ -19,11 +19,10 @@ from torch import nn
 
 from ssl_seg.config import UserError, load
 from ssl_seg.models import DecoderNet, DenseHead, Encoder, EncoderNet, ModelConfig, SegmentationModel
-from ssl_seg.models import timm as timm_encoders
 from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus, UPerNet
 from ssl_seg.models.timm import Timm
 from ssl_seg.testing import check_decoder, check_encoder
-from ssl_seg.train import not_decayed
+from ssl_seg.training.loop import not_decayed
 from tests.faults import message_of
 
 ENCODERS = (
@@ -251,11 +250,11 @@ def test_weights_that_cannot_be_fetched_are_one_quick_line():
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
-    monkeypatch.setattr(timm_encoders, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(timm, "HUB_TIMEOUT", 0.2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        assert not timm_encoders._answers(f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not timm._answers(f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_cached_weights_need_no_network(hub_cache):

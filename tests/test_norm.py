@@ -20,16 +20,27 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg import norm
 from ssl_seg.config import UserError, load
-from ssl_seg.data import Samples
-from ssl_seg.finetune import FinetuneConfig, finetune
+from ssl_seg.data.loading import Samples
 from ssl_seg.models import ModelConfig
-from ssl_seg.norm import GAP, convert_norm, gap_effects, has_batch_norm, norm_shares, num_groups
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.stage import Options, build_module, open_streams, recalibrate
-from ssl_seg.switch_norm import SwitchNorm2d
-from ssl_seg.train import Learner, Processes, not_decayed, train
+from ssl_seg.norm import convert
+from ssl_seg.norm.convert import (
+    GAP,
+    FrozenNorm,
+    GroupNorm,
+    SyncNorm,
+    _warn_of_cpu,
+    convert_norm,
+    gap_effects,
+    has_batch_norm,
+    norm_shares,
+    num_groups,
+)
+from ssl_seg.norm.layers import SwitchNorm2d
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options, build_module, open_streams, recalibrate
+from ssl_seg.training.loop import Learner, Processes, not_decayed, train
 from tests.small import finetuning, pretraining
 from tests.test_ddp import torchrun
 from tests.two_processes import cut_after
@@ -126,7 +137,7 @@ def test_every_layer_of_a_timm_network_is_converted_and_its_activations_stay(nam
         layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
         activations = [type(getattr(layer, "act", nn.Identity())) for layer in layers]
         assert convert_norm(network, kind) == len(layers) > 10
-    ours = (norm.GroupNorm, norm.SwitchNorm2d, norm.FrozenNorm, norm.SyncNorm)
+    ours = (GroupNorm, SwitchNorm2d, FrozenNorm, SyncNorm)
     made = [layer for layer in network.modules() if isinstance(layer, ours)]
     assert has_batch_norm(network) == (kind == "sync")
     assert [type(layer.act) for layer in made] == activations
@@ -305,7 +316,7 @@ def test_statistics_that_are_not_kept_cannot_be_frozen() -> None:
 
 
 def test_sync_on_the_cpu_is_batch_norm_and_says_so_once() -> None:
-    norm._warn_of_cpu.cache_clear()
+    _warn_of_cpu.cache_clear()
     module = nn.Sequential(*_with_activation(), *_with_activation())
     batch = copy.deepcopy(module)
     convert_norm(module, "sync")
@@ -527,7 +538,7 @@ def test_recalibration_averages_the_batches_and_changes_nothing_else() -> None:
     modes = [part.training for part in module.modules()]
     batches = [torch.randn(4, 3, 5, 5) * 3 + 2 for _ in range(3)]
     dice = torch.get_rng_state()
-    assert norm.recalibrate(module, batches) == 3
+    assert convert.recalibrate(module, batches) == 3
     assert torch.equal(torch.get_rng_state(), dice)
     assert [part.training for part in module.modules()] == modes
     assert module[1].momentum == module[4].momentum == 0.1
@@ -546,10 +557,10 @@ def test_recalibration_averages_the_batches_and_changes_nothing_else() -> None:
 def test_frozen_statistics_and_those_of_no_batch_stay() -> None:
     module = _with_activation()
     before = copy.deepcopy(module.state_dict())
-    assert norm.recalibrate(module, []) == 0
+    assert convert.recalibrate(module, []) == 0
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     convert_norm(module, "frozen")
-    assert norm.recalibrate(module, _never()) == 0
+    assert convert.recalibrate(module, _never()) == 0
 
 
 def _never() -> Any:

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ssl_seg import cli, evaluate, norms, plots
+from ssl_seg import cli
 from ssl_seg.config import UserError, load
-from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.norm import norm_shares
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.stage import Options
-from ssl_seg.switch_norm import SHARES
+from ssl_seg.figures import charts
+from ssl_seg.norm.convert import norm_shares
+from ssl_seg.norm.layers import SHARES
+from ssl_seg.reports import norms
+from ssl_seg.stages import evaluate
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
 from tests.small import finetuning, pretraining
 
 MODEL = {"encoder": {"name": "mobilenetv2_035"}, "decoder": {"channels": [16, 16, 8, 8, 8]}, "norm": "switch"}
@@ -60,8 +63,8 @@ def test_a_pretrained_run_has_an_encoder_and_the_tasks_decoders(pretrained: Path
     assert [layer.name for layer in found.parts[1].layers][:2] == ["blocks.0.conv1.1", "blocks.0.conv2.1"]
     assert found.picture == pretrained / "pictures" / "norms.png"
     with Image.open(found.picture) as picture:
-        assert picture.width == plots.WIDTH * plots.DOTS_PER_INCH
-        assert picture.height > 61 * plots.ROW * plots.DOTS_PER_INCH
+        assert picture.width == charts.WIDTH * charts.DOTS_PER_INCH
+        assert picture.height > 61 * charts.ROW * charts.DOTS_PER_INCH
 
 
 def test_the_command_prints_a_row_a_layer(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:

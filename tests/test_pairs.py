@@ -13,10 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_seg.confusion import ImageConfusions, image_confusion_bytes
-from ssl_seg.evidence import block_bootstrap
-from ssl_seg.pairs import (
-    IMAGES_FILE,
+from ssl_seg.evidence.pairs import (
     Changed,
     Pairs,
     Shared,
@@ -29,7 +26,9 @@ from ssl_seg.pairs import (
     pictures_of,
     software_in_words,
 )
-from ssl_seg.runs import RunFolder
+from ssl_seg.evidence.statistics import block_bootstrap
+from ssl_seg.runs.folder import RunFolder
+from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
 from tests.test_confusion import drawn, of_matrices
 
 MIOU = "val/miou"
@@ -168,7 +167,7 @@ def test_images_of_several_pairs_are_drawn_by_their_own_models_in_their_order(
         drawn.append((base.name, own.name, part, tuple(names)))
         yield from (f"{base.name}{own.name} {name}" for name in names)
 
-    monkeypatch.setattr("ssl_seg.evaluate.changed_pictures", draw)
+    monkeypatch.setattr("ssl_seg.stages.evaluate.changed_pictures", draw)
     assert pictures_of(changed, "val") == ["ab four", "cd one", "ab two"]
     assert drawn == [("a", "b", "val", ("four", "two")), ("c", "d", "val", ("one",))]
 

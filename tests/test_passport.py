@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_seg.config import UserError
-from ssl_seg.confusion import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes
-from ssl_seg.passport import differing, from_tags, passport_of, passports_in, to_tags, verify, verify_all
+from ssl_seg.evidence.passport import differing, from_tags, passport_of, passports_in, to_tags, verify, verify_all
+from ssl_seg.scores import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes
 from tests.faults import message_of
 
 CLASSES = ("road", "sky", "never")
@@ -231,6 +231,6 @@ def test_mlflow_s_tags_tell_the_same_apart() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    script = "import sys\nfrom ssl_seg import compare, passport\nassert 'torch' not in sys.modules\n"
+    script = "import sys\nfrom ssl_seg.evidence import compare, passport\nassert 'torch' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ssl_seg.config import load
-from ssl_seg.plan import Cell, check_images_of, choice_key, choose, make_plan
-from ssl_seg.questions import StudyConfig, arms_of
+from ssl_seg.studies.config import StudyConfig, arms_of
+from ssl_seg.studies.plan import Cell, check_images_of, choice_key, choose, make_plan
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_seg import plots
-from ssl_seg.norm import Shares
-from ssl_seg.plots import Band, Change, Row, Series, Style
-from ssl_seg.svg import COLOURS, to_png, to_svg
-from ssl_seg.svg import SVG as NAMESPACE
+from ssl_seg.figures import charts
+from ssl_seg.figures.charts import Band, Change, Row, Series, Style
+from ssl_seg.figures.svg import COLOURS, to_png, to_svg
+from ssl_seg.figures.svg import SVG as NAMESPACE
+from ssl_seg.norm.convert import Shares
 
 SVG = f"{{{NAMESPACE}}}"
 
@@ -25,11 +25,11 @@ def texts(svg: str) -> list[str]:
 
 
 def dots(labels: list[str], name: str = "dots", values: tuple[float, ...] = (1.0, 2.0, 4.0)) -> str:
-    return plots.dots(name, [Row(label, values, Style("blue")) for label in labels], "mIoU, %", "about")
+    return charts.dots(name, [Row(label, values, Style("blue")) for label in labels], "mIoU, %", "about")
 
 
 def confusion(counts: np.ndarray, names: list[str]) -> str:
-    return plots.confusion("matrix", counts, names, "about")
+    return charts.confusion("matrix", counts, names, "about")
 
 
 def luminance(colour: str) -> float:
@@ -47,18 +47,18 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_everything_stands_out_from_the_paper(scheme: int) -> None:
     paper = COLOURS["paper"][scheme]
-    least = {"ink": 7.0, "muted": 4.5, **dict.fromkeys(("base", *plots.GROUP_COLOURS), 3.0)}
+    least = {"ink": 7.0, "muted": 4.5, **dict.fromkeys(("base", *charts.GROUP_COLOURS), 3.0)}
     for name, ratio in least.items():
         assert contrast(COLOURS[name][scheme], paper) >= ratio, name
     assert contrast(COLOURS["on_cell"][scheme], COLOURS["cell"][scheme]) >= 4.5
 
 
 def test_groups_look_different_and_baselines_are_grey() -> None:
-    found = plots.styles([True, True] + [False] * 30)
+    found = charts.styles([True, True] + [False] * 30)
     assert len(set(found)) == 32
     assert [style.colour for style in found[:2]] == ["base", "base"]
     assert "base" not in {style.colour for style in found[2:]}
-    assert plots.styles([False, True])[0] == plots.styles([False])[0]
+    assert charts.styles([False, True])[0] == charts.styles([False])[0]
 
 
 def test_every_run_is_a_dot_at_its_value() -> None:
@@ -71,33 +71,33 @@ def test_every_run_is_a_dot_at_its_value() -> None:
 def test_long_labels_are_wrapped_whole() -> None:
     label = " ".join(f"train.key_{number}=0.{number}" for number in range(20))
     lines = texts(dots([label]))
-    assert max(len(line) for line in lines) <= plots.LABEL_WIDTH
+    assert max(len(line) for line in lines) <= charts.LABEL_WIDTH
     assert all(word in " ".join(lines) for word in label.split())
 
 
 def test_a_class_without_figures_is_said_to_be_absent_and_one_of_zero_is_a_dot() -> None:
     series = [Series(((0.0,), (), (50.0,)), Style())]
-    svg = plots.classes("classes", ["pole", "train", "road"], series, "IoU", "about")
+    svg = charts.classes("classes", ["pole", "train", "road"], series, "IoU", "about")
     assert texts(svg).count("absent") == 1
     assert len(re.findall("<use ", svg)) == 2
 
 
 def test_the_mean_line_ends_where_the_first_run_ends() -> None:
-    steps, values = plots.mean_line([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 6.0])])
+    steps, values = charts.mean_line([([1, 2, 3], [1.0, 2.0, 3.0]), ([1, 2], [3.0, 6.0])])
     assert steps.tolist() == [1, 2]
     assert values.tolist() == [2.0, 4.0]
 
 
 def test_thinning_keeps_the_mean_and_leaves_gaps() -> None:
-    values = np.linspace(0, 1, 4 * plots.POINTS)
-    steps, means = plots.thin(range(len(values)), values)
-    assert len(steps) == len(means) == plots.POINTS
+    values = np.linspace(0, 1, 4 * charts.POINTS)
+    steps, means = charts.thin(range(len(values)), values)
+    assert len(steps) == len(means) == charts.POINTS
     assert means.mean() == pytest.approx(values.mean())
     values[:8] = np.nan
-    _, means = plots.thin(range(len(values)), values)
+    _, means = charts.thin(range(len(values)), values)
     assert np.isnan(means[:2]).all()
     assert np.isfinite(means[2:]).all()
-    assert plots.thin([], [])[0].size == 0
+    assert charts.thin([], [])[0].size == 0
 
 
 def test_a_confusion_matrix_shows_shares_of_each_row() -> None:
@@ -113,15 +113,15 @@ def test_a_matrix_of_many_classes_stays_small_and_names_some() -> None:
     assert len(svg) < 60_000
     assert svg.count("data:image/png") == 1
     named = [text for text in texts(svg) if text.startswith("class")]
-    assert 20 <= len(named) <= 2 * plots.NAMED
+    assert 20 <= len(named) <= 2 * charts.NAMED
 
 
 def test_the_shares_picture_shows_each_share_in_its_colour() -> None:
     layers = [Shares("a", 8, (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)), Shares("b", 8, (0.0, 1.0, 0.0), (0.5, 0.0, 0.5))] * 8
-    figure = plots.norm_shares({"encoder": layers}, ("instance", "layer", "batch"))
+    figure = charts.norm_shares({"encoder": layers}, ("instance", "layer", "batch"))
     drawn = Image.open(io.BytesIO(to_png(figure))).convert("RGB")
     halves = np.split(np.asarray(drawn), 2, axis=1)
-    colours = [tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5)) for colour, _ in plots.SHARE_COLOURS]
+    colours = [tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5)) for colour, _ in charts.SHARE_COLOURS]
     counts = [[int((half == colour).all(-1).sum()) for colour in colours] for half in halves]
     row = (counts[1][0] + counts[1][2]) / 16  # pixels of a whole bar
     assert counts[0] == pytest.approx([8 * row, 8 * row, 0], abs=row)
@@ -129,9 +129,9 @@ def test_the_shares_picture_shows_each_share_in_its_colour() -> None:
 
 
 def test_the_shares_of_a_page_keep_their_colours_and_take_its_ink() -> None:
-    figure = plots.norm_shares({"encoder": [Shares("a", 8, (0.5, 0.3, 0.2), (0.2, 0.3, 0.5))]}, ("i", "l", "b"))
+    figure = charts.norm_shares({"encoder": [Shares("a", 8, (0.5, 0.3, 0.2), (0.2, 0.3, 0.5))]}, ("i", "l", "b"))
     svg = to_svg(figure, "norms", "about")
-    assert all(colour.lower() in svg for colour, _ in plots.SHARE_COLOURS)
+    assert all(colour.lower() in svg for colour, _ in charts.SHARE_COLOURS)
     assert "var(--ink)" in svg
     assert "50%" in texts(svg)
 
@@ -139,7 +139,7 @@ def test_the_shares_of_a_page_keep_their_colours_and_take_its_ink() -> None:
 def bands(places: tuple[float, ...], by_logarithm: bool) -> list[tuple[str, float]]:
     """The ticks below the figure, with where they stand."""
     line = Band(places, ((1.0,),) * len(places), (None,) * len(places), Style())
-    svg = plots.bands("bands", [line], "labels.count", "about", (0.0, 2.0), by_logarithm=by_logarithm)
+    svg = charts.bands("bands", [line], "labels.count", "about", (0.0, 2.0), by_logarithm=by_logarithm)
     found = re.findall(r'x="([0-9.]+)"[^>]*>([0-9]+)</text>', svg)
     return [(text, float(x)) for x, text in found if float(text) in places]
 
@@ -155,7 +155,7 @@ def test_ticks_stand_where_values_are_known_evenly_by_their_ratio() -> None:
 def test_figures_of_one_reach_have_one_scale() -> None:
     def zero(values: tuple[float, ...]) -> str:
         line = Band((1.0, 2.0), (values, values), (None, None), Style())
-        svg = plots.bands("bands", [line], "steps", "about", (-5.0, 5.0), zero=True)
+        svg = charts.bands("bands", [line], "steps", "about", (-5.0, 5.0), zero=True)
         return re.search(r'<text[^>]*y="([0-9.]+)"[^>]*>0</text>', svg)[1]
 
     assert zero((1.0, 2.0)) == zero((-4.0,))
@@ -164,18 +164,18 @@ def test_figures_of_one_reach_have_one_scale() -> None:
 def test_where_no_interval_is_known_none_is_drawn() -> None:
     def shapes(intervals: tuple[tuple[float, float] | None, ...], values: tuple[tuple[float, ...], ...]) -> int:
         line = Band((1.0, 2.0, 3.0), values, intervals, Style())
-        return plots.bands("bands", [line], "steps", "about", (0.0, 3.0)).count("<path")
+        return charts.bands("bands", [line], "steps", "about", (0.0, 3.0)).count("<path")
 
     known = ((1.0, 2.0),) * 3
     whole = shapes(((0.5, 2.5),) * 3, known)
     assert shapes(((0.5, 2.5), None, None), known) == whole - 2
     assert shapes((None, None, None), known) == whole - 4, "and no band"
-    plots.bands("bands", [Band((1.0,), ((),), (None,), Style())], "steps", "about", (0.0, 0.0))
+    charts.bands("bands", [Band((1.0,), ((),), (None,), Style())], "steps", "about", (0.0, 0.0))
 
 
 def test_a_map_of_changes_tells_more_from_less_and_what_is_sure() -> None:
     cells = [[Change(2.0, True), Change(-2.0, False)], [None, Change(0.0, False)]]
-    svg = plots.changes("changes", ["sky", "road"], ["5", "10"], cells, "labels.count", "about", 2.0)
+    svg = charts.changes("changes", ["sky", "road"], ["5", "10"], cells, "labels.count", "about", 2.0)
     shown = texts(svg)
     assert [text for text in shown if text[0] in "+\N{MINUS SIGN}\N{EN DASH}"] == [
         "+2.0", "\N{MINUS SIGN}2.0", "\N{EN DASH}", "+0.0",
@@ -190,6 +190,6 @@ def test_a_map_of_changes_tells_more_from_less_and_what_is_sure() -> None:
         if "bold" in weight or "700" in weight
     ]
     assert bold == ["+2.0"]
-    half = plots.changes("changes", ["sky"], ["5"], [[Change(1.0, False)]], "labels.count", "about", 2.0)
+    half = charts.changes("changes", ["sky"], ["5"], [[Change(1.0, False)]], "labels.count", "about", 2.0)
     assert "opacity: 0.31" in half, "maps of one largest change share their colours"
-    plots.changes("changes", ["sky"], ["5"], [[Change(0.0, False)]], "labels.count", "about", 0.0)
+    charts.changes("changes", ["sky"], ["5"], [[Change(0.0, False)]], "labels.count", "about", 0.0)

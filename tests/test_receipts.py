@@ -20,13 +20,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ssl_seg import cli, weights
+from ssl_seg import cli
 from ssl_seg.config import UserError, load
-from ssl_seg.fingerprint import ROUNDED_TOLERANCES, TOLERANCE, feature_distance, fingerprint
 from ssl_seg.models import DenseHead, EncoderNet, SegmentationModel
 from ssl_seg.models.timm import Timm
-from ssl_seg.norm import convert_norm
-from ssl_seg.pretrain import PretrainConfig
+from ssl_seg.norm.convert import convert_norm
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.weights.export import export_encoder, export_model, load_encoder, load_model_weights
+from ssl_seg.weights.fingerprint import ROUNDED_TOLERANCES, TOLERANCE, feature_distance, fingerprint
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 from tests.test_weights import Canary, Decoder, make_encoder, make_model, replace_weights, write_foreign
@@ -48,10 +49,10 @@ def trained(name: str = "resnet10t", seed: int = 0, norm: str = "keep") -> Encod
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports")
-    weights.export_encoder(folder / "small", trained(), {})
+    export_encoder(folder / "small", trained(), {})
     for name in ("resnet18", "resnet34"):
-        weights.export_encoder(folder / name, trained(name), {})
-    weights.export_encoder(folder / "group", trained(norm="group"), {})
+        export_encoder(folder / name, trained(name), {})
+    export_encoder(folder / "group", trained(norm="group"), {})
     return folder
 
 
@@ -126,7 +127,7 @@ def outcome(encoder: EncoderNet, path: Path) -> str:
     """`loaded` and the receipt, or `refused` and why: then the network has been left as it was."""
     before = copy.deepcopy(encoder).state_dict()
     try:
-        receipt = weights.load_encoder(encoder, path)
+        receipt = load_encoder(encoder, path)
     except UserError as error:
         text = str(error)
     else:
@@ -218,25 +219,25 @@ def test_a_head_of_other_classes_is_named(tmp_path, classes):
     exported = make_encoder(0)
     head = DenseHead(Decoder(), classes, exported.strides)
     names = ("road", "sky", "tree")[:classes]
-    weights.export_model(tmp_path, SegmentationModel(exported, head, names), {})
-    text = message_of(lambda: weights.load_model_weights(make_model(1), tmp_path))
+    export_model(tmp_path, SegmentationModel(exported, head, names), {})
+    text = message_of(lambda: load_model_weights(make_model(1), tmp_path))
     assert f"2 of another shape: head.last.weight ({classes}, 5, 3, 3) for (2, 5, 3, 3)" in text
 
 
 @pytest.mark.parametrize("change", [None, lambda tensors: tensors["encoder.backbone.conv2.bias"].add_(1.0)])
 def test_the_encoder_of_a_model_is_judged_by_its_marks(tmp_path, change):
-    weights.export_model(tmp_path, make_model(0), {})
+    export_model(tmp_path, make_model(0), {})
     file = tmp_path / "model/model.safetensors"
-    assert "head.last.weight" in message_of(lambda: weights.load_encoder(make_encoder(1), file))
+    assert "head.last.weight" in message_of(lambda: load_encoder(make_encoder(1), file))
     if change is None:
-        receipt = weights.load_encoder(make_encoder(1), file, ["head.*"])
+        receipt = load_encoder(make_encoder(1), file, ["head.*"])
         assert (receipt.share, receipt.features_equal, receipt.changed) == (1.0, None, [])
         return
     for name in ("safetensors", "json"):
         (tmp_path / "encoder").mkdir(exist_ok=True)
         shutil.copy(file.with_suffix(f".{name}"), tmp_path / f"encoder/encoder.{name}")
     replace_weights(tmp_path, change)
-    text = message_of(lambda: weights.load_encoder(make_encoder(1), tmp_path / "encoder", ["head.*"]))
+    text = message_of(lambda: load_encoder(make_encoder(1), tmp_path / "encoder", ["head.*"]))
     assert "1 changed since the export: backbone.conv2.bias" in text
 
 
@@ -245,9 +246,9 @@ def test_timms_own_file_fits_but_for_its_classifier(tmp_path):
     theirs = timm.create_model("resnet10t")
     path = write_foreign(tmp_path / "resnet10t.safetensors", theirs.state_dict())
     encoder = trained()
-    text = message_of(lambda: weights.load_encoder(encoder, path))
+    text = message_of(lambda: load_encoder(encoder, path))
     assert "2 left over: fc.bias, fc.weight" in text
-    receipt = weights.load_encoder(encoder, path, text.partition("init_allow=[")[2].rstrip("]").split(","))
+    receipt = load_encoder(encoder, path, text.partition("init_allow=[")[2].rstrip("]").split(","))
     assert (receipt.share, receipt.missing, receipt.features_equal) == (1.0, ["mean", "std"], None)
     image = torch.rand(1, 3, 64, 64)
     theirs.eval(), encoder.eval()
@@ -259,7 +260,7 @@ def test_a_file_with_two_networks_is_not_guessed_at(tmp_path):
     tensors = {
         f"{part}.{name}": t for part in ("student", "teacher") for name, t in make_encoder(0).state_dict().items()
     }
-    text = message_of(lambda: weights.load_encoder(make_encoder(1), write_foreign(tmp_path / "x.pt", tensors)))
+    text = message_of(lambda: load_encoder(make_encoder(1), write_foreign(tmp_path / "x.pt", tensors)))
     assert "'student.'" in text
     assert "'teacher.'" in text
 
@@ -267,16 +268,14 @@ def test_a_file_with_two_networks_is_not_guessed_at(tmp_path):
 def test_what_a_fresh_block_hides_from_the_features_its_marks_show(tmp_path):
     torch.manual_seed(0)
     encoder = Timm(name="resnet10t").build()  # its blocks end in a scale of zero
-    weights.export_encoder(tmp_path, encoder, {})
+    export_encoder(tmp_path, encoder, {})
     before = fingerprint(encoder)
     kernel = encoder.get_parameter(f"{BLOCK}.conv2.weight")
     with torch.no_grad():
         kernel.copy_(kernel.transpose(2, 3).clone())
     assert fingerprint(encoder) == before
     replace_weights(tmp_path, kernel_transposed)
-    assert f"1 changed since the export: {BLOCK}.conv2.weight" in message_of(
-        lambda: weights.load_encoder(trained(), tmp_path)
-    )
+    assert f"1 changed since the export: {BLOCK}.conv2.weight" in message_of(lambda: load_encoder(trained(), tmp_path))
 
 
 def test_features_are_equal_again_by_a_wide_margin_and_wrong_ones_far_off():
@@ -309,13 +308,13 @@ def test_fingerprints_that_cannot_be_compared_are_infinitely_far():
 
 
 def test_an_encoder_in_half_precision_keeps_its_own_marks(tmp_path):
-    weights.export_encoder(tmp_path, make_encoder(0).bfloat16(), {})
+    export_encoder(tmp_path, make_encoder(0).bfloat16(), {})
     encoder = make_encoder(1)
-    receipt = weights.load_encoder(encoder, tmp_path)
+    receipt = load_encoder(encoder, tmp_path)
     assert (receipt.features_equal, receipt.tolerance, receipt.changed) == (True, TOLERANCE, [])
     assert "converted from bfloat16" in receipt.summary()
     replace_weights(tmp_path, to_half)
-    assert weights.load_encoder(encoder, tmp_path).features_equal, "a precision without a mark is judged by features"
+    assert load_encoder(encoder, tmp_path).features_equal, "a precision without a mark is judged by features"
 
 
 def run(*words: str) -> int:
@@ -330,7 +329,7 @@ def as_yaml(path: Path, values: dict) -> Path:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_the_commands_refuse_a_wrong_init_in_one_line(tmp_path, capsys, stage):
     exported = trained("mobilenetv2_035", norm="group")
-    weights.export_encoder(tmp_path / "good", exported, load(PretrainConfig, pretraining()).model.dump())
+    export_encoder(tmp_path / "good", exported, load(PretrainConfig, pretraining()).model.dump())
     shutil.copytree(tmp_path / "good", tmp_path / "wrong")
     replace_weights(tmp_path / "wrong", lambda tensors: tensors["backbone.network.conv_stem.weight"].neg_())
     shutil.copytree(tmp_path / "good", tmp_path / "without")

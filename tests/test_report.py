@@ -22,12 +22,25 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ssl_seg import cli, images, report
-from ssl_seg.answers import NOTHING, RULES, Answer, answer, left_open, p_in_words, percent, points, sentence, verdict
-from ssl_seg.compare import compare
+from ssl_seg import cli, images
 from ssl_seg.config import UserError
-from ssl_seg.pairs import Spread
-from ssl_seg.runs import RunFolder, find_runs
+from ssl_seg.evidence.claims import (
+    NOTHING,
+    RULES,
+    Answer,
+    answer,
+    left_open,
+    p_in_words,
+    percent,
+    points,
+    sentence,
+    verdict,
+)
+from ssl_seg.evidence.compare import compare
+from ssl_seg.evidence.pairs import Spread
+from ssl_seg.reports import runs
+from ssl_seg.reports.runs import compared, default_path
+from ssl_seg.runs.folder import RunFolder, find_runs
 from tests.test_compare import LEAK
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -106,13 +119,13 @@ def write_picture(path: Path, height: int = 40, width: int = 60) -> None:
 
 
 def page_of(*folders: Path, out: Path | None = None) -> str:
-    return report.report(folders, out).path.read_text(encoding="utf-8")
+    return runs.report(folders, out).path.read_text(encoding="utf-8")
 
 
 def answer_of(folder: Path) -> Answer:
     """As the page has it, without drawing the page."""
     runs = find_runs([folder])
-    return answer(report.compared(runs), runs)
+    return answer(compared(runs), runs)
 
 
 def headline_of(folder: Path) -> str:
@@ -405,7 +418,7 @@ def test_a_score_that_is_no_number_is_no_score(tmp_path: Path) -> None:
 
 def test_the_answer_comes_first_with_its_rules(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.007, 0.013, 0.024])
-    written = report.report([tmp_path])
+    written = runs.report([tmp_path])
     page = written.path.read_text(encoding="utf-8")
     assert html.unescape(re.search(r"<h1>(.*?)</h1>", page, re.S)[1]) == written.headline == headline_of(tmp_path)
     text = "".join(read(page).text)
@@ -619,8 +632,8 @@ def test_forty_runs_make_a_page_that_loads(tmp_path: Path) -> None:
 
 def test_the_same_runs_make_the_same_bytes(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.01, 0.02, 0.03])
-    first = report.report([tmp_path]).path.read_bytes()
-    assert report.report([tmp_path]).path.read_bytes() == first
+    first = runs.report([tmp_path]).path.read_bytes()
+    assert runs.report([tmp_path]).path.read_bytes() == first
 
 
 # ---- where it goes, and what it refuses ----
@@ -629,29 +642,29 @@ def test_the_same_runs_make_the_same_bytes(tmp_path: Path) -> None:
 def test_a_page_goes_into_the_run_or_beside_the_runs(tmp_path: Path) -> None:
     write_pairs(tmp_path / "runs", [0.01])
     one, other = RunFolder(tmp_path / "runs" / "four_0"), RunFolder(tmp_path / "runs" / "scratch_0")
-    assert report.default_path([one]) == one.folder / "report.html"
-    assert report.default_path([one, other]) == tmp_path / "runs" / "report.html"
-    assert report.report([tmp_path / "runs"]).path == tmp_path / "runs" / "report.html"
-    assert report.report([one.folder], tmp_path / "mine.html").path == tmp_path / "mine.html"
+    assert default_path([one]) == one.folder / "report.html"
+    assert default_path([one, other]) == tmp_path / "runs" / "report.html"
+    assert runs.report([tmp_path / "runs"]).path == tmp_path / "runs" / "report.html"
+    assert runs.report([one.folder], tmp_path / "mine.html").path == tmp_path / "mine.html"
     assert (tmp_path / "mine.html").is_file()
 
 
 def test_a_run_named_twice_counts_once(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.01, 0.02, 0.03])
-    assert "3 pairs" in report.report([tmp_path, tmp_path / "four_0", tmp_path]).headline
+    assert "3 pairs" in runs.report([tmp_path, tmp_path / "four_0", tmp_path]).headline
 
 
 def test_what_cannot_be_reported_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
-        report.report([tmp_path])
+        runs.report([tmp_path])
     run = write_run(tmp_path / "run")
     with pytest.raises(UserError, match="is a folder; name the file"):
-        report.report([run], tmp_path)
+        runs.report([run], tmp_path)
     with pytest.raises(UserError, match="cannot be written"):
-        report.report([run], tmp_path / "absent" / "report.html")
+        runs.report([run], tmp_path / "absent" / "report.html")
     (run / "result.json").write_text("{")
     with pytest.raises(UserError, match=r"result\.json: not readable"):
-        report.report([run])
+        runs.report([run])
 
 
 def test_the_command_says_the_answer_and_the_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -667,7 +680,7 @@ def test_the_command_says_the_answer_and_the_place(tmp_path: Path, capsys: pytes
 def test_a_page_needs_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     script = (
-        "import sys\nfrom ssl_seg.report import report\n"
+        "import sys\nfrom ssl_seg.reports.runs import report\n"
         f"report([{str(tmp_path / 'run')!r}])\n"
         "assert not {'torch', 'mlflow', 'timm'} & set(sys.modules)\n"
     )

@@ -18,11 +18,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from ssl_seg import runs, store
 from ssl_seg.config import UserError, load
-from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.stage import Options
+from ssl_seg.runs.folder import read_metrics, software_of
+from ssl_seg.runs.writer import load_state
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
 from tests.small import finetuning, pretraining
 from tests.test_ddp import torchrun
 from tests.two_processes import cut_after, resume_after_every_step, without_dropout
@@ -34,12 +35,12 @@ STAGES = {"pretrain": (pretraining, PretrainConfig, pretrain), "finetune": (fine
 
 def figures(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
-    lines = runs.read_metrics(folder)
+    lines = read_metrics(folder)
     return [{name: value for name, value in line.items() if name not in ("images_per_s", "time")} for line in lines]
 
 
 def last_state(folder: Path) -> dict[str, torch.Tensor]:
-    return store.load_state(folder).tensors
+    return load_state(folder).tensors
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -160,7 +161,7 @@ def test_a_signal_to_every_process_under_torchrun_saves_the_step(tmp_path: Path)
 
 def check_saved(out: Path) -> None:
     assert json.loads((out / "run.json").read_text())["status"] == "killed"
-    assert store.load_state(out).step == len(figures(out)) >= 3
+    assert load_state(out).step == len(figures(out)) >= 3
 
 
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
@@ -193,13 +194,13 @@ def test_a_changed_key_is_named_and_refused_unless_allowed(tmp_path: Path) -> No
 def test_what_the_steps_before_were_made_with_is_not_forgotten(tmp_path: Path) -> None:
     config = load(PretrainConfig, pretraining(steps=2))
     pretrain(config, Options(tmp_path, quiet=True))
-    now = runs.software_of(json.loads((tmp_path / "run.json").read_text()))
+    now = software_of(json.loads((tmp_path / "run.json").read_text()))
     assert now["device"] == "1 x cpu"
     record = json.loads((tmp_path / "run.json").read_text())
     former = {"device": "1 x cuda", "versions": {"torch": "2.10"}}
     (tmp_path / "run.json").write_text(json.dumps({**record, **former}))
     pretrain(config, Options(tmp_path, quiet=True))
-    both = runs.software_of(json.loads((tmp_path / "run.json").read_text()))
+    both = software_of(json.loads((tmp_path / "run.json").read_text()))
     assert both["torch"] == f"2.10, {now['torch']}"
     assert both["device"] == "1 x cuda, 1 x cpu"
     assert both["timm"] == now["timm"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_seg import schedule
 from ssl_seg.config import UserError
-from ssl_seg.schedule import Call, Cluster, End, Here, Limits, Submission, execute
+from ssl_seg.studies import executor
+from ssl_seg.studies.executor import Call, Cluster, End, Here, Limits, Submission, execute
 
 NONE = Limits()
 FINE = "print('done')"
@@ -33,7 +33,7 @@ ORPHANS = "import os, sys, time; child = os.fork(); child or time.sleep(60); pri
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The words of a call are a script, so that a test does not wait for torch."""
-    monkeypatch.setattr(schedule, "_command", lambda call: [sys.executable, "-c", *call.words])
+    monkeypatch.setattr(executor, "_command", lambda call: [sys.executable, "-c", *call.words])
 
 
 def calls(folder: Path, *scripts: str) -> list[Call]:
@@ -102,7 +102,7 @@ def test_what_runs_is_stopped_when_the_study_is(tmp_path: Path) -> None:
 
 
 def test_one_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "GRACE", 0.5)
+    monkeypatch.setattr(executor, "GRACE", 0.5)
     found = ends(tmp_path, STUBBORN, limits=Limits(timeout=1.0))
     assert found["0"].how == "timeout"
     assert found["0"].call.last_words() == "up"
@@ -168,7 +168,7 @@ def test_a_submission_stops_its_command_with_all_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: str
 ) -> None:
     pytest.importorskip("submitit")
-    monkeypatch.setattr(schedule, "GRACE", 0.5)
+    monkeypatch.setattr(executor, "GRACE", 0.5)
     script = "import os; child = os.fork(); print(os.getpid(), flush=True)\n" + STUBBORN
     submission = Submission((sys.executable, "-c", script), tmp_path / "log")
 

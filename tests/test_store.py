@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from pydantic import Field
 from torch import Tensor
 
-from ssl_seg import runs, store
 from ssl_seg.config import Config
+from ssl_seg.runs.folder import TIME, read_metrics
+from ssl_seg.runs.writer import EXPORTS, Run, State, load_state, save_state
 from tests.faults import PROCESSES, FullDisk, crash_everywhere, leftovers, message_of
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -37,13 +38,13 @@ class Settings(Config):
     sides: tuple[int, int] = (32, 64)
 
 
-def open_run(folder: Path, config: Config | None = None, stage: str = "pretrain", **options) -> store.Run:
-    return store.Run.open(folder, stage, config or Settings(), **options)
+def open_run(folder: Path, config: Config | None = None, stage: str = "pretrain", **options) -> Run:
+    return Run.open(folder, stage, config or Settings(), **options)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
     """The metrics without the time of day."""
-    return [{key: value for key, value in line.items() if key != runs.TIME} for line in runs.read_metrics(folder)]
+    return [{key: value for key, value in line.items() if key != TIME} for line in read_metrics(folder)]
 
 
 def tensors_of(step: int, size: int = 50) -> dict[str, Tensor]:
@@ -51,14 +52,14 @@ def tensors_of(step: int, size: int = 50) -> dict[str, Tensor]:
 
 
 def save(folder: Path, step: int, keep: tuple[int, ...] = ()) -> None:
-    store.save_state(folder, step, tensors_of(step), {"step": step}, keep)
+    save_state(folder, step, tensors_of(step), {"step": step}, keep)
 
 
 def steps_in(folder: Path) -> list[int]:
     return sorted(int(entry.name.removeprefix("step_")) for entry in (folder / "state").glob("step_*"))
 
 
-def assert_whole(state: store.State | None) -> None:
+def assert_whole(state: State | None) -> None:
     assert state is not None
     assert state.skipped == []
     assert state.data == {"step": state.step}
@@ -82,8 +83,8 @@ def test_checkpoint_comes_back_as_it_was(tmp_path):
         "scalar": torch.tensor(7, dtype=torch.int64),
     }
     data = {"best": -math.inf, "loss": math.nan, "names": ["é", "\u2028"], "none": None, "deep": {"a": [1, 2.5]}}
-    store.save_state(tmp_path, 5, tensors, data)
-    state = store.load_state(tmp_path)
+    save_state(tmp_path, 5, tensors, data)
+    state = load_state(tmp_path)
     assert state.step == 5
     assert state.skipped == []
     assert state.tensors.keys() == tensors.keys()
@@ -115,8 +116,8 @@ def test_checkpoint_round_trip(described):
         tensor = torch.randint(0, 100, shape, generator=generator).to(dtype)
         tensors[name] = tensor.movedim(0, -1) if turned and shape else tensor
     with tempfile.TemporaryDirectory() as folder:
-        store.save_state(folder, 0, tensors, {})
-        loaded = store.load_state(folder).tensors
+        save_state(folder, 0, tensors, {})
+        loaded = load_state(folder).tensors
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
@@ -125,34 +126,34 @@ def test_checkpoint_round_trip(described):
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert store.load_state(tmp_path) is None
+    assert load_state(tmp_path) is None
     (tmp_path / "state" / ".ssl_seg-new-step_00000003").mkdir(parents=True)
     (tmp_path / "state" / "notes").mkdir()
-    assert store.load_state(tmp_path) is None
+    assert load_state(tmp_path) is None
 
 
 def test_the_newest_two_and_the_named_are_kept(tmp_path):
     for step in (1, 2, 3, 4, 10):
         save(tmp_path, step, keep=(2,))
     assert steps_in(tmp_path) == [2, 4, 10]
-    assert store.load_state(tmp_path).step == 10
-    assert store.load_state(tmp_path, step=2).step == 2
-    assert "step 3" in message_of(lambda: store.load_state(tmp_path, step=3))
-    store.save_state(tmp_path, 11, tensors_of(11), {}, newest=1)
+    assert load_state(tmp_path).step == 10
+    assert load_state(tmp_path, step=2).step == 2
+    assert "step 3" in message_of(lambda: load_state(tmp_path, step=3))
+    save_state(tmp_path, 11, tensors_of(11), {}, newest=1)
     assert steps_in(tmp_path) == [11]
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path):
     save(tmp_path, 99_999_999)
     save(tmp_path, 100_000_000)
-    assert store.load_state(tmp_path).step == 100_000_000
+    assert load_state(tmp_path).step == 100_000_000
 
 
 def test_damaged_later_checkpoints_give_way(tmp_path):
     for step in (4, 8):
         save(tmp_path, step)
     (tmp_path / "state/step_00000008/state.json").unlink()
-    assert store.load_state(tmp_path).step == 4
+    assert load_state(tmp_path).step == 4
     save(tmp_path, 6)
     assert steps_in(tmp_path) == [4, 6]
 
@@ -174,13 +175,13 @@ def damage_files(folder: Path, times: int, seed: int) -> None:
             file.write_bytes(intact[:place] + bytes([flipped]) + intact[place + 1 :])
         else:
             file.write_bytes(intact[:place])
-        state = store.load_state(folder)
+        state = load_state(folder)
         assert state.step == 1
         assert len(state.skipped) == 1
         # A digest that has changed in the manifest cannot tell itself from a changed file: then that file is named.
         assert Path(state.skipped[0]) == file or (file.name == "manifest.json" and str(newest) in state.skipped[0])
         file.write_bytes(intact)
-    assert store.load_state(folder).step == 2
+    assert load_state(folder).step == 2
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
@@ -198,7 +199,7 @@ def test_every_cut_of_the_manifest_is_noticed(tmp_path):
     intact = manifest.read_bytes()
     for size in range(len(intact)):
         manifest.write_bytes(intact[:size])
-        assert str(manifest) in message_of(lambda: store.load_state(tmp_path))
+        assert str(manifest) in message_of(lambda: load_state(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "state.safetensors"])
@@ -207,7 +208,7 @@ def test_a_checkpoint_without_one_of_its_files_is_skipped(tmp_path, name):
     save(tmp_path, 2)
     lost = tmp_path / "state/step_00000002" / name
     lost.unlink()
-    state = store.load_state(tmp_path)
+    state = load_state(tmp_path)
     assert (state.step, state.skipped) == (1, [str(lost)])
 
 
@@ -216,7 +217,7 @@ def test_all_damaged_is_an_error_that_names_the_first_file(tmp_path):
         save(tmp_path, step)
         path = tmp_path / f"state/step_0000000{step}/state.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
-    text = message_of(lambda: store.load_state(tmp_path))
+    text = message_of(lambda: load_state(tmp_path))
     assert "step_00000002/state.safetensors" in text
     assert "--overwrite" in text
 
@@ -233,7 +234,7 @@ def test_a_checkpoint_holds_no_pickle(tmp_path):
 
 def save_without_end(folder: Path, first: int, saved: Connection) -> None:
     for step in count(first):
-        store.save_state(folder, step, tensors_of(step, size=100_000), {"step": step})
+        save_state(folder, step, tensors_of(step, size=100_000), {"step": step})
         saved.send(step)
 
 
@@ -255,7 +256,7 @@ def kill_while_saving(folder: Path, times: int, seed: int) -> None:
             except EOFError:
                 break
         reader.close()
-        state = store.load_state(folder)
+        state = load_state(folder)
         assert_whole(state)
         assert step <= state.step <= step + 1  # a commit may come before the word that it has
         step = state.step
@@ -280,17 +281,17 @@ def save_3(folder: Path) -> None:
 
 
 def save_2_again(folder: Path) -> None:
-    store.save_state(folder, 2, tensors_of(2, size=70), {"step": 2})
+    save_state(folder, 2, tensors_of(2, size=70), {"step": 2})
 
 
 def check_checkpoints(folder: Path) -> None:
-    state = store.load_state(folder)
+    state = load_state(folder)
     assert_whole(state)
     assert state.step in (2, 3)
     for step in steps_in(folder):
-        assert_whole(store.load_state(folder, step))
+        assert_whole(load_state(folder, step))
     save(folder, 4)
-    assert_whole(store.load_state(folder))
+    assert_whole(load_state(folder))
     assert leftovers(folder) == []
     assert steps_in(folder) == [state.step, 4]
 
@@ -386,14 +387,14 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch, step, fai
     with monkeypatch.context() as patch:
         for name in ("fsync", "rename", "mkdir"):
             patch.setattr(os, name, disk.wrap(getattr(os, name)))
-        text = message_of(lambda: store.save_state(tmp_path, step, tensors_of(step), {"step": step}))
+        text = message_of(lambda: save_state(tmp_path, step, tensors_of(step), {"step": step}))
     assert "No space left on device" in text
     assert str(tmp_path / "state") in text
     assert leftovers(tmp_path) == []
-    assert_whole(store.load_state(tmp_path))
+    assert_whole(load_state(tmp_path))
     assert {1, 2} <= set(steps_in(tmp_path))
     save(tmp_path, 4)
-    assert store.load_state(tmp_path).step == 4
+    assert load_state(tmp_path).step == 4
 
 
 def test_a_log_that_finds_no_room_is_one_line(tmp_path, monkeypatch):
@@ -526,7 +527,7 @@ def test_a_finished_run_without_checkpoints_is_refused(tmp_path, config):
     open_run(tmp_path / "a", config, overwrite=True).close()
 
 
-@pytest.mark.parametrize("export", store.EXPORTS)
+@pytest.mark.parametrize("export", EXPORTS)
 def test_exported_weights_without_checkpoints_are_not_deleted(tmp_path, export):
     run = open_run(tmp_path / "a")
     (tmp_path / "a" / export).mkdir()

@@ -27,22 +27,11 @@ from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.testing import check_dataset
 from ssl_seg.worlds import Scene, street
 from ssl_seg.worlds.drawing import Dice, tile
-from ssl_seg.worlds.street import CLASSES, Street, facades, hiding
+from ssl_seg.worlds.street import Street, facades, hiding
 from ssl_seg.worlds.street.facades import Front
 from ssl_seg.worlds.street.hiding import Thing, seen
-from ssl_seg.worlds.street.materials import TURN, cosine, ramp, sensor, sine, texels
-from ssl_seg.worlds.street.perspective import (
-    NEAR,
-    SHIFT,
-    Camera,
-    Ends,
-    Part,
-    Picture,
-    Solid,
-    channels,
-    pack,
-    texture,
-)
+from ssl_seg.worlds.street.materials import CLASSES, TURN, cosine, ramp, sensor, sine, texels
+from ssl_seg.worlds.street.perspective import NEAR, SHIFT, Camera, Ends, Part, Picture, Solid, channels, pack, texture
 from ssl_seg.worlds.street.plan import BLOCK, STEP, WEATHERS, Plan, camera, draw_plan
 from ssl_seg.worlds.street.plants import hedge
 from ssl_seg.worlds.street.things import Scenery

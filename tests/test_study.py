@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from ssl_seg import store
 from ssl_seg.config import load, use_plugin
-from ssl_seg.plan import make_plan
-from ssl_seg.questions import StudyConfig
-from ssl_seg.study import StudyOptions, leak_question, outline, study
+from ssl_seg.runs.writer import hold
+from ssl_seg.studies.config import StudyConfig
+from ssl_seg.studies.plan import make_plan
+from ssl_seg.studies.study import StudyOptions, leak_question, outline, study
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 
@@ -137,7 +137,7 @@ def test_a_cell_that_a_hung_process_holds_does_not_hold_up_the_study(tmp_path: P
     out = tmp_path / "study"
     config = load(StudyConfig, values(arms={"scratch": {}, "wide": {"train.lr": 0.01}}, stall=20.0))
     held = next(cell for cell in make_plan(config, out).cells if cell.arm == "wide")
-    with store.hold(out / "cells" / held.id):
+    with hold(out / "cells" / held.id):
         (out / "study.json").write_text("{}")
         said = message_of(lambda: study(config, options(out)))
     assert f"process {os.getpid()} holds it and shows no sign of life" in said

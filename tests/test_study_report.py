@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssl_seg import cli, findings, plots, study_report
-from ssl_seg.answers import NOTHING, RULES, points
+from ssl_seg import cli
 from ssl_seg.config import UserError
-from ssl_seg.study_answers import OF_CONDITIONS, answer, over_conditions
+from ssl_seg.evidence import results
+from ssl_seg.evidence.claims import NOTHING, RULES, points
+from ssl_seg.evidence.study_claims import OF_CONDITIONS, answer, over_conditions
+from ssl_seg.figures import charts
+from ssl_seg.reports.study import report
 from tests.faults import message_of
 from tests.test_report import HOSTILE, cells_of, check_safe, read, write_json, write_picture
 
@@ -91,11 +94,11 @@ def change(folder: Path, name: str, **values: Any) -> None:
 
 
 def headline_of(folder: Path) -> str:
-    return answer(findings.read(folder)).headline
+    return answer(results.read(folder)).headline
 
 
 def page_of(folder: Path, out: Path | None = None) -> str:
-    return study_report.report([folder], out).path.read_text(encoding="utf-8")
+    return report([folder], out).path.read_text(encoding="utf-8")
 
 
 def section(page: str, anchor: str) -> str:
@@ -120,7 +123,7 @@ def test_one_arm_under_one_condition_is_one_sentence(tmp_path: Path) -> None:
     assert headline_of(tmp_path) == (
         f"Pretraining (four) gave +6.0 points of mIoU over scratch (95 % interval {interval_of(GAIN)}, 4 pairs)."
     )
-    assert "scratch: 26.5 ± 1.3 % mIoU." in answer(findings.read(tmp_path)).below
+    assert "scratch: 26.5 ± 1.3 % mIoU." in answer(results.read(tmp_path)).below
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_a_loss_and_a_null_result_are_as_plain(tmp_path: Path, differences: Sequ
 
 def test_several_conditions_count_by_their_mean_seed_by_seed(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN, NULL]})
-    found = findings.read(tmp_path)
+    found = results.read(tmp_path)
     mean, number = over_conditions(found, "four")
     assert number == 2
     assert mean.values == pytest.approx(np.mean([GAIN, NULL], axis=0).tolist())
@@ -152,19 +155,19 @@ def test_several_conditions_count_by_their_mean_seed_by_seed(tmp_path: Path) -> 
 def test_a_seed_without_a_pair_under_some_condition_is_no_part_of_the_mean(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN, NULL]})
     change(tmp_path, "scratch-1-0-3", status="failed", message="exit 2: no room")
-    mean, _ = over_conditions(findings.read(tmp_path), "four")
+    mean, _ = over_conditions(results.read(tmp_path), "four")
     assert mean.values == pytest.approx(np.mean([GAIN[:3], NULL[:3]], axis=0).tolist())
     for seed in range(3):
         change(tmp_path, f"four-1-0-{seed}", status="waiting")
     change(tmp_path, "four-1-0-3", status="waiting")
-    mean, number = over_conditions(findings.read(tmp_path), "four")
+    mean, number = over_conditions(results.read(tmp_path), "four")
     assert (number, mean.values) == (1, pytest.approx(GAIN)), "a condition without any pair is left out"
     assert "on average over 1 of 2 conditions: a gain in 1." in headline_of(tmp_path)
 
 
 def test_of_several_arms_none_is_picked_out(tmp_path: Path) -> None:
     write_study(tmp_path, {"none": [NULL], "good": [GAIN], "bad": [[-own for own in GAIN]]}, {})
-    told = answer(findings.read(tmp_path))
+    told = answer(results.read(tmp_path))
     assert told.headline.startswith(
         "Against scratch, pretraining gave a gain in 1 of 3 comparisons, lost in 1, and in 1 nothing can be told: "
     )
@@ -175,13 +178,13 @@ def test_what_is_told_under_single_conditions_is_corrected_for_all_of_them(tmp_p
     weak = (0.01, 0.02, 0.03, 0.045)  # p = 0.03 alone
     write_study(tmp_path, {"good": [GAIN, NULL], "weak": [weak, NULL]})
     assert 0.05 / 3 < stats.ttest_1samp(weak, 0).pvalue < 0.05
-    below = " ".join(answer(findings.read(tmp_path)).below)
+    below = " ".join(answer(results.read(tmp_path)).below)
     assert "corrected for all 4 comparisons, 1 of the 2 told stands." in below
 
 
 def test_arms_that_start_from_no_weights_are_no_pretraining(tmp_path: Path) -> None:
     write_study(tmp_path, {"wide": [GAIN], "four": [GAIN]}, {}, {"four": {"init": "four"}})
-    told = answer(findings.read(tmp_path))
+    told = answer(results.read(tmp_path))
     assert told.headline.startswith("The other arms gave a gain over scratch in both comparisons: ")
     assert dict(told.single)["wide"].startswith("wide gave +6.0 points of mIoU over scratch (")
     assert dict(told.single)["four"].startswith("Pretraining (four) gave +6.0 points")
@@ -217,7 +220,7 @@ def test_why_there_is_no_answer_is_said_as_it_is(tmp_path: Path) -> None:
 
 
 def below(folder: Path) -> str:
-    return " ".join(answer(findings.read(folder)).below)
+    return " ".join(answer(results.read(folder)).below)
 
 
 def test_one_pretraining_for_all_pairs_is_said_to_be_one(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_of_three_shared_pretrainings_their_means_decide(tmp_path: Path, monkeyp
     assert cells_of(section(page_of(tmp_path), "classes"), "road")[0] == f"+3.8 ({interval_of(means)})"
     low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     drawn = []
-    monkeypatch.setattr(plots, "bands", lambda name, bands, *_: drawn.append((name, bands)) or "")
+    monkeypatch.setattr(charts, "bands", lambda name, bands, *_: drawn.append((name, bands)) or "")
     page_of(tmp_path)
     (four,) = dict(drawn)["gains0"]
     assert four.intervals[0] == pytest.approx((100 * low, 100 * high)), "the curves have it too"
@@ -268,7 +271,7 @@ def test_over_a_baseline_that_is_pretrained_too_no_gain_is_one_of_pretraining(tm
     for arm in record["arms"]:
         arm["from_scratch"] = False  # by a key that all arms share
     write_json(tmp_path / "study.json", record)
-    told = answer(findings.read(tmp_path))
+    told = answer(results.read(tmp_path))
     assert told.headline.startswith("The other arms gave a gain over scratch in both comparisons: ")
     assert dict(told.single)["four"].startswith("four gave +6.0 points of mIoU over scratch (")
     record["arms"][0]["from_scratch"] = True
@@ -305,7 +308,7 @@ def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None
     for name in ("scratch-0-0-0", "four-0-0-0"):
         images = 30 if name.startswith("scratch") else 31
         write_cell(tmp_path / "cells" / name, 0.25, passport={"test": {"images": images, "split": "ab"}})
-    told = [words for words in answer(findings.read(tmp_path)).below if words.startswith("CAUTION")]
+    told = [words for words in answer(results.read(tmp_path)).below if words.startswith("CAUTION")]
     assert len(told) == 2
     assert "test: images" in told[0]
     assert told[1].startswith("CAUTION: cells that are no pair are left out of every gain: four-0-0-0: no pair with ")
@@ -329,7 +332,7 @@ def test_pairs_that_were_not_made_with_the_same_are_told(tmp_path: Path) -> None
         write_json(
             tmp_path / "cells" / name / "run.json", {**record, "versions": {"torch": torch}, "device": "1 x cpu"}
         )
-    told = [words for words in answer(findings.read(tmp_path)).below if words.startswith("CAUTION")]
+    told = [words for words in answer(results.read(tmp_path)).below if words.startswith("CAUTION")]
     assert told == [
         "CAUTION: paired cells were not all made with the same (torch 2.14.0, 2.14.1); a gain may come from that."
     ]
@@ -340,14 +343,14 @@ def test_pairs_that_were_not_made_with_the_same_are_told(tmp_path: Path) -> None
 
 def test_the_answer_comes_first_with_its_rules_and_its_numbers_are_those_of_findings(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN, NULL]})
-    written = study_report.report([tmp_path])
+    written = report([tmp_path])
     assert written.path == tmp_path / "report.html"
     page = written.path.read_text(encoding="utf-8")
     check_safe(page, ("cells/",))
     assert html.unescape(re.search(r"<h1>(.*?)</h1>", page, re.S)[1]) == written.headline == headline_of(tmp_path)
     text = text_of(page)
     assert all(rule in text for rule in (OF_CONDITIONS, *RULES))
-    gain, _ = findings.read(tmp_path).gains
+    gain, _ = results.read(tmp_path).gains
     cells = cells_of(section(page, "gains"), "four")
     assert cells[:5] == ["5", "26.5 ± 1.3", "32.5 ± 1.9", "4", "+6.0 ± 0.8"]
     assert cells[5] == f"{points(gain.interval.low)} to {points(gain.interval.high)}" == interval_of(GAIN)
@@ -522,9 +525,9 @@ def test_a_strangers_study_is_one_line(tmp_path: Path, place: str, value: Any) -
     about = {"baseline": "scratch", "axes": {}, "seeds": [0], "level": 0.95, "cells": []}
     about |= {"arms": [{"name": "scratch", "changes": {}}]}
     write_json(tmp_path / "study.json", about)
-    assert findings.read(tmp_path).arms == ("scratch",)
+    assert results.read(tmp_path).arms == ("scratch",)
     write_json(tmp_path / "study.json", {**about, place: value})
-    said = message_of(lambda: study_report.report([tmp_path]))
+    said = message_of(lambda: report([tmp_path]))
     assert "study.json: not as ssl-seg study writes it (" in said
     assert "\n" not in said
 
@@ -547,7 +550,7 @@ def test_the_same_study_makes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_page_of_a_study_needs_no_torch(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN]}, {})
     script = (
-        "import sys\nfrom ssl_seg.study_report import report\n"
+        "import sys\nfrom ssl_seg.reports.study import report\n"
         f"report([{str(tmp_path)!r}])\n"
         "assert not {'torch', 'mlflow', 'timm'} & set(sys.modules)\n"
     )
@@ -569,4 +572,4 @@ def test_the_command_knows_a_study(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(str(study), str(study / "cells")) == 2
     assert "is a study, which has a page of its own; name it alone" in capsys.readouterr().err
     with pytest.raises(UserError, match="is a folder; name the file"):
-        study_report.report([study], tmp_path)
+        report([study], tmp_path)

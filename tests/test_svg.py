@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_seg import plots
-from ssl_seg.plots import Band, Change, Curve, Row, Series, Style
-from ssl_seg.svg import COLOURS, plain
+from ssl_seg.figures import charts
+from ssl_seg.figures.charts import Band, Change, Curve, Row, Series, Style
+from ssl_seg.figures.svg import COLOURS, plain
 from tests.test_plots import SVG, confusion, dots, texts
 
 HOSTILE = [
@@ -31,11 +31,11 @@ def every_figure(label: str) -> list[str]:
     band = Band((5.0, 40.0), ((1.0, 2.0), ()), ((0.5, 2.5), None), Style())
     return [
         dots([label]),
-        plots.bands("bands", [band], label, label, (-1.0, 3.0), by_logarithm=True, zero=True),
-        plots.changes("changes", [label], [label, "b"], [[Change(1.0, True), None]], label, label, 2.0),
-        plots.dots("gains", [Row(label, (-1.0, 2.0), Style(), "+0.5")], label, label, zero=True),
-        plots.curves("curves", lines, label, by_logarithm=True),
-        plots.classes("classes", [label, "car"], [Series(((1.0, 2.0), ()), Style())], label, label),
+        charts.bands("bands", [band], label, label, (-1.0, 3.0), by_logarithm=True, zero=True),
+        charts.changes("changes", [label], [label, "b"], [[Change(1.0, True), None]], label, label, 2.0),
+        charts.dots("gains", [Row(label, (-1.0, 2.0), Style(), "+0.5")], label, label, zero=True),
+        charts.curves("curves", lines, label, by_logarithm=True),
+        charts.classes("classes", [label, "car"], [Series(((1.0, 2.0), ()), Style())], label, label),
         confusion(np.array([[5, 1], [0, 0]]), [label, "car"]),
     ]
 

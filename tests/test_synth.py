@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from ssl_seg import images, load, pictures
+from ssl_seg import images, load
 from ssl_seg.config import UserError
+from ssl_seg.data.synth import SHEET_WIDTH, sheet, synth
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
-from ssl_seg.synth import SHEET_WIDTH, sheet, synth
+from ssl_seg.figures import panels
 from ssl_seg.worlds import Scene, World, edges
 
 ROOT = Path(__file__).parent.parent
@@ -189,8 +190,8 @@ def test_the_sheet_is_as_wide_as_a_screen(count: int, extras: tuple[str, ...]) -
 
 def test_the_legend_shows_every_class_in_its_colour() -> None:
     names = tuple(f"class_{number}" for number in range(11))
-    colours = pictures.palette(11)
-    strips = [pictures.legend(names, colours, width) for width in (2000, 600, 150)]
+    colours = panels.palette(11)
+    strips = [panels.legend(names, colours, width) for width in (2000, 600, 150)]
     for strip, width in zip(strips, (2000, 600, 150), strict=True):
         assert strip.shape[1] == width
         pixels = {tuple(pixel) for pixel in strip.reshape(-1, 3).tolist()}

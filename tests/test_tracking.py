@@ -31,13 +31,16 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
 
-from ssl_seg import compare, images, store, tracking
+from ssl_seg import images, tracking
 from ssl_seg.config import Config, Interrupted, UserError, load
-from ssl_seg.finetune import FinetuneConfig, finetune
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.runs import TIME, RunFolder, described, leak_word, read_metrics
-from ssl_seg.stage import Options
+from ssl_seg.evidence import compare
+from ssl_seg.runs.folder import TIME, RunFolder, described, leak_word, read_metrics
+from ssl_seg.runs.writer import Run
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
 from ssl_seg.tracking import Mirror, Tracking, TrackingField, client, mirror, server
+from ssl_seg.tracking.record import read_record
 from tests.faults import message_of
 from tests.small import finetuning, pretraining
 from tests.test_cli import SMALL, as_words
@@ -61,7 +64,7 @@ def written(folder: Path, steps: int = 3, status: str = "finished", ready: bool 
         make_ready(folder.parent)
     tracked = settings.pop("tracking", {"system_metrics": False})
     config = load(Settings, {**settings, "tracking": tracked})
-    run = store.Run.open(folder, "finetune", config)
+    run = Run.open(folder, "finetune", config)
     for step in range(1, steps + 1):
         run.metrics(step, {"train/loss": 1 / step, "val/miou": math.nan if step == 1 else step / 10})
     images.write_image(run.picture_path("predictions", steps), np.full((8, 8, 3), 9, dtype=np.uint8))
@@ -490,14 +493,14 @@ def test_what_lies_behind_a_link_is_not_sent(tmp_path: Path) -> None:
 
 
 def test_a_run_that_lives_is_not_sent_by_another(tmp_path: Path) -> None:
-    with store.Run.open(tmp_path / "runs" / "a", "finetune", Settings()):
+    with Run.open(tmp_path / "runs" / "a", "finetune", Settings()):
         assert "is still running" in message_of(lambda: mirror.track(tmp_path / "runs" / "a"))
 
 
 def test_a_folder_that_cannot_be_tracked_fails_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "a"
     beside = Mirror(Tracking(), folder)
-    with beside, store.Run.open(folder, "finetune", Settings()):
+    with beside, Run.open(folder, "finetune", Settings()):
         (folder / "tracking").write_text("in the way")
         beside.start()
     assert "MLflow: no mirror (" in capsys.readouterr().err
@@ -508,7 +511,7 @@ def test_a_mirror_leaves_a_folder_that_another_run_has_taken(tmp_path: Path) -> 
     folder = written(tmp_path / "runs" / "a", status="running")
     with mirror.alone(folder, 0.0) as lock:
         assert mirror._is_ours(folder, lock)
-        store.Run.open(folder, "finetune", Settings(lr=0.5), overwrite=True).close()
+        Run.open(folder, "finetune", Settings(lr=0.5), overwrite=True).close()
         assert not mirror._is_ours(folder, lock)
 
 
@@ -517,7 +520,7 @@ def test_a_mirror_leaves_a_folder_that_another_run_has_taken(tmp_path: Path) -> 
 
 def steps_of(folder: Path, first: int, last: int, lr: float = 1e-3, allow: Sequence[str] = ()) -> Path:
     """What a run of these steps leaves that is killed then; its only checkpoint is that of step 3."""
-    run = store.Run.open(folder, "finetune", Settings(lr=lr), allow_changed=allow)
+    run = Run.open(folder, "finetune", Settings(lr=lr), allow_changed=allow)
     run.resume()
     run.go_on()
     for step in range(first, last + 1):
@@ -728,13 +731,13 @@ def test_runs_are_kept_in_the_folder_called_runs(tmp_path: Path, monkeypatch: py
 
 
 def test_tracking_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
-    with store.Run.open(tmp_path / "a", "finetune", Settings()) as run:
+    with Run.open(tmp_path / "a", "finetune", Settings()) as run:
         run.save_state(1, {}, {})
-    with store.Run.open(tmp_path / "a", "finetune", Settings(tracking=Tracking(uri="http://x"))) as run:
+    with Run.open(tmp_path / "a", "finetune", Settings(tracking=Tracking(uri="http://x"))) as run:
         run.go_on()
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["config"]["tracking"]["uri"] == "http://x"
-    assert "lr was" in message_of(lambda: store.Run.open(tmp_path / "a", "finetune", Settings(lr=0.5)))
+    assert "lr was" in message_of(lambda: Run.open(tmp_path / "a", "finetune", Settings(lr=0.5)))
 
 
 def test_without_mlflow_a_run_wants_tracking_none(tmp_path: Path) -> None:
@@ -772,7 +775,7 @@ def has_lines(out: Path, number: int) -> bool:
 
 def is_sent(out: Path) -> bool:
     """Whether the mirror has found or made its MLflow run."""
-    return bool(tracking.read_record(out).runs)
+    return bool(read_record(out).runs)
 
 
 def status_of(uri: str) -> str:
@@ -906,7 +909,7 @@ def mirrored_run(
     """Write a run with its mirror beside it, calling `between` after each step."""
     shown_by = {"uri": uri, "experiment": experiment, "every": 0.2, "system_metrics": False}
     config = load(Settings, {"tracking": shown_by})
-    run = store.Run.open(folder, "finetune", config)
+    run = Run.open(folder, "finetune", config)
     with mirrored(folder), run:
         for step in range(1, 41):
             run.metrics(step, {"train/loss": 1 / step})

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_seg import finetune, pretrain, rng
+from ssl_seg import rng
 from ssl_seg.config import UserError, load
-from ssl_seg.data import Packed, Samples
-from ssl_seg.finetune import FinetuneConfig
-from ssl_seg.pretrain import PretrainConfig
-from ssl_seg.stage import build_module, open_streams, pool_tasks
-from ssl_seg.switch_norm import SwitchNorm2d
-from ssl_seg.train import (
+from ssl_seg.data.loading import Packed, Samples
+from ssl_seg.norm.layers import SwitchNorm2d
+from ssl_seg.stages import finetune, pretrain
+from ssl_seg.stages.finetune import FinetuneConfig
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.setup import build_module, open_streams, pool_tasks
+from ssl_seg.training.loop import (
     PATIENCE_FOR_NAN,
     AdamW,
     Learner,
@@ -361,7 +362,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     # In a process of its own: what glibc was told cannot be taken back.
     code = (
         "import resource, sys, torch\n"
-        "from ssl_seg.train import keep_freed_memory\n"
+        "from ssl_seg.training.loop import keep_freed_memory\n"
         "if sys.argv[1] == 'kept': keep_freed_memory()\n"
         "def step():\n"
         "    pieces = [torch.ones(2**23) for _ in range(4)]\n"  # of 32 MiB: beyond what malloc learns to keep by itself

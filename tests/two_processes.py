@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from ssl_seg import store
 from ssl_seg.config import load
-from ssl_seg.confusion import COLUMNS
-from ssl_seg.data import Packed, Samples
-from ssl_seg.evaluate import image_confusions, score_tasks
-from ssl_seg.finetune import SEGMENT, FinetuneConfig, assemble, resolve
+from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.models import SegmentationModel
-from ssl_seg.pretrain import PretrainConfig, pretrain
-from ssl_seg.stage import Options, build_module, open_streams, pool_tasks
+from ssl_seg.runs.writer import save_state
+from ssl_seg.scores import COLUMNS
+from ssl_seg.stages.evaluate import image_confusions, score_tasks
+from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, resolve
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options, build_module, open_streams, pool_tasks
 from ssl_seg.tasks import Segment
-from ssl_seg.train import Learner, Processes, backward, finish_gradients, train
+from ssl_seg.training.loop import Learner, Processes, backward, finish_gradients, train
 from tests.small import POOL, Textured, finetuning, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
@@ -125,7 +125,7 @@ def resume_after_every_step(
 ) -> None:
     """`run` into folder/whole, and into folder/after_1, ... each cut after that step and taken up again."""
     keep_all = ((), steps)
-    former, store.save_state.__defaults__ = store.save_state.__defaults__, keep_all
+    former, save_state.__defaults__ = save_state.__defaults__, keep_all
     try:
         run(folder / "whole")
         for step in range(1, steps):
@@ -135,7 +135,7 @@ def resume_after_every_step(
                 processes.barrier()
             run(folder / f"after_{step}")
     finally:
-        store.save_state.__defaults__ = former
+        save_state.__defaults__ = former
 
 
 def compare_modes(out: str) -> None:

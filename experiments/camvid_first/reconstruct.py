@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from scipy.interpolate import griddata
 
-from ssl_seg import ModelConfig, MultiTask, PretrainConfig, images, load, load_encoder, pictures
-from ssl_seg.data import Views, loader
+from ssl_seg import ModelConfig, MultiTask, PretrainConfig, images, load, load_encoder
+from ssl_seg.data.loading import Views, loader
+from ssl_seg.figures.panels import grid, to_uint8
 from ssl_seg.metrics import mae, psnr
-from ssl_seg.store import load_state
+from ssl_seg.runs.writer import load_state
 from ssl_seg.tasks import View, evaluating, make_views
 
 Fill = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -119,8 +120,8 @@ def report(task: str, name: str, decibels: torch.Tensor, error: torch.Tensor) ->
 
 def save_sheet(path: Path, columns: list[torch.Tensor]) -> None:
     chosen = np.linspace(0, len(columns[0]) - 1, SHOWN).round().astype(int)
-    panels = [pictures.to_uint8(column) for column in columns]
-    images.write_image(path, pictures.grid([[panel[row] for panel in panels] for row in chosen]))
+    panels = [to_uint8(column) for column in columns]
+    images.write_image(path, grid([[panel[row] for panel in panels] for row in chosen]))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from ssl_seg.config import load
-from ssl_seg.data import Packed
-from ssl_seg.pretrain import PretrainConfig, assemble
-from ssl_seg.stage import open_streams
+from ssl_seg.data.loading import Packed
+from ssl_seg.stages.pretrain import PretrainConfig, assemble
+from ssl_seg.stages.setup import open_streams
 from ssl_seg.tasks import Stream, make_views
-from ssl_seg.train import Learner, Processes, train
+from ssl_seg.training.loop import Learner, Processes, train
 
 SHOWN = (1, 50, 150, 400, 800)
 BATCHES = 4  # over which a figure is averaged

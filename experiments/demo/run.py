@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.paired import SCRATCH, Arm, cells, finetune_all
-from ssl_seg.tracking import read_record
+from ssl_seg.tracking.record import read_record
 
 ARMS = {SCRATCH: Arm(), "encoder": Arm("pretrained"), "encoder+decoder": Arm("pretrained", "encoder+denoise")}
 # Scenes: those to pretrain on, those whose masks may be used, those that are scored. A seed of their own each, so that

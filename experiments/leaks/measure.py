@@ -20,13 +20,13 @@ import cv2
 import numpy as np
 
 from ssl_seg.config import load
-from ssl_seg.data import Examples, Subset
+from ssl_seg.data.loading import Examples, Subset
 from ssl_seg.datasets import Example
 from ssl_seg.datasets.camvid import Camvid
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
-from ssl_seg.leaks import Leaks, compare
-from ssl_seg.likeness import SIDE, Fingerprints, fingerprint
+from ssl_seg.leaks.guard import Leaks, compare
+from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, fingerprint
 
 T = TypeVar("T")
 DRIVES = ("0001TP", "0006R0", "0016E5")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg.config import Config, Plugin, UserError
-from ssl_seg.norm import Kind, convert_norm, has_batch_norm
+from ssl_seg.norm.convert import Kind, convert_norm, has_batch_norm
 
 Features = list[Tensor]  # five maps, fine to coarse: (B, C_i, h_i, w_i); C_i = 0 where the encoder has no such map
 NUM_LEVELS = 5

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ssl_seg.config import UserError
 from ssl_seg.models import Decoder, DecoderNet, Features
-from ssl_seg.norm import has_batch_norm
+from ssl_seg.norm.convert import has_batch_norm
 
 HALVING = (2, 4, 8, 16, 32)
 IMAGE_CHANNELS = 3  # of the stride-1 map that smp's encoders put in front; its decoders never use them

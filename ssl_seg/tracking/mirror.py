@@ -16,12 +16,12 @@ import psutil
 
 from ssl_seg import files
 from ssl_seg.config import UserError, load
-from ssl_seg.runs import RunFolder
+from ssl_seg.runs.folder import RunFolder
 from ssl_seg.tracking import LOCK, Tracking, prepare
 from ssl_seg.tracking.client import explained, resolved
-from ssl_seg.tracking.load import Load
 from ssl_seg.tracking.record import FOLDER
 from ssl_seg.tracking.server import MirroredRun
+from ssl_seg.tracking.system_metrics import Load
 
 GLANCE = 0.25  # seconds between two looks at whether the run is over
 LONGEST_PAUSE = 60.0  # seconds between two tries of a server that does not answer

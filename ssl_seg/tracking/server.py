@@ -19,10 +19,10 @@ import numpy as np
 from mlflow import Image, MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
-from ssl_seg import plots, svg
 from ssl_seg.config import UserError
-from ssl_seg.passport import from_tags, to_tags
-from ssl_seg.runs import TIME, Picture, RunFolder, description_of, labelled_digest, leak_word, now, scores_of
+from ssl_seg.evidence.passport import from_tags, to_tags
+from ssl_seg.figures import charts, svg
+from ssl_seg.runs.folder import TIME, Picture, RunFolder, description_of, labelled_digest, leak_word, now, scores_of
 from ssl_seg.tracking import SYSTEM, Tracking
 from ssl_seg.tracking.client import (
     CONTINUES,
@@ -352,7 +352,7 @@ class MirroredRun:
         matrices = self.run.read("confusion.json") or {}
         for part in set(matrices) - {"classes"}:
             with _reading(self.run.folder / "confusion.json"):
-                figure = plots.draw_confusion(np.array(matrices[part]), matrices["classes"])
+                figure = charts.draw_confusion(np.array(matrices[part]), matrices["classes"])
             with tempfile.TemporaryDirectory() as folder:
                 picture = Path(folder) / f"confusion_{part}.png"
                 picture.write_bytes(svg.to_png(figure))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_seg.confusion import ImageConfusions, Row
+from ssl_seg.scores import ImageConfusions, Row
 from tests.test_compare import CONFIG, PRETRAINING, laid
 from tests.test_passport import write_scored
 

@@ -18,15 +18,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 from pretext import colorize
-from ssl_seg import images, pictures, rng
+from ssl_seg import images, rng
 from ssl_seg.config import load
-from ssl_seg.data import Augment, Kept, Samples
+from ssl_seg.data.loading import Augment, Kept, Samples
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
-from ssl_seg.pretrain import PretrainConfig
-from ssl_seg.stage import build_module, open_streams
+from ssl_seg.figures import panels
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.setup import build_module, open_streams
 from ssl_seg.tasks import MultiTask
-from ssl_seg.train import Learner, Processes, build_optimizer, train
+from ssl_seg.training.loop import Learner, Processes, build_optimizer, train
 from tests.test_tracking import silent_server
 
 pytestmark = pytest.mark.slow
@@ -216,7 +217,7 @@ def test_drawing_streets_against_reading_them_back(tmp_path: Path) -> None:
     """One process, images and masks as PNG of 480 x 360; the aim is 30 a second and core."""
     count = 300
     streets = load(Synthetic, {"kind": "street", "count": count, "size": [360, 480]})
-    colours = pictures.palette(len(streets.class_names))
+    colours = panels.palette(len(streets.class_names))
 
     def draw() -> None:
         for index in range(count):

@@ -1,0 +1,327 @@
+"""Runs in pairs: what a gain is, where it lies over images, and which images changed.
+
+The two runs of a pair differ in what is compared and share all else that is drawn: the seeds and the labelled images,
+and so order and crops. The spread of such gains is smaller than that of the scores, and tells whether something helped.
+Imports no torch, but to draw.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from ssl_seg.evidence.statistics import Interval, block_bootstrap, t_interval
+from ssl_seg.runs.folder import RunFolder
+from ssl_seg.scores import BAND, IMAGES_FILE, ImageConfusions, read_image_confusion
+
+MIN_STARTS = 3  # pretrainings; two means would have an interval of 12.7 standard errors to each side
+NUM_CHANGED = 6  # images to look at, of each comparison
+
+Images = list[ImageConfusions | None]  # of some runs; None for one that kept none
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Figures of several runs in short."""
+
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation; None for one value."""
+        return stdev(self.values) if self.n > 1 else None
+
+    def text(self, digits: int = 4, sign: str = "") -> str:
+        """`0.4120 ± 0.0031`; a single value alone."""
+        spread = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Shared(Spread):
+    """Paired differences, one for each choice of seeds, of which some start from the same pretraining.
+
+    They are not independent. Taken as if they were, 8 pairs over 2 pretrainings tell something false in 24 of 100 null
+    comparisons where pretrainings differ as much as seeds do; with both pretrainings under each of the seeds, in 28.
+    """
+
+    means: tuple[float, ...]  # of each pretraining, over its pairs
+    crossed: bool = False  # whether some seeds have runs of several pretrainings
+
+    @property
+    def mean(self) -> float:
+        """Over what counts as independent, so that it lies in the middle of its interval."""
+        return mean(self.units)
+
+    @property
+    def num_starts(self) -> int:
+        return len(self.means)
+
+    @property
+    def is_of_few(self) -> bool:
+        """Whether it has too few pretrainings for an interval over them, and is about these alone."""
+        return self.num_starts < MIN_STARTS
+
+    @property
+    def by_start(self) -> bool:
+        """Whether the means of pretrainings count as independent, and not the pairs.
+
+        Where each seed has several pretrainings, neither spread holds the other: that with the wider interval counts.
+        Of null comparisons, 3 to 8 pretrainings under 3 to 8 seeds, 2 to 8 in 100 are then told (simulated, with
+        pretrainings and seeds that differ alike, one half as much as the other, or one not at all).
+        """
+        if self.is_of_few:
+            return False
+        pairs, starts = t_interval(self.values), t_interval(self.means)
+        return not self.crossed or (pairs is not None and _width(starts) >= _width(pairs))
+
+    @property
+    def units(self) -> tuple[float, ...]:
+        return self.means if self.by_start else self.values
+
+
+def of_differences(differences: Iterable[tuple[Hashable, str, float]]) -> Spread:
+    """Paired differences from (what the pair has in common, the pretraining behind it, difference).
+
+    Runs with both the same count by their mean, as then do the pretrainings of a key and the keys of a pretraining.
+    `Shared` where a pretraining stands behind several keys.
+    """
+    cells: dict[tuple[Hashable, str], list[float]] = {}
+    for key, start, difference in differences:
+        cells.setdefault((key, start), []).append(difference)
+    keys, starts = ({} for _ in range(2))
+    for (key, start), own in cells.items():
+        keys.setdefault(key, []).append(mean(own))
+        starts.setdefault(start, []).append(mean(own))
+    values = tuple(map(mean, keys.values()))
+    if all(len(own) == 1 for own in starts.values()):
+        return Spread(values)
+    return Shared(values, tuple(map(mean, starts.values())), crossed=len(cells) > len(keys))
+
+
+def of_starts(values: Sequence[float], starts: Sequence[str]) -> Spread:
+    """Paired differences of one run each, and whether pretrainings are shared among them."""
+    return of_differences((index, *own) for index, own in enumerate(zip(starts, values, strict=True)))
+
+
+def over_starts(gain: Spread) -> tuple[float, ...] | None:
+    """The means of the pretrainings that pairs share, where these count as independent; else None."""
+    return gain.means if isinstance(gain, Shared) and gain.by_start else None
+
+
+def independent(gain: Spread) -> tuple[float, ...]:
+    """What counts as independent: the means of pretrainings that pairs share, or the pairs."""
+    return over_starts(gain) or gain.values
+
+
+def paired(base: Mapping[Any, Sequence[float]], own: Mapping[Any, Sequence[float]]) -> Spread | None:
+    """The differences of the scores that both have under a key, each side by its mean; None where they share none."""
+    differences = [mean(own[key]) - mean(base[key]) for key in own if key in base]
+    return Spread(tuple(differences)) if differences else None
+
+
+class Scored(Protocol):
+    """A run as pairs see it."""
+
+    @property
+    def scores(self) -> Mapping[str, float]: ...  # `val/miou`, `test/iou/road`
+    @property
+    def folder(self) -> Path | None: ...  # None for a run that is known from MLflow alone
+    @property
+    def software(self) -> Mapping[str, str]: ...  # `runs.software_of`; empty where it is not known
+
+
+R = TypeVar("R", bound=Scored)
+
+
+@dataclass(frozen=True)
+class Changed(Generic[R]):
+    """An image that the two sides of a comparison take for different things."""
+
+    index: int  # its place in the data set
+    name: str
+    difference: float  # of its mIoU, as a mean over pairs: above 0 where the baseline is worse
+    pair: tuple[R, R]  # that whose own difference comes nearest to the mean, to look at
+
+
+@dataclass(frozen=True)
+class Pairs(Generic[R]):
+    """The runs of a baseline and those compared with it, by what a pair has in common.
+
+    Several runs of a side under one key, as those from several pretrainings, count by their mean: they share partners.
+    `start` names the pretraining behind a pair (a run of the baseline, one of the others); without it each pair has one
+    of its own.
+    """
+
+    base: Mapping[Any, Sequence[R]]
+    own: Mapping[Any, Sequence[R]]
+    start: Callable[[R, R], str] | None = None
+    # Reads the images of a run; a caller with many comparisons gives one that remembers.
+    read: Callable[[Path], Mapping[str, ImageConfusions]] = read_image_confusion
+
+    def sides(self, score: str) -> dict[Any, tuple[list[R], list[R]]]:
+        """The runs that have the score, of both sides, under each key that both have one under."""
+        found = {key: (_having(self.base.get(key, ()), score), _having(runs, score)) for key, runs in self.own.items()}
+        return {key: sides for key, sides in found.items() if all(sides)}
+
+    def gain(self, score: str) -> Spread | None:
+        """The differences in a score, one for each key, `Shared` where pretrainings are; None without a pair."""
+        found = [
+            (key, self._start(key, base, run), run.scores[score] - mean(partner.scores[score] for partner in base))
+            for key, (base, own) in self.sides(score).items()
+            for run in own
+        ]
+        return of_differences(found) if found else None
+
+    def over_images(self, score: str, level: float = 0.95, resamples: int = 10_000) -> Interval | None:
+        """Where the gain in a mIoU (`val/miou`, `val/band/miou`) lies for other images of the same kind, runs fixed.
+
+        Of the very runs of the gain, each counting as much as in its mean. None without pairs, where a run of theirs
+        kept no images, and for too few images (`evidence.block_bootstrap`).
+        """
+        found = self._images(score)
+        if not found or any(None in (*lower, *upper) for lower, upper in found):
+            return None
+        lower, upper = ([images for side in found for images in side[which]] for which in (0, 1))
+        weights = tuple(zip(*self._weights(score), strict=True))
+        lower_weights, upper_weights = ([weight for of_key in side for weight in of_key] for side in weights)
+        return block_bootstrap(lower, upper, level=level, resamples=resamples, weights=(lower_weights, upper_weights))
+
+    def changed(self, score: str, most: int | None = None) -> tuple[Changed[R], ...]:
+        """The images that differ most from the baseline come first; those that do not differ are left out.
+
+        Of the runs whose images were kept, each key counting once.
+        """
+        pairs: list[tuple[R, R]] = []
+        rows, weights = [], []
+        names: tuple[str, ...] = ()
+        for sides, images in zip(self.sides(score).values(), self._images(score), strict=True):
+            kept = [_kept(*side) for side in zip(sides, images, strict=True)]
+            for (base, lower), (own, upper) in product(*kept):
+                names = lower.names
+                pairs.append((base, own))
+                rows.append(upper.per_image_miou() - lower.per_image_miou())
+                weights.append(1 / (len(kept[0]) * len(kept[1])))
+        if not pairs:
+            return ()
+        changes = np.average(rows, axis=0, weights=weights)  # (N,); nan for an image without a counted pixel
+        order = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
+        nearest = np.argmin(np.abs(rows - changes), axis=0)  # of the pairs, (N,)
+        found = (Changed(index, names[index], float(changes[index]), pairs[nearest[index]]) for index in order)
+        return tuple(one for one in found if abs(one.difference) > 0)
+
+    def other_software(self, score: str) -> dict[str, tuple[str, ...]]:
+        """What the two sides of a pair were made with that is not the same: `torch`, `device`, with all that was used.
+
+        A difference between arms may come from it as well.
+        """
+        found: dict[str, dict[str, None]] = {}
+        for base, own in self.sides(score).values():
+            for lower, upper in product(base, own):
+                both = [name for name in lower.software if name in upper.software]
+                for name in both:
+                    if lower.software[name] != upper.software[name]:
+                        found.setdefault(name, {}).update(dict.fromkeys((lower.software[name], upper.software[name])))
+        return {name: tuple(values) for name, values in found.items()}
+
+    def _start(self, key: Any, base: Sequence[R], own: R) -> str:
+        return str(key) if self.start is None else self.start(base[0], own)
+
+    def _weights(self, score: str) -> Iterator[tuple[list[float], list[float]]]:
+        """For each key, how much the runs of either side count in the mean of the gain."""
+        gain = self.gain(score)
+        starts = {key: [self._start(key, base, run) for run in own] for key, (base, own) in self.sides(score).items()}
+        keys_of = Counter(start for own in starts.values() for start in set(own))
+        for key, (base, own) in self.sides(score).items():
+            reruns = Counter(starts[key])
+            shared_by = [keys_of[start] for start in starts[key]] if over_starts(gain) else [len(reruns)] * len(own)
+            upper = [1 / (many * reruns[start]) for many, start in zip(shared_by, starts[key], strict=True)]
+            yield [sum(upper) / len(base)] * len(base), upper
+
+    def _images(self, score: str) -> list[tuple[Images, Images]]:
+        """For each key that `sides` has, the images of the baseline's runs and of the others."""
+        sides = self.sides(score).values()
+        found = [tuple([self._images_of(run, score) for run in side] for side in of) for of in sides]
+        sets = Counter(_identity(images) for of in found for side in of for images in side if images is not None)
+        if not sets:
+            return found
+        usual = max(sets, key=sets.__getitem__)  # the first of equals
+        return [tuple(_of_set(side, usual) for side in of) for of in found]
+
+    def _images_of(self, run: R, score: str) -> ImageConfusions | None:
+        part, _, figure = score.partition("/")
+        if run.folder is None or not (run.folder / IMAGES_FILE).is_file():
+            return None
+        found = self.read(run.folder).get(part)
+        return found.at_boundaries() if found is not None and figure.startswith(f"{BAND}/") else found
+
+
+def software_in_words(found: Iterable[Mapping[str, Sequence[str]]]) -> str:
+    """Of several comparisons, what `other_software` has found: `torch 2.14.0, 2.14.1; device 1 x cpu, 1 x cuda`."""
+    every: dict[str, dict[str, None]] = {}
+    for own in found:
+        for name, values in own.items():
+            every.setdefault(name, {}).update(dict.fromkeys(values))
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in every.items())
+
+
+def pictures_of(changed: Sequence[Changed], part: str) -> list[np.ndarray]:
+    """Each image with its truth, both predictions and what changed, as `evaluate.changed_pictures` draws them.
+
+    Raises UserError where a model or an image is not there any more.
+    """
+    from ssl_seg.stages.evaluate import changed_pictures  # torch and the networks, which no table needs
+
+    by_pair: dict[tuple[Path, Path], list[Changed]] = {}
+    for one in changed:
+        by_pair.setdefault(tuple(run.folder for run in one.pair), []).append(one)
+    drawn: dict[int, np.ndarray] = {}
+    for folders, ones in by_pair.items():
+        runs = [RunFolder.open(folder) for folder in folders]
+        found = changed_pictures(*runs, part, [one.name for one in ones])
+        drawn |= {one.index: picture for one, picture in zip(ones, found, strict=True)}
+    return [drawn[one.index] for one in changed]
+
+
+def _width(interval: Interval) -> float:
+    return interval.high - interval.low
+
+
+def _having(runs: Iterable[R], score: str) -> list[R]:
+    return [run for run in runs if score in run.scores]
+
+
+def _kept(runs: Sequence[R], images: Images) -> list[tuple[R, ImageConfusions]]:
+    return [(run, own) for run, own in zip(runs, images, strict=True) if own is not None]
+
+
+def _identity(images: ImageConfusions) -> tuple[Any, ...]:
+    """What tells one set of scored images from another: masks may have been corrected under the same names."""
+    return images.class_names, images.names, images.digest
+
+
+def _of_set(side: Images, wanted: tuple[Any, ...]) -> Images:
+    """Those of the wanted set; runs of the first versions have no digest, and are known by their names."""
+
+    def fits(images: ImageConfusions | None) -> bool:
+        if images is None:
+            return False
+        *own, digest = _identity(images)
+        return own == [*wanted[:-1]] and (digest == wanted[-1] or not digest or not wanted[-1])
+
+    return [images if fits(images) else None for images in side]

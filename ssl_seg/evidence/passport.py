@@ -1,0 +1,230 @@
+"""What a score means: by which definition, on which images. Scores of different passports are never ranked together.
+
+A passport stands in a result.json for each part that has a mIoU. It is ours, as the scores are: no library says with a
+figure how it treats an absent class, though two libraries differ there by tens of points. Needs no torch, as whoever
+compares many runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ssl_seg.config import UserError
+from ssl_seg.runs.folder import RunFolder, find_runs
+from ssl_seg.scores import BAND_WIDTH, ImageConfusions, SegmentationScores, named_scores, read_image_confusion
+
+DEFINITION = 1  # to be raised with any change of what a figure means; figures of two definitions are not ranked
+EXACT = 1e-9  # how far a figure may be from what its matrices say: rounding in another order, and no pixel more
+IGNORED = 255
+# Fields that scores are ranked across: how large the network wants its images is a property of the model, for whatever
+# it sees, its answer is scored at the label's size; and the version of the software is told apart by the definition.
+FACTS = ("resize", "software")
+TAG = "passport."  # before a part, in MLflow
+
+Passports = Mapping[str, Mapping[str, Any] | None]  # by part; None: of a version that wrote no passports
+
+
+@dataclass(frozen=True)
+class Passport:
+    """The definition of the scores of one part (`val`, `test`) of a run."""
+
+    classes: tuple[str, ...]  # that are averaged, in the order of their ids
+    images: int
+    split: str  # sha256 of names, decoded images and labels, in the data set's order
+    resize: tuple[int, int] | None  # (H, W) that the network is given; None: as the images are
+    definition: int = DEFINITION
+    averaging: str = "mean over classes of the IoU of the matrix summed over all images"
+    absent: str = "in neither truth nor prediction: left out; predicted only: 0"
+    ignore: int = IGNORED  # pixels of the label that count nowhere
+    resolution: str = "the label's own"  # logits are brought there bilinearly
+    band: float = BAND_WIDTH  # of the label's diagonal, on each side of a class boundary
+    software: str = metadata.version("ssl_seg")
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        plain = asdict(self)
+        return {**plain, "classes": list(self.classes), "resize": None if self.resize is None else list(self.resize)}
+
+
+def passport_of(found: ImageConfusions, resize: Sequence[int] | None = None) -> Passport:
+    """That of the scores of `found`, by a network that was given images of `resize` (H, W)."""
+    size = None if resize is None else tuple(resize)
+    return Passport(classes=found.class_names, images=len(found), split=found.digest, resize=size)
+
+
+def passports_in(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    """Of each part of a result.json that has a mIoU; None where it was written without one."""
+    written = result.get("passport", {})
+    scored = [part for part, named in result.items() if isinstance(named, Mapping) and "miou" in named]
+    return {part: written.get(part) for part in scored}
+
+
+def definition_of(passports: Passports) -> tuple[str, ...]:
+    """What is equal for scores that may be ranked together, as text."""
+    told = []
+    for part, written in sorted(passports.items()):
+        kept = None if written is None else {key: value for key, value in written.items() if key not in FACTS}
+        told.append(f"passport.{part}={json.dumps(kept, sort_keys=True)}")
+    return tuple(told)
+
+
+def differing(one: Passports, other: Passports) -> list[str]:
+    """What keeps the scores of two runs from being ranked, as `val: images, split`; empty where nothing does.
+
+    Only parts that both have are looked at: scores of the others never stand side by side.
+    """
+    told = []
+    for part in one.keys() & other.keys():
+        fields = _differing_fields(one[part], other[part])
+        told += [f"{part}: {', '.join(fields)}"] if fields else []
+    return sorted(told)
+
+
+def _differing_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
+    if one is None or other is None:
+        return [] if one is other else ["passport (runs of earlier versions have none)"]
+    keys = dict.fromkeys([*one, *other])
+    return [key for key in keys if key not in FACTS and one.get(key) != other.get(key)]
+
+
+# ---- as MLflow keeps them ----
+
+
+def to_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """A tag for each part of a result.json that has a passport."""
+    passports = passports_in(result)
+    return {f"{TAG}{part}": _to_tag(written) for part, written in passports.items() if written is not None}
+
+
+def from_tags(tags: Mapping[str, str], scores: Iterable[str]) -> dict[str, Mapping[str, Any] | None]:
+    """What `passports_in` says of a run, from its tags and the names of its scores; class names are digests here.
+
+    Raises UserError for a tag that is not one of ours.
+    """
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for part in (name.partition("/")[0] for name in scores if name.endswith("/miou") and name.count("/") == 1):
+        try:
+            found[part] = json.loads(tags.get(f"{TAG}{part}", "null"))
+        except ValueError as error:
+            raise UserError(f"tag {TAG}{part}: is no passport; delete the tag or the run in MLflow") from error
+        if not isinstance(found[part], Mapping | None):
+            raise UserError(f"tag {TAG}{part}: is no passport; delete the tag or the run in MLflow")
+    return found
+
+
+def _to_tag(written: Mapping[str, Any]) -> str:
+    """A tag has room for some 6,000 letters, and a thousand classes have longer names."""
+    classes = json.dumps(written.get("classes"))
+    return json.dumps({**written, "classes": hashlib.sha256(classes.encode()).hexdigest()})
+
+
+# ---- whether a score follows from its matrices ----
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` has found to follow from the stored matrices."""
+
+    figures: int
+    largest: float  # difference between a figure that is written down and one recomputed, at most EXACT
+    without_passport: tuple[str, ...] = ()  # parts whose definition and images nothing tells
+
+
+def verify(folder: str | Path) -> Verified:
+    """Recompute every score of a run from its confusion matrices, image by image and summed.
+
+    Raises UserError that names the figure where one differs by more than EXACT, where the two files of matrices
+    disagree, where a passport speaks of other images or classes, and where there are no scores or no matrices.
+    """
+    run = RunFolder.open(folder)
+    result = run.result or {}
+    parts = passports_in(result)
+    if not parts:
+        raise UserError(f"{folder}: has no segmentation scores to verify; name finished fine-tunings or evaluations")
+    of_images = read_image_confusion(folder)
+    summed = run.read("confusion.json") or {}
+    figures, differences = 0, []
+    for part, written in parts.items():
+        if part not in of_images or part not in summed:
+            raise UserError(f"{folder}: has no matrices of {part}, so its scores cannot be verified; {_AGAIN}")
+        found = of_images[part]
+        if summed[part] != found.total().tolist() or tuple(summed.get("classes", ())) != found.class_names:
+            raise UserError(f"{folder}: confusion.json is not the sum of the images' matrices in {part}; {_AGAIN}")
+        _check_passport(folder, part, written, found)
+        from_sum = named_scores(SegmentationScores.from_confusion(summed[part]), found.class_names)
+        for recomputed in (found.named(), from_sum):
+            differences += _differences(folder, part, result[part], recomputed)
+        _refuse_more(folder, part, result[part], found.named())
+        figures += len(found.named())
+    return Verified(figures, max(differences), tuple(part for part, written in parts.items() if written is None))
+
+
+def verify_all(folders: Iterable[str | Path]) -> Iterator[tuple[Path, Verified]]:
+    """Every finished run with segmentation scores in `folders`, as `compare` finds them; those that hold come first.
+
+    Then raises UserError for the first that does not, or where there is none at all.
+    """
+    found = [run for run in find_runs(folders) if run.is_done and passports_in(run.result or {})]
+    if not found:
+        raise UserError("--verify: no finished run with segmentation scores among them; name fine-tunings")
+    refused: list[UserError] = []
+    for run in found:
+        try:
+            yield run.folder, verify(run.folder)
+        except UserError as error:
+            refused.append(error)
+    if refused:
+        more = f" (and {len(refused) - 1} more runs)" if len(refused) > 1 else ""
+        raise UserError(f"{refused[0]}{more}")
+
+
+_AGAIN = "score its model anew by ssl-seg evaluate --out"
+
+
+def _check_passport(folder: str | Path, part: str, written: Mapping[str, Any] | None, found: ImageConfusions) -> None:
+    if written is None:
+        return
+    if written.get("definition") != DEFINITION:
+        raise UserError(
+            f"{folder}: {part} is scored by definition {written.get('definition')}, and this version knows "
+            f"{DEFINITION}; verify it with the version that made it"
+        )
+    wanted = passport_of(found, written.get("resize")).dump()
+    wrong = _differing_fields(wanted, written)
+    if wrong:
+        raise UserError(f"{folder}: the passport of {part} says another {wrong[0]} than its matrices; {_AGAIN}")
+
+
+def _differences(
+    folder: str | Path, part: str, written: Mapping[str, Any], recomputed: Mapping[str, float | None]
+) -> list[float]:
+    found = []
+    for name, value in recomputed.items():
+        said = written.get(name)
+        difference = 0.0 if said is value is None else math.inf if None in (said, value) else abs(said - value)
+        if not difference <= EXACT:
+            raise UserError(
+                f"{folder}: result.json says {part}/{name} = {_shown(said)}, its confusion matrices say "
+                f"{_shown(value)}; {_AGAIN}"
+            )
+        found.append(difference)
+    return found
+
+
+def _refuse_more(
+    folder: str | Path, part: str, written: Mapping[str, Any], recomputed: Mapping[str, float | None]
+) -> None:
+    more = [name for name in written if name not in recomputed]
+    if more:
+        raise UserError(f"{folder}: {part}/{more[0]} follows from no confusion matrix of the run; {_AGAIN}")
+
+
+def _shown(value: float | None) -> str:
+    return "nothing" if value is None else repr(value)

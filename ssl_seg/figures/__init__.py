@@ -1,0 +1,1 @@
+"""Charts, vector graphics and picture sheets; they know nothing of runs."""

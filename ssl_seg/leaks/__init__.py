@@ -1,0 +1,1 @@
+"""The guard against images that are both trained on and scored."""

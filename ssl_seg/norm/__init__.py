@@ -1,0 +1,1 @@
+"""Normalization layers, and what converts and measures them."""

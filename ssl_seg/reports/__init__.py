@@ -1,0 +1,1 @@
+"""Pages and terminal tables about runs and studies."""

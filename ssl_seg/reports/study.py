@@ -1,0 +1,389 @@
+"""`ssl-seg report STUDY`: what a study has found, on one page.
+
+As on the page about runs the answer comes first, in one sentence, then all it rests on, in the order of SECTIONS. A
+gain, a loss and nothing to tell are drawn and told alike, and of several arms and conditions none is picked out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ssl_seg import files
+from ssl_seg.config import UserError, flatten
+from ssl_seg.evidence import results
+from ssl_seg.evidence.claims import NOTHING, RULES, Answer, between, count_of, p_as_number, percent, points
+from ssl_seg.evidence.pairs import Spread, independent
+from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Findings, Gain
+from ssl_seg.evidence.statistics import MAX_FLIPS, MIN_BLOCKS, MIN_FLIPS, MIN_RESAMPLED, NEIGHBOURS
+from ssl_seg.evidence.study_claims import OF_CONDITIONS, answer, of_shared_starts, state_of, states
+from ssl_seg.reports.blocks import (
+    Fold,
+    Front,
+    Gallery,
+    Listing,
+    Section,
+    Table,
+    TableRow,
+    Text,
+    is_own,
+    leak_blocks,
+    render,
+    shot,
+)
+from ssl_seg.reports.runs import Report
+from ssl_seg.reports.study_charts import classes, learning
+from ssl_seg.reports.study_page import StudyPage, make_page
+from ssl_seg.runs.cost import Cost, average, cost_of, duration
+from ssl_seg.runs.folder import RunFolder, as_text, is_held
+from ssl_seg.tracking.record import read_record
+
+CHANGED = "changed"  # the folder of pictures of images that changed most
+PICTURES = 8  # of them at most: a page is looked at, and sent by mail
+FEW_CELLS = 12  # up to which their table is unfolded at first
+OF_GAINS = (
+    "Means ± standard deviation over pairs, mIoU in %, gains in points, with {level} intervals of the mean gain. Over "
+    "seeds: with other labelled images, orders and first weights. Over images: with other images like the scored ones, "
+    "and the runs as they are."
+)
+
+
+def is_study(folder: str | Path) -> bool:
+    return (Path(folder) / STUDY_FILE).is_file()
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:
+    """Write the page about a study, whose folder is named alone. Raises UserError as `findings.read` and `write`."""
+    if len(folders) > 1:
+        study = next(folder for folder in folders if is_study(folder))
+        raise UserError(f"{study}: is a study, which has a page of its own; name it alone")
+    return write(results.read(folders[0]), out)
+
+
+def write(found: Findings, out: str | Path | None = None) -> Report:
+    """Write the page, by default STUDY/report.html.
+
+    Raises UserError for a damaged file of a run, runs that were scored on different images, and a page that cannot be
+    written.
+    """
+    path = Path(out) if out is not None else found.folder / "report.html"
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
+    page = make_page(found, path.parent)
+    told = answer(found)
+    sections = [section for build in SECTIONS for section in build(page)]
+    files.write_atomic(path, render(_front(page, told), sections))
+    return Report(path, told.headline)
+
+
+def _front(page: StudyPage, told: Answer) -> Front:
+    found = page.found
+    seeds = count_of(len(found.record["seeds"]), "seed")
+    conditions = f"{len(found.conditions)} conditions, " if len(found.conditions) > 1 else ""
+    counts = f"study: {count_of(len(found.arms), 'arm')}, {conditions}{seeds}, {count_of(len(found.cells), 'cell')}"
+    missing = Counter(state_of(cell) for cell in found.cells if not cell.scores)
+    unfinished = [(count_of(count, "cell"), state) for state, count in missing.items()]
+    status = _status(found)
+    unfinished += [("the study", status)] if status not in ("finished", "failed") else []
+    marks = {side.label: side.mark for side in page.sides}
+    rules = (OF_CONDITIONS, *RULES) if len(found.conditions) > 1 else RULES
+    return Front(found.name, counts, told, marks, tuple(unfinished), rules)
+
+
+def _status(found: Findings) -> str:
+    """As it says itself; one whose process is gone without a word was killed."""
+    status = str(found.record.get("status", "finished"))
+    return "killed" if status == "running" and not is_held(found.folder) else status
+
+
+# ---- the sections, in their order ----
+
+
+def _gains(page: StudyPage) -> Iterator[Section]:
+    found = page.found
+    if not found.gains:
+        return
+    axes = list(found.axes)
+    columns = ["Arm", *axes, f"{found.baseline}, %", "Arm, %", "Pairs", "Gain, points"]
+    columns += ["Over seeds (t)", "Over seeds (bootstrap\N{NON-BREAKING HYPHEN}t)", "Over images"]
+    columns += ["Exact p (Holm)", "Starts"]
+    columns += ["Over starts (t)"] * _has_starts(found)
+    rows = [_gain_row(page, gain) for gain in found.gains]
+    blocks: list[Any] = [Table(OF_GAINS.format(level=page.level), tuple(columns), tuple(rows))]
+    blocks += [Text(" ".join(_on_gains(page)))]
+    yield Section("gains", "Gains", tuple(blocks))
+
+
+def _gain_row(page: StudyPage, gain: Gain) -> TableRow:
+    side = next(side for side in page.sides if side.label == gain.arm)
+    condition = dict(gain.condition)
+    spread = "" if gain.gains.sd is None else f" ± {100 * gain.gains.sd:.1f}"
+    cells = [condition.get(key, NOTHING) for key in page.found.axes]
+    cells += [percent(gain.baseline), percent(gain.own), str(gain.gains.n), f"{points(gain.gains.mean)}{spread}"]
+    cells += [between(interval) for interval in (gain.interval, gain.bootstrap, gain.images)]
+    cells += [NOTHING if gain.p is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"]
+    cells += [str(gain.num_starts) if side.is_pretrained else NOTHING]
+    cells += [between(gain.over_starts)] * _has_starts(page.found)
+    return TableRow(gain.arm, tuple(cells), side.mark)
+
+
+def _has_starts(found: Findings) -> bool:
+    """Whether pairs share pretrainings, and these are enough for an interval of their own."""
+    return any(gain.over_starts is not None for gain in found.gains)
+
+
+def _on_gains(page: StudyPage) -> Iterator[str]:
+    """What is to be known of the table, and why figures are missing where they are."""
+    gains = page.found.gains
+    numbers = [len(independent(gain.gains)) for gain in gains]
+    with_p = [gain for gain in gains if gain.p is not None]
+    if with_p:
+        yield f"In brackets p is corrected for the {count_of(len(with_p), 'comparison')} that have an exact one (Holm)."
+    if any(number < MIN_FLIPS for number in numbers):
+        yield f"An exact p is told from {MIN_FLIPS} independent pairs on: of fewer it could hardly be small."
+    if any(number > MAX_FLIPS for number in numbers):
+        yield f"Above {MAX_FLIPS} pairs there is no exact p: the interval by Student says the same."
+    if any(gain.bootstrap is None for gain in gains):
+        yield f"A bootstrap-t interval needs {MIN_RESAMPLED} pairs whose gains are not mostly the same."
+    if any(gain.interval is None for gain in gains):
+        yield "An interval by Student needs 2 pairs."
+    if any(gain.images is None for gain in gains):
+        yield (
+            f"An interval over images needs {MIN_BLOCKS} blocks of {NEIGHBOURS} neighbouring images "
+            "or so, and the stored matrices of every run."
+        )
+    yield from dict.fromkeys(f"No interval over images: {fault}." for fault in page.found.faults)
+    if any(side.is_pretrained for side in page.sides):
+        yield "Starts: how many different pretrainings the runs of an arm began from."
+    if _has_starts(page.found):
+        yield "Over starts: the interval by Student of the means of the pairs that share a pretraining."
+    yield from of_shared_starts(page.found)
+
+
+def _search(page: StudyPage) -> Iterator[Section]:
+    if not page.trials:
+        return
+    seeds = len({trial["seed"] for trial in page.trials})
+    note = (
+        "Chosen for each arm by itself, or what suits the baseline would win. Every value was tried with "
+        f"{count_of(seeds, 'seed')} that no cell has, and scored on labelled images held out of data.labelled; neither "
+        "data.val nor data.test was looked at. So every arm had the same number of trials, and more labelled images "
+        "were used to choose than labels.count says."
+    )
+    listed = page.found.record["search"].get("chosen", ())
+    chosen = {(own["arm"], _shown(own["condition"])): own["chosen"] for own in listed}
+    values = list(dict.fromkeys(_shown(trial["tried"]) for trial in page.trials))
+    marks = {side.label: side.mark for side in page.sides}
+    rows = []
+    for (arm, condition), scores in _tried(page.trials).items():
+        cells = [percent(Spread(tuple(scores[value]))) if scores.get(value) else NOTHING for value in values]
+        taken = chosen.get((arm, condition))
+        cells += [NOTHING if taken is None else _shown(taken)]
+        rows.append(TableRow(arm, (condition or NOTHING, *cells), marks.get(arm)))
+    caption = "mIoU in %, mean ± standard deviation over the seeds of the search."
+    table = Table(caption, ("Arm", "Under", *values, "Taken"), tuple(rows))
+    yield Section("search", "The search", (Text(note), table))
+
+
+def _tried(trials: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """The scores of every value that was tried, by arm and condition."""
+    tried: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for trial in trials:
+        own = tried.setdefault((trial["arm"], _shown(trial["condition"])), {})
+        own.setdefault(_shown(trial["tried"]), []).extend([] if trial["miou"] is None else [trial["miou"]])
+    return tried
+
+
+def _shown(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={as_text(value)}" for key, value in keys.items())
+
+
+def _leaks(page: StudyPage) -> Iterator[Section]:
+    yield Section("leaks", "Leaks", tuple(leak_blocks(_leak_records(page), page.found.folder)))
+
+
+def _leak_records(page: StudyPage) -> list[tuple[Mapping[str, Any] | None, RunFolder]]:
+    """What was found, with the run that says so; the study's own where it has one."""
+    found = page.found
+    if found.record.get("leaks") is not None:
+        return [(found.record["leaks"], RunFolder(found.folder))]
+    done = [run for runs in _pretrained(page).values() for run in runs]
+    runs = [*done, *(cell.run for cell in found.cells if cell.scores)]
+    return [(run.read("leaks.json"), run) for run in runs] or [(None, RunFolder(found.folder))]
+
+
+def _changed(page: StudyPage) -> Iterator[Section]:
+    folder = page.found.folder
+    pictures = [path for path in sorted((folder / CHANGED).glob("*.png")) if is_own(path, folder)]
+    if pictures:
+        shots = tuple(shot(path, path.stem) for path in pictures[:PICTURES])
+        more = f" The first {PICTURES} of {len(pictures)}." if len(pictures) > PICTURES else ""
+        note = (
+            f"Images whose own mIoU differs most, as a mean over pairs, between {page.found.baseline} and an arm"
+            f"{_under_last(page.found)}, for better or worse. Shown is the pair nearest to that mean.{more}"
+        )
+        yield Section("changed", "Images that changed most", (Text(note), Gallery(shots, wide=True)))
+
+
+def _under_last(found: Findings) -> str:
+    """` under labels.count=40`, the condition that pictures are drawn of; nothing where there is but one."""
+    return f" under {results.condition_text(found.conditions[-1])}" if len(found.conditions) > 1 else ""
+
+
+def _missing(page: StudyPage) -> Iterator[Section]:
+    places = ((PRETRAINED, page.pretrained), (SEARCHED, page.trials))
+    lacking = [
+        (place, own["id"], own["status"], own["message"])
+        for place, listed in places
+        for own in listed
+        if own["status"] != "finished"
+    ]
+    lacking += [(CELLS, cell.id, state_of(cell), cell.message) for cell in page.found.cells if not cell.scores]
+    if lacking:
+        rows = [TableRow(name, (state, told), link=_link(page, place, name)) for place, name, state, told in lacking]
+        note = "The command of the study makes what is missing, and nothing else."
+        table = Table(note, ("Run", "State", "Message"), tuple(rows), words=True)
+        yield Section("missing", "Runs without a result", (table,))
+
+
+def _costs(page: StudyPage) -> Iterator[Section]:
+    found = page.found
+    noted = {own["id"]: own["seconds"] for own in (*found.record["cells"], *page.pretrained)}
+    kinds = [(f"pretraining {name}", None, runs) for name, runs in _pretrained(page).items()]
+    kinds += [
+        (side.label, side.mark, [cell.run for cell in found.cells if cell.arm == side.label and cell.scores])
+        for side in page.sides
+    ]
+    rows, every = [], []
+    for label, mark, runs in kinds:
+        costs = [cost_of(run) for run in runs]
+        walls = [
+            cost.seconds if noted[run.folder.name] is None else noted[run.folder.name]
+            for run, cost in zip(runs, costs, strict=True)
+        ]
+        every += walls
+        rows += [TableRow(label, (str(len(runs)), *_cost_cells(walls, costs)), mark)] * bool(runs)
+    if page.trials:
+        walls = [own["seconds"] for own in page.trials]
+        every += walls
+        rows.append(TableRow("search", (str(len(walls)), *_cost_cells(walls, []))))
+    known = [wall for wall in every if wall is not None]
+    if known:
+        columns = ("Runs of", "Number", "Time of one", "of it training", "Images a second", "Peak memory", "Together")
+        caption = "Means over runs. Time is that of the process from start to end; training includes evaluating."
+        total = Text(f"Together {duration(sum(known))} of computing for {count_of(len(known), 'run')}.")
+        yield Section("cost", "Cost", (Table(caption, columns, tuple(rows)), total))
+
+
+def _pretrained(page: StudyPage) -> dict[str, list[RunFolder]]:
+    """The pretrainings that have finished, by their names."""
+    by_name: dict[str, list[RunFolder]] = {}
+    for own in page.pretrained:
+        run = RunFolder(page.found.folder / PRETRAINED / own["id"])
+        if own["status"] == "finished" and (run.folder / "run.json").is_file():
+            by_name.setdefault(own["arm"], []).append(run)
+    return by_name
+
+
+def _cost_cells(walls: Sequence[float | None], costs: Sequence[Cost]) -> list[str]:
+    known = [wall for wall in walls if wall is not None]
+    return [
+        average(known, duration),
+        average([cost.seconds for cost in costs], duration),
+        average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
+        average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
+        duration(sum(known)) if known else NOTHING,
+    ]
+
+
+def _cells(page: StudyPage) -> Iterator[Section]:
+    table = _cell_table(page)
+    folds = [Fold(f"All {count_of(len(table.rows), 'cell')}", (table,), is_open=len(table.rows) <= FEW_CELLS)]
+    for place, title, listed in (
+        (PRETRAINED, "Pretrainings", page.pretrained),
+        (SEARCHED, "Runs of the search", page.trials),
+    ):
+        rows = tuple(TableRow(own["id"], (own["status"],), link=_link(page, place, own["id"])) for own in listed)
+        folds += [Fold(title, (Table("", ("Run", "State"), rows, words=True),))] * bool(rows)
+    yield Section("cells", "Cells", tuple(folds))
+
+
+def _cell_table(page: StudyPage) -> Table:
+    found = page.found
+    noted = {own["id"]: own["seconds"] for own in found.record["cells"]}
+    ids = {cell.id: _mlflow(cell.run) for cell in found.cells}
+    tracked = any(ids.values())
+    rows = []
+    for cell in found.cells:
+        score, seconds = cell.scores.get(found.main_score), noted[cell.id]
+        values = dict(cell.condition)
+        cells = [cell.arm, *(values.get(key, NOTHING) for key in found.axes), str(cell.seed), state_of(cell)]
+        cells += [NOTHING if score is None else f"{100 * score:.1f}", NOTHING if seconds is None else duration(seconds)]
+        cells += [ids[cell.id] or NOTHING] * tracked
+        rows.append(TableRow(cell.id, tuple(cells), link=_link(page, CELLS, cell.id)))
+    columns = ["Cell", "Arm", *found.axes, "Seed", "State", f"{found.part} mIoU, %", "Time"]
+    columns += ["MLflow run"] * tracked
+    return Table("Links lead to a run's folder, or to its own report.", tuple(columns), tuple(rows))
+
+
+def _link(page: StudyPage, place: str, name: str) -> str | None:
+    """Relative, so that the study's folder can be moved whole: to a run's page or its folder; None before it began."""
+    folder = page.found.folder / place / name
+    if not folder.is_dir():
+        return None
+    start = os.path.relpath(page.found.folder, page.place)
+    path = Path(start) / place / name
+    return quote(path.as_posix()) + ("/report.html" if (folder / "report.html").is_file() else "/")
+
+
+def _mlflow(run: RunFolder) -> str:
+    """Its id at the tracking servers; '' where it was not tracked."""
+    with suppress(UserError):
+        return ", ".join(dict.fromkeys(read_record(run.folder).runs.values()))
+    return ""
+
+
+def _set_up(page: StudyPage) -> Iterator[Section]:
+    record = page.found.record
+    versions = record.get("versions", {})
+    facts = {
+        "Folder": str(page.found.folder),
+        "Command": str(record.get("command") or ""),
+        "State": f"{_status(page.found)}, {states(page.found)}",
+        "Started": str(record.get("started") or ""),
+        "Taken up again": ", ".join(map(_when, record.get("resumed", ()))),
+        "Ended": str(record.get("ended") or ""),
+        "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
+        "Baseline": page.found.baseline,
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "Commit": str(record.get("git_commit") or ""),
+    }
+    arms = {f"Arm {arm['name']}": _shown(arm["changes"]) or "nothing changed" for arm in record["arms"]}
+    rows = tuple(TableRow(name, (value,)) for name, value in {**facts, **arms}.items() if value)
+    listing = "\n".join(f"{key}: {as_text(value)}" for key, value in flatten(record.get("config", {})).items())
+    blocks = (Table("", ("", ""), rows, words=True), Fold("Config", (Listing(listing),)))
+    yield Section("setup", "Config and versions", blocks)
+
+
+def _when(resumed: Any) -> str:
+    """An entry of `resumed`; the first studies wrote the time alone."""
+    return str(resumed.get("started", "")) if isinstance(resumed, Mapping) else str(resumed)
+
+
+SECTIONS: tuple[Callable[[StudyPage], Iterator[Section]], ...] = (
+    _gains,
+    learning,
+    classes,
+    _search,
+    _leaks,
+    _changed,
+    _missing,
+    _costs,
+    _cells,
+    _set_up,
+)

@@ -1,0 +1,465 @@
+"""Run folders as others read them: to compare, to report, to track. `store` writes them.
+
+Imports no torch, so that a table of many runs, or the process that mirrors one, costs little.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from ssl_seg import files
+from ssl_seg.config import UserError
+from ssl_seg.config import flatten
+
+WHOLE = "model"  # the word of `transfer` for all of a fine-tuned network
+WATCHING = ("tracking.", "leaks.")  # config keys by which nothing comes out differently
+LOCK = "lock"  # of the process that runs; its number stands in it
+TIME = "time"  # of a line of metrics: milliseconds since 1970
+PICTURE = re.compile(r"(\d{8,})_(.+)\.png")
+
+
+# ---- what the files hold: as much of their shape as readers rely on ----
+
+
+class _Shape(BaseModel):
+    """Keys of other versions may be there too. Strict: neither "0.4" nor true is a score."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+Number = float | None  # strict: an integer too, no text, no bool; null where there is nothing to divide by
+Finite = Annotated[float, Field(allow_inf_nan=False)] | None
+Pixels = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def _check_time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_check_time)] | None
+
+
+class _ConfigShape(_Shape):
+    init: str | None = None
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    tasks: dict[str, Any] | None = None
+
+
+class _OriginShape(_Shape):
+    stage: str
+    config: _ConfigShape
+    origin: _OriginShape | None = None
+
+
+class _CostShape(_Shape):
+    seconds: Finite = None
+    images: Finite = None
+    peak_memory_mib: Finite = None
+
+
+class _RecordShape(_Shape):
+    stage: str
+    config: _ConfigShape
+    status: str = "finished"
+    origin: _OriginShape | None = None
+    started: Moment = None
+    ended: Moment = None
+    resumed: list[dict[str, Any]] | None = None
+    versions: dict[str, Any] | None = None
+    cost: _CostShape | None = None
+
+
+class _PassportShape(_Shape):
+    resize: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+
+
+class _ResultShape(_Shape):
+    steps: int | None = None
+    __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
+    passport: dict[str, _PassportShape] = {}
+
+
+class _SplitShape(_Shape):
+    labelled: list[str] = []
+    val: list[str] = []
+    sha256_of_labelled: str = ""
+
+
+class _PartShape(_Shape):
+    images: int = 0
+    sha256_of_names: str = ""
+
+
+class _ExtremeShape(_Shape):
+    kind: str
+    name: str
+    picture: str
+    miou: Number = None
+
+
+class _ReceiptShape(_Shape):
+    share: float = 0.0
+    features_equal: bool | None = None
+    matched: list[Any] | dict[str, Any] | None = None
+    missing: list[Any] | dict[str, Any] | None = None
+    left_over: list[Any] | dict[str, Any] | None = None
+    mismatched: list[Any] | dict[str, Any] | None = None
+
+
+class _LeakShape(_Shape):
+    kind: str
+    part: str
+    name: str
+    scored_part: str
+    scored: str
+    detail: str
+    allowed: bool
+
+
+class _ComparedShape(_Shape):
+    part: str
+    scored_part: str
+    pictures: str
+    names: str
+
+
+class LeaksShape(_Shape):
+    checked: bool
+    trained: dict[str, int]
+    scored: dict[str, int]
+    leaks: list[_LeakShape]
+    pairs: list[_ComparedShape] = []
+
+
+class _MatricesShape(_Shape):
+    __pydantic_extra__: dict[str, list[list[Pixels]]]
+    classes: Annotated[list[str], Field(min_length=1)]
+
+
+SHAPES = {
+    "run.json": TypeAdapter(_RecordShape),
+    "result.json": TypeAdapter(_ResultShape),
+    "split.json": TypeAdapter(_SplitShape),
+    "data.json": TypeAdapter(dict[str, _PartShape]),
+    "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
+    "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
+    "leaks.json": TypeAdapter(LeaksShape),
+    "confusion.json": TypeAdapter(_MatricesShape),
+}
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """The object in a run's JSON file. Raises UserError as `files.read_json` and `check_shape`."""
+    values = files.read_json(path)
+    check_shape(path, values)
+    return values
+
+
+def check_shape(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on."""
+    shape = SHAPES.get(path.name)
+    try:
+        if shape is not None:
+            shape.validate_python(values)
+    except ValidationError as error:
+        # Of what may be several things the error that lies deepest is that of the right one.
+        place, message = max((_explained(found, values) for found in error.errors(include_url=False)), key=_depth)
+        raise UserError(
+            f"{path}: {'.'.join(place)} is not as a run writes it ({message}); restore the file or leave the run out"
+        ) from error
+    if path.name == "confusion.json":
+        _check_matrices(path, values)
+
+
+def _explained(error: ErrorDetails, values: Any) -> tuple[list[str], str]:
+    """The keys to the place of an error, without the types that pydantic puts between them, and what is wrong."""
+    keys = []
+    for part in error["loc"]:
+        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]
+            keys.append(str(part))
+    if error["type"] == "missing":
+        keys.append(str(error["loc"][-1]))
+    return keys, error["msg"].removeprefix("Value error, ")
+
+
+def _depth(explained: tuple[list[str], str]) -> int:
+    return len(explained[0])
+
+
+def _check_matrices(path: Path, values: Mapping[str, Any]) -> None:
+    count = len(values["classes"])
+    for part in set(values) - {"classes"}:
+        if len(values[part]) != count or any(len(row) != count for row in values[part]):
+            raise UserError(f"{path}: {part} is no matrix of {count} classes; restore the file or leave the run out")
+
+
+# ---- the folder ----
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a run has made of itself."""
+
+    name: str  # predictions, or a task's
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What one run has written down; each file is read when it is asked for."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> RunFolder:
+        """Raises UserError for what is no run folder, or none of ours."""
+        found = cls(Path(folder))
+        if not (found.folder / "run.json").is_file():
+            raise UserError(f"{folder}: is no run folder (it has no run.json); give one that --out named")
+        record = files.read_json(found.folder / "run.json")
+        if not isinstance(record.get("config"), Mapping) or "stage" not in record:
+            raise UserError(f"{folder}: its run.json is not one of ours; give a folder that --out named")
+        check_shape(found.folder / "run.json", record)
+        return found
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """run.json."""
+        return read_checked(self.folder / "run.json")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config that the weights come from: config.yaml a person may have edited since."""
+        return self.record["config"]
+
+    @property
+    def stage(self) -> str:
+        return self.record["stage"]
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed or killed; one whose process is gone without a word was killed."""
+        status = self.record.get("status", "finished")  # a score on other images has none
+        return "killed" if status == "running" and not is_held(self.folder) else status
+
+    @cached_property
+    def result(self) -> dict[str, Any] | None:
+        """result.json; None until the run has finished."""
+        return self.read("result.json")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is that of the settings: a run that goes on holds its former one until its own end."""
+        return self.result is not None and self.status == "finished"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, None where it has none."""
+        path = self.folder / name
+        return read_checked(path) if path.is_file() else None
+
+    def metrics(self) -> list[dict[str, float]]:
+        return read_metrics(self.folder)
+
+    def pictures(self) -> list[Picture]:
+        """All that were made while training, by name and step."""
+        # A link could lead a report to what is not the run's.
+        entries = (entry for entry in (self.folder / "pictures").glob("*.png") if not entry.is_symlink())
+        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in entries]
+        found = [Picture(match[2], int(match[1]), entry) for match, entry in matched if match]
+        return sorted(found, key=lambda picture: (picture.name, picture.step))
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
+    """The run in each folder, or those directly in it; named twice, a run is found once."""
+    found = [run for folder in folders for run in _runs_in(Path(folder))]
+    return list({run.folder.resolve(): run for run in found}.values())
+
+
+def _runs_in(folder: Path) -> list[RunFolder]:
+    inside = sorted(path.parent for path in folder.glob("*/run.json"))
+    if (folder / "run.json").is_file() or not inside:
+        return [RunFolder.open(folder)]
+    return [RunFolder.open(run) for run in inside]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process has the folder open as a run."""
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # none there, or a disk without locks
+    return False
+
+
+def origin(init: str | None) -> dict[str, Any] | None:
+    """Stage, config, pool and own origin of the run that `init` names by its folder or encoder/; None for a mere file.
+
+    The pool by the number of its images and the digest of their names: under one path other images may lie by now.
+    """
+    places = [] if init is None else [Path(init), Path(init).parent]
+    for place in places:
+        path = place / "run.json"
+        if path.is_file():
+            record = files.read_json(path)
+            if isinstance(record.get("config"), Mapping) and "stage" in record:
+                check_shape(path, record)
+                known = {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
+                return known | _pool_in(place / "data.json")
+    return None
+
+
+def _pool_in(path: Path) -> dict[str, Any]:
+    pool = read_checked(path).get("pool") if path.is_file() else None
+    return {} if pool is None else {"pool": f"{pool['images']} images, names {pool['sha256_of_names'][:12]}"}
+
+
+def described(config: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, str]:
+    """Every key of a run's config, dotted, with its value as text; under `init.` those of the run it started from.
+
+    `start` is that run's `origin`. What says nothing about it is left out: where it is tracked, what was checked.
+    """
+    description = {key: as_text(value) for key, value in flatten(config).items() if not key.startswith(WATCHING)}
+    if start is not None:
+        inner = {"stage": start["stage"], **described(start["config"], start.get("origin"))}
+        inner |= {"pool": start["pool"]} if "pool" in start else {}
+        description |= {f"init.{key}": value for key, value in inner.items()}
+    return description
+
+
+def description_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """`described` of a run.json. An evaluation is described as the run whose model it scores, with its own test set."""
+    config = record["config"]
+    evaluates = record["stage"] == "evaluate" and isinstance(config.get("model"), str)
+    # Runs of the first versions do not say where they came from.
+    start = record["origin"] if "origin" in record else origin(config.get("model" if evaluates else "init"))
+    if not evaluates or start is None:
+        return described(config, start)
+    data = {**start["config"].get("data", {}), "test": config.get("data", {}).get("test")}
+    return described({**start["config"], "data": data}, start.get("origin"))
+
+
+def software_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was made with: each package's version, and the device as `device`; `2.10, 2.14` for one resumed so."""
+    found: dict[str, dict[str, None]] = {}
+    for start in [*(record.get("resumed") or ()), record]:
+        versions = start.get("versions")
+        named = versions if isinstance(versions, Mapping) else {}
+        for name, value in {**named, "device": start.get("device")}.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def transfer_in_words(transfer: str) -> list[str]:
+    """What of a start is taken beside its encoder: `+ denoise decoder`, `+ whole model`; nothing for `encoder`."""
+    if transfer == WHOLE:
+        return ["+ whole model"]
+    _, _, decoder = transfer.partition("+")
+    return [f"+ {decoder} decoder"] if decoder else []
+
+
+def as_text(value: Any) -> str:
+    """A config value as tables and MLflow's parameters show it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def scores_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a result.json, `part/name`."""
+    parts = {part: named for part, named in result.items() if isinstance(named, Mapping)}
+    flat = {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
+    return {name: value for name, value in flat.items() if _is_figure(value)}
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # which NaN is not
+
+
+def labelled_digest(split: Mapping[str, Any] | None) -> str:
+    """What tells the labelled images of one run from those of another, by its split.json: names, and pixels of some.
+
+    '' for a run that wrote none. Runs of the first versions noted the names alone.
+    """
+    if not split or "labelled" not in split:
+        return ""
+    names = json.dumps([split["labelled"], split.get("sha256_of_labelled", "")])
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def leak_word(record: Mapping[str, Any] | None) -> str:
+    """A leaks.json in a word: `clean`, `allowed`, `cut`, `found` (not allowed), `unchecked`, `unknown` or `none`.
+
+    `cut` has none but frames beside the cut that the run made itself, `unknown` is clean as far as it could be looked
+    at, `none` had nothing to compare or is from before there was one.
+    """
+    if record is None:
+        return "none"
+    if not record["checked"]:
+        return "unchecked"
+    if record["leaks"]:
+        if all(leak.get("at_own_cut") for leak in record["leaks"]):
+            return "cut"
+        return "allowed" if all(leak["allowed"] for leak in record["leaks"]) else "found"
+    if any(pair["pictures"] == "unknown" for pair in record.get("pairs", ())):
+        return "unknown"
+    return "clean" if record["trained"] and record["scored"] else "none"
+
+
+def now() -> int:
+    """Milliseconds since 1970, as lines of metrics have them."""
+    return time.time_ns() // 10**6
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl, null as NaN; a last line still being written is left out.
+
+    Each has its `step` and its `time` in milliseconds since 1970.
+    """
+    records = [record for _, record in metric_lines(Path(folder) / "metrics.jsonl")]
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line of a metrics file with its content. A line is whole once its line break is written."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            whole = isinstance(record["step"], int) and all(map(_is_number, record.values()))
+        except (ValueError, LookupError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: line {number} is no metrics record; delete that line")
+        yield line, record

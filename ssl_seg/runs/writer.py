@@ -1,0 +1,506 @@
+"""The run folder: what one training run writes, who may write it, and the checkpoints it goes on from.
+
+    runs/<name>/ config.yaml  run.json  metrics.jsonl  pictures/  result.json
+                 state/step_00005000/ (resume only)  encoder/  decoders/<task>.safetensors  model/
+
+Ours is what the loggers and checkpoint writers at hand do not promise: a folder that is never shared by two runs nor
+taken from a stranger, a config that cannot change unnoticed, and checkpoints of which the newest whole one is found
+again whatever a kill or a damaged disk has left. accelerate's `save_state` keeps no such promise.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import safetensors.torch
+from torch import Tensor
+
+from ssl_seg import files
+from ssl_seg.runs import folder
+from ssl_seg.runs.folder import metric_lines
+from ssl_seg.runs.folder import origin
+from ssl_seg.config import Config
+from ssl_seg.config import UserError
+from ssl_seg.config import diff
+from ssl_seg.runs.folder import LOCK
+from ssl_seg.runs.folder import TIME
+
+Status = Literal["running", "finished", "failed", "killed"]
+EXPORTS = ("encoder", "decoders", "model")
+# All that a run may write; --overwrite deletes these and nothing else.
+RUN_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "pictures",
+    "state",
+    "result.json",
+    "confusion.json",
+    "confusion_images.safetensors",
+    "extremes.json",
+    "report.html",
+    "nonfinite.json",
+    "tasks.json",
+    "data.json",
+    "images.json",
+    "fingerprints.safetensors",
+    "leaks.json",
+    "leaks.png",
+    "split.json",
+    "receipts.json",
+    "tracking",
+    *EXPORTS,
+)
+PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
+STATE_TENSORS, STATE_DATA, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
+OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
+NUM_NEWEST = 2  # one to resume from, one more for when a disk has damaged it
+
+
+# ---- the run folder ----
+
+
+class Run:
+    """A run's folder, held by one process at a time. Where `main` is False nothing is checked, locked or written.
+
+    Use it as a context manager: an error leaves the status `failed`, an interruption `killed`. A kill -9 leaves
+    `running`; the kernel then frees the lock, and the same command goes on from the newest checkpoint.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], lock: int | None) -> None:
+        self.folder = folder
+        self._record = record
+        self._lock = lock
+        self._awaited: dict[str, Any] | None = None  # the record that `go_on` makes this run's
+        self._held: dict[str, bytes] = {}  # files that belong to it
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        stage: str,
+        config: Config,
+        *,
+        overwrite: bool = False,
+        allow_changed: Sequence[str] = (),
+        main: bool = True,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> Self:
+        """A new run, or the one in `folder` to be continued; `device` and `seed` are noted in run.json.
+
+        A run continues under the config it was started with, but for the dotted keys that globs of `allow_changed`
+        name, and under these from `go_on` on. Without a checkpoint there is nothing to lose, and it starts anew under
+        any config. Raises UserError for
+        another key that differs, another stage, a run that is finished or has exported and holds no checkpoint, a
+        folder that is no run (never touched, whatever `overwrite` says), one in use, and one that cannot be written.
+        """
+        folder = Path(folder)
+        if not main:
+            return cls(folder, {}, None)
+        with ExitStack() as undo, files.naming(folder, "cannot be used as a run folder"):
+            _refuse_stranger(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(folder)
+            undo.callback(_free_lock, lock)
+            record = _new_record(stage, config, device, seed)
+            former = _start(folder, record, overwrite, allow_changed)
+            run = cls(folder, record if former is None else {**former, "status": "running", "ended": None}, lock)
+            if former is not None:
+                run._awaited = _going_on(former, record, max(_checkpoints(folder)))
+            files.write_atomic(folder / "run.json", files.json_bytes(run._record))
+            run._write_or_hold("config.yaml", config.to_yaml().encode())
+            undo.pop_all()
+        return run
+
+    def go_on(self) -> None:
+        """Take up the config that the run was opened with, once nothing can refuse it any more.
+
+        Until then a run with a checkpoint keeps the record of the config which that was made under: another command
+        that fails, over other images or weights that do not fit, leaves a folder that the right one continues.
+        """
+        if self._awaited is not None:
+            self._record, self._awaited = self._awaited, None
+            files.write_atomic(self.folder / "run.json", files.json_bytes(self._record))
+        while self._held:
+            name, payload = self._held.popitem()
+            files.write_atomic(self.folder / name, payload)
+
+    def _write_or_hold(self, name: str, payload: bytes) -> None:
+        if self._awaited is not None and name in OF_CONFIG:
+            self._held[name] = payload
+        else:
+            files.write_atomic(self.folder / name, payload)
+
+    def resume(self) -> State | None:
+        """The newest whole checkpoint, None for a run that has none; the metrics after it are dropped."""
+        state = load_state(self.folder)
+        if state is not None and self._lock is not None:
+            _rewind_metrics(self.folder / "metrics.jsonl", state.step)
+        return state
+
+    def save_state(
+        self, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], keep: Collection[int] = ()
+    ) -> None:
+        """As the function of that name, after the metrics so far: a resumed run does not make them again."""
+        if self._lock is None:
+            return
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            with files.naming(metrics):
+                files.sync(metrics)
+        save_state(self.folder, step, tensors, data, keep)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl: `{"step": 5, "time": ..., "train/loss": 0.25}`.
+
+        JSON has no NaN or infinity: null. The time makes a later replay of the lines the same as sending them now.
+        """
+        if self._lock is None:
+            return
+        line = {"step": step, TIME: folder.now(), **{name: float(value) for name, value in values.items()}}
+        path = self.folder / "metrics.jsonl"
+        with files.naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(files.finite(line)) + "\n")
+
+    def picture_path(self, name: str, step: int) -> Path:
+        """Where the picture `name` of `step` belongs; its folder exists on the main process."""
+        folder = self.folder / "pictures"
+        if self._lock is not None:
+            with files.naming(folder):
+                folder.mkdir(exist_ok=True)
+        return folder / f"{step:08d}_{name.replace('/', '_')}.png"
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write one of RUN_FILES, such as result.json, atomically. NaN and infinity become null."""
+        if name not in RUN_FILES:
+            raise ValueError(f"{name}: not in RUN_FILES; name it there, or --overwrite would leave it behind")
+        if self._lock is not None:
+            self._write_or_hold(name, files.json_bytes(files.finite(values)))
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """What `write_json` wrote, on every process; None where there is no such file."""
+        if name in self._held:
+            return json.loads(self._held[name])
+        path = self.folder / name
+        return files.read_json(path) if path.exists() else None
+
+    def note(self, **facts: Any) -> None:
+        """Facts for run.json that are known only when the run ends."""
+        self._record |= facts
+
+    def close(self, status: Status = "finished") -> None:
+        """Write how the run ended and let go of the folder. A second call does nothing."""
+        if self._lock is None:
+            return
+        lock, self._lock = self._lock, None
+        record = {**self._record, "status": status, "ended": now()}
+        try:
+            files.write_atomic(self.folder / "run.json", files.json_bytes(record))
+        finally:
+            _free_lock(lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        with suppress(UserError):  # the first error is the one to show
+            self.close("failed" if issubclass(kind, Exception) else "killed")
+
+
+def former_config(folder: str | Path) -> dict[str, Any] | None:
+    """The config of the run that the same command would take up again; None where there is nothing to take up."""
+    path = Path(folder) / "run.json"
+    return files.read_json(path).get("config") if path.is_file() and has_checkpoint(folder) else None
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether a run has weights to go on from, so that those it once started from are no longer needed."""
+    return bool(_checkpoints(Path(folder)))
+
+
+def _rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last one that a kill has torn."""
+    if not path.exists():
+        return
+    kept = "".join(f"{line}\n" for line, record in metric_lines(path) if record["step"] <= step)
+    files.write_atomic(path, kept.encode())
+
+
+def _refuse_stranger(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a run folder; choose another folder")
+    # A kill right after the start leaves a lock and perhaps a temporary file: that folder is still ours.
+    names = sorted(entry.name for entry in folder.iterdir() if not files.is_unfinished(entry))
+    strangers = [name for name in names if name != LOCK]
+    if strangers and not (folder / "run.json").exists():
+        raise UserError(f"{folder}: is no run (it holds {strangers[0]} but no run.json); choose another folder")
+
+
+def _start(
+    folder: Path, record: Mapping[str, Any], overwrite: bool, allow_changed: Sequence[str]
+) -> dict[str, Any] | None:
+    """Make a locked folder ready; gives the run.json of the run to be continued in it, None for one that starts."""
+    path = folder / "run.json"
+    files.settle(folder)
+    files.settle(folder / "state")
+    former = files.read_json(path) if path.exists() else None
+    if former is not None:
+        _check_ours(folder, former, record["stage"])
+    if overwrite:
+        former = None
+    if former is not None:
+        _check_continues(folder, former, record, allow_changed)
+    if former is not None and _checkpoints(folder):
+        return former
+    _clear(folder)
+    return None
+
+
+def _going_on(former: Mapping[str, Any], record: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The run.json of a run that is continued after `step`."""
+    resumed = {"at": record["started"], "after_step": step, "changed": diff(former["config"], record["config"])}
+    resumed |= {key: former[key] for key in ("versions", "device") if key in former}  # of the steps before
+    kept = {key: former[key] for key in ("origin", "cost") if key in former}
+    return {**record, "started": former["started"], "resumed": [*former["resumed"], resumed], **kept}
+
+
+def _check_ours(folder: Path, former: Mapping[str, Any], stage: str) -> None:
+    """A run of this stage: --overwrite is meant for doing the same again, not for the run that this one starts from."""
+    if not {"stage", "status", "started", "resumed", "config"} <= set(former):
+        raise UserError(f"{folder / 'run.json'}: is not one of ours; choose another folder")
+    if former["stage"] != stage:
+        raise UserError(f"{folder}: holds a {former['stage']} run, not {stage}; choose another folder")
+
+
+def _check_continues(
+    folder: Path, former: Mapping[str, Any], record: Mapping[str, Any], allow_changed: Sequence[str]
+) -> None:
+    if not _checkpoints(folder):
+        # Weights whose checkpoints a person has deleted are still a result, even of a run that was killed right then.
+        if former["status"] == "finished" or any((folder / name).exists() for name in EXPORTS):
+            raise UserError(f"{folder}: holds a finished run; choose another folder or --overwrite")
+        return
+    for key, (old, new) in diff(former["config"], record["config"]).items():
+        free = any(fnmatchcase(key, glob) for glob in FREE)
+        if not free and not any(fnmatchcase(key, glob) for glob in allow_changed):
+            raise UserError(
+                f"{folder}: {key} was {json.dumps(old)} and is now {json.dumps(new)}; give the old value, "
+                f"start anew with --overwrite, or accept it with --allow-changed {key}"
+            )
+
+
+def _clear(folder: Path) -> None:
+    for name in RUN_FILES:
+        # run.json stays to be replaced: without it a kill in here would leave a folder that is nobody's run.
+        if name != "run.json" and os.path.lexists(folder / name):
+            files.discard(folder / name)
+
+
+def _new_record(stage: str, config: Config, device: str, seed: int) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "status": "running",
+        **provenance(),
+        "resumed": [],
+        "ended": None,
+        "device": device,
+        "seed": seed,
+        # What `init` was trained on and how, so that runs can be told apart when its folder is gone.
+        "origin": origin(getattr(config, "init", None)),
+        # Also in config.yaml; that one a person may edit for the next run, this one tells what the weights come from.
+        "config": config.dump(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """By what command, when, and of which versions something is made."""
+    return {
+        "command": shlex.join(sys.argv),
+        "started": now(),
+        "git_commit": _git_commit(),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, where that is a git checkout with one."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def now() -> str:
+    """The time in UTC, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ---- the lock ----
+
+GLANCE = 0.1  # seconds; `runs.is_held` takes the lock for an instant
+_locks: set[int] = set()
+
+
+def _take_lock(folder: Path) -> int:
+    """Hold the folder until `_free_lock` or the end of this process, however it ends."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(GLANCE)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 32).decode(errors="replace") or "unknown"
+        os.close(lock)
+        raise UserError(f"{folder}: in use by process {holder}; wait for it or choose another folder") from None
+    except OSError:
+        os.close(lock)
+        raise
+    os.ftruncate(lock, 0)
+    os.write(lock, str(os.getpid()).encode())
+    _locks.add(lock)
+    return lock
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes of ours out of a folder that is made where it is missing. Raises UserError if one has it."""
+    with files.naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(folder)
+    try:
+        yield
+    finally:
+        _free_lock(lock)
+
+
+def _free_lock(lock: int) -> None:
+    if lock in _locks:
+        _locks.remove(lock)
+        os.close(lock)
+
+
+def _drop_inherited_locks() -> None:
+    for lock in list(_locks):
+        _free_lock(lock)
+
+
+# A forked loader worker shares the lock and outlives a killed run for seconds, so the same command would be refused.
+os.register_at_fork(after_in_child=_drop_inherited_locks)
+
+
+# ---- checkpoints ----
+
+
+@dataclass
+class State:
+    """A checkpoint as it was saved; `skipped` names a damaged file of each newer one that had to be passed over."""
+
+    step: int
+    tensors: dict[str, Tensor]  # on the CPU
+    data: dict[str, Any]
+    skipped: list[str] = field(default_factory=list)
+
+
+def save_state(
+    folder: str | Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    data: Mapping[str, Any],
+    keep: Collection[int] = (),
+    newest: int = NUM_NEWEST,
+) -> None:
+    """Commit the checkpoint of `step` to the run `folder`; then drop all but the `newest` and those of steps `keep`.
+
+    `data` is JSON: tuples come back as lists, keys as strings, NaN and infinity as they are. Raises UserError, with
+    nothing changed, where the disk does not take it.
+    """
+    state = Path(folder) / "state"
+    payloads = {STATE_TENSORS: files.tensor_bytes(tensors), STATE_DATA: files.json_bytes(data)}
+    digests = {name: files.sha256(payload) for name, payload in payloads.items()}
+    files.commit_folder(state / f"step_{step:08d}", payloads | {MANIFEST: files.json_bytes(digests)})
+    with files.naming(state, "an old checkpoint cannot be removed"):
+        _prune(folder, step, keep, newest)
+
+
+def load_state(folder: str | Path, step: int | None = None) -> State | None:
+    """The newest whole checkpoint of a run, None where there is none; or that of `step`.
+
+    Raises UserError where every checkpoint is damaged, or that of `step` is damaged or absent.
+    """
+    skipped: list[str] = []
+    for number, place in sorted(_checkpoints(folder).items(), reverse=True):
+        if step not in (None, number):
+            continue
+        damaged = _find_damage(place)
+        if damaged is None:
+            tensors = safetensors.torch.load_file(place / STATE_TENSORS)
+            return State(number, tensors, files.read_json(place / STATE_DATA), skipped)
+        skipped.append(str(damaged))
+    if skipped:
+        others = "" if step is not None else ", and so is every other checkpoint"
+        raise UserError(f"{skipped[0]}: damaged{others}; start anew with --overwrite")
+    if step is not None:
+        raise UserError(f"{folder}: holds no checkpoint of step {step}; continue the run, or start anew --overwrite")
+    return None
+
+
+def _checkpoints(folder: str | Path) -> dict[int, Path]:
+    """Every step of which a run has a committed checkpoint, and where that lies."""
+    state = Path(folder) / "state"
+    names = [name for name in files.committed_names(state) if re.fullmatch(r"step_\d{8,}", name)]
+    return {int(name.removeprefix("step_")): files.committed(state / name) for name in names}
+
+
+def _find_damage(place: Path) -> Path | None:
+    """The first file of a checkpoint that is not as it was written."""
+    manifest = place / MANIFEST
+    try:
+        digests = files.read_json(manifest)
+    except UserError:
+        return manifest
+    # Written out again it must be the same text: else a changed space would go unnoticed.
+    if set(digests) != {STATE_TENSORS, STATE_DATA} or manifest.read_bytes() != files.json_bytes(digests):
+        return manifest
+    return next((place / name for name, digest in digests.items() if not files.is_intact(place / name, digest)), None)
+
+
+def _prune(folder: str | Path, step: int, keep: Collection[int], newest: int) -> None:
+    known = _checkpoints(folder)
+    # Those after `step` were damaged, or the run would have continued from them.
+    earlier = sorted(number for number in known if number <= step)
+    wanted = {step, *keep, *earlier[-newest:]}
+    for number, place in known.items():
+        if number not in wanted:
+            files.discard(place)

@@ -1,0 +1,1 @@
+"""The stages: pretrain, finetune, evaluate and predict, and what they share."""

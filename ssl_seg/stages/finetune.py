@@ -1,0 +1,366 @@
+"""The second stage: learn segmentation from a few labelled images, from scratch or from what pretraining left.
+
+With `tasks` it is joint training: each step takes `batch_size` labelled and `batch_size` unlabelled images through the
+same module and loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
+
+from ssl_seg.config import Config, UserError, load
+from ssl_seg.data.loading import (
+    Augment,
+    Examples,
+    Labels,
+    Samples,
+    Subset,
+    hold_out,
+    pixel_counts,
+    region,
+    sample_digest,
+    subset_of,
+)
+from ssl_seg.datasets import Dataset
+from ssl_seg.evidence.passport import passport_of
+from ssl_seg.leaks.guard import Leaks, Question, guard
+from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.runs.folder import WHOLE
+from ssl_seg.runs.writer import Run, former_config, load_state
+from ssl_seg.scores import ImageConfusions, SegmentationScores
+from ssl_seg.stages import evaluate
+from ssl_seg.stages.dryrun import DryRun, dry_run
+from ssl_seg.stages.setup import (
+    Job,
+    Options,
+    StopRule,
+    TaskMapping,
+    check_images,
+    check_same_images,
+    check_sizes,
+    export_heads,
+    fit,
+    open_run,
+    prepare_tasks,
+    recall,
+    record_tasks,
+    resolve_model,
+    start_module,
+)
+from ssl_seg.tasks import MultiTask, Segment
+from ssl_seg.terminal import say
+from ssl_seg.tracking import Tracking, TrackingField
+from ssl_seg.training.loop import Learner, Processes, TrainConfig
+from ssl_seg.weights.export import (
+    Receipt,
+    export_encoder,
+    export_model,
+    load_decoder,
+    load_encoder,
+    load_model_weights,
+    read_model_info,
+)
+
+SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others
+
+
+class FinetuneData(Config):
+    """Where the images come from."""
+
+    labelled: SerializeAsAny[Dataset]
+    val: SerializeAsAny[Dataset] | None = None  # None: whole sequences, or a fifth, of the labelled images are held out
+    test: SerializeAsAny[Dataset] | None = None  # scored once, at the end, with the weights that `select` names
+    pool: SerializeAsAny[Dataset] | None = None  # unlabelled images of joint training
+    resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image; scores stay at the label's own size
+
+
+class FinetuneConfig(Config):
+    """`ssl-seg finetune`: what its YAML may hold."""
+
+    data: FinetuneData
+    labels: Labels = Labels()
+    # What is left out comes from the model of `init`, else it is a U-Net on resnet18.
+    model: ModelConfig | None = None
+    segment: Segment = Segment()
+    tasks: TaskMapping = Field(default={})  # of joint training, on data.pool
+    augment: Augment = Augment()
+    train: TrainConfig = TrainConfig()
+    init: str | None = None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
+    init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
+    # Or encoder+<task>: that task's decoder too (Brempong et al. 2022). Or model: all of a fine-tuned run of the same
+    # classes, its last layer too, as after training on drawn masks.
+    transfer: str = "encoder"
+    # best: the weights of the best validation score; last: those of the last step, when val must not choose.
+    select: Literal["best", "last"] = "best"
+    stop: StopRule = StopRule()
+    seed: int = 0
+    leaks: Leaks = Leaks()
+    tracking: TrackingField = Tracking()
+
+    @field_validator("transfer")
+    @classmethod
+    def _known_transfer(cls, transfer: str) -> str:
+        first, _, rest = transfer.partition("+")
+        if transfer != WHOLE and (first != "encoder" or "+" in rest or transfer.endswith("+")):
+            raise ValueError(
+                f"'{transfer}' is not known; write encoder, encoder+denoise with a task of the init run, or {WHOLE}"
+            )
+        return transfer
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneConfig:
+        if self.stop != StopRule() and self.train.eval_every is None:
+            raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
+        if self.data.pool is not None and not self.tasks:
+            raise ValueError("data.pool: would not be looked at; name tasks for joint training, or drop it")
+        if self.tasks and self.data.pool is None:
+            raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
+        if self.transfer != "encoder" and self.init is None:
+            raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the run whose weights are meant")
+        if SEGMENT in self.tasks:
+            raise ValueError(f"tasks.{SEGMENT}: the name is taken by the supervised task; choose another")
+        return self
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What `finetune` gives back; the same is in the folder's result.json."""
+
+    folder: Path
+    model: Path
+    steps: int
+    selected_step: int
+    labelled: tuple[str, ...]  # the names of the images whose masks were used
+    class_names: tuple[str, ...]
+    val: SegmentationScores
+    test: SegmentationScores | None
+
+
+def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
+    """Fine-tune into a run folder, going on from its last checkpoint if it has one.
+
+    Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
+    """
+    config = resolve(config, None if options.overwrite else former_config(options.out))
+    processes = Processes(config.train)
+    quiet = options.quiet or not processes.is_main
+    check(config, processes)
+    with open_run("finetune", config, options, processes) as (run, signals, mirror):
+        given = {part: getattr(config.data, part) for part in ("labelled", "val", "test", "pool")}
+        check_same_images(run, given, options.allow_changed)
+        labelled, val = choose_images(config, run.read_json("split.json"))
+        if config.data.val is None:
+            say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
+        for line in of_small_images(config, labelled):
+            say(line, quiet)
+        trained = {"labelled": labelled, "pool": config.data.pool}
+        scored = {"val": val, "test": config.data.test}
+        own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
+        question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
+        guard(run, question, processes, config.train.workers, quiet)
+        learner, sources = assemble(config, processes, run, labelled, quiet)
+        held_out = {"val": names_of(val)} if config.data.val is None else {}
+        if processes.is_main:
+            split = {"labels": config.labels.dump(), "labelled": names_of(labelled), **held_out}
+            split["sha256_of_labelled"] = sample_digest(labelled)
+            run.write_json("split.json", split)
+        resize = config.data.resize
+        model = SegmentationModel(
+            learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names
+        )
+
+        def confuse(examples: Examples) -> ImageConfusions:
+            return evaluate.image_confusions(model, examples, resize, config.train.workers, processes)
+
+        latest: list[ImageConfusions] = []
+
+        def figures() -> dict[str, float]:
+            latest[:] = [confuse(val)]
+            return {f"val/{name}": value for name, value in latest[0].named().items() if value is not None}
+
+        job = Job(
+            run=run,
+            learner=learner,
+            sources=sources,
+            seed=config.seed,
+            evaluate=figures,
+            pictures=lambda: {"predictions": evaluate.prediction_panel(model, val, resize)},
+            signals=signals,
+            mirror=mirror,
+            # Where nothing asks for the best step, none is kept.
+            score="val/miou" if config.select == "best" or config.stop != StopRule() else None,
+            stop=config.stop,
+            quiet=quiet,
+        ).resume()
+        steps = fit(job)
+        selected = steps
+        best = job.progressed.best_step if job.progressed.best_score is not None else steps  # no score: no mask counted
+        if config.select == "best" and best != steps:
+            selected = best
+            state = load_state(run.folder, selected)
+            learner.restore(state.tensors, state.data["learner"])
+        found = {"val": (val, latest[0] if latest and selected == steps else confuse(val))}
+        if config.data.test is not None:
+            found["test"] = (config.data.test, confuse(config.data.test))
+        scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
+        if processes.is_main:
+            extra = {"resize": resize, "step": selected}
+            export_model(run.folder, model, config.model.dump(), extra)
+            # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
+            export_encoder(run.folder, learner.module.encoder, config.model.dump())
+            export_heads(run, learner.module)
+            evaluate.write_images(run.folder, model, found, resize)
+            named = {part: confusions.named() for part, (_, confusions) in found.items()}
+            passports = {part: passport_of(confusions, resize).dump() for part, (_, confusions) in found.items()}
+            matrices = {part: scored.confusion.tolist() for part, scored in scores.items()}
+            run.write_json("confusion.json", {"classes": model.class_names, **matrices})
+            result = {"steps": steps, "selected_step": selected, **named, "passport": passports}
+            run.write_json("result.json", result)
+        processes.barrier()
+    return Finetuned(
+        folder=run.folder,
+        model=run.folder / "model",
+        steps=steps,
+        selected_step=selected,
+        labelled=names_of(labelled),
+        class_names=model.class_names,
+        val=scores["val"],
+        test=scores.get("test"),
+    )
+
+
+def try_out(config: FinetuneConfig) -> DryRun:
+    """One batch through every head; writes nothing."""
+    config = resolve(config)
+    processes = Processes(config.train)
+    check(config, processes)
+    labelled, _ = choose_images(config)
+    learner, sources = assemble(config, processes, None, labelled, quiet=True)
+    return dry_run(learner, sources)
+
+
+def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> FinetuneConfig:
+    """The config with what other files decide written out: the model (`resolve_model`), the number of classes."""
+    model = resolve_model(config, former)
+    names = config.data.labelled.class_names
+    if not names:
+        raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
+    count = config.segment.num_classes or len(names)
+    if count != len(names):
+        raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
+    segment = load(Segment, {**config.segment.dump(), "num_classes": count})
+    return config.model_copy(update={"model": model, "segment": segment})
+
+
+def check(config: FinetuneConfig, processes: Processes) -> None:
+    """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
+    check_sizes(config.train, processes, len(config.tasks))
+    check_data(config)
+
+
+def check_data(config: FinetuneConfig) -> None:
+    """That every data set has images, the same classes, and enough labelled ones."""
+    for part in ("labelled", "val", "test", "pool"):
+        dataset = getattr(config.data, part)
+        if dataset is None:
+            continue
+        check_images(f"data.{part}", dataset)
+        if part in ("val", "test") and dataset.class_names != config.data.labelled.class_names:
+            raise UserError(
+                f"data.{part}: its classes ({', '.join(dataset.class_names) or 'none'}) are not those of data.labelled "
+                f"({', '.join(config.data.labelled.class_names)}); give both the same list"
+            )
+    available, held = candidates(config)
+    if len(available) == 0 or len(held) == 0:
+        raise UserError(
+            f"data.labelled: {len(config.data.labelled)} images are too few to hold some out; give data.val its own"
+        )
+    config.labels.number(len(available))
+
+
+def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:
+    """The images whose masks may be used, and those on which the run is validated."""
+    if config.data.val is not None:
+        return config.data.labelled, config.data.val
+    return hold_out(config.data.labelled)
+
+
+def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = None) -> tuple[Subset, Examples]:
+    """The images whose masks are used, and those on which it is validated: those that the run has recorded.
+
+    Raises UserError where one of these is gone, and for a run that began with another choice of labels.
+    """
+    if recorded is None:
+        available, val = candidates(config)
+        return config.labels.choose(available), val
+    if recorded.get("labels", config.labels.dump()) != config.labels.dump():
+        raise UserError("labels: a run goes on with the images that it began with; give another --out for others")
+    labelled = subset_of(config.data.labelled, recorded["labelled"])
+    if config.data.val is None and "val" in recorded:
+        return labelled, subset_of(config.data.labelled, recorded["val"])
+    return labelled, candidates(config)[1]
+
+
+def of_small_images(config: FinetuneConfig, labelled: Examples) -> list[str]:
+    """A word where crops enlarge the images that they are cut from: whole images are scored at their own size."""
+    size = config.data.resize or labelled.image(0).image.shape[:2]
+    crop = config.augment.crop
+    if region(size, crop, 1.0) == crop:
+        return []
+    (height, width), (crop_height, crop_width) = size, crop
+    return [
+        f"augment.crop: {crop_height} x {crop_width} is larger than the images ({height} x {width}), which are "
+        f"enlarged for training and scored as they are; give augment.crop=[{min(size)},{min(size)}] or less"
+    ]
+
+
+def names_of(examples: Examples) -> tuple[str, ...]:
+    return tuple(examples.name(index) for index in range(len(examples)))
+
+
+def assemble(
+    config: FinetuneConfig, processes: Processes, run: Run | None, labelled: Subset, quiet: bool
+) -> tuple[Learner, dict[str, Samples]]:
+    """The learner with its starting weights, and the streams as the loaders read them."""
+    sources = {"labelled": Samples(labelled, config.augment, config.seed, config.data.resize, with_labels=True)}
+    if config.tasks:
+        sources["pool"] = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
+    recorded = (run and run.read_json("tasks.json")) or {}
+    segment = recall(config.segment, recorded.get(SEGMENT))
+    if segment is None and config.segment.class_weights == "median":
+        segment = config.segment.prepare(*pixel_counts(labelled))
+    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
+    module, receipts = start_module(config, tasks, run, partial(load_weights, config), quiet)
+    if run is not None and receipts is not None:
+        run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
+    if run is not None:
+        record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
+    return Learner(module, config.train, processes, config.augment.crop), sources
+
+
+def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, Receipt]:
+    """Put what `init` and `transfer` name into the module; a receipt for each part."""
+    if config.init is None:
+        return {}
+    if config.transfer == WHOLE:
+        names = config.data.labelled.class_names
+        theirs = tuple(read_model_info(config.init)["class_names"])
+        if theirs != names:
+            raise UserError(
+                f"transfer: {WHOLE}: init tells {', '.join(theirs)} apart, and data.labelled {', '.join(names)}; "
+                f"transfer=encoder+{SEGMENT} takes all but the last layer"
+            )
+        model = SegmentationModel(module.encoder, module.heads[SEGMENT], names)
+        return {WHOLE: load_model_weights(model, config.init, config.init_allow)}
+    receipts = {"encoder": load_encoder(module.encoder, config.init, config.init_allow)}
+    _, _, task = config.transfer.partition("+")
+    if task:
+        decoder = module.heads[SEGMENT].decoder
+        receipts["decoder"] = load_decoder(decoder, config.init, task, config.init_allow)
+    return receipts

@@ -1,0 +1,1 @@
+"""Studies: many runs planned, executed and kept account of."""

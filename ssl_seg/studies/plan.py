@@ -1,0 +1,316 @@
+"""Every run of a study with its config and an id, before anything is done.
+
+A *cell* is one fine-tuning, known by its whole config and the weights it starts from: what is done already can be told
+from what is not, whatever else of the study has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from ssl_seg import files
+from ssl_seg.config import Config, UserError, find_recipe, flatten, load, merge, read_words, unflatten
+from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED
+from ssl_seg.runs.folder import WATCHING, WHOLE
+from ssl_seg.stages.finetune import FinetuneConfig, check_data
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.setup import check_images
+from ssl_seg.studies.config import Arm, StudyConfig, arms_of, conditions_of, refuse_keys_said_twice
+from ssl_seg.weights.export import read_encoder_info
+
+SEARCH_SEEDS = 1000  # the first seed of the search, or above the study's own, so that none is tuned on its own draws
+NUM_HEX = 8  # of a cell's digest: among 10,000 cells two share one with a chance of 1 %, and then names differ too
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study: a fine-tuning, or a pretraining that some of them start from."""
+
+    stage: Literal["pretrain", "finetune"]
+    place: str  # CELLS, PRETRAINED or SEARCHED: the folder in the study's that its own lies in
+    id: str  # its folder's name
+    config: Config
+    arm: str  # of a pretraining its name
+    condition: Mapping[str, Any]
+    seed: int
+    start: str | None = None  # the id of the study's pretraining that it starts from
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether it starts from no trained weights at all."""
+        encoder = self.config.model.encoder if self.config.model else None
+        return self.config.init is None and not getattr(encoder, "pretrained", False)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the search."""
+
+    key: str  # which choice it is for
+    found: Mapping[str, Any]  # the keys it tries
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a study is going to do, before anything is done."""
+
+    arms: tuple[Arm, ...]
+    baseline: str
+    axes: Mapping[str, Sequence[Any]]  # the grid without what makes arms
+    pretrainings: tuple[Cell, ...]
+    trials: tuple[Trial, ...]  # none without a search
+    cells: tuple[Cell, ...]
+
+    def from_scratch(self, arm: str) -> bool:
+        return next(cell for cell in self.cells if cell.arm == arm).from_scratch
+
+
+def make_plan(config: StudyConfig, out: Path, scores: Mapping[str, float] | None = None) -> Plan:
+    """Every run of the study with its config, checked. `scores` are those of trials that are done (id -> mIoU).
+
+    Cells take what the search has chosen as far as all its trials are done; before, their own keys. Raises UserError
+    that names the arm where a config is wrong, where keys are said twice, and where a start does not fit.
+    """
+    arms = arms_of(config)
+    axes = conditions_of(config)
+    refuse_keys_said_twice(config, arms)
+    maker = _Maker(config, out, arms)
+    conditions = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    trials = tuple(maker.trials(arms, conditions))
+    chosen = choose(trials, scores or {})
+    cells = []
+    for condition, arm, seed in product(conditions, arms, config.seeds):
+        found = chosen.get(choice_key(config, arm.name, condition), {})
+        cells.append(maker.cell(arm, condition, seed, {**condition, **found}))
+    _refuse_equal_arms(cells)
+    if trials and any(cell.config.data.val is None and cell.config.data.test is None for cell in cells):
+        raise UserError("search: would choose on the images that score; give finetune.data.val or finetune.data.test")
+    return Plan(arms, _baseline_of(config, cells), axes, tuple(maker.pretrainings.values()), trials, tuple(cells))
+
+
+def _baseline_of(config: StudyConfig, cells: Sequence[Cell]) -> str:
+    by_name = {cell.arm: cell for cell in reversed(cells)}
+    if config.baseline is None:
+        return next((cell.arm for cell in cells if cell.from_scratch), cells[0].arm)
+    if config.baseline not in by_name:
+        names = dict.fromkeys(cell.arm for cell in cells)
+        raise UserError(f"baseline: there is no arm '{config.baseline}'; name one of: {', '.join(names)}")
+    return config.baseline
+
+
+def _refuse_equal_arms(cells: Sequence[Cell]) -> None:
+    """Two arms of one config would be trained twice, and their difference told as nothing."""
+    digests: dict[str, str] = {}
+    for cell in cells:
+        former = digests.setdefault(cell.id.rpartition("-")[2], cell.arm)
+        if former != cell.arm:
+            raise UserError(f"arms: {former} and {cell.arm} are one and the same run; drop one, or let them differ")
+
+
+def check_images_of(plan: Plan) -> None:
+    """What a run refuses before its work, for all of them: an empty folder, too few labelled images, other classes."""
+    for cell in plan.pretrainings:
+        check_images(f"pretrain.{cell.arm}.data.pool", cell.config.data.pool)
+    different: dict[str, Cell] = {}
+    for cell in (*plan.cells, *(trial.cell for trial in plan.trials)):
+        asked = [cell.config.data.dump(), cell.config.labels.dump()]
+        different.setdefault(json.dumps(asked, sort_keys=True), cell)
+    for cell in different.values():
+        try:
+            check_data(cell.config)
+        except UserError as error:
+            raise UserError(f"arm {cell.arm}: {error}") from error
+
+
+# ---- single runs ----
+
+
+class _Maker:
+    """Makes the cells of one study: what they share is looked up once."""
+
+    def __init__(self, config: StudyConfig, out: Path, arms: Sequence[Arm]) -> None:
+        self.config = config
+        self.out = out
+        self.number = min(config.pretrainings, len(config.seeds))
+        needed = dict.fromkeys(arm.pretraining for arm in arms if arm.pretraining)
+        self.pretrainings = {
+            (name, seed): self._pretraining(name, seed) for name in needed for seed in range(self.number)
+        }
+        self.common = self._common(arms)
+        self._digests: dict[tuple[str | None, str], str | None] = {}
+
+    def _pretraining(self, name: str, seed: int) -> Cell:
+        given = base(self.config.pretrain[name], f"pretrain.{name}")
+        if "seed" in self.config.pretrain[name]:
+            raise UserError(f"pretrain.{name}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
+        whole = _checked(PretrainConfig, _tracked(merge(given, {"seed": seed}), self.out), f"pretrain.{name}")
+        digest = _digest(whole, _start_digest(whole.init, "encoder"))
+        return Cell("pretrain", PRETRAINED, f"{slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
+
+    def _common(self, arms: Sequence[Arm]) -> dict[str, Any]:
+        """What all arms share. What the study does not say of the model is that of the first start, for every arm.
+
+        Else the arm from scratch would take the default, and the others what they start from. Not where its own weights
+        came from: a pretraining that goes on from ImageNet makes no other arm start there.
+        """
+        values = base(self.config.finetune, "finetune")
+        model: Mapping[str, Any] = {}
+        for arm in arms:
+            start = arm.changes.get("init")
+            if arm.pretraining and not model:
+                model = base(self.config.pretrain[arm.pretraining], "pretrain").get("model", {})
+            elif start is not None and not model:
+                model = read_encoder_info(start).get("config", {})
+        if isinstance(model.get("encoder"), Mapping):
+            encoder = {key: value for key, value in model["encoder"].items() if key != "pretrained"}
+            model = {**model, "encoder": encoder}
+        own = values.get("model") or {}
+        if isinstance(own.get("encoder"), str):  # the word stands for the name of one of timm's, and may get more keys
+            own = {**own, "encoder": {"type": "timm", "name": own["encoder"]}}
+        return {**values, "model": merge(model, own)} if model or own else values
+
+    def cell(
+        self, arm: Arm, condition: Mapping[str, Any], seed: int, keys: Mapping[str, Any], searching: bool = False
+    ) -> Cell:
+        """One fine-tuning; `keys` are those of its condition and of its search."""
+        values = merge(self.common, unflatten(arm.changes))
+        values = merge(values, unflatten(keys))
+        values = merge(values, {"seed": seed, "labels": {"seed": seed}})
+        start = self._start(arm, seed)
+        if start is not None:
+            values["init"] = str(self.out / PRETRAINED / start.id)
+        if searching:
+            values = merge(values, {"data": {"val": None, "test": None}, "select": "last"})
+        whole = _checked(FinetuneConfig, _tracked(values, self.out), f"arm {arm.name}")
+        if start is not None:
+            _check_fit(arm, whole, start)
+        digest = _digest(whole, start.id if start else self._digest_of_start(whole))
+        words = [slug(arm.name), *(f"{_short(key)}{slug(str(value))}" for key, value in keys.items())]
+        name = "-".join([*words, f"seed{seed}", digest])
+        folder = SEARCHED if searching else CELLS
+        return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
+
+    def _start(self, arm: Arm, seed: int) -> Cell | None:
+        if arm.pretraining is None:
+            return None
+        place = self.config.seeds.index(seed) if seed in self.config.seeds else seed
+        return self.pretrainings[arm.pretraining, place % self.number]
+
+    def _digest_of_start(self, config: FinetuneConfig) -> str | None:
+        asked = config.init, config.transfer
+        if asked not in self._digests:
+            self._digests[asked] = _start_digest(*asked)
+        return self._digests[asked]
+
+    def trials(self, arms: Sequence[Arm], conditions: Sequence[Mapping[str, Any]]) -> Iterator[Trial]:
+        """The runs that choose each arm's own values, each once."""
+        search = self.config.search
+        if search is None:
+            return
+        tries = [dict(zip(search.grid, own, strict=True)) for own in product(*search.grid.values())]
+        held = list({json.dumps(own): own for condition in conditions for own in [{**condition, **search.at}]}.values())
+        first = max(SEARCH_SEEDS, max(self.config.seeds) + 1)
+        for condition, arm, found, number in product(held, arms, tries, range(search.seeds)):
+            cell = self.cell(arm, condition, first + number, {**condition, **found}, searching=True)
+            yield Trial(choice_key(self.config, arm.name, condition), found, cell)
+
+
+def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys that a study gives a stage, on those of the `recipe` among them."""
+    own = unflatten({key: value for key, value in given.items() if key != "recipe"})
+    if "recipe" not in given:
+        return own
+    if not isinstance(given["recipe"], str):
+        raise UserError(f"{where}.recipe: not the name of a recipe or a YAML file: {given['recipe']!r}")
+    find_recipe(given["recipe"])
+    return merge(read_words([given["recipe"]]), own)
+
+
+def _check_fit(arm: Arm, config: FinetuneConfig, start: Cell) -> None:
+    """Whether a cell can start from a pretraining of the study, before that is made."""
+    models = [own.model for own in (config, start.config) if own.model is not None]
+    encoders = [model.encoder.dump() for model in models]
+    names = [encoder.get("name", encoder["type"]) for encoder in encoders]
+    if len(names) == 2 and names[0] != names[1]:  # one that names none takes the other's
+        raise UserError(f"arm {arm.name}: its encoder is {names[0]}, and that of pretrain.{start.arm} is {names[1]}")
+    _, _, task = config.transfer.partition("+")
+    if config.transfer == WHOLE:
+        raise UserError(f"arm {arm.name}: transfer: {WHOLE} takes a fine-tuned run, and pretrain.{start.arm} is none")
+    if task and task not in start.config.tasks:
+        known = ", ".join(start.config.tasks)
+        raise UserError(f"arm {arm.name}: transfer: pretrain.{start.arm} has no task {task}; it has: {known}")
+
+
+def _checked(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    try:
+        return load(cls, values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _tracked(values: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """The run as a child of the study's in MLflow, unless the study says otherwise."""
+    own = values.get("tracking", {})
+    return merge(values, {"tracking": {"parent": out.name, **own}}) if isinstance(own, Mapping) else dict(values)
+
+
+def _digest(config: Config, start: str | None) -> str:
+    """Of all that decides what comes out: the weights a run starts from, not where they lie nor how it is watched."""
+    kept = {
+        key: value for key, value in flatten(config.dump()).items() if not f"{key}.".startswith((*WATCHING, "init."))
+    }
+    return files.sha256(json.dumps([kept, start], sort_keys=True).encode())[:NUM_HEX]
+
+
+def _start_digest(init: str | None, transfer: str) -> str | None:
+    """Of the weights that `init` and `transfer` take; Raises UserError where there are none."""
+    if init is None:
+        return None
+    digest = read_encoder_info(init).get("sha256") or files.sha256(Path(init).read_bytes())
+    _, _, task = transfer.partition("+")
+    part = "model/model.json" if transfer == WHOLE else f"decoders/{task}.json" if task else None
+    others = [folder / part for folder in (Path(init), Path(init).parent)] if part else []
+    return "+".join([digest, *(files.read_json(path).get("sha256", "") for path in others if path.is_file())])
+
+
+def slug(text: str) -> str:
+    """Fit for a file's name, and short; the digest behind it tells apart what is cut away."""
+    return re.sub(r"[^\w+.]+", "_", text).strip("_")[:32]
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+# ---- the search ----
+
+
+def choice_key(config: StudyConfig, arm: str, condition: Mapping[str, Any]) -> str:
+    """Which search a cell takes its keys from: that of its arm, and of its condition with `search.at` laid on it."""
+    held = config.search.at if config.search else {}
+    return json.dumps([arm, {**condition, **held}])
+
+
+def choose(trials: Sequence[Trial], scores: Mapping[str, float]) -> dict[str, Mapping[str, Any]]:
+    """For each search the keys with the best mean of `scores` (id -> mIoU), the first of equals.
+
+    Only keys whose runs have all finished count: one that crashes for some seeds must not win by the others.
+    """
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for trial in trials:
+        tried = found.setdefault(trial.key, {}).setdefault(json.dumps(trial.found), [])
+        tried.append(scores.get(trial.cell.id))
+    best = {}
+    for key, tried in found.items():
+        means = {text: mean(values) for text, values in tried.items() if None not in values}
+        if means:
+            best[key] = json.loads(max(means, key=means.__getitem__))
+    return best

@@ -1,0 +1,430 @@
+"""`ssl-seg study`: does pretraining help, with which tasks, by how much, and how sure is that?
+
+`plan` says which runs there are, `schedule` executes them, `findings` reads what came out; here is what ties them: the
+order of the runs, and study.json, which is true at every instant, so that a study can be killed and taken up again.
+
+    runs/<study>/ study.json  cells.csv  gains.csv  report.html  pretrained/<id>/  searched/<id>/  cells/<id>/
+                  each run with its <id>.yaml (config) and <id>.log beside its folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ssl_seg import files, images
+from ssl_seg.config import Interrupted, UserError
+from ssl_seg.evidence import results
+from ssl_seg.evidence.pairs import pictures_of
+from ssl_seg.evidence.results import STUDY_FILE, Findings
+from ssl_seg.leaks import guard
+from ssl_seg.reports import study as study_page
+from ssl_seg.reports.study import CHANGED
+from ssl_seg.runs.folder import LOCK, RunFolder, is_held
+from ssl_seg.runs.writer import hold, now, provenance
+from ssl_seg.stages.finetune import candidates
+from ssl_seg.studies.config import StudyConfig
+from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, execute
+from ssl_seg.studies.plan import Cell, Plan, check_images_of, choose, make_plan, slug
+from ssl_seg.terminal import clock, say, watch_signals
+
+MIOU = "miou"
+DOUBLE = ("state", "encoder", "decoders")  # of a finished cell: what to resume from, and its model/ in parts
+NUM_CHANGED = 3  # images drawn of each arm
+LOOK = 2.0  # seconds between two looks at a run that another process makes
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study is carried out; the command line's flags."""
+
+    out: str | Path
+    jobs: int = 1  # runs at a time
+    executor: Literal["local", "submitit"] = "local"
+    plugins: tuple[str, ...] = ()  # handed on to every run
+    quiet: bool = False
+
+
+def study(config: StudyConfig, options: StudyOptions) -> Findings:
+    """Make what is missing of a study, and write its tables and its page.
+
+    Raises UserError before anything runs for a config that is wrong, and at the end where cells have failed, after the
+    others are done and the tables written; LeakError before anything is trained; `config.Interrupted` after a signal,
+    the running cells having been saved.
+    """
+    out = Path(options.out).resolve()  # what cells start from is named by it: another spelling is no other place
+    _check_place(out)
+    plan = _plan(config, out)
+    executor = _executor(config, options, out)
+    with hold(out), watch_signals():
+        ledger = _Ledger(config, options, plan, executor, out)
+        try:
+            ledger.check_leaks()
+            ledger.make("pretrainings", plan.pretrainings)
+            ledger.make("runs of the search", [trial.cell for trial in plan.trials])
+            ledger.choose()
+            ledger.make("cells", ledger.plan.cells)
+        except Interrupted:
+            ledger.write("killed")
+            raise
+        except UserError:
+            ledger.write("failed")
+            raise
+        return ledger.close()
+
+
+def outline(config: StudyConfig, out: Path) -> list[str]:
+    """What a study would do, in lines, for `--dry-run`; every config is checked, nothing is written."""
+    plan = _plan(config, out.resolve())
+    runs = {"pretrainings": plan.pretrainings, "runs of the search": [trial.cell for trial in plan.trials]}
+    lines = [f"baseline: {plan.baseline}", f"arms: {', '.join(arm.name for arm in plan.arms)}"]
+    lines += [f"{key}: {', '.join(map(str, values))}" for key, values in plan.axes.items()]
+    lines += [f"seeds: {', '.join(map(str, config.seeds))}"]
+    for words, cells in (*runs.items(), ("cells", plan.cells)):
+        done = sum(_is_finished(_folder(out, cell)) for cell in cells)
+        lines += [f"{len(cells)} {words}, {done} of them finished"] if cells else []
+    return lines
+
+
+def _plan(config: StudyConfig, out: Path) -> Plan:
+    """Every run, checked with its images, and with what the search has chosen if that is over."""
+    plan = make_plan(config, out)
+    check_images_of(plan)
+    cells = [trial.cell for trial in plan.trials]
+    if not cells or not all(_is_finished(_folder(out, cell)) for cell in cells):
+        return plan
+    return make_plan(config, out, _scores(out, cells))
+
+
+def _scores(out: Path, cells: Iterable[Cell]) -> dict[str, float]:
+    """The mIoU of those that have finished, by id."""
+    found = {cell.id: _score(out, cell) for cell in cells if _is_finished(_folder(out, cell))}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def _score(out: Path, cell: Cell) -> float | None:
+    """The mIoU to look at, of a finished fine-tuning."""
+    result = RunFolder(_folder(out, cell)).result or {}
+    part = result.get("test") or result.get("val") or {}
+    return part.get(MIOU)
+
+
+def _check_place(out: Path) -> None:
+    if "=" in str(out):
+        raise UserError(f"--out {out}: '=' would read as key=value in the commands of its cells; choose another name")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_study(out)):
+        raise UserError(f"--out {out}: is there and is no study (no {STUDY_FILE} in it); choose another folder")
+
+
+def _is_study(out: Path) -> bool:
+    # A kill right after the start leaves a lock alone.
+    return (out / STUDY_FILE).is_file() or {entry.name for entry in out.iterdir()} <= {LOCK}
+
+
+def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor:
+    if options.executor == "submitit":
+        return Cluster(out / "submitit", config.submitit, config.timeout)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    return Here(options.jobs, devices)
+
+
+class _Ledger:
+    """study.json, kept true while the runs are made: every run with how far it is."""
+
+    def __init__(self, config: StudyConfig, options: StudyOptions, plan: Plan, executor: Executor, out: Path) -> None:
+        self.config = config
+        self.options = options
+        self.out = out
+        self.plan = plan
+        self.executor = executor
+        self.states: dict[str, dict[str, Any]] = {}  # by id: what is known beside the plan
+        self.search: dict[str, Any] = {}
+        self.about = {**provenance(), "resumed": []}
+        if (self.out / STUDY_FILE).is_file():
+            self._take_up(files.read_json(self.out / STUDY_FILE))
+        self.write("running")
+
+    def _take_up(self, former: Mapping[str, Any]) -> None:
+        """What runs of an earlier start have said; the plan may be another one since."""
+        kept = [own for key in ("pretrained", "cells") for own in former.get(key, [])]
+        kept += former.get("search", {}).get("trials", [])
+        self.states = {own["id"]: own for own in kept if "id" in own}
+        if self.plan.trials:
+            self.search = former.get("search", {})
+        start = {**provenance(), "seeds": former.get("seeds", [])}  # those that there were before it
+        kept = {key: former[key] for key in start if key in former and key != "seeds"}
+        self.about |= {**kept, "resumed": [*former.get("resumed", []), start]}
+
+    @property
+    def folder(self) -> Path:
+        return self.out
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.out / name
+        return files.read_json(path) if path.is_file() else None
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        files.write_atomic(self.out / name, files.json_bytes(files.finite(values)))
+
+    def check_leaks(self) -> None:
+        """All that is trained on against all that is scored, before anything is: a run alone sees its own part only.
+
+        Raises LeakError as a run does.
+        """
+        question = leak_question(self.plan)
+        if question is None:
+            return
+        workers = self.plan.cells[0].config.train.workers
+        try:
+            guard.check(self, question, workers, self.options.quiet)
+        finally:
+            self.about["leaks"] = self.read_json("leaks.json")  # also of one that stops the study
+
+    def make(self, words: str, cells: Iterable[Cell]) -> None:
+        """Those that are not finished yet, and whose pretraining is."""
+        every = list(cells)
+        left = []
+        for cell in every:
+            if _is_finished(_folder(self.out, cell)):
+                self._tidy(cell)
+                self.note(cell, "finished")
+            elif cell.start is not None and not self._has_start(cell):
+                self.note(cell, "waiting", f"its pretraining {cell.start} has not finished")
+            else:
+                self.note(cell, "waiting")
+                left.append(cell)
+        self.write("running")
+        done = sum(self.states[cell.id]["status"] == "finished" for cell in every)
+        self._say(f"{len(every)} {words}, {done} of them finished", bool(left))
+        elsewhere = [cell for cell in left if is_held(_folder(self.out, cell))]
+        self._execute([cell for cell in left if cell not in elsewhere])
+        self._await(elsewhere)
+
+    def _execute(self, cells: Sequence[Cell]) -> None:
+        by_name = {cell.id: cell for cell in cells}
+        limits = Limits(self.config.timeout, self.config.stall)
+        began = time.monotonic()
+        calls = [self._call(cell) for cell in cells]
+        for number, end in enumerate(execute(calls, self.executor, self.options.jobs, limits), start=1):
+            cell = by_name[end.call.name]
+            said = self._ended(cell, end)
+            left = (time.monotonic() - began) / number * (len(cells) - number)
+            self._say(f"{number} of {len(cells)}: {cell.id}: {said}{f', {clock(left)} left' if left else ''}")
+
+    def _await(self, cells: Sequence[Cell]) -> None:
+        """Runs of a study that was killed alone, or of a cluster that goes on: their folders are held."""
+        hung = []
+        for cell in cells:
+            self._say(f"{cell.id}: another process is making it; waiting for that one")
+            if not self._outlasts(self._call_of(cell)):
+                hung.append(cell)
+        self._execute([cell for cell in cells if cell not in hung and not _is_finished(_folder(self.out, cell))])
+        for cell in cells:
+            if _is_finished(_folder(self.out, cell)):
+                self._tidy(cell)
+                self.note(cell, "finished")
+        for cell in hung:
+            holder = (_folder(self.out, cell) / LOCK).read_text(errors="replace")
+            self.note(cell, "stalled", f"process {holder} holds it and shows no sign of life; end that one")
+        self.write("running")
+
+    def _outlasts(self, call: Call) -> bool:
+        """Wait for a run that another process makes; False where that one hangs."""
+        while is_held(call.folder):
+            silent = time.time() - call.last_sign()
+            if self.config.stall is not None and silent > self.config.stall:
+                return False
+            time.sleep(LOOK)
+        return True
+
+    def _call(self, cell: Cell) -> Call:
+        """The command of a run, with its config written."""
+        call = self._call_of(cell)
+        path = call.folder.with_name(f"{cell.id}.yaml")
+        with files.naming(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, cell.config.to_yaml().encode())
+        return call
+
+    def _call_of(self, cell: Cell) -> Call:
+        folder = _folder(self.out, cell)
+        path = folder.with_name(f"{cell.id}.yaml")
+        plugins = [word for plugin in self.options.plugins for word in ("--plugin", plugin)]
+        # The id vouches for the weights; the study may have been moved since the run began.
+        words = (cell.stage, str(path), "--out", str(folder), "--quiet", "--allow-changed", "init", *plugins)
+        return Call(cell.id, words, folder.with_name(f"{cell.id}.log"), folder)
+
+    def _ended(self, cell: Cell, end: End) -> str:
+        """Note how a run has ended; gives it in words."""
+        seconds = round(end.seconds, 1)
+        if _is_finished(_folder(self.out, cell)):  # perhaps by another process, while this one could not have it
+            self._tidy(cell)
+            self.note(cell, "finished", seconds=seconds)
+            score = _score(self.out, cell)
+            said = f"mIoU {100 * score:.1f}, {clock(seconds)}" if score is not None else clock(seconds)
+        else:
+            said = _why(end, self.config)
+            self.note(cell, "failed" if end.how == "finished" else end.how, said, seconds)
+        self.write("running")
+        return said
+
+    def _tidy(self, cell: Cell) -> None:
+        """A study of a hundred cells would hold some ten gigabytes of what nobody looks at."""
+        if cell.stage == "finetune":
+            for name in DOUBLE:
+                shutil.rmtree(_folder(self.out, cell) / name, ignore_errors=True)
+
+    def _has_start(self, cell: Cell) -> bool:
+        return self.states.get(cell.start, {}).get("status") == "finished"
+
+    def note(self, cell: Cell, status: str, message: str = "", seconds: float | None = None) -> None:
+        former = self.states.get(cell.id, {})
+        self.states[cell.id] = {
+            "id": cell.id,
+            "arm": cell.arm,
+            "condition": dict(cell.condition),
+            "seed": cell.seed,
+            "start": cell.start,
+            "status": status,
+            "message": message,
+            "seconds": former.get("seconds") if seconds is None else seconds,
+        }
+
+    def choose(self) -> None:
+        """Let each arm's cells take what its search has found. Raises UserError where nothing was."""
+        trials = self.plan.trials
+        if not trials:
+            return
+        scores = _scores(self.out, [trial.cell for trial in trials])
+        chosen = choose(trials, scores)
+        tried = [{**self.states[own.cell.id], "tried": own.found, "miou": scores.get(own.cell.id)} for own in trials]
+        asked = {trial.key: trial.cell for trial in trials}
+        made = [
+            {"arm": cell.arm, "condition": cell.condition, "chosen": chosen.get(key)} for key, cell in asked.items()
+        ]
+        self.search = {"trials": tried, "chosen": made}
+        missing = [own["arm"] for own in made if own["chosen"] is None]
+        if missing:
+            where = self.out / results.SEARCHED
+            raise UserError(f"search: the arm {missing[0]} has no value whose runs have all finished; see {where}")
+        self.plan = make_plan(self.config, self.out, scores)
+
+    def write(self, status: str) -> None:
+        """study.json, atomically."""
+        plan = self.plan
+        arms = [
+            {
+                "name": arm.name,
+                "changes": arm.changes,
+                "pretraining": arm.pretraining,
+                "from_scratch": plan.from_scratch(arm.name),
+            }
+            for arm in plan.arms
+        ]
+        record = {
+            "status": status,
+            **self.about,
+            "config": self.config.dump(),
+            "arms": arms,
+            "baseline": plan.baseline,
+            "axes": plan.axes,
+            "seeds": self.config.seeds,
+            "level": self.config.level,
+            "pretrained": [self.states[cell.id] for cell in plan.pretrainings if cell.id in self.states],
+            "search": self.search,
+            "cells": [self.states[cell.id] for cell in plan.cells if cell.id in self.states],
+        }
+        files.write_atomic(self.out / STUDY_FILE, files.json_bytes(files.finite(record)))
+
+    def close(self) -> Findings:
+        states = [self.states[cell.id] for cell in self.plan.cells]
+        failed = [own for own in states if own["status"] != "finished"]
+        self.about["ended"] = now()
+        self.write("failed" if failed else "finished")
+        found = results.read(self.out)
+        results.write_tables(found)
+        for line in found.apart:
+            self._say(line)
+        try:
+            draw_changed(found)
+        except UserError as error:  # a picture less is no reason to go without the page
+            self._say(f"no pictures of what changed: {error}")
+        study_page.write(found)
+        if failed:
+            raise UserError(
+                f"{self.out}: {len(failed)} of {len(states)} cells have not finished, first {failed[0]['id']} "
+                f"({failed[0]['message']}); the tables hold the others, and the same command makes the missing ones"
+            )
+        return found
+
+    def _say(self, text: str, wanted: bool = True) -> None:
+        say(text, self.options.quiet or not wanted)
+
+
+def draw_changed(found: Findings) -> None:
+    """Pictures of the images that changed most under the last condition, for each arm, by their most usual pair."""
+    folder = found.folder / CHANGED
+    shutil.rmtree(folder, ignore_errors=True)
+    condition = found.conditions[-1]
+    for number, arm in enumerate(found.arms[1:], start=1):
+        changed = found.changed(arm, condition, NUM_CHANGED)
+        for rank, picture in enumerate(pictures_of(changed, found.part), start=1):
+            images.write_image(folder / f"{number}_{slug(arm)}_{rank}.png", picture)
+
+
+def leak_question(plan: Plan) -> guard.Question | None:
+    """What the whole study trains on and is scored on; None where its cells say that leaks are not looked for."""
+    allowed = [glob for cell in (*plan.pretrainings, *plan.cells) for glob in cell.config.leaks.allow]
+    settings = plan.cells[0].config.leaks.model_copy(update={"allow": tuple(dict.fromkeys(allowed))})
+    trained: dict[str, Any] = {}
+    scored: dict[str, Any] = {}
+    own_cuts: set[tuple[str, str]] = set()
+    for cell in plan.pretrainings:
+        trained[f"{cell.arm}.pool"] = cell.config.data.pool
+    for number, cell in enumerate(_of_different_data(plan.cells), start=1):
+        suffix = "" if number == 1 else f"#{number}"
+        available, val = candidates(cell.config)
+        trained |= {f"labelled{suffix}": available, f"pool{suffix}": cell.config.data.pool}
+        scored |= {f"val{suffix}": val, f"test{suffix}": cell.config.data.test}
+        own_cuts |= {(f"labelled{suffix}", f"val{suffix}")} if cell.config.data.val is None else set()
+    paths = dict.fromkeys(cell.config.init for cell in plan.cells if cell.config.init and cell.start is None)
+    inits = {f"init.{number}" if len(paths) > 1 else "init": path for number, path in enumerate(paths, start=1)}
+    return guard.Question(trained, scored, settings, inits, frozenset(own_cuts)) if settings.check else None
+
+
+def _of_different_data(cells: Iterable[Cell]) -> list[Cell]:
+    """A cell for each choice of data sets: nearly always one for all."""
+    return list({json.dumps(cell.config.data.dump(), sort_keys=True): cell for cell in cells}.values())
+
+
+def _folder(out: Path, cell: Cell) -> Path:
+    return out / cell.place / cell.id
+
+
+def _is_finished(folder: Path) -> bool:
+    with suppress(UserError):
+        return RunFolder.open(folder).is_done
+    return False
+
+
+def _why(end: End, config: StudyConfig) -> str:
+    """One line about a run that has not finished."""
+    if end.how == "timeout":
+        return f"given up after {clock(end.seconds)} (timeout: {config.timeout:g} s)"
+    if end.how == "stalled":
+        return f"given up: no sign of life for {config.stall:g} s (stall)"
+    if end.how == "finished":
+        return f"ended without a result, see {end.call.log}"
+    died = f"killed by signal {-end.code}" if end.code and end.code < 0 else f"exit {end.code}"
+    said = end.call.last_words().removeprefix("ssl-seg: ")
+    return f"{died}: {said or 'it said nothing'}"

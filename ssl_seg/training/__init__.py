@@ -1,0 +1,1 @@
+"""The training loop and what it holds: processes, learner, module and schedule."""

@@ -1,0 +1,1 @@
+"""Exported weights: written, found, matched and checked."""
