@@ -431,7 +431,7 @@ def leak_word(record: Mapping[str, Any] | None) -> str:
     return "clean" if record["trained"] and record["scored"] else "none"
 
 
-def now() -> int:
+def epoch_ms() -> int:
     """Milliseconds since 1970, as lines of metrics have them."""
     return time.time_ns() // 10**6
 

@@ -31,8 +31,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ssl_seg import files
-from ssl_seg.runs import folder
-from ssl_seg.runs.folder import metric_lines
+from ssl_seg.runs.folder import epoch_ms, metric_lines
 from ssl_seg.runs.folder import origin
 from ssl_seg.config import Config
 from ssl_seg.config import UserError
@@ -174,7 +173,7 @@ class Run:
         """
         if self._lock is None:
             return
-        line = {"step": step, TIME: folder.now(), **{name: float(value) for name, value in values.items()}}
+        line = {"step": step, TIME: epoch_ms(), **{name: float(value) for name, value in values.items()}}
         path = self.folder / "metrics.jsonl"
         with files.naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(files.finite(line)) + "\n")
@@ -210,7 +209,7 @@ class Run:
         if self._lock is None:
             return
         lock, self._lock = self._lock, None
-        record = {**self._record, "status": status, "ended": now()}
+        record = {**self._record, "status": status, "ended": timestamp()}
         try:
             files.write_atomic(self.folder / "run.json", files.json_bytes(record))
         finally:
@@ -338,7 +337,7 @@ def provenance() -> dict[str, Any]:
     """By what command, when, and of which versions something is made."""
     return {
         "command": shlex.join(sys.argv),
-        "started": now(),
+        "started": timestamp(),
         "git_commit": _git_commit(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
     }
@@ -360,7 +359,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def now() -> str:
+def timestamp() -> str:
     """The time in UTC, as records have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -30,7 +30,7 @@ from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
 from ssl_seg.reports.study import CHANGED
 from ssl_seg.runs.folder import LOCK, RunFolder, is_held
-from ssl_seg.runs.writer import hold, now, provenance
+from ssl_seg.runs.writer import hold, provenance, timestamp
 from ssl_seg.stages.finetune import candidates
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, execute
@@ -349,7 +349,7 @@ class _Ledger:
     def close(self) -> Findings:
         states = [self.states[cell.id] for cell in self.plan.cells]
         failed = [own for own in states if own["status"] != "finished"]
-        self.about["ended"] = now()
+        self.about["ended"] = timestamp()
         self.write("failed" if failed else "finished")
         found = results.read(self.out)
         results.write_tables(found)

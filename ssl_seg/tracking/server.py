@@ -22,7 +22,16 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from ssl_seg.config import UserError
 from ssl_seg.evidence.passport import from_tags, to_tags
 from ssl_seg.figures import charts, svg
-from ssl_seg.runs.folder import TIME, Picture, RunFolder, description_of, labelled_digest, leak_word, now, scores_of
+from ssl_seg.runs.folder import (
+    TIME,
+    Picture,
+    RunFolder,
+    description_of,
+    epoch_ms,
+    labelled_digest,
+    leak_word,
+    scores_of,
+)
 from ssl_seg.tracking import SYSTEM, Tracking
 from ssl_seg.tracking.client import (
     CONTINUES,
@@ -89,7 +98,7 @@ class MirroredRun:
         self.uri = resolved(tracking.uri, run.folder)
         self.run_id = ""
         with _reading(run.folder / "run.json"):
-            self.started = _milliseconds(run.record.get("started")) or now()
+            self.started = _milliseconds(run.record.get("started")) or epoch_ms()
         self.num_lines = 0
         self.num_pictures = 0
         self.client: MlflowClient | None = None

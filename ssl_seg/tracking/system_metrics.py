@@ -12,7 +12,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-from ssl_seg.runs.folder import TIME, now
+from ssl_seg.runs.folder import TIME, epoch_ms
 from ssl_seg.tracking import SYSTEM
 from ssl_seg.tracking.record import FOLDER
 
@@ -41,7 +41,7 @@ class Load:
             monitor.collect_metrics()
             figures |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        line = {"step": self.step, TIME: now()}
+        line = {"step": self.step, TIME: epoch_ms()}
         line |= {f"system/{name}": value for name, value in figures.items()}
         with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk, or a folder that is gone
             file.write(json.dumps(line) + "\n")
