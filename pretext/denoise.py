@@ -77,12 +77,13 @@ class Denoise(PretextTask):
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = self.scale if self.target == "clean" else 1.0  # the noise is in that unit already
-        return losses.regression(self.distance, prediction / unit, view.target / unit, view.where)
+        return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Of the reconstruction, whatever the target."""
         picture, clean = self.render(prediction, view), self.render_target(view)
-        return {"psnr": metrics.psnr(picture, clean, view.where), "mae": metrics.mae(picture, clean, view.where)}
+        counted = view.loss_mask
+        return {"psnr": metrics.psnr(picture, clean, counted), "mae": metrics.mae(picture, clean, counted)}
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
         return self._clean(prediction, view).clamp(0.0, 1.0)

@@ -71,16 +71,16 @@ class Inpaint(PretextTask):
         return encoder.dense(3)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
-        return losses.regression(self.distance, prediction / SCALE, view.target / SCALE, view.where)
+        return losses.regression(self.distance, prediction / SCALE, view.target / SCALE, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Inside the holes only."""
-        picture, hole = prediction.clamp(0.0, 1.0), (view.where == 1).to(prediction.dtype)
+        picture, hole = prediction.clamp(0.0, 1.0), (view.loss_mask == 1).to(prediction.dtype)
         return {"psnr": metrics.psnr(picture, view.target, hole), "mae": metrics.mae(picture, view.target, hole)}
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
         """The picture restored: the prediction in the holes, the image itself around them."""
-        return torch.where(view.where == 1, prediction.clamp(0.0, 1.0), view.input)
+        return torch.where(view.loss_mask == 1, prediction.clamp(0.0, 1.0), view.input)
 
     def _filling(self, image: Tensor, hole: Tensor, key: Tensor) -> Tensor:
         if self.fill == "noise":

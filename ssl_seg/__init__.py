@@ -11,7 +11,8 @@ from typing import Any
 
 _HOMES = {
     "config": ("Config", "Interrupted", "Plugin", "UserError", "load"),
-    "data.loading": ("Augment", "Labels"),
+    "data.augment": ("Augment",),
+    "data.splits": ("Labels",),
     "data.synth": ("synth",),
     "datasets": ("Dataset", "Example"),
     "evidence.compare": ("compare",),
@@ -20,16 +21,18 @@ _HOMES = {
     "norm.convert": ("convert_norm", "norm_shares", "recalibrate"),
     "norm.layers": ("SwitchNorm2d",),
     "reports.runs": ("report",),
-    "stages.evaluate": ("EvaluateConfig", "evaluate", "load_model"),
+    "stages.evaluate": ("EvaluateConfig", "evaluate"),
     "stages.finetune": ("FinetuneConfig", "finetune"),
     "stages.predict": ("PredictConfig", "predict"),
     "stages.pretrain": ("PretrainConfig", "pretrain"),
     "stages.setup": ("Options",),
     "studies.config": ("StudyConfig",),
     "studies.study": ("StudyOptions", "study"),
-    "tasks": ("Batch", "MultiTask", "PretextTask", "Segment", "Task", "View"),
-    "training.loop": ("TrainConfig",),
-    "weights.export": ("load_encoder",),
+    "segment": ("Segment",),
+    "tasks": ("Batch", "PretextTask", "Task", "View"),
+    "training.config": ("TrainConfig",),
+    "training.multitask": ("MultiTask",),
+    "weights.export": ("load_encoder", "load_model"),
     "worlds": ("Scene", "World"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -9,23 +9,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ssl_seg.evidence.compare import Comparison, Group
-    from ssl_seg.evidence.pairs import Spread
-    from ssl_seg.evidence.results import Findings
-    from ssl_seg.evidence.statistics import Interval
-    from ssl_seg.scores import SegmentationScores
+from ssl_seg.reports.console import print_comparison, print_findings, score_lines
+from ssl_seg.terminal import print_lines, tells
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,24 +34,43 @@ def _say_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-GROUPS_ABREAST = 6  # columns of a table that fits a wide terminal
 ClickError = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
+
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="FILE.yaml|key=value ...", help="Config files, later ones over earlier ones; then keys."),
 ]
+
+
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
+
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="One batch through every head; prints, writes nothing.")]
+
+
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the folder's last checkpoint.")]
+
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder first.")]
+
+
 Allow = Annotated[
     list[str] | None, typer.Option("--allow-changed", metavar="KEY", help="Resume although this key has changed.")
 ]
+
+
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="MODULE", help="A module or .py file with plug-ins.")
 ]
+
+
 Runs = Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Run folders, or folders of runs.")]
+
+
 Uri = Annotated[str | None, typer.Option(help="Where MLflow keeps its runs; runs/mlflow.db by default.")]
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the result only.")]
 
 
@@ -87,11 +99,11 @@ def pretrain_command(
 
     config = load(PretrainConfig, values)
     if dry_run:
-        _print_lines(pretrain.try_out(config).lines())
+        print_lines(pretrain.try_out(config).lines())
         return
     result = pretrain.pretrain(config, _options(out, resume, overwrite, allow_changed, quiet))
-    _print_lines([f"{name}: {value:.4f}" for name, value in result.scores.items()])
-    _print_lines([f"encoder: {result.encoder}"])
+    print_lines([f"{name}: {value:.4f}" for name, value in result.scores.items()])
+    print_lines([f"encoder: {result.encoder}"])
 
 
 @app.command("finetune")
@@ -112,13 +124,13 @@ def finetune_command(
 
     config = load(FinetuneConfig, values)
     if dry_run:
-        _print_lines(finetune.try_out(config).lines())
+        print_lines(finetune.try_out(config).lines())
         return
     result = finetune.finetune(config, _options(out, resume, overwrite, allow_changed, quiet))
     for part, scores in (("val", result.val), ("test", result.test)):
         if scores is not None:
-            _print_lines(_score_lines(part, scores, result.class_names))
-    _print_lines([f"model: {result.model} (weights of step {result.selected_step})"])
+            print_lines(score_lines(part, scores, result.class_names))
+    print_lines([f"model: {result.model} (weights of step {result.selected_step})"])
 
 
 @app.command("evaluate")
@@ -129,7 +141,7 @@ def evaluate_command(words: Words = None, out: Out = None, plugin: Plugins = Non
     from ssl_seg.stages.evaluate import EvaluateConfig
 
     result = evaluate.evaluate(load(EvaluateConfig, values), out)
-    _print_lines(_score_lines("test", result.scores, result.class_names))
+    print_lines(score_lines("test", result.scores, result.class_names))
 
 
 @app.command("predict")
@@ -140,7 +152,7 @@ def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None
     from ssl_seg.stages.predict import PredictConfig
 
     result = predict.predict(load(PredictConfig, values), _needed(out))
-    _print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+    print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
 
 
 @app.command("compare")
@@ -162,20 +174,21 @@ def compare_command(
     for module in plugin or []:
         use_plugin(module)
     from ssl_seg.evidence import compare
-    from ssl_seg.evidence.compare import compare_experiment, draw_changed
     from ssl_seg.evidence.passport import verify_all
+    from ssl_seg.reports.changed import draw_changed
+    from ssl_seg.tracking.experiments import compare_experiment
 
     if verify:
         for run, verified in verify_all(runs):
             said = f"{verified.figures} figures follow from the confusion matrices"
             without = ", ".join(verified.without_passport)
             more = f"; no passport of {without}, so not by which definition and on which images" if without else ""
-            _print_lines([f"{run}: {said} (largest difference {verified.largest:.1g}){more}"])
+            print_lines([f"{run}: {said} (largest difference {verified.largest:.1g}){more}"])
     found = compare.compare(runs) if runs else compare_experiment(experiment, uri)
-    _print_comparison(found)
+    print_comparison(found)
     if drawn is not None:
         written = draw_changed(found, drawn)
-        _print_lines([f"{len(written)} images that changed most: {drawn}"])
+        print_lines([f"{len(written)} images that changed most: {drawn}"])
 
 
 @app.command("study")
@@ -199,10 +212,10 @@ def study_command(
 
     config = load(StudyConfig, values)
     if dry_run:
-        _print_lines(outline(config, folder))
+        print_lines(outline(config, folder))
         return
     options = StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
-    _print_findings(study.study(config, options))
+    print_findings(study.study(config, options))
 
 
 @app.command("track")
@@ -225,7 +238,7 @@ def track_command(
     for run in runs:
         sent = mirror.track(run, uri, experiment)
         what = f"{sent.lines} lines and {sent.pictures} pictures"
-        _print_lines([f"{run}: {what} sent to {sent.experiment} at {sent.uri} (run {sent.run_id})"])
+        print_lines([f"{run}: {what} sent to {sent.experiment} at {sent.uri} (run {sent.run_id})"])
 
 
 @app.command("report")
@@ -238,12 +251,11 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
-    from ssl_seg.reports import runs as of_runs
-    from ssl_seg.reports import study as of_study
+    from ssl_seg.reports import runs, study
 
-    page = of_study if any(of_study.is_study(run) for run in runs) else of_runs
+    page = study if any(study.is_study(run) for run in runs) else runs
     written = page.report(runs, out)
-    _print_lines([written.headline, f"report: {written.path}"])
+    print_lines([written.headline, f"report: {written.path}"])
 
 
 @app.command("norms")
@@ -263,7 +275,7 @@ def norms_command(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
             shares = (f"{share:.3f}" for share in (*layer.mean, *layer.var))
             table.add_row(f"{part.name}: {layer.name}", str(layer.channels), *shares)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    _print_lines([f"picture: {found.picture}"])
+    print_lines([f"picture: {found.picture}"])
 
 
 @app.command("synth")
@@ -298,7 +310,7 @@ def synth_command(
     dataset = load(Synthetic, {**values, "clip": clip})
     extras = [extra for words in beside or [] for extra in words.split(",")]
     drawn = synth.synth(dataset, folder, extras, jobs, quiet)
-    _print_lines([f"{drawn.count} images and masks: {drawn.out} (look at {drawn.out / 'sheet.png'})"])
+    print_lines([f"{drawn.count} images and masks: {drawn.out} (look at {drawn.out / 'sheet.png'})"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -327,14 +339,9 @@ def run(command: Callable[[], Any]) -> int:
 
 def _complain(message: str, code: int = 2, alone: bool = False) -> int:
     line = " ".join(message.split())
-    if alone or _tells():
+    if alone or tells():
         print(f"ssl-seg: {line}", file=sys.stderr)
     return code
-
-
-def _tells() -> bool:
-    """Of several processes that come to the same result or the same error, the first tells it."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any]:
@@ -360,120 +367,3 @@ def _needed(out: Path | None) -> Path:
     if out is None:
         raise UserError("--out: missing; name the folder to write, such as --out runs/first")
     return out
-
-
-def _score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str]) -> list[str]:
-    width = max(len(name) for name in class_names)
-    rows = [f"  {name:<{width}} {iou:.4f}" for name, iou in zip(class_names, scores.iou.tolist(), strict=True)]
-    averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
-    over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
-    return [f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}", *rows]
-
-
-def _print_comparison(found: Comparison) -> None:
-    """For each table: a row a group with its main score; then what differs, every score and gain, a column a group."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    numbers = {id(group): f"#{number}" for number, group in enumerate(found.groups, start=1)}
-    for groups in found.tables:
-        console.print(_main_table(found, groups, numbers))
-        for start in range(0, len(groups), GROUPS_ABREAST):
-            console.print(_figure_table(found, groups[start : start + GROUPS_ABREAST], numbers))
-    _print_lines(found.notes)
-    for run in found.unfinished:
-        print(f"not finished, left out: {run}", file=sys.stderr)
-
-
-def _main_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
-    from rich.table import Table
-
-    from ssl_seg.evidence.compare import main_score_of
-
-    score = main_score_of(groups)
-    gaining = [group for group in groups if score and found.baseline(group)]
-    columns = ["gain over scratch", "95 % over images"] if gaining else []
-    table = Table("", "group", "n", *([score] if score else []), *columns)
-    for group in groups:
-        row = [numbers[id(group)], group.label, str(len(group.outcomes))]
-        if score:
-            spread = group.spread(score)
-            row.append(spread.text() if spread else "-")
-        if group in gaining:
-            gain = found.gain(group, score)
-            row.append(f"{gain.text(sign='+')} (n = {gain.n})" if gain else "no pair: other seeds or labelled images")
-            row.append(_interval_text(found.over_images(group, score)))
-        table.add_row(*row)
-    return table
-
-
-def _figure_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
-    """Keys that differ, every score, and the gain over scratch in each."""
-    from rich.table import Table
-
-    table = Table("", *(numbers[id(group)] for group in groups))
-    for key, values in found.differing.items():
-        own = [value for group, value in zip(found.groups, values, strict=True) if group in groups]
-        table.add_row(key, *("-" if value is None else value for value in own))
-    table.add_section()
-    for name in found.scores:
-        spreads = [group.spread(name) for group in groups]
-        if any(spreads):
-            table.add_row(name, *("-" if spread is None else spread.text() for spread in spreads))
-    table.add_section()
-    for name in (name for name in found.scores if not name.endswith("/averaged_classes")):
-        gains = [found.gain(group, name) for group in groups]
-        if any(gains):
-            cells = (_gain_text(found, group, name, gain) for group, gain in zip(groups, gains, strict=True))
-            table.add_row(f"gain in {name}", *cells)
-    return table
-
-
-def _gain_text(found: Comparison, group: Group, name: str, gain: Spread | None) -> str:
-    """With its spread over seeds; of the pixels near boundaries also over images, as the main table has it of all."""
-    if gain is None:
-        return "-"
-    over_images = found.over_images(group, name) if name.endswith("/band/miou") else None
-    interval = "" if over_images is None else f" (over images {_interval_text(over_images)})"
-    return f"{gain.text(sign='+')}{interval}"
-
-
-def _print_findings(found: Findings) -> None:
-    """A row an arm under each condition, the baseline first, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ssl_seg.evidence.claims import NOTHING, between, p_as_number, percent, points
-    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE
-    from ssl_seg.evidence.study_claims import answer
-
-    level = f"{100 * found.record['level']:g} %"
-    columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]
-    shares = any(gain.over_starts for gain in found.gains)  # pretrainings, enough for an interval of their own
-    over = ["seeds", *(["pretrainings"] if shares else []), "images"]
-    table = Table(*found.axes, *columns, *(f"{level} over {what}" for what in over), "exact p")
-    gains = {(gain.arm, gain.condition): gain for gain in found.gains}
-    for condition in found.conditions:
-        for arm in found.arms:
-            row = [*dict(condition).values(), arm, str(len(found.of(arm, condition)))]
-            row.append(percent(found.spread(arm, condition)))
-            gain = gains.get((arm, condition))
-            if gain is not None:
-                row += [f"{points(gain.gains.mean)} (n = {gain.gains.n})", between(gain.interval)]
-                row += [between(gain.over_starts)] if shares else []
-                row += [between(gain.images)]
-                row += [NOTHING if gain.p is None else p_as_number(gain.p)]
-            table.add_row(*row)
-        table.add_section()
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    tables = f"{found.folder / CELLS_FILE}, {found.folder / GAINS_FILE}"
-    _print_lines([answer(found).headline, f"tables: {tables}", f"report: {found.folder / 'report.html'}"])
-
-
-def _interval_text(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.low:+.4f} to {interval.high:+.4f}"
-
-
-def _print_lines(lines: Sequence[str]) -> None:
-    if _tells():
-        print("\n".join(lines))

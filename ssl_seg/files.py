@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -140,6 +141,11 @@ def naming(path: Path, what: str = "cannot be written") -> Iterator[None]:
         raise UserError(
             f"{path}: {what} ({error.strerror}); make room, mend the rights or choose another folder"
         ) from error
+
+
+def slug(text: str) -> str:
+    """A text fit for a file's name, and short: what tells two apart that are cut alike has to stand beside it."""
+    return re.sub(r"[^\w+.]+", "_", text).strip("_")[:32]
 
 
 # ---- what is in them ----

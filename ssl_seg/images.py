@@ -60,6 +60,7 @@ TURNS = {  # EXIF orientation: the turn that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+Size = tuple[int, int]
 
 
 def read_image(path: str | Path) -> np.ndarray:

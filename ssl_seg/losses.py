@@ -21,30 +21,30 @@ CHARBONNIER_EPSILON = 1e-3
 SMOOTH_L1_BETA = 0.1
 
 
-def masked_mean(values: Tensor, where: Tensor | None = None) -> Tensor:
-    """The mean of `(B, C, H, W)` per sample, `(B,)`, weighted by `where` `(B, 1, H, W)` >= 0; 0 where no pixel counts.
+def masked_mean(values: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+    """The mean of `(B, C, H, W)` per sample, `(B,)`, weighted by `loss_mask` `(B, 1, H, W)` >= 0; 0 if no pixel counts.
 
     What lies at a pixel of weight 0 has no influence, even if it is not finite.
     """
     values = _full_precision(values)
-    if where is None:
+    if loss_mask is None:
         return values.flatten(1).mean(dim=1)
-    where = where.to(values.dtype)
-    counted = torch.where(where > 0, values, 0.0) * where
-    total = where.flatten(1).sum(dim=1) * values.shape[1]
+    loss_mask = loss_mask.to(values.dtype)
+    counted = torch.where(loss_mask > 0, values, 0.0) * loss_mask
+    total = loss_mask.flatten(1).sum(dim=1) * values.shape[1]
     return counted.flatten(1).sum(dim=1) / _or_one(total)
 
 
-def regression(kind: Distance, prediction: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
-    """`(B,)`: how far `(B, C, H, W)` lies from its target, weighted by `where` `(B, 1, H, W)`.
+def regression(kind: Distance, prediction: Tensor, target: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+    """`(B,)`: how far `(B, C, H, W)` lies from its target, weighted by `loss_mask` `(B, 1, H, W)`.
 
     At a pixel of weight 0 neither has influence, on the loss or its gradient, even if it is not finite.
     """
     prediction = _full_precision(prediction)
     target = target.to(prediction.dtype)
-    if where is not None:
+    if loss_mask is not None:
         # Before the distance: behind it, the gradient of what is left out would be 0 times infinity.
-        prediction = torch.where(where > 0, prediction, 0.0)
+        prediction = torch.where(loss_mask > 0, prediction, 0.0)
     if kind == "mse":
         distance = F.mse_loss(prediction, target, reduction="none")
     elif kind == "l1":
@@ -55,7 +55,7 @@ def regression(kind: Distance, prediction: Tensor, target: Tensor, where: Tensor
         distance = torch.sqrt((prediction - target) ** 2 + CHARBONNIER_EPSILON**2)
     else:
         raise ValueError(f"unknown distance {kind!r}")
-    return masked_mean(distance, where)
+    return masked_mean(distance, loss_mask)
 
 
 def cross_entropy(

@@ -1,6 +1,6 @@
 """Figures that a person reads: pixels counted by truth and prediction, and how close a picture came.
 
-The matrix is ours, a few lines around `bincount` that refuse ids without a class; `confusion` has the scores.
+The matrix is ours, a few lines around `bincount` that refuse ids without a class; `scores` has what follows from it.
 """
 
 from __future__ import annotations
@@ -73,22 +73,22 @@ def near_boundaries(label: np.ndarray) -> np.ndarray:
     return counted & ((least != label) | (most != label))
 
 
-def psnr(prediction: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
+def psnr(prediction: Tensor, target: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio `(B,)` in dB of `(B, C, H, W)` with peak 1, at most 100; nan where no pixel counts.
 
-    `where` `(B, 1, H, W)` weights the pixels.
+    `loss_mask` `(B, 1, H, W)` weights the pixels.
     """
-    error = regression("mse", prediction, target, where)
+    error = regression("mse", prediction, target, loss_mask)
     decibel = -10.0 * torch.log10(error.clamp(min=10.0 ** (-MAX_PSNR / 10.0)))
-    return _or_nan(decibel, where)
+    return _or_nan(decibel, loss_mask)
 
 
-def mae(prediction: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
+def mae(prediction: Tensor, target: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """Mean absolute error `(B,)` of `(B, C, H, W)` in units of the range; nan where no pixel counts."""
-    return _or_nan(regression("l1", prediction, target, where), where)
+    return _or_nan(regression("l1", prediction, target, loss_mask), loss_mask)
 
 
-def _or_nan(values: Tensor, where: Tensor | None) -> Tensor:
-    if where is None:
+def _or_nan(values: Tensor, loss_mask: Tensor | None) -> Tensor:
+    if loss_mask is None:
         return values
-    return torch.where(where.flatten(1).any(dim=1), values, torch.nan)
+    return torch.where(loss_mask.flatten(1).any(dim=1), values, torch.nan)

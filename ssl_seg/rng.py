@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -111,3 +113,11 @@ def _mix(word: Tensor) -> Tensor:
 def _shift(word: Tensor, count: int) -> Tensor:
     """Logical right shift: torch's `>>` on int64 copies the sign bit, so the copies are masked away."""
     return (word >> count) & ((1 << (64 - count)) - 1)
+
+
+@contextmanager
+def seeded(key: Tensor) -> Iterator[None]:
+    """What torch draws inside (first weights) depends on the key alone; its generator goes on as before after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(key) & (2**63 - 1))
+        yield

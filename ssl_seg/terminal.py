@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -134,3 +135,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def tells() -> bool:
+    """Of several processes that come to the same result or the same error, the first tells it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    if tells():
+        print("\n".join(lines))

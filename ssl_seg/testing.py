@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ssl_seg import rng
 from ssl_seg.config import Plugin, UserError
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.models import Decoder, DecoderNet, DenseHead, Encoder, EncoderNet, EncoderSpec, Features
-from ssl_seg.tasks import PretextTask, View, evaluating
+from ssl_seg.models import Decoder, DecoderNet, DenseHead, Encoder, EncoderNet, EncoderSpec, Features, evaluating
+from ssl_seg.tasks import PretextTask, View
 
 TOLERANCE = 1e-5  # sums over a batch of another size may round differently
 
@@ -81,12 +81,12 @@ def _check_view(task: PretextTask, images: Tensor, keys: Tensor, keyed: bool) ->
     low, high = given.min().item(), given.max().item()
     assert 0.0 <= low <= high <= 1.0, f"the view's input lies in [{low:.3g}, {high:.3g}], not in [0, 1]"
     assert len(view.target) == count, f"the view's target has {len(view.target)} samples for a batch of {count}"
-    if view.where is not None:
-        expected = (count, 1, *view.where.shape[2:])
-        assert view.where.shape == expected, f"where is {tuple(view.where.shape)}, not (B, 1, H, W)"
-        assert view.where.dim() == 4, f"where is {tuple(view.where.shape)}, not (B, 1, H, W)"
-        assert view.where.dtype == torch.float32, f"where is {view.where.dtype}, not float32"
-        assert (view.where >= 0).all(), "where holds a negative weight"
+    if view.loss_mask is not None:
+        expected = (count, 1, *view.loss_mask.shape[2:])
+        assert view.loss_mask.shape == expected, f"loss_mask is {tuple(view.loss_mask.shape)}, not (B, 1, H, W)"
+        assert view.loss_mask.dim() == 4, f"loss_mask is {tuple(view.loss_mask.shape)}, not (B, 1, H, W)"
+        assert view.loss_mask.dtype == torch.float32, f"loss_mask is {view.loss_mask.dtype}, not float32"
+        assert (view.loss_mask >= 0).all(), "loss_mask holds a negative weight"
 
     torch.manual_seed(1)  # a view that draws from torch's own generator is another one now
     again = task.corrupt(images.clone(), keys.clone())
@@ -134,9 +134,9 @@ def _check_answer(task: PretextTask, images: Tensor, keys: Tensor) -> None:
     loss.mean().backward()
     _check_gradients("encoder", encoder, every=False)
     _check_gradients("head", head, every=True)
-    if view.where is not None:
+    if view.loss_mask is not None:
         leaf = prediction.detach().requires_grad_()
-        empty = task.loss(leaf, replace(view, where=torch.zeros_like(view.where)))
+        empty = task.loss(leaf, replace(view, loss_mask=torch.zeros_like(view.loss_mask)))
         assert (empty == 0).all(), f"the loss where no pixel counts is {empty.tolist()}, not 0"
         (gradient,) = torch.autograd.grad(empty.sum(), leaf, allow_unused=True)
         assert gradient is None or gradient.isfinite().all(), "the gradient where no pixel counts is not finite"
@@ -185,7 +185,7 @@ def _rows(view: View, count: int) -> list[list[Tensor]]:
     copies = len(view.input) // count
     grouped = view.input.unflatten(0, (count, copies))
     strided = view.input.unflatten(0, (copies, count)).transpose(0, 1)
-    rest = [view.target] if view.where is None else [view.target, view.where]
+    rest = [view.target] if view.loss_mask is None else [view.target, view.loss_mask]
     return [[part[index] for part in (grouped, strided, *rest)] for index in range(count)]
 
 

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 
 from ssl_seg import PretrainConfig, cli, images, load
 from ssl_seg.config import UserError, flatten, read_words
+from tests import ROOT
 from tests.small import finetuning, pretraining
 
-ROOT = Path(__file__).parent.parent
 SMALL = str(ROOT / "tests" / "small.py")
 
 
@@ -117,7 +117,7 @@ def test_help_and_version_are_printed(words: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as done:
         cli.main(words)
     assert not done.value.code
-    assert ("0.1.0" if "--version" in words else "pretrain") in capsys.readouterr().out
+    assert ("0.2.0" if "--version" in words else "pretrain") in capsys.readouterr().out
 
 
 def test_compare_shows_scores_and_only_what_differs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,16 +32,16 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm.convert import Kind
-from ssl_seg.stages.evaluate import EvaluateConfig, build_model
+from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.predict import PredictConfig
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.plan import make_plan
 from ssl_seg.tracking import Tracking
-from ssl_seg.weights.export import export_encoder, export_model
+from ssl_seg.weights.export import build_model, export_encoder, export_model
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / "experiments").rglob("README.md"))]
 STAGES = {

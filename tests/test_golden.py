@@ -15,9 +15,10 @@ from ssl_seg.config import load
 from ssl_seg.runs.folder import read_metrics
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
+from tests import GOLDEN
 from tests.small import pretraining
 
-KEPT = Path(__file__).parent / "golden" / "pretraining.json"
+KEPT = GOLDEN / "pretraining.json"
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

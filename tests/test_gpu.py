@@ -27,18 +27,24 @@ from ssl_seg.config import load
 from ssl_seg.data.loading import Samples
 from ssl_seg.models import ModelConfig
 from ssl_seg.norm.convert import convert_norm
+from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import software_of
-from ssl_seg.runs.writer import load_state
-from ssl_seg.stages.evaluate import EvaluateConfig, build_model, evaluate, image_confusions
+from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.fit import open_streams, pool_tasks
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
-from ssl_seg.stages.setup import Options, build_module, open_streams, pool_tasks
+from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.setup import Options
+from ssl_seg.stages.start import build_module
 from ssl_seg.tasks import PretextTask, View
-from ssl_seg.training.loop import Learner, NonFiniteError, Processes, Step, backward, finish_gradients, train
+from ssl_seg.training.learner import Learner
+from ssl_seg.training.loop import NonFiniteError, Step, backward, finish_gradients, train
+from ssl_seg.training.processes import Processes
+from ssl_seg.weights.export import build_model
 from ssl_seg.weights.fingerprint import TOLERANCE, feature_distance, fingerprint
 from tests.small import Textured, finetuning, pretraining
-from tests.test_resume import figures
-from tests.test_train import poison, run
+from tests.stages.test_resume import figures
+from tests.training.test_loop import poison, run
 from tests.two_processes import MODEL, cut_after
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

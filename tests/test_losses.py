@@ -24,9 +24,10 @@ from ssl_seg.config import load, use_plugin
 from ssl_seg.metrics import ConfusionMatrix
 from ssl_seg.models import DecoderNet, DenseHead, EncoderSpec, Features
 from ssl_seg.runs.folder import read_metrics
+from ssl_seg.segment import Segment
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.setup import Options
-from ssl_seg.tasks import Batch, PretextTask, Segment, View
+from ssl_seg.tasks import Batch, PretextTask, View
 from tests.small import Textured, finetuning
 
 KINDS = ("mse", "l1", "charbonnier", "smooth_l1")
@@ -290,9 +291,9 @@ def calls_of(name: str, function: Callable[..., Tensor]) -> dict[str, tuple[str,
 def _dense(function: Callable[..., Tensor], *first: Any) -> Call:
     target = torch.rand(2, CLASSES, SIDE, SIDE, generator=generator(22))
 
-    def call(prediction: Tensor, where: Tensor) -> Tensor:
+    def call(prediction: Tensor, loss_mask: Tensor) -> Tensor:
         # What a target holds where it does not count is often not a number: depth, for one.
-        return function(*first, prediction, torch.where(where > 0, target, torch.nan), where)
+        return function(*first, prediction, torch.where(loss_mask > 0, target, torch.nan), loss_mask)
 
     return call
 

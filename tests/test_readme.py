@@ -13,14 +13,14 @@ import pytest
 
 from ssl_seg import PretrainConfig, images, load
 from ssl_seg.datasets.synthetic import Synthetic
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 # What the reader's own commands would take hours for: two steps of small crops, by the same commands. How runs come to
 # MLflow has tests of its own.
 SHORT = "tracking=none train.steps=2 train.batch_size=4 train.workers=0 augment.crop=[64,64] train.eval_every=2"
-FEW = "--dry-run"  # of a study, whose cells tests/test_study.py makes
+FEW = "--dry-run"  # of a study, whose cells tests/studies/test_study.py makes
 SHELL = f"""
 set -euo pipefail
 ssl-seg() {{

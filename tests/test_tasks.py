@@ -12,19 +12,11 @@ from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
-from ssl_seg.models import EncoderNet, EncoderSpec
-from ssl_seg.tasks import (
-    Batch,
-    MultiTask,
-    PretextTask,
-    Segment,
-    Task,
-    View,
-    evaluating,
-    make_views,
-    seeded,
-    weighted_total,
-)
+from ssl_seg.models import EncoderNet, EncoderSpec, evaluating
+from ssl_seg.rng import seeded
+from ssl_seg.segment import Segment
+from ssl_seg.tasks import Batch, PretextTask, Task, View
+from ssl_seg.training.multitask import MultiTask, make_views, weighted_total
 
 SIZE = (16, 24)
 

@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from ssl_seg.config import Interrupted
 from ssl_seg.terminal import SAME_SIGNAL, reporter, watch_signals
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def test_without_a_terminal_lines_tell_step_losses_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

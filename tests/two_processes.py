@@ -15,14 +15,18 @@ import torch
 from ssl_seg.config import load
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.models import SegmentationModel
-from ssl_seg.runs.writer import save_state
+from ssl_seg.runs.checkpoint import save_state
 from ssl_seg.scores import COLUMNS
-from ssl_seg.stages.evaluate import image_confusions, score_tasks
+from ssl_seg.segment import Segment
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, resolve
+from ssl_seg.stages.fit import open_streams, pool_tasks
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
-from ssl_seg.stages.setup import Options, build_module, open_streams, pool_tasks
-from ssl_seg.tasks import Segment
-from ssl_seg.training.loop import Learner, Processes, backward, finish_gradients, train
+from ssl_seg.stages.scoring import image_confusions, score_tasks
+from ssl_seg.stages.setup import Options
+from ssl_seg.stages.start import build_module
+from ssl_seg.training.learner import Learner
+from ssl_seg.training.loop import backward, finish_gradients, train
+from ssl_seg.training.processes import Processes
 from tests.small import POOL, Textured, finetuning, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))

@@ -19,11 +19,13 @@ import torch
 from scipy.interpolate import griddata
 
 from ssl_seg import ModelConfig, MultiTask, PretrainConfig, images, load, load_encoder
-from ssl_seg.data.loading import Views, loader
+from ssl_seg.data.loading import CenterCrops, loader
 from ssl_seg.figures.panels import grid, to_uint8
 from ssl_seg.metrics import mae, psnr
-from ssl_seg.runs.writer import load_state
-from ssl_seg.tasks import View, evaluating, make_views
+from ssl_seg.models import evaluating
+from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.tasks import View
+from ssl_seg.training.multitask import make_views
 
 Fill = Callable[[np.ndarray, np.ndarray], np.ndarray]
 WIDTHS = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0)  # standard deviations of the blur, pixels
@@ -39,7 +41,7 @@ def main() -> None:
     module = trained(config, given.run)
     views, predictions = reconstruct(config, module)
     noise, hole = views["denoise"], views["inpaint"]
-    missing = (hole.where == 1).float()
+    missing = (hole.loss_mask == 1).float()
     blurred = {width: blur(noise.input, width) for width in WIDTHS}
     best = max(WIDTHS, key=lambda width: psnr(blurred[width], noise.target).mean())
     denoised = {
@@ -74,7 +76,7 @@ def trained(config: PretrainConfig, run: Path) -> MultiTask:
 
 def reconstruct(config: PretrainConfig, module: MultiTask) -> tuple[dict[str, View], dict[str, torch.Tensor]]:
     """The fixed views of all held-out frames, and the network's answers."""
-    samples = Views(config.data.val, config.augment, config.data.resize)
+    samples = CenterCrops(config.data.val, config.augment, config.data.resize)
     batch = next(loader(samples, [list(range(len(config.data.val)))], 0)).to(torch.device("cpu"))
     views = make_views(config.tasks, {"pool": batch})
     with evaluating(module):

@@ -15,10 +15,13 @@ import torch
 
 from ssl_seg.config import load
 from ssl_seg.data.loading import Packed
+from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, assemble
-from ssl_seg.stages.setup import open_streams
-from ssl_seg.tasks import Stream, make_views
-from ssl_seg.training.loop import Learner, Processes, train
+from ssl_seg.tasks import Stream
+from ssl_seg.training.learner import Learner
+from ssl_seg.training.loop import train
+from ssl_seg.training.multitask import make_views
+from ssl_seg.training.processes import Processes
 
 SHOWN = (1, 50, 150, 400, 800)
 BATCHES = 4  # over which a figure is averaged

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from ssl_seg.config import load
-from ssl_seg.data.loading import Examples, Subset
+from ssl_seg.data.splits import Examples, Subset
 from ssl_seg.datasets import Example
 from ssl_seg.datasets.camvid import Camvid
 from ssl_seg.datasets.folder import Folder

@@ -13,9 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ssl_seg import files
 from ssl_seg.config import UserError
-from ssl_seg.evidence.pairs import NUM_CHANGED, Changed, Pairs, Shared, Spread, pictures_of, software_in_words
+from ssl_seg.evidence.pairs import Changed, Pairs, Shared, Spread, software_in_words
 from ssl_seg.evidence.passport import Passports, definition_of, differing, passports_in
 from ssl_seg.evidence.statistics import Interval
 from ssl_seg.runs.folder import (
@@ -29,7 +28,6 @@ from ssl_seg.runs.folder import (
     transfer_in_words,
 )
 from ssl_seg.scores import ImageConfusions, read_image_confusion
-from ssl_seg.tracking import prepare
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one group
 # By which no weight and no score comes out differently: runs on different machines may be one group.
@@ -65,7 +63,7 @@ class Outcome:
     passports: Passports = field(default_factory=dict)  # what the scores of each part mean
     labelled: str = ""  # digest of the labelled images; '' where there are none or they were not noted
     folder: Path | None = None  # None for a run that is known from MLflow alone
-    leaks: str = "none"  # `runs.leak_word`
+    leaks: str = "none"  # `folder.leak_word`
     held_out: str = ""  # digest of the names of a pretraining's held-out images; '' where it is not known
     software: Mapping[str, str] = field(default_factory=dict)  # what it was made with; empty where it is not known
     weights: str | None = None  # the folder that it started from; None from scratch, and from weights of timm
@@ -247,52 +245,6 @@ def main_score_of(groups: Sequence[Group]) -> str | None:
     return name if counts[name] else None
 
 
-def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGED) -> list[Path]:
-    """A picture of each of the `most` images in which a group differs most from its baseline, by their most usual pair.
-
-    Written to `out` as `<group>_<rank>.png`, with `changed.json`: the images' names, how much their mIoU changed as a
-    mean, and the two runs that are shown.
-    Raises UserError where no two runs are a pair whose images were kept, and for an `out` that exists.
-    """
-    folder = Path(out)
-    if folder.exists():
-        raise UserError(f"--pictures {folder}: exists already; name a new folder")
-    told: dict[str, list[dict[str, Any]]] = {}
-    drawn: dict[Path, Any] = {}
-    from ssl_seg import images  # and with it OpenCV, which no table needs
-
-    for number, group in enumerate(comparison.groups, start=1):
-        score = main_score_of([group])
-        changed = () if score is None else comparison.changed(group, score, most)
-        pictures = pictures_of(changed, score.partition("/")[0]) if changed else []
-        for rank, (image, picture) in enumerate(zip(changed, pictures, strict=True), start=1):
-            path = folder / f"group{number}_{rank}.png"
-            drawn[path] = picture
-            entry = {"picture": path.name, "image": image.name, "difference": image.difference}
-            entry["runs"] = [outcome.name for outcome in image.pair]
-            told.setdefault(group.label, []).append(entry)
-    if not drawn:
-        raise UserError("--pictures: no run has a baseline with the same seeds whose images were kept; name both")
-    for path, picture in drawn.items():  # not before all are there: a folder with some would be in the way of the next
-        images.write_image(path, picture)
-    files.write_atomic(folder / "changed.json", files.json_bytes(told))
-    return list(drawn)
-
-
-def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
-    """The same for the runs of an MLflow experiment, which need no folders here."""
-    prepare()
-    from ssl_seg.tracking.server import fetch  # mlflow is wanted here alone
-
-    fetched = fetch(experiment, uri)
-    done = [run for run in fetched if run.scores]
-    outcomes = [
-        outcome(run.name, run.stage, run.description, run.scores, run.passports, run.labelled, leaks=run.leaks)
-        for run in done
-    ]
-    return group(outcomes, [run.name for run in fetched if not run.scores])
-
-
 def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Comparison:
     """Those that differ in their seeds alone together. Raises UserError where there is nothing to compare."""
     if not outcomes:
@@ -340,7 +292,7 @@ def outcome(
     held_out: str = "",
     software: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """A run from what `runs.description_of` says of it."""
+    """A run from what `folder.description_of` says of it."""
     seeds = {key: description[key] for key in SEEDS if key in description}
     settings = {key: value for key, value in description.items() if _tells_apart(key, description)}
     init = Path(description.get("init", "null")).resolve()
@@ -401,8 +353,6 @@ def _is_start(key: str) -> bool:
 
 
 # ---- what differs ----
-
-
 def _differing(kinds: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, tuple[str | None, ...]]:
     """Only keys that tell groups of the same stage apart: those of another stage are other keys."""
     found: dict[str, tuple[str | None, ...]] = {}
@@ -443,8 +393,6 @@ def _tree(flat: Mapping[str, str]) -> dict[str, Any]:
 
 
 # ---- names ----
-
-
 def _labels(kinds: Sequence[Sequence[Outcome]], differing: Mapping[str, Sequence[str | None]]) -> list[str]:
     """What a group starts from, then the keys in which it differs from the others."""
     labels = []

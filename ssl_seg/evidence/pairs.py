@@ -18,12 +18,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from ssl_seg.evidence.statistics import Interval, block_bootstrap, t_interval
-from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import BAND, IMAGES_FILE, ImageConfusions, read_image_confusion
 
 MIN_STARTS = 3  # pretrainings; two means would have an interval of 12.7 standard errors to each side
-NUM_CHANGED = 6  # images to look at, of each comparison
-
 Images = list[ImageConfusions | None]  # of some runs; None for one that kept none
 
 
@@ -143,7 +140,7 @@ class Scored(Protocol):
     @property
     def folder(self) -> Path | None: ...  # None for a run that is known from MLflow alone
     @property
-    def software(self) -> Mapping[str, str]: ...  # `runs.software_of`; empty where it is not known
+    def software(self) -> Mapping[str, str]: ...  # `folder.software_of`; empty where it is not known
 
 
 R = TypeVar("R", bound=Scored)
@@ -278,24 +275,6 @@ def software_in_words(found: Iterable[Mapping[str, Sequence[str]]]) -> str:
         for name, values in own.items():
             every.setdefault(name, {}).update(dict.fromkeys(values))
     return "; ".join(f"{name} {', '.join(values)}" for name, values in every.items())
-
-
-def pictures_of(changed: Sequence[Changed], part: str) -> list[np.ndarray]:
-    """Each image with its truth, both predictions and what changed, as `evaluate.changed_pictures` draws them.
-
-    Raises UserError where a model or an image is not there any more.
-    """
-    from ssl_seg.stages.evaluate import changed_pictures  # torch and the networks, which no table needs
-
-    by_pair: dict[tuple[Path, Path], list[Changed]] = {}
-    for one in changed:
-        by_pair.setdefault(tuple(run.folder for run in one.pair), []).append(one)
-    drawn: dict[int, np.ndarray] = {}
-    for folders, ones in by_pair.items():
-        runs = [RunFolder.open(folder) for folder in folders]
-        found = changed_pictures(*runs, part, [one.name for one in ones])
-        drawn |= {one.index: picture for one, picture in zip(ones, found, strict=True)}
-    return [drawn[one.index] for one in changed]
 
 
 def _width(interval: Interval) -> float:

@@ -7,7 +7,6 @@ compares many runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +25,6 @@ IGNORED = 255
 # Fields that scores are ranked across: how large the network wants its images is a property of the model, for whatever
 # it sees, its answer is scored at the label's size; and the version of the software is told apart by the definition.
 FACTS = ("resize", "software")
-TAG = "passport."  # before a part, in MLflow
-
 Passports = Mapping[str, Mapping[str, Any] | None]  # by part; None: of a version that wrote no passports
 
 
@@ -94,40 +91,7 @@ def _differing_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | 
     return [key for key in keys if key not in FACTS and one.get(key) != other.get(key)]
 
 
-# ---- as MLflow keeps them ----
-
-
-def to_tags(result: Mapping[str, Any]) -> dict[str, str]:
-    """A tag for each part of a result.json that has a passport."""
-    passports = passports_in(result)
-    return {f"{TAG}{part}": _to_tag(written) for part, written in passports.items() if written is not None}
-
-
-def from_tags(tags: Mapping[str, str], scores: Iterable[str]) -> dict[str, Mapping[str, Any] | None]:
-    """What `passports_in` says of a run, from its tags and the names of its scores; class names are digests here.
-
-    Raises UserError for a tag that is not one of ours.
-    """
-    found: dict[str, Mapping[str, Any] | None] = {}
-    for part in (name.partition("/")[0] for name in scores if name.endswith("/miou") and name.count("/") == 1):
-        try:
-            found[part] = json.loads(tags.get(f"{TAG}{part}", "null"))
-        except ValueError as error:
-            raise UserError(f"tag {TAG}{part}: is no passport; delete the tag or the run in MLflow") from error
-        if not isinstance(found[part], Mapping | None):
-            raise UserError(f"tag {TAG}{part}: is no passport; delete the tag or the run in MLflow")
-    return found
-
-
-def _to_tag(written: Mapping[str, Any]) -> str:
-    """A tag has room for some 6,000 letters, and a thousand classes have longer names."""
-    classes = json.dumps(written.get("classes"))
-    return json.dumps({**written, "classes": hashlib.sha256(classes.encode()).hexdigest()})
-
-
 # ---- whether a score follows from its matrices ----
-
-
 @dataclass(frozen=True)
 class Verified:
     """What `verify` has found to follow from the stored matrices."""

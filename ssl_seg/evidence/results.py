@@ -22,7 +22,8 @@ from ssl_seg.evidence.compare import MAIN_SCORES, TIMM
 from ssl_seg.evidence.pairs import MIN_STARTS, Changed, Pairs, Spread, independent, over_starts
 from ssl_seg.evidence.passport import Passports, differing, passports_in
 from ssl_seg.evidence.statistics import Interval, bootstrap_t_interval, detectable, holm, sign_flip_p, t_interval
-from ssl_seg.runs.folder import Finite, LeaksShape, RunFolder, as_text, labelled_digest, scores_of, software_of
+from ssl_seg.runs.folder import RunFolder, as_text, labelled_digest, scores_of, software_of
+from ssl_seg.runs.schema import Finite, LeaksShape
 from ssl_seg.scores import ImageConfusions, read_image_confusion
 
 STUDY_FILE = "study.json"

@@ -25,7 +25,7 @@ from ssl_seg.config import UserError
 from ssl_seg.images import resize_image
 
 if TYPE_CHECKING:
-    from ssl_seg.data.loading import Examples
+    from ssl_seg.data.splits import Examples
 
 # Pixels of a fingerprint, 4 kB an image. In a trial, before strong edges were evened out, the best clean pair shared
 # 0.54 of its fine structure at 64, 0.62 at 48 and 0.86 at 32; the worst of 500 altered copies 0.78, 0.86 and 0.93.
@@ -91,7 +91,7 @@ class _Seen:
     examples: Examples
 
     def __getitem__(self, index: int) -> tuple[str, np.ndarray]:
-        from ssl_seg.data.loading import digest_of
+        from ssl_seg.data.splits import digest_of
 
         example = self.examples.image(index)
         return digest_of(example), thumb(example.image)

@@ -9,28 +9,23 @@ identities where the batch norm had none.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_seg.config import UserError
-from ssl_seg.norm.layers import LOGITS, SHARES, SwitchNorm2d
+from ssl_seg.norm.layers import LOGITS, SHARES, FrozenNorm, GroupNorm, SwitchNorm2d, SyncNorm, num_groups
 
 Kind = Literal["keep", "batch", "sync", "group", "instance", "layer", "switch", "switch_sync", "frozen"]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Layers of the kinds of a row hold the same tensors under the same names, and evaluate alike.
 BATCH_KINDS = ("keep", "batch", "sync", "frozen")
 SWITCH_KINDS = ("switch", "switch_sync")
-MAX_GROUPS = 32  # the default of Wu and He, "Group Normalization", ECCV 2018
-MIN_GROUP_CHANNELS = 4  # the same paper's table 3: fewer channels a group are worse, one (instance norm) the worst
 STATISTICS = ("running_mean", "running_var")
 CHANNELWISE = ("weight", "running_mean")  # tensors with a value a channel, where the layer has them
 # Measured by `gap_effects` on a resnet18 U-Net of 30 layers, pretrained on street photographs, for gaps of 0, 2, 5, 8
@@ -39,81 +34,7 @@ CHANNELWISE = ("weight", "running_mean")  # tensors with a value a channel, wher
 GAP = 5.0
 
 
-# ---- layers ----
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm, with one channel a group instance norm, with one group layer norm over `(C, H, W)`.
-
-    Where a group is a single value (instance norm of a map of one pixel, as in the image pooling of DeepLab) it would
-    become zero whatever the image shows: there all channels are one group.
-    """
-
-    def __init__(self, num_groups: int, num_channels: int, eps: float, affine: bool) -> None:
-        super().__init__(num_groups, num_channels, eps=eps, affine=affine)
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        alone = self.num_groups == self.num_channels and x.shape[2:].numel() == 1
-        groups = 1 if alone else self.num_groups
-        normal = F.group_norm(x, groups, self.weight, self.bias, self.eps)
-        return self.act(self.drop(normal))
-
-
-class FrozenNorm(nn.Module):
-    """A batch norm whose statistics and affine weights are constants, whatever the mode.
-
-    All are buffers, under the names they have in a batch norm. torchvision's `FrozenBatchNorm2d` is the same without
-    activation, and leaves the half precision of autocast.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.eps = layer.eps
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            value = getattr(layer, name)
-            self.register_buffer(name, None if value is None else value.detach())
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        normal = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return self.act(self.drop(normal))
-
-    def extra_repr(self) -> str:
-        return f"{len(self.running_mean)}, eps={self.eps}"
-
-
-class SyncNorm(nn.SyncBatchNorm):
-    """torch's synchronised batch norm; where that refuses to run, on the CPU, plain batch norm after one warning."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu":
-            _warn_of_cpu()
-            normal = nn.BatchNorm2d.forward(self, x)
-        else:
-            normal = super().forward(x)
-        return self.act(self.drop(normal))
-
-
-@cache
-def _warn_of_cpu() -> None:
-    """Once a program, by its first process; what is cached is that it has been said."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        warnings.warn(
-            "norm: sync: works on GPUs only; on the CPU it is batch norm over each process's own images", stacklevel=2
-        )
-
-
 # ---- conversion ----
-
-
 def convert_norm(module: nn.Module, kind: Kind, gap: float = GAP) -> int:
     """Change the batch norm layers inside `module`, in place, and return how many were replaced.
 
@@ -166,16 +87,6 @@ def loads_as(exported: Kind, wanted: Kind) -> Kind:
     `keep` means: as they were, and then `convert_norm`, which can only keep the statistics of what is there.
     """
     return "keep" if exported in BATCH_KINDS and wanted not in BATCH_KINDS else wanted
-
-
-def num_groups(num_channels: int) -> int:
-    """The largest divisor of `num_channels` up to 32 that leaves four channels or more a group; 1 if there is none.
-
-    64 channels get 16 groups, 128 and more powers of two 32, 24 channels 6, a prime number 1.
-    """
-    limit = min(MAX_GROUPS, num_channels // MIN_GROUP_CHANNELS)
-    fitting = (groups for groups in range(limit, 1, -1) if num_channels % groups == 0)
-    return next(fitting, 1)
 
 
 def is_fresh(layer: nn.Module) -> bool:
@@ -248,8 +159,6 @@ def _finish(new: nn.Module, old: nn.Module) -> nn.Module:
 
 
 # ---- what a conversion does ----
-
-
 @dataclass(frozen=True)
 class GapEffect:
     """What a network becomes by a conversion to switch norm whose batch logit leads by `gap`."""
@@ -296,8 +205,6 @@ def _rms(x: Tensor) -> Tensor:
 
 
 # ---- what a network has learnt ----
-
-
 @dataclass(frozen=True)
 class Shares:
     """What a switch norm layer mixes: shares of instance, layer and batch statistics, each three summing to 1."""
@@ -330,8 +237,6 @@ def switch_layers(model: nn.Module) -> list[str]:
 
 
 # ---- running statistics ----
-
-
 def running_statistics(module: nn.Module) -> list[Tensor]:
     """The buffers that each process fills from its own share of a batch; frozen layers fill none."""
     layers = [layer for layer in module.modules() if not isinstance(layer, FrozenNorm)]

@@ -1,19 +1,25 @@
-"""Switchable normalization: a layer that learns which statistics it takes.
+"""Normalization layers: switchable (which learns the statistics it takes), group, frozen and synchronised.
 
-Ours, because no library at hand has it (timm, torch, smp).
+Ours, because no library at hand has switch norm (timm, torch, smp), and because each layer ends with the dropout and
+activation that timm's batch norms hold.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 SHARES = ("instance", "layer", "batch")  # the order of the logits of a SwitchNorm2d
 LOGITS = ("mean_logits", "var_logits")
+MAX_GROUPS = 32  # the default of Wu and He, "Group Normalization", ECCV 2018
+MIN_GROUP_CHANNELS = 4  # the same paper's table 3: fewer channels a group are worse, one (instance norm) the worst
 
 
 class SwitchNorm2d(nn.Module):
@@ -160,3 +166,82 @@ def _flat(x: Tensor) -> Tensor:
 
 def _over_pixels(value: Tensor, x: Tensor) -> Tensor:
     return value[(...,) + (None,) * (x.ndim - 2)]  # (B, C) -> (B, C, 1, 1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm, with one channel a group instance norm, with one group layer norm over `(C, H, W)`.
+
+    Where a group is a single value (instance norm of a map of one pixel, as in the image pooling of DeepLab) it would
+    become zero whatever the image shows: there all channels are one group.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float, affine: bool) -> None:
+        super().__init__(num_groups, num_channels, eps=eps, affine=affine)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = self.num_groups == self.num_channels and x.shape[2:].numel() == 1
+        groups = 1 if alone else self.num_groups
+        normal = F.group_norm(x, groups, self.weight, self.bias, self.eps)
+        return self.act(self.drop(normal))
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm whose statistics and affine weights are constants, whatever the mode.
+
+    All are buffers, under the names they have in a batch norm. torchvision's `FrozenBatchNorm2d` is the same without
+    activation, and leaves the half precision of autocast.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.eps = layer.eps
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            value = getattr(layer, name)
+            self.register_buffer(name, None if value is None else value.detach())
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return self.act(self.drop(normal))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.running_mean)}, eps={self.eps}"
+
+
+class SyncNorm(nn.SyncBatchNorm):
+    """torch's synchronised batch norm; where that refuses to run, on the CPU, plain batch norm after one warning."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type == "cpu":
+            _warn_of_cpu()
+            normal = nn.BatchNorm2d.forward(self, x)
+        else:
+            normal = super().forward(x)
+        return self.act(self.drop(normal))
+
+
+@cache
+def _warn_of_cpu() -> None:
+    """Once a program, by its first process; what is cached is that it has been said."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(
+            "norm: sync: works on GPUs only; on the CPU it is batch norm over each process's own images", stacklevel=2
+        )
+
+
+def num_groups(num_channels: int) -> int:
+    """The largest divisor of `num_channels` up to 32 that leaves four channels or more a group; 1 if there is none.
+
+    64 channels get 16 groups, 128 and more powers of two 32, 24 channels 6, a prime number 1.
+    """
+    limit = min(MAX_GROUPS, num_channels // MIN_GROUP_CHANNELS)
+    fitting = (groups for groups in range(limit, 1, -1) if num_channels % groups == 0)
+    return next(fitting, 1)

@@ -16,14 +16,15 @@ from markupsafe import Markup
 from ssl_seg import files
 from ssl_seg.config import UserError, flatten
 from ssl_seg.evidence import compare
-from ssl_seg.evidence.claims import (
-    ALPHA,
-    MIN_PAIRS,
+from ssl_seg.evidence.claims import ALPHA, MIN_PAIRS, answer
+from ssl_seg.evidence.compare import Comparison
+from ssl_seg.evidence.formatting import (
     NOTHING,
     PARTS,
-    answer,
+    average,
     between,
     count_of,
+    duration,
     images_of,
     percent,
     points,
@@ -31,38 +32,28 @@ from ssl_seg.evidence.claims import (
     unit_of,
     with_unit,
 )
-from ssl_seg.evidence.compare import Comparison
 from ssl_seg.evidence.pairs import Spread, independent
 from ssl_seg.evidence.statistics import t_interval
 from ssl_seg.figures import charts
 from ssl_seg.figures.svg import to_svg, with_minus
+from ssl_seg.reports.arms import Arm, Page, common_folder, make_front, make_page, which
 from ssl_seg.reports.blocks import (
-    SHOWN,
-    Arm,
     Fold,
     Gallery,
     Listing,
-    Page,
     Panel,
     Panels,
     Section,
     Table,
     TableRow,
     Text,
-    common_folder,
     drawn,
-    folds,
     is_own,
-    leak_blocks,
-    make_front,
-    make_page,
-    not_shown,
     render,
     shot,
-    which,
 )
-from ssl_seg.reports.sections import classes, confusions, curves
-from ssl_seg.runs.cost import average, cost_of, duration, numbers_in
+from ssl_seg.reports.sections import SHOWN, classes, confusions, curves, folds, leak_blocks, not_shown
+from ssl_seg.runs.cost import cost_of, numbers_in
 from ssl_seg.runs.folder import RunFolder, as_text, find_runs
 
 ABREAST = 5  # groups that stand beside each other in a table of keys; more stand below each other

@@ -17,33 +17,21 @@ from urllib.parse import quote
 from ssl_seg import files
 from ssl_seg.config import UserError, flatten
 from ssl_seg.evidence import results
-from ssl_seg.evidence.claims import NOTHING, RULES, Answer, between, count_of, p_as_number, percent, points
+from ssl_seg.evidence.claims import OF_CONDITIONS, RULES, Answer, answer_of_study, of_shared_starts, state_of, states
+from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, p_as_number, percent, points
 from ssl_seg.evidence.pairs import Spread, independent
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Findings, Gain
 from ssl_seg.evidence.statistics import MAX_FLIPS, MIN_BLOCKS, MIN_FLIPS, MIN_RESAMPLED, NEIGHBOURS
-from ssl_seg.evidence.study_claims import OF_CONDITIONS, answer, of_shared_starts, state_of, states
-from ssl_seg.reports.blocks import (
-    Fold,
-    Front,
-    Gallery,
-    Listing,
-    Section,
-    Table,
-    TableRow,
-    Text,
-    is_own,
-    leak_blocks,
-    render,
-    shot,
-)
+from ssl_seg.reports.arms import StudyPage, make_study_page
+from ssl_seg.reports.blocks import Fold, Front, Gallery, Listing, Section, Table, TableRow, Text, is_own, render, shot
+from ssl_seg.reports.changed import CHANGED
 from ssl_seg.reports.runs import Report
-from ssl_seg.reports.study_charts import classes, learning
-from ssl_seg.reports.study_page import StudyPage, make_page
-from ssl_seg.runs.cost import Cost, average, cost_of, duration
-from ssl_seg.runs.folder import RunFolder, as_text, is_held
+from ssl_seg.reports.sections import leak_blocks, learning, study_classes
+from ssl_seg.runs.cost import Cost, cost_of
+from ssl_seg.runs.folder import RunFolder, as_text
+from ssl_seg.runs.lock import is_held
 from ssl_seg.tracking.record import read_record
 
-CHANGED = "changed"  # the folder of pictures of images that changed most
 PICTURES = 8  # of them at most: a page is looked at, and sent by mail
 FEW_CELLS = 12  # up to which their table is unfolded at first
 OF_GAINS = (
@@ -58,7 +46,7 @@ def is_study(folder: str | Path) -> bool:
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:
-    """Write the page about a study, whose folder is named alone. Raises UserError as `findings.read` and `write`."""
+    """Write the page about a study, whose folder is named alone. Raises UserError as `results.read` and `write`."""
     if len(folders) > 1:
         study = next(folder for folder in folders if is_study(folder))
         raise UserError(f"{study}: is a study, which has a page of its own; name it alone")
@@ -74,8 +62,8 @@ def write(found: Findings, out: str | Path | None = None) -> Report:
     path = Path(out) if out is not None else found.folder / "report.html"
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
-    page = make_page(found, path.parent)
-    told = answer(found)
+    page = make_study_page(found, path.parent)
+    told = answer_of_study(found)
     sections = [section for build in SECTIONS for section in build(page)]
     files.write_atomic(path, render(_front(page, told), sections))
     return Report(path, told.headline)
@@ -378,7 +366,7 @@ def _when(resumed: Any) -> str:
 SECTIONS: tuple[Callable[[StudyPage], Iterator[Section]], ...] = (
     _gains,
     learning,
-    classes,
+    study_classes,
     _search,
     _leaks,
     _changed,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 from safetensors import SafetensorError, safe_open
 
 from ssl_seg import files
-from ssl_seg.evidence.claims import NOTHING
 from ssl_seg.runs.folder import RunFolder
 
 
@@ -55,19 +53,3 @@ def numbers_in(run: RunFolder) -> int | None:
             except SafetensorError:
                 return None
     return None
-
-
-def average(values: Iterable[float | None], shown: Callable[[float], str]) -> str:
-    """The mean of those that are known, as `shown` writes it."""
-    known = [value for value in values if value is not None]
-    return shown(sum(known) / len(known)) if known else NOTHING
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `1 min 55 s`, `2 h 3 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

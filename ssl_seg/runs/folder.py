@@ -1,11 +1,10 @@
-"""Run folders as others read them: to compare, to report, to track. `store` writes them.
+"""Run folders as others read them: to compare, to report, to track. `writer` writes them.
 
 Imports no torch, so that a table of many runs, or the process that mirrors one, costs little.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -14,205 +13,19 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from typing import Any
 
 from ssl_seg import files
-from ssl_seg.config import UserError
-from ssl_seg.config import flatten
+from ssl_seg.config import UserError, flatten
+from ssl_seg.runs.lock import is_held
+from ssl_seg.runs.schema import check_shape, read_checked
 
 WHOLE = "model"  # the word of `transfer` for all of a fine-tuned network
 WATCHING = ("tracking.", "leaks.")  # config keys by which nothing comes out differently
-LOCK = "lock"  # of the process that runs; its number stands in it
 TIME = "time"  # of a line of metrics: milliseconds since 1970
 PICTURE = re.compile(r"(\d{8,})_(.+)\.png")
-
-
-# ---- what the files hold: as much of their shape as readers rely on ----
-
-
-class _Shape(BaseModel):
-    """Keys of other versions may be there too. Strict: neither "0.4" nor true is a score."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-Number = float | None  # strict: an integer too, no text, no bool; null where there is nothing to divide by
-Finite = Annotated[float, Field(allow_inf_nan=False)] | None
-Pixels = Annotated[int, Field(ge=0, lt=2**53)]
-
-
-def _check_time(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("a time without a time zone")
-    return text
-
-
-Moment = Annotated[str, AfterValidator(_check_time)] | None
-
-
-class _ConfigShape(_Shape):
-    init: str | None = None
-    data: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    tasks: dict[str, Any] | None = None
-
-
-class _OriginShape(_Shape):
-    stage: str
-    config: _ConfigShape
-    origin: _OriginShape | None = None
-
-
-class _CostShape(_Shape):
-    seconds: Finite = None
-    images: Finite = None
-    peak_memory_mib: Finite = None
-
-
-class _RecordShape(_Shape):
-    stage: str
-    config: _ConfigShape
-    status: str = "finished"
-    origin: _OriginShape | None = None
-    started: Moment = None
-    ended: Moment = None
-    resumed: list[dict[str, Any]] | None = None
-    versions: dict[str, Any] | None = None
-    cost: _CostShape | None = None
-
-
-class _PassportShape(_Shape):
-    resize: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-
-
-class _ResultShape(_Shape):
-    steps: int | None = None
-    __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
-    passport: dict[str, _PassportShape] = {}
-
-
-class _SplitShape(_Shape):
-    labelled: list[str] = []
-    val: list[str] = []
-    sha256_of_labelled: str = ""
-
-
-class _PartShape(_Shape):
-    images: int = 0
-    sha256_of_names: str = ""
-
-
-class _ExtremeShape(_Shape):
-    kind: str
-    name: str
-    picture: str
-    miou: Number = None
-
-
-class _ReceiptShape(_Shape):
-    share: float = 0.0
-    features_equal: bool | None = None
-    matched: list[Any] | dict[str, Any] | None = None
-    missing: list[Any] | dict[str, Any] | None = None
-    left_over: list[Any] | dict[str, Any] | None = None
-    mismatched: list[Any] | dict[str, Any] | None = None
-
-
-class _LeakShape(_Shape):
-    kind: str
-    part: str
-    name: str
-    scored_part: str
-    scored: str
-    detail: str
-    allowed: bool
-
-
-class _ComparedShape(_Shape):
-    part: str
-    scored_part: str
-    pictures: str
-    names: str
-
-
-class LeaksShape(_Shape):
-    checked: bool
-    trained: dict[str, int]
-    scored: dict[str, int]
-    leaks: list[_LeakShape]
-    pairs: list[_ComparedShape] = []
-
-
-class _MatricesShape(_Shape):
-    __pydantic_extra__: dict[str, list[list[Pixels]]]
-    classes: Annotated[list[str], Field(min_length=1)]
-
-
-SHAPES = {
-    "run.json": TypeAdapter(_RecordShape),
-    "result.json": TypeAdapter(_ResultShape),
-    "split.json": TypeAdapter(_SplitShape),
-    "data.json": TypeAdapter(dict[str, _PartShape]),
-    "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
-    "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
-    "leaks.json": TypeAdapter(LeaksShape),
-    "confusion.json": TypeAdapter(_MatricesShape),
-}
-
-
-def read_checked(path: Path) -> dict[str, Any]:
-    """The object in a run's JSON file. Raises UserError as `files.read_json` and `check_shape`."""
-    values = files.read_json(path)
-    check_shape(path, values)
-    return values
-
-
-def check_shape(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on."""
-    shape = SHAPES.get(path.name)
-    try:
-        if shape is not None:
-            shape.validate_python(values)
-    except ValidationError as error:
-        # Of what may be several things the error that lies deepest is that of the right one.
-        place, message = max((_explained(found, values) for found in error.errors(include_url=False)), key=_depth)
-        raise UserError(
-            f"{path}: {'.'.join(place)} is not as a run writes it ({message}); restore the file or leave the run out"
-        ) from error
-    if path.name == "confusion.json":
-        _check_matrices(path, values)
-
-
-def _explained(error: ErrorDetails, values: Any) -> tuple[list[str], str]:
-    """The keys to the place of an error, without the types that pydantic puts between them, and what is wrong."""
-    keys = []
-    for part in error["loc"]:
-        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
-            values = values[part]
-            keys.append(str(part))
-    if error["type"] == "missing":
-        keys.append(str(error["loc"][-1]))
-    return keys, error["msg"].removeprefix("Value error, ")
-
-
-def _depth(explained: tuple[list[str], str]) -> int:
-    return len(explained[0])
-
-
-def _check_matrices(path: Path, values: Mapping[str, Any]) -> None:
-    count = len(values["classes"])
-    for part in set(values) - {"classes"}:
-        if len(values[part]) != count or any(len(row) != count for row in values[part]):
-            raise UserError(f"{path}: {part} is no matrix of {count} classes; restore the file or leave the run out")
-
-
-# ---- the folder ----
 
 
 @dataclass(frozen=True)
@@ -304,18 +117,6 @@ def _runs_in(folder: Path) -> list[RunFolder]:
     if (folder / "run.json").is_file() or not inside:
         return [RunFolder.open(folder)]
     return [RunFolder.open(run) for run in inside]
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process has the folder open as a run."""
-    try:
-        with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # none there, or a disk without locks
-    return False
 
 
 def origin(init: str | None) -> dict[str, Any] | None:

@@ -1,43 +1,35 @@
-"""The run folder: what one training run writes, who may write it, and the checkpoints it goes on from.
+"""The run folder while one training run writes it.
 
     runs/<name>/ config.yaml  run.json  metrics.jsonl  pictures/  result.json
                  state/step_00005000/ (resume only)  encoder/  decoders/<task>.safetensors  model/
 
 Ours is what the loggers and checkpoint writers at hand do not promise: a folder that is never shared by two runs nor
-taken from a stranger, a config that cannot change unnoticed, and checkpoints of which the newest whole one is found
-again whatever a kill or a damaged disk has left. accelerate's `save_state` keeps no such promise.
+taken from a stranger, and a config that cannot change unnoticed. `lock` says who may write, `checkpoint` what a run
+goes on from.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import safetensors.torch
 from torch import Tensor
 
 from ssl_seg import files
-from ssl_seg.runs.folder import epoch_ms, metric_lines
-from ssl_seg.runs.folder import origin
-from ssl_seg.config import Config
-from ssl_seg.config import UserError
-from ssl_seg.config import diff
-from ssl_seg.runs.folder import LOCK
-from ssl_seg.runs.folder import TIME
+from ssl_seg.config import Config, UserError, diff
+from ssl_seg.runs.checkpoint import State, _checkpoints, has_checkpoint, load_state, save_state
+from ssl_seg.runs.folder import TIME, epoch_ms, metric_lines, origin
+from ssl_seg.runs.lock import LOCK, _drop_inherited_locks, _free_lock, _take_lock
 
 Status = Literal["running", "finished", "failed", "killed"]
 EXPORTS = ("encoder", "decoders", "model")
@@ -66,13 +58,8 @@ RUN_FILES = (
     *EXPORTS,
 )
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
-STATE_TENSORS, STATE_DATA, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
-NUM_NEWEST = 2  # one to resume from, one more for when a disk has damaged it
-
-
-# ---- the run folder ----
 
 
 class Run:
@@ -232,11 +219,6 @@ def former_config(folder: str | Path) -> dict[str, Any] | None:
     return files.read_json(path).get("config") if path.is_file() and has_checkpoint(folder) else None
 
 
-def has_checkpoint(folder: str | Path) -> bool:
-    """Whether a run has weights to go on from, so that those it once started from are no longer needed."""
-    return bool(_checkpoints(Path(folder)))
-
-
 def _rewind_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a last one that a kill has torn."""
     if not path.exists():
@@ -364,142 +346,5 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# ---- the lock ----
-
-GLANCE = 0.1  # seconds; `runs.is_held` takes the lock for an instant
-_locks: set[int] = set()
-
-
-def _take_lock(folder: Path) -> int:
-    """Hold the folder until `_free_lock` or the end of this process, however it ends."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(GLANCE)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace") or "unknown"
-        os.close(lock)
-        raise UserError(f"{folder}: in use by process {holder}; wait for it or choose another folder") from None
-    except OSError:
-        os.close(lock)
-        raise
-    os.ftruncate(lock, 0)
-    os.write(lock, str(os.getpid()).encode())
-    _locks.add(lock)
-    return lock
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes of ours out of a folder that is made where it is missing. Raises UserError if one has it."""
-    with files.naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(folder)
-    try:
-        yield
-    finally:
-        _free_lock(lock)
-
-
-def _free_lock(lock: int) -> None:
-    if lock in _locks:
-        _locks.remove(lock)
-        os.close(lock)
-
-
-def _drop_inherited_locks() -> None:
-    for lock in list(_locks):
-        _free_lock(lock)
-
-
 # A forked loader worker shares the lock and outlives a killed run for seconds, so the same command would be refused.
 os.register_at_fork(after_in_child=_drop_inherited_locks)
-
-
-# ---- checkpoints ----
-
-
-@dataclass
-class State:
-    """A checkpoint as it was saved; `skipped` names a damaged file of each newer one that had to be passed over."""
-
-    step: int
-    tensors: dict[str, Tensor]  # on the CPU
-    data: dict[str, Any]
-    skipped: list[str] = field(default_factory=list)
-
-
-def save_state(
-    folder: str | Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    data: Mapping[str, Any],
-    keep: Collection[int] = (),
-    newest: int = NUM_NEWEST,
-) -> None:
-    """Commit the checkpoint of `step` to the run `folder`; then drop all but the `newest` and those of steps `keep`.
-
-    `data` is JSON: tuples come back as lists, keys as strings, NaN and infinity as they are. Raises UserError, with
-    nothing changed, where the disk does not take it.
-    """
-    state = Path(folder) / "state"
-    payloads = {STATE_TENSORS: files.tensor_bytes(tensors), STATE_DATA: files.json_bytes(data)}
-    digests = {name: files.sha256(payload) for name, payload in payloads.items()}
-    files.commit_folder(state / f"step_{step:08d}", payloads | {MANIFEST: files.json_bytes(digests)})
-    with files.naming(state, "an old checkpoint cannot be removed"):
-        _prune(folder, step, keep, newest)
-
-
-def load_state(folder: str | Path, step: int | None = None) -> State | None:
-    """The newest whole checkpoint of a run, None where there is none; or that of `step`.
-
-    Raises UserError where every checkpoint is damaged, or that of `step` is damaged or absent.
-    """
-    skipped: list[str] = []
-    for number, place in sorted(_checkpoints(folder).items(), reverse=True):
-        if step not in (None, number):
-            continue
-        damaged = _find_damage(place)
-        if damaged is None:
-            tensors = safetensors.torch.load_file(place / STATE_TENSORS)
-            return State(number, tensors, files.read_json(place / STATE_DATA), skipped)
-        skipped.append(str(damaged))
-    if skipped:
-        others = "" if step is not None else ", and so is every other checkpoint"
-        raise UserError(f"{skipped[0]}: damaged{others}; start anew with --overwrite")
-    if step is not None:
-        raise UserError(f"{folder}: holds no checkpoint of step {step}; continue the run, or start anew --overwrite")
-    return None
-
-
-def _checkpoints(folder: str | Path) -> dict[int, Path]:
-    """Every step of which a run has a committed checkpoint, and where that lies."""
-    state = Path(folder) / "state"
-    names = [name for name in files.committed_names(state) if re.fullmatch(r"step_\d{8,}", name)]
-    return {int(name.removeprefix("step_")): files.committed(state / name) for name in names}
-
-
-def _find_damage(place: Path) -> Path | None:
-    """The first file of a checkpoint that is not as it was written."""
-    manifest = place / MANIFEST
-    try:
-        digests = files.read_json(manifest)
-    except UserError:
-        return manifest
-    # Written out again it must be the same text: else a changed space would go unnoticed.
-    if set(digests) != {STATE_TENSORS, STATE_DATA} or manifest.read_bytes() != files.json_bytes(digests):
-        return manifest
-    return next((place / name for name, digest in digests.items() if not files.is_intact(place / name, digest)), None)
-
-
-def _prune(folder: str | Path, step: int, keep: Collection[int], newest: int) -> None:
-    known = _checkpoints(folder)
-    # Those after `step` were damaged, or the run would have continued from them.
-    earlier = sorted(number for number in known if number <= step)
-    wanted = {step, *keep, *earlier[-newest:]}
-    for number, place in known.items():
-        if number not in wanted:
-            files.discard(place)

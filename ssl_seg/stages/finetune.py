@@ -15,50 +15,37 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from ssl_seg.config import Config, UserError, load
-from ssl_seg.data.loading import (
-    Augment,
-    Examples,
-    Labels,
-    Samples,
-    Subset,
-    hold_out,
-    pixel_counts,
-    region,
-    sample_digest,
-    subset_of,
-)
+from ssl_seg.data.augment import Augment, region
+from ssl_seg.data.loading import Samples
+from ssl_seg.data.splits import Examples, Labels, Subset, hold_out, pixel_counts, sample_digest, subset_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.evidence.passport import passport_of
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import WHOLE
-from ssl_seg.runs.writer import Run, former_config, load_state
+from ssl_seg.runs.writer import Run, former_config
 from ssl_seg.scores import ImageConfusions, SegmentationScores
-from ssl_seg.stages import evaluate
-from ssl_seg.stages.dryrun import DryRun, dry_run
+from ssl_seg.segment import Segment
+from ssl_seg.stages import panels, scoring
+from ssl_seg.stages.fit import DryRun, Job, StopRule, dry_run, fit
 from ssl_seg.stages.setup import (
-    Job,
     Options,
-    StopRule,
     TaskMapping,
     check_images,
     check_same_images,
     check_sizes,
     export_heads,
-    fit,
     open_run,
-    prepare_tasks,
-    recall,
-    record_tasks,
-    resolve_model,
-    start_module,
 )
-from ssl_seg.tasks import MultiTask, Segment
+from ssl_seg.stages.start import prepare_tasks, recall, record_tasks, resolve_model, start_module
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
-from ssl_seg.training.loop import Learner, Processes, TrainConfig
+from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.learner import Learner
+from ssl_seg.training.multitask import MultiTask
+from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import (
-    Receipt,
     export_encoder,
     export_model,
     load_decoder,
@@ -66,6 +53,7 @@ from ssl_seg.weights.export import (
     load_model_weights,
     read_model_info,
 )
+from ssl_seg.weights.receipt import Receipt
 
 SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others
 
@@ -176,7 +164,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         )
 
         def confuse(examples: Examples) -> ImageConfusions:
-            return evaluate.image_confusions(model, examples, resize, config.train.workers, processes)
+            return scoring.image_confusions(model, examples, resize, config.train.workers, processes)
 
         latest: list[ImageConfusions] = []
 
@@ -190,7 +178,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             sources=sources,
             seed=config.seed,
             evaluate=figures,
-            pictures=lambda: {"predictions": evaluate.prediction_panel(model, val, resize)},
+            pictures=lambda: {"predictions": panels.prediction_panel(model, val, resize)},
             signals=signals,
             mirror=mirror,
             # Where nothing asks for the best step, none is kept.
@@ -200,7 +188,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         ).resume()
         steps = fit(job)
         selected = steps
-        best = job.progressed.best_step if job.progressed.best_score is not None else steps  # no score: no mask counted
+        best = job.progress.best_step if job.progress.best_score is not None else steps  # no score: no mask counted
         if config.select == "best" and best != steps:
             selected = best
             state = load_state(run.folder, selected)
@@ -215,7 +203,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
             export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)
-            evaluate.write_images(run.folder, model, found, resize)
+            panels.write_images(run.folder, model, found, resize)
             named = {part: confusions.named() for part, (_, confusions) in found.items()}
             passports = {part: passport_of(confusions, resize).dump() for part, (_, confusions) in found.items()}
             matrices = {part: scored.confusion.tolist() for part, scored in scores.items()}

@@ -14,9 +14,11 @@ from ssl_seg.config import Config, UserError
 from ssl_seg.data.loading import Whole, loader
 from ssl_seg.datasets import Dataset
 from ssl_seg.figures import panels
-from ssl_seg.stages.evaluate import DeviceName, choose_device, load_model, predict_ids
+from ssl_seg.models import evaluating
+from ssl_seg.stages.scoring import predict_ids
 from ssl_seg.stages.setup import check_images
-from ssl_seg.tasks import evaluating
+from ssl_seg.training.processes import DeviceName, choose_device
+from ssl_seg.weights.export import load_model
 
 
 class PredictData(Config):

@@ -11,34 +11,34 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
 
 from ssl_seg.config import Config
-from ssl_seg.data.loading import Augment, Samples
+from ssl_seg.data.augment import Augment
+from ssl_seg.data.loading import Samples
 from ssl_seg.datasets import Dataset
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.runs.writer import Run, former_config
-from ssl_seg.stages import evaluate
-from ssl_seg.stages.dryrun import DryRun, dry_run
+from ssl_seg.stages import panels, scoring
+from ssl_seg.stages.fit import DryRun, Job, dry_run, fit
 from ssl_seg.stages.setup import (
-    Job,
     Options,
     TaskMapping,
     check_images,
     check_same_images,
     check_sizes,
     export_heads,
-    fit,
     open_run,
-    prepare_tasks,
     recalibrate,
-    record_tasks,
-    resolve_model,
-    start_module,
 )
-from ssl_seg.tasks import MultiTask, PretextTask
+from ssl_seg.stages.start import prepare_tasks, record_tasks, resolve_model, start_module
+from ssl_seg.tasks import PretextTask
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
-from ssl_seg.training.loop import Learner, Processes, TrainConfig
-from ssl_seg.weights.export import Receipt, export_encoder, load_encoder
+from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.learner import Learner
+from ssl_seg.training.multitask import MultiTask
+from ssl_seg.training.processes import Processes
+from ssl_seg.weights.export import export_encoder, load_encoder
+from ssl_seg.weights.receipt import Receipt
 
 
 class PretrainData(Config):
@@ -114,7 +114,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             if config.data.val is None:
                 return {}
             workers = config.train.workers
-            return evaluate.score_tasks(learner.module, **evaluation, workers=workers, processes=processes)
+            return scoring.score_tasks(learner.module, **evaluation, workers=workers, processes=processes)
 
         latest: dict[str, float] = {}
 
@@ -129,7 +129,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             sources=sources,
             seed=config.seed,
             evaluate=figures,
-            pictures=lambda: evaluate.task_pictures(learner.module, **shown),
+            pictures=lambda: panels.task_pictures(learner.module, **shown),
             signals=signals,
             mirror=mirror,
             quiet=quiet,

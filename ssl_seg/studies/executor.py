@@ -75,7 +75,7 @@ class Limits:
     stall: float | None = None  # seconds without a sign of life
 
 
-class Job(ABC):
+class Handle(ABC):
     """A command that has been handed over."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Executor(ABC):
     poll = POLL
 
     @abstractmethod
-    def start(self, call: Call, slot: int) -> Job:
+    def start(self, call: Call, slot: int) -> Handle:
         """Begin a command, or queue it. `slot` tells those apart that run at one time."""
 
 
@@ -132,7 +132,7 @@ def execute(calls: Iterable[Call], executor: Executor, jobs: int, limits: Limits
 @dataclass
 class _Running:
     call: Call
-    job: Job
+    job: Handle
     began: float | None = None  # monotonic; None while it is queued
     began_at: float = 0.0  # seconds since 1970
 
@@ -158,7 +158,7 @@ class _Running:
         return "stalled" if limits.stall is not None and silent > limits.stall else None
 
 
-def _stop(jobs: Sequence[Job]) -> None:
+def _stop(jobs: Sequence[Handle]) -> None:
     for job in jobs:
         job.ask()  # all, before any is waited for
     for job in jobs:
@@ -175,7 +175,7 @@ class Here(Executor):
         self.jobs = jobs
         self.devices = devices  # what CUDA_VISIBLE_DEVICES may name, one for a job
 
-    def start(self, call: Call, slot: int) -> Job:
+    def start(self, call: Call, slot: int) -> Handle:
         call.log.parent.mkdir(parents=True, exist_ok=True)
         with call.log.open("w") as log:
             process = subprocess.Popen(
@@ -204,7 +204,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Process(Job):
+class _Process(Handle):
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
@@ -257,7 +257,7 @@ class Cluster(Executor):
         except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
             raise _refusal(error) from error
 
-    def start(self, call: Call, slot: int) -> Job:
+    def start(self, call: Call, slot: int) -> Handle:
         call.log.parent.mkdir(parents=True, exist_ok=True)
         try:
             job = self.executor.submit(Submission(tuple(_command(call)), call.log))
@@ -329,7 +329,7 @@ def _is_running(pid: int) -> bool:
     return False
 
 
-class _Submitted(Job):
+class _Submitted(Handle):
     def __init__(self, job: Any, is_local: bool) -> None:
         self.job = job
         self.is_local = is_local

@@ -7,7 +7,6 @@ from what is not, whatever else of the study has changed.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -153,7 +152,7 @@ class _Maker:
             raise UserError(f"pretrain.{name}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
         whole = _checked(PretrainConfig, _tracked(merge(given, {"seed": seed}), self.out), f"pretrain.{name}")
         digest = _digest(whole, _start_digest(whole.init, "encoder"))
-        return Cell("pretrain", PRETRAINED, f"{slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
+        return Cell("pretrain", PRETRAINED, f"{files.slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
 
     def _common(self, arms: Sequence[Arm]) -> dict[str, Any]:
         """What all arms share. What the study does not say of the model is that of the first start, for every arm.
@@ -193,7 +192,7 @@ class _Maker:
         if start is not None:
             _check_fit(arm, whole, start)
         digest = _digest(whole, start.id if start else self._digest_of_start(whole))
-        words = [slug(arm.name), *(f"{_short(key)}{slug(str(value))}" for key, value in keys.items())]
+        words = [files.slug(arm.name), *(f"{_short(key)}{files.slug(str(value))}" for key, value in keys.items())]
         name = "-".join([*words, f"seed{seed}", digest])
         folder = SEARCHED if searching else CELLS
         return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
@@ -279,11 +278,6 @@ def _start_digest(init: str | None, transfer: str) -> str | None:
     part = "model/model.json" if transfer == WHOLE else f"decoders/{task}.json" if task else None
     others = [folder / part for folder in (Path(init), Path(init).parent)] if part else []
     return "+".join([digest, *(files.read_json(path).get("sha256", "") for path in others if path.is_file())])
-
-
-def slug(text: str) -> str:
-    """Fit for a file's name, and short; the digest behind it tells apart what is cut away."""
-    return re.sub(r"[^\w+.]+", "_", text).strip("_")[:32]
 
 
 def _short(key: str) -> str:

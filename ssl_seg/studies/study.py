@@ -1,7 +1,7 @@
 """`ssl-seg study`: does pretraining help, with which tasks, by how much, and how sure is that?
 
-`plan` says which runs there are, `schedule` executes them, `findings` reads what came out; here is what ties them: the
-order of the runs, and study.json, which is true at every instant, so that a study can be killed and taken up again.
+`plan` says which runs there are, `executor` executes them, `evidence.results` reads what came out. This file ties them:
+it keeps the order of the runs, and study.json, which is true at every instant. So a study can be killed and taken up.
 
     runs/<study>/ study.json  cells.csv  gains.csv  report.html  pretrained/<id>/  searched/<id>/  cells/<id>/
                   each run with its <id>.yaml (config) and <id>.log beside its folder
@@ -21,25 +21,24 @@ from typing import Any, Literal
 
 import torch
 
-from ssl_seg import files, images
+from ssl_seg import files
 from ssl_seg.config import Interrupted, UserError
 from ssl_seg.evidence import results
-from ssl_seg.evidence.pairs import pictures_of
 from ssl_seg.evidence.results import STUDY_FILE, Findings
 from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
-from ssl_seg.reports.study import CHANGED
-from ssl_seg.runs.folder import LOCK, RunFolder, is_held
-from ssl_seg.runs.writer import hold, provenance, timestamp
+from ssl_seg.reports.changed import draw_changed_of_study
+from ssl_seg.runs.folder import RunFolder
+from ssl_seg.runs.lock import LOCK, hold, is_held
+from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import candidates
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, execute
-from ssl_seg.studies.plan import Cell, Plan, check_images_of, choose, make_plan, slug
+from ssl_seg.studies.plan import Cell, Plan, check_images_of, choose, make_plan
 from ssl_seg.terminal import clock, say, watch_signals
 
 MIOU = "miou"
 DOUBLE = ("state", "encoder", "decoders")  # of a finished cell: what to resume from, and its model/ in parts
-NUM_CHANGED = 3  # images drawn of each arm
 LOOK = 2.0  # seconds between two looks at a run that another process makes
 
 
@@ -356,7 +355,7 @@ class _Ledger:
         for line in found.apart:
             self._say(line)
         try:
-            draw_changed(found)
+            draw_changed_of_study(found)
         except UserError as error:  # a picture less is no reason to go without the page
             self._say(f"no pictures of what changed: {error}")
         study_page.write(found)
@@ -369,17 +368,6 @@ class _Ledger:
 
     def _say(self, text: str, wanted: bool = True) -> None:
         say(text, self.options.quiet or not wanted)
-
-
-def draw_changed(found: Findings) -> None:
-    """Pictures of the images that changed most under the last condition, for each arm, by their most usual pair."""
-    folder = found.folder / CHANGED
-    shutil.rmtree(folder, ignore_errors=True)
-    condition = found.conditions[-1]
-    for number, arm in enumerate(found.arms[1:], start=1):
-        changed = found.changed(arm, condition, NUM_CHANGED)
-        for rank, picture in enumerate(pictures_of(changed, found.part), start=1):
-            images.write_image(folder / f"{number}_{slug(arm)}_{rank}.png", picture)
 
 
 def leak_question(plan: Plan) -> guard.Question | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -20,7 +20,7 @@ from mlflow import Image, MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
 from ssl_seg.config import UserError
-from ssl_seg.evidence.passport import from_tags, to_tags
+from ssl_seg.evidence.passport import passports_in
 from ssl_seg.figures import charts, svg
 from ssl_seg.runs.folder import (
     TIME,
@@ -41,7 +41,6 @@ from ssl_seg.tracking.client import (
     STATUSES,
     batches,
     connect,
-    database,
     experiment_id,
     explained,
     first_use,
@@ -87,6 +86,7 @@ CHANGED = "changed."  # before the name of a parameter: a tag with what it is no
 # Tags: the machine; a digest of the labelled images; what leaks.json says, in a word.
 HOST, LABELLED, LEAKS = "host", "labelled", "leaks"
 ABSENT = "null"  # the text of a parameter that a config has no more
+TAG = "passport."  # before a part, in MLflow
 
 
 class MirroredRun:
@@ -399,67 +399,6 @@ class _Tail:
             self.file.close()
 
 
-# ---- experiments that others have filled ----
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A run as MLflow knows it, in the words of the folder that it mirrors."""
-
-    name: str
-    stage: str
-    description: dict[str, str]
-    scores: dict[str, float]  # empty until it has finished
-    passports: dict[str, Mapping[str, Any] | None]
-    labelled: str  # digest of the labelled images
-    leaks: str  # `runs.leak_word`
-
-
-def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
-    """The runs of ours in an MLflow experiment, oldest first. Raises UserError where there are none."""
-    uri = resolved(uri, Path("runs", "run"))
-    if uri.startswith("sqlite:///") and not database(uri).exists():
-        raise UserError(f"{uri}: no such database; name another with --uri")
-    found: list[Run] = []
-    with explained(uri):
-        client = connect(uri)
-        known = client.get_experiment_by_name(experiment)
-        if known is None:
-            names = ", ".join(other.name for other in client.search_experiments())
-            raise UserError(f"--experiment {experiment}: MLflow at {uri} has none of that name, only: {names}")
-        token: str | None = None
-        while token != "":
-            page = client.search_runs(
-                [known.experiment_id], order_by=["attributes.start_time ASC"], max_results=1000, page_token=token
-            )
-            found += page
-            token = page.token or ""
-    ours = [run for run in found if run.data.tags.get("stage") and run.data.params and is_open(run)]
-    if not ours:
-        raise UserError(f"--experiment {experiment}: holds no run of ssl-seg; name another")
-    return [_fetched(run) for run in _newest(ours)]
-
-
-def _fetched(run: Run) -> Fetched:
-    done = run.info.status == STATUSES["finished"]  # one that goes on holds the result of what it was before
-    scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
-    tags = run.data.tags
-    passports = from_tags(tags, scores)
-    settings, name = _shown_settings(run), run.info.run_name
-    return Fetched(name, tags["stage"], settings, scores, passports, tags.get(LABELLED, ""), tags.get(LEAKS, "none"))
-
-
-def _newest(runs: Sequence[Run]) -> list[Run]:
-    """Without those that a later run of the same folder on the same machine has overwritten; `runs` is oldest first."""
-    newest = {_of_folder(run): run for run in runs}
-    return [run for run in runs if newest[_of_folder(run)] is run]
-
-
-def _of_folder(run: Run) -> tuple[str, str]:
-    tags = run.data.tags
-    return tags.get(HOST, ""), tags.get("folder", run.info.run_id)
-
-
 def _result_name(score: str) -> str:
     """`result/val.iou.road` for `val/iou/road`: with slashes MLflow would open a section of charts for each part."""
     return mlflow_name(f"{RESULT}{score.replace('/', '.', 2)}")
@@ -471,8 +410,6 @@ def _score_name(name: str) -> str:
 
 
 # ---- parts ----
-
-
 def _shown_settings(run: Run) -> dict[str, str]:
     """What MLflow shows of a run's config: parameters, and the tags of those that have changed."""
     tags = run.data.tags.items()
@@ -496,3 +433,32 @@ def _written_at(path: Path) -> int:
 
 def _milliseconds(moment: str | None) -> int | None:
     return None if moment is None else round(datetime.fromisoformat(moment).timestamp() * 1000)
+
+
+# ---- as MLflow keeps them ----
+def to_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """A tag for each part of a result.json that has a passport."""
+    passports = passports_in(result)
+    return {f"{TAG}{part}": _to_tag(written) for part, written in passports.items() if written is not None}
+
+
+def from_tags(tags: Mapping[str, str], scores: Iterable[str]) -> dict[str, Mapping[str, Any] | None]:
+    """What `passports_in` says of a run, from its tags and the names of its scores; class names are digests here.
+
+    Raises UserError for a tag that is not one of ours.
+    """
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for part in (name.partition("/")[0] for name in scores if name.endswith("/miou") and name.count("/") == 1):
+        try:
+            found[part] = json.loads(tags.get(f"{TAG}{part}", "null"))
+        except ValueError as error:
+            raise UserError(f"tag {TAG}{part}: is no passport; delete the tag or the run in MLflow") from error
+        if not isinstance(found[part], Mapping | None):
+            raise UserError(f"tag {TAG}{part}: is no passport; delete the tag or the run in MLflow")
+    return found
+
+
+def _to_tag(written: Mapping[str, Any]) -> str:
+    """A tag has room for some 6,000 letters, and a thousand classes have longer names."""
+    classes = json.dumps(written.get("classes"))
+    return json.dumps({**written, "classes": hashlib.sha256(classes.encode()).hexdigest()})

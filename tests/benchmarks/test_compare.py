@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ssl_seg.scores import ImageConfusions, Row
-from tests.test_compare import CONFIG, PRETRAINING, laid
-from tests.test_passport import write_scored
+from tests.evidence.test_compare import CONFIG, PRETRAINING, laid
+from tests.evidence.test_passport import write_scored
 
 pytestmark = pytest.mark.slow
 CLASSES = tuple(f"class {number}" for number in range(11))

@@ -20,15 +20,19 @@ from torch.nn import functional as F
 from pretext import colorize
 from ssl_seg import images, rng
 from ssl_seg.config import load
-from ssl_seg.data.loading import Augment, Kept, Samples
+from ssl_seg.data.augment import Augment
+from ssl_seg.data.loading import Kept, Samples
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.figures import panels
+from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig
-from ssl_seg.stages.setup import build_module, open_streams
-from ssl_seg.tasks import MultiTask
-from ssl_seg.training.loop import Learner, Processes, build_optimizer, train
-from tests.test_tracking import silent_server
+from ssl_seg.stages.start import build_module
+from ssl_seg.training.learner import Learner, build_optimizer
+from ssl_seg.training.loop import train
+from ssl_seg.training.multitask import MultiTask
+from ssl_seg.training.processes import Processes
+from tests.tracking.test_mirror import silent_server
 
 pytestmark = pytest.mark.slow
 STEPS = 12

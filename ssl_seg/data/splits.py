@@ -1,0 +1,213 @@
+"""Which images carry labels, which judge, and how a run records its choice.
+
+Subsets of labels are nested, cover the classes and depend on a seed alone. Images to validate on are held out by whole
+sequences, since the frames of one video are nearly copies. Ours, because both choices are part of the evidence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from ssl_seg import images, rng
+from ssl_seg.config import Config, UserError
+from ssl_seg.datasets import Dataset, Example, numbering
+
+IGNORE = 255
+HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
+NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
+LEAST_HELD_OUT = 0.1  # one stray image in a folder of its own is a sequence too, and would judge the run alone
+LARGEST_HELD_OUT = 0.4  # of the images: rather a whole sequence of that size than neighbours on both sides
+HOLD_OUT_KEY = rng.as_key("hold out")
+
+
+class Examples(Protocol):
+    """What a `Dataset` and a `Subset` of one have in common."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> Example: ...
+    def image(self, index: int) -> Example: ...
+    def name(self, index: int) -> str: ...
+    def sequence(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some examples of a data set, in the given order."""
+
+    dataset: Examples
+    indices: tuple[int, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.dataset.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Example:
+        return self.dataset.read(self.indices[index])
+
+    def image(self, index: int) -> Example:
+        return self.dataset.image(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(self.indices[index])
+
+    def sequence(self, index: int) -> str:
+        return self.dataset.sequence(self.indices[index])
+
+
+def subset_of(dataset: Dataset, names: Sequence[str]) -> Subset:
+    """The labelled images of these names, as a run has recorded them. Raises UserError for one that is gone."""
+    index_of = {dataset.name(index): index for index in range(len(dataset))}
+    gone = [name for name in names if name not in index_of]
+    if gone:
+        raise UserError(
+            f"data.labelled: {images.show_path(gone[0])} is not there any more, and the run began with it; "
+            "put it back, or start anew with --overwrite"
+        )
+    return Subset(dataset, tuple(index_of[name] for name in names))
+
+
+class Labels(Config):
+    """How many of the labelled images are used, and which: the sets of one seed are nested and cover the classes."""
+
+    count: PositiveInt | None = None  # None and no fraction: all of them
+    fraction: PositiveFloat | None = Field(default=None, le=1.0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _only_one(self) -> Labels:
+        if self.count is not None and self.fraction is not None:
+            raise ValueError("count and fraction are both given; keep one of them")
+        return self
+
+    def number(self, available: int) -> int:
+        """How many of the available images are used. Raises UserError for more than there are."""
+        wanted = available
+        if self.count is not None:
+            wanted = self.count
+        if self.fraction is not None:
+            wanted = max(1, round(self.fraction * available))
+        if wanted > available:
+            raise UserError(f"labels.count: {wanted} is more than the {available} labelled images; ask for fewer")
+        return wanted
+
+    def choose(self, dataset: Examples) -> Subset:
+        """The first images of a seeded order whose prefixes cover the classes as early as they can."""
+        available = len(dataset)
+        wanted = self.number(available)
+        if wanted == available:
+            return Subset(dataset, tuple(range(available)))
+        classes = [set(np.unique(dataset.read(index).label)) - {IGNORE} for index in range(available)]
+        return Subset(dataset, tuple(covering_order(classes, self.seed)[:wanted]))
+
+
+def sample_digest(examples: Examples, count: int = NUM_DIGESTED, with_labels: bool = True) -> str:
+    """sha256 of up to `count` examples, evenly apart: enough to notice other files under the same names."""
+    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
+    read = examples.read if with_labels else examples.image
+    digests = [digest_of(read(index)) for index in chosen]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def digest_of(example: Example) -> str:
+    """sha256 of the sizes and pixels of image and label: the same files under any path, decoded alike, have one."""
+    hashed = hashlib.sha256()
+    for pixels in (example.image, example.label):
+        if pixels is not None:
+            hashed.update(f"{pixels.dtype}{pixels.shape}".encode())
+            hashed.update(np.ascontiguousarray(pixels))
+    return hashed.hexdigest()
+
+
+def pixel_counts(examples: Examples) -> tuple[Tensor, Tensor]:
+    """How many pixels each class has over all masks, and how many the images that show it have; each `(K,)` int64.
+
+    Ignored pixels count nowhere.
+    """
+    num_classes = len(examples.class_names)
+    pixels = torch.zeros(num_classes, dtype=torch.int64)
+    beside = torch.zeros(num_classes, dtype=torch.int64)
+    for index in range(len(examples)):
+        counts = np.bincount(examples.read(index).label.ravel(), minlength=256)[:num_classes]
+        pixels += torch.from_numpy(counts)
+        beside += torch.from_numpy((counts > 0) * counts.sum())
+    return pixels, beside
+
+
+def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:
+    """Every index once, in a seeded order in which an image with classes not seen yet comes before the others.
+
+    At each place stands, among the remaining images, the one that shows the most unseen classes (the first in a seeded
+    shuffle among equals), so each prefix covers many classes and the prefixes are nested.
+    """
+    order = rng.permutation(rng.fold_in(rng.as_key(seed), "labels"), len(classes)).tolist()
+    unseen = set().union(*classes)
+    chosen: list[int] = []
+    while unseen:
+        best = max(order, key=lambda index: len(classes[index] & unseen))
+        order.remove(best)
+        chosen.append(best)
+        unseen -= classes[best]
+    return chosen + order
+
+
+def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
+    """A training and a validation part of about a fifth: whole sequences where some are small enough, else images.
+
+    Images whose names are a numbering are taken from its end, for they may be frames of a video. The shuffle has a seed
+    of its own, so that runs with other labels or weights are validated on the same images.
+    """
+    count = len(dataset)
+    by_sequence: dict[str, set[int]] = {}
+    for index in range(count):
+        by_sequence.setdefault(dataset.sequence(index), set()).add(index)
+    names = sorted(by_sequence)
+    held: set[int] = set()
+    for place in rng.permutation(HOLD_OUT_KEY, len(names)).tolist():
+        if len(held) + len(by_sequence[names[place]]) <= HELD_OUT * count:
+            held |= by_sequence[names[place]]
+    if len(held) < LEAST_HELD_OUT * count:
+        larger = [held | own for own in by_sequence.values() if not own <= held]
+        fitting = [own for own in larger if LEAST_HELD_OUT * count <= len(own) <= LARGEST_HELD_OUT * count]
+        held = min(fitting, key=len, default=_single_images(dataset))
+    kept = tuple(index for index in range(count) if index not in held)
+    return Subset(dataset, kept), Subset(dataset, tuple(sorted(held)))
+
+
+def _single_images(dataset: Dataset) -> set[int]:
+    """A fifth of the images, whatever sequence they belong to: the end of each numbering, of the others any."""
+    count = len(dataset)
+    numberings: dict[str, list[tuple[int, int]]] = {}
+    others: list[int] = []
+    order = rng.permutation(HOLD_OUT_KEY, count).tolist()
+    for index in order:
+        numbered = numbering(dataset.name(index))
+        if numbered is None:
+            others.append(index)
+        else:
+            numberings.setdefault(numbered[0], []).append((numbered[1], index))
+    groups = [[index for _, index in sorted(own, reverse=True)] for own in numberings.values() if len(own) > 1]
+    # A number that no other image shares a sequence with is as good as none.
+    groups.append([*others, *(own[0][1] for own in numberings.values() if len(own) == 1)])
+    share = {index: (place + 0.5) / len(own) for own in groups for place, index in enumerate(own)}
+    return set(sorted(order, key=share.__getitem__)[: round(HELD_OUT * count)])
+
+
+def manifest(examples: Examples) -> dict[str, Any]:
+    """What a resumed run checks: the same images in the same order. Names only; their pixels are not read."""
+    digest = hashlib.sha256()
+    for index in range(len(examples)):
+        digest.update(examples.name(index).encode("utf-8", "surrogateescape") + b"\0")
+    return {"images": len(examples), "sha256_of_names": digest.hexdigest()}

@@ -1,0 +1,197 @@
+"""The shape of each JSON file of a run, as much of it as its readers rely on.
+
+A run folder may be a stranger's, or of another version: what does not have this shape is refused in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from ssl_seg import files
+from ssl_seg.config import UserError
+
+
+class _Shape(BaseModel):
+    """Keys of other versions may be there too. Strict: neither "0.4" nor true is a score."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+Number = float | None  # strict: an integer too, no text, no bool; null where there is nothing to divide by
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+Pixels = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def _check_time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_check_time)] | None
+
+
+class _ConfigShape(_Shape):
+    init: str | None = None
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    tasks: dict[str, Any] | None = None
+
+
+class _OriginShape(_Shape):
+    stage: str
+    config: _ConfigShape
+    origin: _OriginShape | None = None
+
+
+class _CostShape(_Shape):
+    seconds: Finite = None
+    images: Finite = None
+    peak_memory_mib: Finite = None
+
+
+class _RecordShape(_Shape):
+    stage: str
+    config: _ConfigShape
+    status: str = "finished"
+    origin: _OriginShape | None = None
+    started: Moment = None
+    ended: Moment = None
+    resumed: list[dict[str, Any]] | None = None
+    versions: dict[str, Any] | None = None
+    cost: _CostShape | None = None
+
+
+class _PassportShape(_Shape):
+    resize: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+
+
+class _ResultShape(_Shape):
+    steps: int | None = None
+    __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
+    passport: dict[str, _PassportShape] = {}
+
+
+class _SplitShape(_Shape):
+    labelled: list[str] = []
+    val: list[str] = []
+    sha256_of_labelled: str = ""
+
+
+class _PartShape(_Shape):
+    images: int = 0
+    sha256_of_names: str = ""
+
+
+class _ExtremeShape(_Shape):
+    kind: str
+    name: str
+    picture: str
+    miou: Number = None
+
+
+class _ReceiptShape(_Shape):
+    share: float = 0.0
+    features_equal: bool | None = None
+    matched: list[Any] | dict[str, Any] | None = None
+    missing: list[Any] | dict[str, Any] | None = None
+    left_over: list[Any] | dict[str, Any] | None = None
+    mismatched: list[Any] | dict[str, Any] | None = None
+
+
+class _LeakShape(_Shape):
+    kind: str
+    part: str
+    name: str
+    scored_part: str
+    scored: str
+    detail: str
+    allowed: bool
+
+
+class _ComparedShape(_Shape):
+    part: str
+    scored_part: str
+    pictures: str
+    names: str
+
+
+class LeaksShape(_Shape):
+    checked: bool
+    trained: dict[str, int]
+    scored: dict[str, int]
+    leaks: list[_LeakShape]
+    pairs: list[_ComparedShape] = []
+
+
+class _MatricesShape(_Shape):
+    __pydantic_extra__: dict[str, list[list[Pixels]]]
+    classes: Annotated[list[str], Field(min_length=1)]
+
+
+SHAPES = {
+    "run.json": TypeAdapter(_RecordShape),
+    "result.json": TypeAdapter(_ResultShape),
+    "split.json": TypeAdapter(_SplitShape),
+    "data.json": TypeAdapter(dict[str, _PartShape]),
+    "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
+    "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
+    "leaks.json": TypeAdapter(LeaksShape),
+    "confusion.json": TypeAdapter(_MatricesShape),
+}
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """The object in a run's JSON file. Raises UserError as `files.read_json` and `check_shape`."""
+    values = files.read_json(path)
+    check_shape(path, values)
+    return values
+
+
+def check_shape(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on."""
+    shape = SHAPES.get(path.name)
+    try:
+        if shape is not None:
+            shape.validate_python(values)
+    except ValidationError as error:
+        # Of what may be several things the error that lies deepest is that of the right one.
+        place, message = max((_explained(found, values) for found in error.errors(include_url=False)), key=_depth)
+        raise UserError(
+            f"{path}: {'.'.join(place)} is not as a run writes it ({message}); restore the file or leave the run out"
+        ) from error
+    if path.name == "confusion.json":
+        _check_matrices(path, values)
+
+
+def _explained(error: ErrorDetails, values: Any) -> tuple[list[str], str]:
+    """The keys to the place of an error, without the types that pydantic puts between them, and what is wrong."""
+    keys = []
+    for part in error["loc"]:
+        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]
+            keys.append(str(part))
+    if error["type"] == "missing":
+        keys.append(str(error["loc"][-1]))
+    return keys, error["msg"].removeprefix("Value error, ")
+
+
+def _depth(explained: tuple[list[str], str]) -> int:
+    return len(explained[0])
+
+
+def _check_matrices(path: Path, values: Mapping[str, Any]) -> None:
+    count = len(values["classes"])
+    for part in set(values) - {"classes"}:
+        if len(values[part]) != count or any(len(row) != count for row in values[part]):
+            raise UserError(f"{path}: {part} is no matrix of {count} classes; restore the file or leave the run out")

@@ -1,0 +1,245 @@
+"""Steps into a run folder: log, evaluate, draw, save and stop when it is time; and one step on trial (`--dry-run`).
+
+Every decision that ends a run is taken from numbers all processes share, at a step all of them reach.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt
+
+from ssl_seg import images
+from ssl_seg.config import Config, Interrupted
+from ssl_seg.data.loading import Draws, Packed, Samples, loader
+from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.writer import Run
+from ssl_seg.tasks import Stream, Task
+from ssl_seg.terminal import Signals, reporter, say
+from ssl_seg.tracking import Mirror
+from ssl_seg.training.config import TrainConfig, due
+from ssl_seg.training.learner import Learner
+from ssl_seg.training.loop import backward, finish_gradients, train
+from ssl_seg.training.processes import Processes, peak_memory
+
+SAVES_PER_RUN = 10
+LEAST_BETWEEN_SAVES = 200  # steps: writing one of resnet18 takes as long as ten of small crops on a CPU
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one batch through every head showed; nothing was written."""
+
+    parameters: dict[str, int]
+    shapes: dict[str, str]
+    seconds_per_step: float
+    peak_memory_mib: float
+
+    def lines(self) -> list[str]:
+        counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
+        shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
+        return [*counted, *shown, f"{self.seconds_per_step:.3g} s per step, peak {self.peak_memory_mib:.0f} MiB"]
+
+
+def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
+    """One batch forward and backward through every head, twice: the second is timed, the first warms up."""
+    module, config = learner.module, learner.config
+    streams = open_streams(
+        sources, config.model_copy(update={"workers": 0}), learner.processes, pool_tasks(module.tasks), 0
+    )
+    packed = {stream: next(batches) for stream, batches in streams.items()}
+    shapes: dict[str, str] = {}
+    hooks = [
+        head.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: _shapes(inputs, output)}))
+        for name, head in module.heads.items()
+    ]
+    for _ in range(2):
+        started = time.perf_counter()
+        learner.optimizer.zero_grad()
+        backward(learner, packed, last=True)
+        finish_gradients(learner)
+        learner.optimizer.step()  # its moments are a good part of the memory
+        if learner.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) * config.accumulate
+    for hook in hooks:
+        hook.remove()
+    parameters = {"encoder": _count(module.encoder), **{name: _count(head) for name, head in module.heads.items()}}
+    return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
+
+
+def _shapes(inputs: Sequence[Any], output: Any) -> str:
+    features = ", ".join("x".join(str(side) for side in level.shape) for level in inputs[0])
+    return f"{features} -> {'x'.join(str(side) for side in output.shape)}"
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class StopRule(Config):
+    """When fine-tuning ends before its last step; judged on the validation mIoU at each evaluation."""
+
+    patience: PositiveInt | None = None  # evaluations without a new best
+    target: float | None = Field(default=None, gt=0.0, le=1.0)  # a score that is good enough
+
+
+@dataclass
+class Progress:
+    """What a resumed run must know besides weights: the best evaluation so far, how long ago it was, the time spent."""
+
+    best_score: float | None = None
+    best_step: int = 0
+    evaluations_since: int = 0
+    seconds: float = 0.0  # of training and evaluating; what a kill has lost is not in it
+
+    def better(self, step: int, score: float) -> bool:
+        """Take note of a score; says whether it is a new best. NaN is none."""
+        if score == score and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_step, self.evaluations_since = score, step, 0
+            return True
+        self.evaluations_since += 1
+        return False
+
+
+@dataclass
+class Job:
+    """A stage's parts, ready to run."""
+
+    run: Run
+    learner: Learner
+    sources: Mapping[Stream, Samples]
+    seed: int
+    evaluate: Callable[[], dict[str, float]]  # on all processes; the figures of one evaluation, named val/...
+    pictures: Callable[[], dict[str, np.ndarray]]  # on the main process
+    signals: Signals = field(default_factory=Signals)
+    mirror: Mirror | None = None
+    score: str | None = None  # the figure whose best step is kept
+    stop: StopRule = field(default_factory=StopRule)
+    quiet: bool = False
+    progress: Progress = field(default_factory=Progress)
+    start: int = 0
+    counted: float | None = None  # up to when the time spent is in `progress`; None: the clock stands
+
+    def resume(self) -> Self:
+        """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds."""
+        self._restore()
+        self.run.go_on()
+        return self
+
+    def _restore(self) -> None:
+        processes = self.learner.processes
+        state = self.run.resume() if processes.is_main else None
+        step = processes.from_first(None if state is None else state.step)
+        if step is None:
+            return
+        if state is None:
+            state = load_state(self.run.folder, step)
+        for skipped in state.skipped:
+            say(f"{skipped}: damaged, an older checkpoint is used", self.quiet)
+        self.learner.restore(state.tensors, state.data["learner"])
+        self.progress = Progress(**state.data["progressed"])
+        self.start = step
+        over = step == self.learner.config.steps or should_stop(self)
+        say("already finished; nothing is left to train" if over else f"resuming after step {step}", self.quiet)
+
+    def save(self, step: int) -> None:
+        self.count_time()
+        data = {"learner": self.learner.data(), "progressed": vars(self.progress)}
+        keep = [self.progress.best_step] if self.score else []
+        self.run.save_state(step, self.learner.tensors(), data, keep)
+        self.learner.processes.barrier()
+
+    def count_time(self) -> None:
+        """Add what has passed since the last call to the time spent; the first call starts the clock."""
+        now = time.monotonic()
+        if self.counted is not None:
+            self.progress.seconds += now - self.counted
+        self.counted = now
+
+    def note_cost(self, step: int) -> None:
+        """What the run has cost up to `step`, for run.json."""
+        self.count_time()
+        images = step * self.learner.config.batch_size * len(self.sources)
+        memory = peak_memory(self.learner.processes.device)
+        self.run.note(cost={"seconds": self.progress.seconds, "images": images, "peak_memory_mib": memory})
+
+
+def fit(job: Job) -> int:
+    """Run the steps that are left; gives the number of the last one made."""
+    if job.mirror is not None:
+        job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
+    job.count_time()
+    if should_stop(job):
+        job.note_cost(job.start)
+        return job.start  # stopped before, by its own rule
+    learner, config = job.learner, job.learner.config
+    save_every = config.save_every or max(LEAST_BETWEEN_SAVES, config.steps // SAVES_PER_RUN)
+    streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
+    last = job.start
+    if last == 0:
+        draw(job, last)  # what the network does before it has learnt anything
+    with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
+        for step in train(learner, streams, job.start, job.seed, wants_stop=job.signals.asked):
+            last = step.number
+            stop = step.stop
+            figures = {}
+            if due(last, config.log_every, config.steps):
+                figures.update(step.metrics)
+                figures["images_per_s"] = report.images_per_s(last)
+            new_best = False
+            if due(last, config.eval_every, config.steps):
+                evaluated = job.evaluate()
+                figures.update(evaluated)
+                new_best = job.score in evaluated and job.progress.better(last, evaluated[job.score])
+                draw(job, last)
+                stop = learner.processes.any(stop or job.signals.asked())  # evaluating may have taken long
+            if figures:
+                job.run.metrics(last, figures)
+            report.step(last, {**step.metrics, **figures})
+            enough = should_stop(job)
+            if due(last, save_every, config.steps) or new_best or enough or stop:
+                job.save(last)
+            if stop:
+                job.note_cost(last)
+                raise Interrupted(job.signals.first, f"state saved in {job.run.folder}; the same command continues")
+            if enough:
+                break
+    job.note_cost(last)
+    return last
+
+
+def draw(job: Job, step: int) -> None:
+    """Write the pictures of what the network does after `step`."""
+    if job.learner.processes.is_main:
+        for name, picture in job.pictures().items():
+            images.write_image(job.run.picture_path(name, step), picture)
+
+
+def should_stop(job: Job) -> bool:
+    """Whether the stop rule is met; every process holds the same scores."""
+    done = job.progress
+    if job.stop.target is not None and done.best_score is not None and done.best_score >= job.stop.target:
+        return True
+    return job.stop.patience is not None and done.evaluations_since >= job.stop.patience
+
+
+def pool_tasks(tasks: Mapping[str, Task]) -> int:
+    return sum(task.stream == "pool" for task in tasks.values())
+
+
+def open_streams(
+    sources: Mapping[Stream, Samples], config: TrainConfig, processes: Processes, num_pool_tasks: int, start: int
+) -> dict[Stream, Iterator[Packed]]:
+    """This process's micro-batches of each stream, from step `start` on."""
+    streams = {}
+    for stream, samples in sources.items():
+        deal = num_pool_tasks if stream == "pool" and config.views == "split" else 1
+        draws = Draws(config.batch_size, start, config.steps, processes.rank, processes.world, deal, config.accumulate)
+        streams[stream] = loader(samples, draws, config.workers, pin=processes.device.type == "cuda")
+    return streams

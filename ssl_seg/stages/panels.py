@@ -1,0 +1,155 @@
+"""Pictures of what a network predicts, for run folders and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ssl_seg import files, images
+from ssl_seg.config import UserError, load
+from ssl_seg.data.augment import Augment
+from ssl_seg.data.loading import CenterCrops, Whole, loader, pack
+from ssl_seg.data.splits import Examples, hold_out, subset_of
+from ssl_seg.datasets import Dataset
+from ssl_seg.figures import panels
+from ssl_seg.images import Size
+from ssl_seg.models import evaluating
+from ssl_seg.runs.folder import RunFolder
+from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
+from ssl_seg.stages.scoring import _device, _pretext, predict_ids
+from ssl_seg.training.multitask import MultiTask, make_views
+from ssl_seg.training.processes import DeviceName, choose_device
+from ssl_seg.weights.export import load_model
+
+NUM_PICTURES = 4
+EXTREMES = ("worst", "best")
+NUM_EXTREMES = 4  # of each: a screenful
+OF_LABELLED = ("labelled", "sha256_of_labelled")  # what split.json says of the labelled images
+
+
+def task_pictures(
+    module: MultiTask, examples: Examples, augment: Augment, resize: Size | None = None, count: int = NUM_PICTURES
+) -> dict[str, np.ndarray]:
+    """A sheet per task that can be drawn, uint8 `(H, W, 3)`: a row per image of input | prediction | target."""
+    tasks = _pretext(module)
+    chosen = _spread(examples, count)
+    sheets = {}
+    with evaluating(module):
+        packed = next(loader(CenterCrops(examples, augment, resize), [chosen], 0))
+        views = make_views(tasks, {"pool": packed.to(_device(module))})
+        predictions = module.predict(views)
+        for name, view in views.items():
+            drawn = tasks[name].render(predictions[name].float(), view)
+            target = tasks[name].render_target(view)
+            columns = [panels.to_uint8(panel) for panel in (view.input, drawn, target) if panel is not None]
+            if drawn is not None:
+                sheets[name] = panels.grid([[column[row] for column in columns] for row in range(len(chosen))])
+    return sheets
+
+
+def prediction_panel(
+    model: nn.Module, examples: Examples, resize: Size | None = None, count: int = NUM_PICTURES
+) -> np.ndarray:
+    """A row per image of image | prediction | truth, with the classes' colours below, uint8 `(H, W, 3)`."""
+    colours = panels.palette(len(examples.class_names))
+    chosen = _spread(examples, count)
+    rows = []
+    with evaluating(model):
+        for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
+            image = panels.to_uint8(packed.image.float() / 255)[0]
+            ids = predict_ids(model, packed.to(_device(model)).image, image.shape[:2])[0]
+            truth = images.resize_mask(packed.label[0].numpy(), image.shape[:2])
+            rows.append([image, colours[ids.cpu().numpy()], colours[truth]])
+    sheet = panels.grid(rows)
+    return np.vstack([sheet, panels.legend(examples.class_names, colours, sheet.shape[1])])
+
+
+def write_images(
+    folder: Path,
+    model: nn.Module,
+    parts: Mapping[str, tuple[Examples, ImageConfusions]],
+    resize: Size | None = None,
+) -> None:
+    """Write what is kept of single images: every confusion matrix, and pictures of the worst and best predictions.
+
+    `parts` holds examples and what `image_confusions` found in them, by the part's name: val, test. Former files of
+    these names are replaced. `extremes.json` lists a part's pictures: worst first, then from the best on.
+    """
+    with files.naming(folder):
+        (folder / "extremes.json").unlink(missing_ok=True)  # so that it never speaks of other pictures than are there
+        for kind in EXTREMES:
+            for former in (folder / "pictures").glob(f"[!0-9]*_{kind}_*.png"):  # a number leads those of training
+                former.unlink()
+    files.write_atomic(folder / IMAGES_FILE, image_confusion_bytes({part: found for part, (_, found) in parts.items()}))
+    extremes: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    for part, (examples, found) in parts.items():
+        miou = found.per_image_miou()
+        for kind, indices in zip(EXTREMES, found.extremes(NUM_EXTREMES), strict=True):
+            for number, index in enumerate(indices, start=1):
+                picture = f"pictures/{part}_{kind}_{number}.png"
+                images.write_image(folder / picture, error_picture(model, examples, index, resize))
+                described = {"kind": kind, "name": found.names[index], "miou": float(miou[index]), "picture": picture}
+                extremes[part].append(described)
+    files.write_atomic(folder / "extremes.json", files.json_bytes(extremes))
+
+
+def error_picture(model: nn.Module, examples: Examples, index: int, resize: Size | None = None) -> np.ndarray:
+    """One example as image | prediction | truth | errors, with the colours of its classes below, uint8 `(H, W, 3)`."""
+    packed = pack([Whole(examples, resize)[index]])
+    with evaluating(model):
+        ids = predict_ids(model, packed.to(_device(model)).image, packed.label.shape[-2:])
+    photograph = examples.image(index).image  # as it is on disk: what the network has seen may be too coarse to look at
+    return panels.error_row(photograph, packed.label[0].numpy(), ids[0].byte().cpu().numpy(), examples.class_names)
+
+
+def changed_pictures(
+    baseline: RunFolder, other: RunFolder, part: str, names: Sequence[str], device: DeviceName = "auto"
+) -> Iterator[np.ndarray]:
+    """Of each named image of `part` (val, test): image | truth | `baseline`'s prediction | `other`'s | what changed.
+
+    The data set is that of `other`'s config, so its images have to be where they were, and a plug-in's module imported.
+    Raises UserError where a model or an image is not there.
+    """
+    examples = examples_of(other, part)
+    index_of = {examples.name(index): index for index in range(len(examples))}
+    gone = [name for name in names if name not in index_of]
+    if gone:
+        raise UserError(f"{other.folder}: its data.{part} has no image {gone[0]} any more; put the images back")
+    models = [load_model(_model_of(run)) for run in (baseline, other)]
+    place = choose_device(device)
+    for name in names:
+        index = index_of[name]
+        ids = []
+        for model, resize in models:
+            packed = pack([Whole(examples, resize)[index]])
+            with evaluating(model.to(place)):
+                ids.append(predict_ids(model, packed.to(place).image, packed.label.shape[-2:])[0].byte().cpu().numpy())
+        photograph = examples.image(index).image
+        yield panels.change_row(photograph, packed.label[0].numpy(), *ids, examples.class_names)
+
+
+def examples_of(run: RunFolder, part: str) -> Examples:
+    """The images that the scores of a part of a run are about. Raises UserError where the config cannot be read."""
+    data = run.config.get("data", {})
+    if data.get(part) is not None:
+        return load(Dataset, data[part])
+    if part != "val" or data.get("labelled") is None:
+        raise UserError(f"{run.folder}: its config has no data.{part}; name runs that were scored on one")
+    labelled = load(Dataset, data["labelled"])
+    recorded = (run.read("split.json") or {}).get("val")
+    return hold_out(labelled)[1] if recorded is None else subset_of(labelled, recorded)
+
+
+def _model_of(run: RunFolder) -> str | Path:
+    """The exported model that was scored: a run's own, or that which an evaluation names."""
+    named = run.config.get("model")
+    return named if isinstance(named, str) else run.folder
+
+
+def _spread(examples: Examples, count: int) -> list[int]:
+    """Indices from the first to the last, evenly apart: neighbours of a clip look alike."""
+    return np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()

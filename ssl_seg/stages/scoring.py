@@ -1,0 +1,125 @@
+"""Scores: segmentation from the confusion matrix of every image, pretext tasks from fixed views of held-out images.
+
+Each process takes the images `rank::world`, without padding, so no image counts twice; what they have counted is shared
+once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_seg.config import UserError
+from ssl_seg.data.augment import Augment
+from ssl_seg.data.loading import CenterCrops, Packed, Whole, loader
+from ssl_seg.data.splits import Examples
+from ssl_seg.images import Size
+from ssl_seg.metrics import ConfusionMatrix, near_boundaries
+from ssl_seg.models import evaluating
+from ssl_seg.scores import ImageConfusions, Row
+from ssl_seg.tasks import Task
+from ssl_seg.training.multitask import MultiTask, make_views
+from ssl_seg.training.processes import Processes
+
+
+def image_confusions(
+    model: nn.Module,
+    examples: Examples,
+    resize: Size | None = None,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> ImageConfusions:
+    """What `model` (RGB in [0, 1] to logits) takes each labelled example for, at the label's own resolution.
+
+    Images are brought to `resize` (H, W) first, where given, and logits brought back bilinearly. One image at a time:
+    a data set may hold images of many sizes. Every process gets all images, in the data set's order.
+    """
+    num_classes = len(examples.class_names)
+    rank, world, device = _place(model, processes)
+    mine = [[index] for index in range(rank, len(examples), world)]
+    rows: list[Row] = []
+    with evaluating(model):
+        for (index,), packed in zip(mine, loader(Whole(examples, resize), mine, workers), strict=True):
+            name = packed.names[0]
+            if packed.label is None:
+                raise UserError(f"{name}: has no mask, so it cannot be scored; name a labelled data set")
+            ids = predict_ids(model, packed.to(device).image, packed.label.shape[-2:])
+            rows.append(count_image(index, packed, ids.cpu(), num_classes))
+    if processes is not None:
+        rows = processes.gather(rows)
+    return ImageConfusions.from_rows(examples.class_names, rows)
+
+
+def count_image(index: int, packed: Packed, ids: Tensor, num_classes: int) -> Row:
+    """The confusion matrix of one example's class ids `(1, H, W)`, with how much of it lies near class boundaries."""
+    whole, near = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
+    whole.update(packed.label, ids)
+    where = torch.from_numpy(near_boundaries(packed.label[0].numpy()))
+    near.update(packed.label[0, where], ids[0, where])
+    pixels = whole.counts.flatten().numpy()
+    cells = pixels.nonzero()[0]
+    return Row(index, packed.names[0], cells, pixels[cells], near.counts.flatten().numpy()[cells], packed.digests[0])
+
+
+def predict_ids(model: nn.Module, image: Tensor, size: Size) -> Tensor:
+    """Class ids `(B, *size)` int64 for images `(B, 3, H, W)` in [0, 1]."""
+    logits = model(image)
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits.argmax(dim=1)
+
+
+def score_tasks(
+    module: MultiTask,
+    examples: Examples,
+    augment: Augment,
+    resize: Size | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> dict[str, float]:
+    """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops and fixed noise."""
+    tasks = _pretext(module)
+    rank, world, device = _place(module, processes)
+    indices = list(range(rank, len(examples), world))
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    sums: dict[str, Tensor] = {}
+    with evaluating(module):
+        for packed in loader(CenterCrops(examples, augment, resize), batches, workers):
+            views = make_views(tasks, {"pool": packed.to(device)})
+            predictions = module.predict(views)
+            for name, view in views.items():
+                prediction = predictions[name].float()
+                figures = {"loss": tasks[name].loss(prediction, view), **tasks[name].metrics(prediction, view)}
+                for figure, values in figures.items():
+                    key = f"{name}/{figure}"
+                    sums[key] = sums.get(key, torch.zeros(2, device=device)) + _sum_and_count(values, figure != "loss")
+    if processes is not None:
+        # A process without an image knows no figures; the names come from rank 0, which has the first image.
+        keys = processes.from_first(list(sums))
+        mine = torch.stack([sums.get(key, torch.zeros(2, device=device)) for key in keys])
+        sums = dict(zip(keys, processes.sum(mine), strict=True))
+    return {key: (total / count).item() for key, (total, count) in sums.items()}
+
+
+def _pretext(module: MultiTask) -> Mapping[str, Task]:
+    return {name: task for name, task in module.tasks.items() if task.stream == "pool"}
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _place(module: nn.Module, processes: Processes | None) -> tuple[int, int, torch.device]:
+    if processes is None:
+        return 0, 1, _device(module)
+    return processes.rank, processes.world, processes.device
+
+
+def _sum_and_count(values: Tensor, leave_out: bool) -> Tensor:
+    """A figure may be nan where nothing counts, as the PSNR of an empty hole; a loss that is nan has to be seen."""
+    counted = values.isfinite() if leave_out else torch.ones_like(values, dtype=torch.bool)
+    return torch.stack([torch.where(counted, values, 0.0).sum(), counted.sum().float()])

@@ -1,0 +1,78 @@
+"""`train`: its keys, and what follows from the step alone (the rate, and when something is due)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from ssl_seg.config import Config
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+SGD_DECAY = 1e-4
+
+
+class TrainConfig(Config):
+    """How the weights are fitted. The unit of time is the step: one update of the optimizer."""
+
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 16  # global, of each stream; divided among processes, tasks (views: split), micro-batches
+    accumulate: PositiveInt = 1  # micro-batches a step
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
+    encoder_lr: PositiveFloat = 1.0  # factor on lr for the encoder; below 1 keeps a pretrained one closer to its start
+    # Factor on lr for the shares of switch norm: Adam moves a weight by lr a step at most, and logits have units to go.
+    switch_lr: PositiveFloat = 10.0
+    # Not of biases, norms and what timm lists beside them. ConvNeXt's value; of sgd 1e-4 (He et al. 2016), whose decay
+    # is added to the gradient: 0.05 with momentum would take a weight to 0 within 100 steps at a rate of 0.1.
+    weight_decay: NonNegativeFloat = 0.05
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)  # of sgd
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw
+    schedule: Literal["cosine", "poly", "multistep", "constant"] = "cosine"
+    warmup: NonNegativeInt | None = None  # steps of linear warm-up; None: 50, or a tenth of a short run
+    power: PositiveFloat = 0.9  # of poly; DeepLab's (Chen et al. 2017)
+    milestones: tuple[Share, ...] = (0.6, 0.9)  # of multistep, as shares of the run
+    gamma: PositiveFloat = 0.1  # of multistep: the factor at each milestone
+    clip: PositiveFloat | None = 1.0  # largest norm of the whole gradient
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+    # all shows every image to every task; split deals each step's images out to the tasks.
+    views: Literal["all", "split"] = "all"
+    # together is one encoder pass over all tasks (fastest); in_turn keeps one task's graph in memory (leanest).
+    encode: Literal["together", "in_turn"] = "together"
+    workers: NonNegativeInt = 2
+    eval_every: PositiveInt | None = None  # steps; None: at the end only
+    save_every: PositiveInt | None = None  # steps; None: ten times a run, but not more often than every 200
+    log_every: PositiveInt = 10
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decay_of_sgd(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("optimizer") == "sgd":
+            return {"weight_decay": SGD_DECAY, **values}
+        return values
+
+
+def lr_at(config: TrainConfig, step: int) -> float:
+    """The learning rate of the update that makes step `step` (counted from 0) out of the weights before it."""
+    warmup = min(50, config.steps // 10) if config.warmup is None else config.warmup
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    if config.schedule == "cosine":  # Loshchilov and Hutter 2017, without restarts
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "poly":
+        return config.lr * (1 - progress) ** config.power
+    if config.schedule == "multistep":
+        passed = sum(step >= milestone * config.steps for milestone in config.milestones)
+        return config.lr * config.gamma**passed
+    return config.lr
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something done `every` steps, and at the last one, is done after step `step`."""
+    return step == last or (every is not None and step % every == 0)

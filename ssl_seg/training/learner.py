@@ -1,0 +1,168 @@
+"""The learner: the module, its optimizer and its loss scaler, and what of them a checkpoint holds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_seg import rng
+from ssl_seg.config import UserError
+from ssl_seg.models import in_evaluation_mode
+from ssl_seg.norm.convert import running_statistics
+from ssl_seg.norm.layers import LOGITS
+from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.multitask import MultiTask
+from ssl_seg.training.processes import Processes
+
+MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}  # what each keeps of a weight
+
+
+class Learner:
+    """The module, its optimizer and the processes: what a step changes, and what a checkpoint holds.
+
+    `size` (H, W) is that of the images to come.
+    """
+
+    def __init__(
+        self, module: MultiTask, config: TrainConfig, processes: Processes, size: tuple[int, int] = (64, 64)
+    ) -> None:
+        self.config = config
+        self.processes = processes
+        self.accelerator = processes.accelerator
+        self.module = module.to(processes.device)
+        if config.channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)
+        self.bad_in_a_row = 0
+        self.buffers = list(self.module.buffers())
+        self.statistics = running_statistics(self.module)
+        # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
+        # leave maps of the encoder unused: there the loop averages by itself.
+        together = processes.world > 1 and config.encode == "together"
+        self.uses_ddp = together and uses_every_weight(self.module, size)
+        optimizer = build_optimizer(self.module, config)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.wrapped = self.module
+        if self.uses_ddp:
+            with warnings.catch_warnings():
+                # torch 2.14 would rather hear `forward_sync_buffers`, which torch 2.10 does not know (2026-11).
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.wrapped = self.accelerator.prepare_model(self.module)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name: weights, buffers and the optimizer's moments."""
+        named = {f"model/{name}": value for name, value in self.module.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
+            for kind, value in self._moments(parameter).items():
+                named[f"optimizer/{name}/{kind}"] = value
+        return named
+
+    def data(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+        scaler = self.accelerator.scaler
+        return {"bad_in_a_row": self.bad_in_a_row, "scaler": scaler.state_dict() if scaler else None}
+
+    def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Put back what `tensors()` and `data()` gave; another optimizer than theirs begins with fresh moments.
+
+        Raises UserError, with nothing changed, for the weights of another module.
+        """
+        weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        own = self.module.state_dict()
+        others = sorted(set(weights) ^ set(own)) or [name for name in own if weights[name].shape != own[name].shape]
+        if others:
+            raise UserError(
+                f"the checkpoint is of other tasks or another model ({others[0]}); start anew with --overwrite"
+            )
+        self.module.load_state_dict(weights)
+        parameters = dict(self.module.named_parameters())
+        for key, value in tensors.items():
+            part, _, rest = key.partition("/")
+            name, _, kind = rest.rpartition("/")
+            if part == "optimizer" and kind in MOMENTS[self.config.optimizer]:
+                self._inner.state[parameters[name]][kind] = _like(value, parameters[name], kind)
+        self.bad_in_a_row = data["bad_in_a_row"]
+        if self.accelerator.scaler and data["scaler"]:
+            self.accelerator.scaler.load_state_dict(data["scaler"])
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self._inner.state.get(parameter, {})
+        return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
+
+
+def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bool:
+    """Whether the heads together reach every weight that is trained: tried on two images.
+
+    Of the run's own `size` (H, W), for a task may refuse others: a jigsaw wants room for its tiles.
+    """
+    image = rng.uniform(rng.as_key("probe"), (2, 3, *size)).to(next(module.parameters()).device)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with in_evaluation_mode(module):
+        features = module.encoder(image)
+        total = sum(head(features, size).sum() for head in module.heads.values())
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    return all(gradient is not None for gradient in gradients)
+
+
+def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD, whose groups know their factor on the rate (the encoder's, switch norm's) and their decay."""
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for part, part_factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
+        spared = not_decayed(part)
+        for name, parameter in part.named_parameters():
+            factor = part_factor * (config.switch_lr if name.endswith(LOGITS) else 1.0)
+            decay = 0.0 if name in spared else config.weight_decay
+            if parameter.requires_grad:
+                members.setdefault((factor, decay), []).append(parameter)
+    groups = [{"params": own, "factor": factor, "weight_decay": decay} for (factor, decay), own in members.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    # Fused: a fifth of a small network's step on the CPU is this update otherwise.
+    return AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, to the bit, for weights in channels_last too without copies.
+
+    Ours because torch's fused update on a CPU (2.14) copies each weight, gradient and moment that is not contiguous,
+    and copies them back, which takes longer than the update. The same memory with its channels seen last is contiguous.
+    """
+
+    def _init_group(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *rest: list[Tensor]
+    ) -> bool:
+        has_complex = super()._init_group(group, params, grads, *rest)
+        is_last = [_format_of(parameter) is torch.channels_last for parameter in params]
+        averages, squares = rest[:2]
+        for tensors in (params, grads, averages, squares):
+            seen = zip(tensors, is_last, strict=True)
+            tensors[:] = [tensor.permute(0, 2, 3, 1) if last else tensor for tensor, last in seen]
+        return has_complex
+
+
+def not_decayed(part: nn.Module) -> set[str]:
+    """Names of biases, norms' weights and what a module's own `no_weight_decay()` lists, as position embeddings."""
+    names = {name for name, parameter in part.named_parameters() if parameter.ndim <= 1}
+    for prefix, module in part.named_modules():
+        listed = getattr(module, "no_weight_decay", set)()
+        names |= {f"{prefix}.{name}".removeprefix(".") for name in listed}
+    return names
+
+
+def _like(value: Tensor, parameter: nn.Parameter, kind: str) -> Tensor:
+    # A fused AdamW wants its step count where the parameter is, as every other moment.
+    if kind == "step":
+        return value.to(parameter.device, copy=True)
+    return value.to(parameter.device, copy=True).contiguous(memory_format=_format_of(parameter))
+
+
+def _format_of(parameter: nn.Parameter) -> torch.memory_format:
+    channels_last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last and not parameter.is_contiguous() else torch.contiguous_format

@@ -1,0 +1,115 @@
+"""The processes of a run, and what they agree on. The only user of accelerate."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import resource
+from typing import Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from torch import Tensor
+
+from ssl_seg.config import UserError
+from ssl_seg.training.config import TrainConfig
+
+DeviceName = Literal["auto", "cpu"]
+T = TypeVar("T")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def choose_device(name: DeviceName) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+class Processes:
+    """The processes of a run and this one's device, behind the few words that the rest of the project needs.
+
+    Raises UserError for fp16 without a GPU, which torch would silently ignore.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        cpu = config.device == "cpu" or not torch.cuda.is_available()
+        if cpu:
+            keep_freed_memory()
+        if config.precision == "fp16" and cpu:
+            raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+        # Else a second run in one process keeps the first one's precision and device.
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+        # Buffers are averaged by the loop in both ways of encoding; DDP's own broadcast would only see one of them.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        precision = "no" if config.precision == "fp32" else config.precision
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.is_main = self.rank == 0
+        if self.world > 1:
+            atexit.register(leave_group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, in one message."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+        flat = self.sum(flat) / self.world
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(piece.view_as(tensor))
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value (a small picklable object), on every process."""
+        holder = [value]
+        if self.world > 1:
+            broadcast_object_list(holder)
+        return holder[0]
+
+    def gather(self, values: list[T]) -> list[T]:
+        """The lists of all processes, one after the other."""
+        return gather_object(values) if self.world > 1 else values
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on some process."""
+        return self.sum(torch.tensor(float(value), device=self.device)).item() > 0
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+def leave_group() -> None:
+    """Close what connects this process with the others, before Python takes it apart.
+
+    Else the threads of gloo are ended in any order, and one exit in 25 of a busy machine is an abort (torch 2.14). Not
+    with NCCL: closing that waits for the others, which a process that ends by an error must not.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to a GiB, for the next step; other C libraries are left as they are.
+
+    By default it hands large pieces back to the kernel at once, which gives them again page by page and wiped, step
+    after step: 6,000 to 11,000 page faults a step of a small network, a tenth of the time of two such runs side by side
+    (tests/benchmarks/test_speed.py).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,378 @@
+"""Scores at the labels' own resolution, against scikit-learn; pretext figures that are the same at every evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, jaccard_score
+from torch import nn
+
+from ssl_seg import images
+from ssl_seg.config import UserError, load
+from ssl_seg.data.splits import Subset
+from ssl_seg.datasets import Dataset, Example
+from ssl_seg.evidence.passport import verify
+from ssl_seg.figures.panels import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
+from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
+from ssl_seg.metrics import near_boundaries
+from ssl_seg.runs.folder import RunFolder, description_of, labelled_digest, leak_word
+from ssl_seg.runs.lock import hold
+from ssl_seg.runs.writer import Run
+from ssl_seg.scores import named_scores, read_image_confusion
+from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
+from ssl_seg.stages.panels import error_picture, prediction_panel, task_pictures, write_images
+from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.scoring import image_confusions, predict_ids, score_tasks
+from ssl_seg.stages.start import build_module
+from tests.faults import message_of
+from tests.small import Textured, pretraining
+
+
+class Halves(Dataset):
+    """Images of several sizes, dark on the left and bright on the right; the mask says which, with a border ignored."""
+
+    count: int = 3
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ("dark", "bright", "never")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Example:
+        height, width = 40 + 7 * index, 50 + 11 * index
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        image[:, width // 2 :] = 255
+        label = (image[..., 0] > 0).astype(np.uint8)
+        label[:, width // 2 - 2 : width // 2 + 2] = 255
+        return Example(image, label, f"halves_{index}")
+
+
+class Unmasked(Halves):
+    """The same, and in the second image no pixel counts."""
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        if index == 1:
+            example.label[:] = 255
+        return example
+
+
+class Brightness(nn.Module):
+    """Class 1 where it is bright, wrong in the top quarter; logits at half of the input's resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        bright = nn.functional.avg_pool2d(image[:, :1], 2)
+        bright[:, :, : bright.shape[2] // 4] = 1 - bright[:, :, : bright.shape[2] // 4]
+        return torch.cat([1 - bright, bright, torch.full_like(bright, -9)], dim=1)
+
+
+@pytest.mark.parametrize("resize", [None, (24, 32), (80, 100)])
+def test_scores_are_scikit_learns_at_the_label_s_resolution(resize: tuple[int, int] | None) -> None:
+    scores = image_confusions(Brightness(), Halves(), resize).scores()
+    labels = [Halves().read(index).label for index in range(3)]
+    assert scores.confusion.sum() == sum((label != 255).sum() for label in labels)
+    named = named_scores(scores, Halves().class_names)
+    assert named["iou/never"] is None, "neither there nor predicted"
+    assert named["miou"] == pytest.approx((named["iou/dark"] + named["iou/bright"]) / 2)
+    truth, prediction = [], []
+    for index, label in enumerate(labels):
+        image = torch.from_numpy(Halves().read(index).image / 255).permute(2, 0, 1)[None].float()
+        expected = (image[0, 0] > 0.5).numpy()
+        expected[: label.shape[0] // 4] ^= True
+        truth.append(label.ravel())
+        prediction.append(expected.ravel())
+    counted = np.concatenate(truth) != 255
+    oracle = jaccard_score(np.concatenate(truth)[counted], np.concatenate(prediction)[counted], average="macro")
+    assert named["miou"] == pytest.approx(oracle, abs=0.05)  # the quarter's edge moves by a pixel or two
+
+
+def test_an_image_without_a_mask_cannot_be_scored() -> None:
+    class Bare(Halves):
+        def read(self, index: int) -> Example:
+            return Example(super().read(index).image, None, "bare")
+
+    with pytest.raises(UserError, match="bare: has no mask"):
+        image_confusions(Brightness(), Bare())
+
+
+def test_task_scores_repeat_and_do_not_depend_on_the_batch() -> None:
+    config = load(PretrainConfig, pretraining())
+    module = build_module(config.model, config.tasks, 0)
+    first = score_tasks(module, config.data.val, config.augment, batch_size=16)
+    assert first == score_tasks(module, config.data.val, config.augment, batch_size=16)
+    assert score_tasks(module, config.data.val, config.augment, batch_size=1) == pytest.approx(first, rel=1e-4)
+    assert {"denoise/loss", "denoise/psnr", "rotate/loss", "rotate/accuracy"} <= set(first)
+    assert module.training, "the mode is put back"
+
+
+def test_pictures_have_a_row_an_image() -> None:
+    config = load(PretrainConfig, pretraining())
+    module = build_module(config.model, config.tasks, 0)
+    sheets = task_pictures(module, config.data.val, config.augment)
+    assert sheets["denoise"].shape == (3 * 64 + 2 * GAP, 3 * 64 + 2 * GAP, 3)
+    panel = prediction_panel(Brightness(), Subset(Halves(), (1, 2)))
+    rows, below = panel[: 2 * 54 + GAP], panel[2 * 54 + GAP :]
+    assert rows.shape == (2 * 54 + GAP, 3 * 72 + 2 * GAP, 3)
+    for colour in palette(3)[:3]:  # dark, bright, never
+        assert (below == colour).all(axis=2).any()
+
+
+def test_each_image_has_scikit_learn_s_confusion_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_seg.metrics.BAND_WIDTH", 0.1)  # wider than the ignored line between the halves
+    found = image_confusions(Brightness(), Unmasked())
+    assert found.names == ("halves_0", "halves_1", "halves_2")
+    for index in range(3):
+        example = Unmasked().read(index)
+        image = torch.from_numpy(example.image / 255).permute(2, 0, 1)[None].float()
+        ids = predict_ids(Brightness(), image, example.label.shape)[0].numpy()
+        counted = example.label != 255
+        oracle = confusion_matrix(example.label[counted], ids[counted], labels=range(3)) if counted.any() else 0
+        np.testing.assert_array_equal(found.total([index]), np.zeros((3, 3)) + oracle)
+        near = near_boundaries(example.label)
+        oracle = confusion_matrix(example.label[near], ids[near], labels=range(3)) if near.any() else 0
+        np.testing.assert_array_equal(found.at_boundaries().total([index]), np.zeros((3, 3)) + oracle)
+    assert found.at_boundaries().total().sum() > 0
+    assert np.isnan(found.per_image_miou()).tolist() == [False, True, False]
+
+
+class Doctored(Halves):
+    """The same images under the same names, with one pixel of the second changed."""
+
+    what: str = "image"
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        if index == 1:
+            pixels = example.image if self.what == "image" else example.label
+            pixels[0, 0] = 1
+        return example
+
+
+def test_the_digest_is_of_the_images_as_they_are_and_not_of_the_model_or_its_input() -> None:
+    digest = image_confusions(Brightness(), Halves()).digest
+    assert image_confusions(Brightness(), Halves(), (24, 32)).digest == digest
+    others = [image_confusions(Brightness(), data).digest for data in (Doctored(), Doctored(what="label"), Unmasked())]
+    assert len({digest, *others}) == 4
+
+
+def listed(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What extremes.json says, after looking whether it is true."""
+    extremes = json.loads((folder / "extremes.json").read_text())
+    told = [entry["picture"] for entries in extremes.values() for entry in entries]
+    pngs = [path.relative_to(folder).as_posix() for path in (folder / "pictures").glob("[!0-9]*.png")]
+    assert sorted(told) == sorted(pngs)
+    for picture in told:
+        assert images.read_image(folder / picture).shape[1] == 4 * ERROR_SIDE + 3 * GAP
+    return extremes
+
+
+def test_the_worst_and_best_images_are_drawn_and_listed(tmp_path: Path) -> None:
+    many, few, resize = Halves(count=10), Unmasked(), (24, 32)
+    parts = {
+        part: (data, image_confusions(Brightness(), data, resize)) for part, data in (("val", many), ("test", few))
+    }
+    write_images(tmp_path, Brightness(), parts, resize)
+    extremes = listed(tmp_path)
+    assert [entry["kind"] for entry in extremes["val"]] == ["worst"] * 4 + ["best"] * 4
+    assert extremes["val"][0]["picture"] == "pictures/val_worst_1.png"
+    assert extremes["val"][4]["picture"] == "pictures/val_best_1.png"
+    miou = dict(zip(parts["val"][1].names, parts["val"][1].per_image_miou(), strict=True))
+    for entry in extremes["val"]:
+        assert entry["miou"] == miou[entry["name"]]
+    assert [entry["miou"] for entry in extremes["val"][:4]] == sorted(miou.values())[:4]
+    assert [entry["miou"] for entry in extremes["val"][4:]] == sorted(miou.values())[:-5:-1]
+    first = error_picture(Brightness(), many, parts["val"][1].names.index(extremes["val"][0]["name"]), resize)
+    np.testing.assert_array_equal(images.read_image(tmp_path / "pictures" / "val_worst_1.png"), first)
+    assert {entry["name"] for entry in extremes["test"]} == {"halves_0", "halves_2"}, "one has no pixel that counts"
+
+
+def test_drawn_again_only_the_new_pictures_are_there_and_those_of_training_stay(tmp_path: Path) -> None:
+    many, few = Halves(count=10), Halves(count=1)
+    write_images(tmp_path, Brightness(), {"test": (many, image_confusions(Brightness(), many))})
+    during = tmp_path / "pictures" / "00000005_best_worst_1.png"
+    images.write_image(during, np.zeros((4, 4, 3), dtype=np.uint8))
+    write_images(tmp_path, Brightness(), {"val": (few, image_confusions(Brightness(), few))})
+    assert [entry["kind"] for entry in listed(tmp_path)["val"]] == ["worst"]
+    assert during.exists()
+    assert list(read_image_confusion(tmp_path)) == ["val"]
+
+
+def test_the_error_map_shows_what_was_counted_wrong() -> None:
+    image = np.full((2, 2, 3), 200, dtype=np.uint8)
+    drawn = error_map(image, np.array([[0, 1], [1, 255]], np.uint8), np.array([[0, 0], [1, 0]], np.uint8)).tolist()
+    assert drawn[0][0] == drawn[1][0] == [80, 80, 80]
+    red, green, blue = drawn[0][1]
+    assert red > 200 > 100 > green > blue
+    assert drawn[1][1] == list(IGNORE_COLOUR)
+
+
+@pytest.mark.parametrize("resize", [None, (24, 32)])
+def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = Halves()
+    height, width = examples.read(2).label.shape
+    monkeypatch.setattr("ssl_seg.figures.panels.ERROR_SIDE", width)  # pixel by pixel
+    sheet = error_picture(Brightness(), examples, 2, resize)
+    total = image_confusions(Brightness(), examples, resize).total([2])
+    errors = sheet[:height, 3 * (width + GAP) :]
+    coloured = errors[..., 0] != errors[..., 2]
+    assert coloured.sum() == total.sum() - total.trace() > 0
+    assert (errors == IGNORE_COLOUR).all(axis=2).sum() == height * width - total.sum()
+    np.testing.assert_array_equal(sheet[:height, :width], examples.read(2).image)
+
+
+def test_evaluate_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Brightness()
+    model.class_names = Halves().class_names
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (model, None))
+    config = EvaluateConfig(model="x", data={"test": Unmasked()}, workers=0, device="cpu")
+    evaluate(config, tmp_path / "out")
+    summed = read_image_confusion(tmp_path / "out")["test"].total().tolist()
+    assert summed == json.loads((tmp_path / "out" / "confusion.json").read_text())["test"]
+    assert verify(tmp_path / "out").largest <= 1e-12
+    assert len(listed(tmp_path / "out")["test"]) == 2
+    with pytest.raises(UserError, match=r"data\.test: holds no image"):
+        evaluate(EvaluateConfig(model="x", data={"test": Halves(count=0)}), tmp_path / "empty")
+
+
+class Ground(Brightness):
+    """Class 0 everywhere, and the classes of `Textured`."""
+
+    class_names = ("ground", "disc")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.stack([image[:, 0], image[:, 0] - 9], dim=1)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of a model that was trained on two images, as `finetune` leaves it."""
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Ground(), None))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    place = Run(folder, {}, os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
+    check(place, Question({"labelled": Textured(count=2, seed=5)}, {"val": Textured(count=2, seed=6)}, Leaks()))
+    config = {
+        "seed": 3,
+        "transfer": "encoder",
+        "init": None,
+        "data": {"labelled": {}, "test": {"type": "x", "root": "y"}},
+    }
+    place.write_json("run.json", {"stage": "finetune", "status": "finished", "config": config, "origin": None})
+    place.write_json("split.json", {"labelled": ["a"], "val": ["b"], "sha256_of_labelled": "1"})
+    return folder
+
+
+def of_textured(model: Path, seed: int, count: int = 2, **more: Any) -> EvaluateConfig:
+    return EvaluateConfig(
+        model=str(model), data={"test": Textured(count=count, seed=seed)}, workers=0, device="cpu", **more
+    )
+
+
+def test_images_that_the_model_was_trained_on_are_no_test(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where it writes if no folder is named
+    for out in (tmp_path / "out", None):
+        with pytest.raises(LeakError, match=r"leak into data\.test: 2 exact.*textured_5_0") as raised:
+            evaluate(of_textured(trained / "model", 5), out)
+        assert Path(re.search(r"see (\S+leaks\.json)", str(raised.value))[1]).is_file()
+        assert raised.value.exit_code == 3
+    allowed = of_textured(trained, 5, leaks={"allow": ["exact"]})
+    assert evaluate(allowed, tmp_path / "out").out == tmp_path / "out", "the refused one is taken again"
+    assert leak_word(RunFolder.open(tmp_path / "out").read("leaks.json")) == "allowed"
+    evaluate(of_textured(trained, 5, leaks={"check": False}), tmp_path / "unchecked")
+    assert leak_word(RunFolder.open(tmp_path / "unchecked").read("leaks.json")) == "unchecked"
+
+
+def test_the_model_s_own_validation_images_are_no_leak(trained: Path, tmp_path: Path) -> None:
+    evaluate(of_textured(trained, 6), tmp_path / "out")
+    record = RunFolder.open(tmp_path / "out").read("leaks.json")
+    assert leak_word(record) == "clean"
+    assert list(record["trained"].values()) == [2]
+
+
+def test_an_evaluation_says_of_which_run_its_model_is(trained: Path, tmp_path: Path) -> None:
+    evaluate(of_textured(trained / "model", 7), tmp_path / "out")
+    run = RunFolder.open(tmp_path / "out")
+    own = RunFolder.open(trained)
+    assert run.is_done
+    assert run.record["origin"] == {"stage": "finetune", "config": own.config, "origin": None}
+    assert labelled_digest(run.read("split.json")) == labelled_digest(own.read("split.json")) != ""
+    described = description_of(run.record)
+    assert (described["seed"], described["data.test.seed"]) == ("3", "7")
+    assert "data.test.root" not in described
+    assert run.read("data.json")["test"]["images"] == 2
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_seg.leaks.guard.check", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", Path("/proc/nope/out")):
+        assert f"{out}: cannot be written" in message_of(lambda out=out: evaluate(of_textured(trained, 6), out))
+    for taken in (trained, tmp_path / "file", tmp_path):
+        assert "exists already" in message_of(lambda out=taken: evaluate(of_textured(trained, 6), out))
+
+
+@pytest.mark.parametrize("name", ["image_confusions", "write_images", "manifest", "prediction_panel"])
+def test_an_evaluation_that_was_killed_is_taken_again(
+    name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    config, out = of_textured(trained, 6), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"ssl_seg.stages.evaluate.{name}", die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(config, out)
+    assert not RunFolder.open(out).is_done
+    evaluate(config, out)
+    assert verify(out).figures == 6
+    with pytest.raises(UserError, match="exists already"):
+        evaluate(config, out)
+
+
+def test_two_evaluations_do_not_write_one_folder(trained: Path, tmp_path: Path) -> None:
+    with hold(tmp_path / "out"):
+        assert "in use by process" in message_of(lambda: evaluate(of_textured(trained, 6), tmp_path / "out"))
+
+
+def test_the_model_s_classes_must_be_the_data_s(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Brightness()
+    model.class_names = ("ground", "disc")
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (model, None))
+    assert evaluate(EvaluateConfig(model="x", data={"test": Textured(count=1)}, workers=0)).out is None
+    with pytest.raises(UserError, match=r"data\.test: has the classes dark, bright, never"):
+        evaluate(EvaluateConfig(model="x", data={"test": Halves()}))
+
+
+def test_class_colours_differ_and_ids_without_a_class_are_grey() -> None:
+    for count in (2, 11, 30):
+        colours = palette(count)[:count].astype(int)
+        distances = np.abs(colours[:, None] - colours[None]).sum(axis=-1) + 999 * np.eye(count, dtype=int)
+        assert distances.min() > 20
+    assert palette(11)[255].tolist() == [224, 224, 224]
+
+
+def test_a_grid_keeps_panels_in_their_places() -> None:
+    red, blue = np.full((4, 6, 3), (255, 0, 0), np.uint8), np.full((2, 3, 3), (0, 0, 255), np.uint8)
+    sheet = grid([[red, blue], [blue]])
+    assert sheet.shape == (8 + GAP, 12 + GAP, 3)
+    assert (sheet[:4, 6 + GAP :] == (0, 0, 255)).all()
+    assert (sheet[4 + GAP :, 6 + GAP :] == 255).all()
+    assert overlay(red, np.zeros((4, 6), np.uint8), palette(2)).shape == red.shape

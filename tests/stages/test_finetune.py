@@ -1,0 +1,322 @@
+"""Fine-tuning: where its weights come from, joint training, what is selected, when it stops, which images it sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_seg.config import UserError, load
+from ssl_seg.data.splits import sample_digest
+from ssl_seg.evidence.passport import verify
+from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.folder import read_metrics
+from ssl_seg.runs.lock import LOCK
+from ssl_seg.runs.writer import RUN_FILES
+from ssl_seg.scores import read_image_confusion
+from ssl_seg.stages.finetune import (
+    SEGMENT,
+    FinetuneConfig,
+    Finetuned,
+    choose_images,
+    finetune,
+    load_weights,
+    of_small_images,
+    resolve,
+)
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.setup import Options
+from ssl_seg.stages.start import build_module
+from ssl_seg.weights.export import load_model
+from ssl_seg.weights.receipt import Receipt
+from tests.small import MODEL, POOL, Textured, finetuning, pretraining
+
+
+def run(folder: Path, changed: dict[str, Any] | None = None, **train: Any) -> Finetuned:
+    values = {**finetuning(**train), **(changed or {})}
+    return finetune(load(FinetuneConfig, values), Options(folder, quiet=True))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(folder, quiet=True))
+    return folder
+
+
+def started(init: Path | None, transfer: str = "encoder") -> dict[str, torch.Tensor]:
+    """The weights before the first step."""
+    values = {**finetuning(), "init": None if init is None else str(init), "transfer": transfer}
+    config = resolve(load(FinetuneConfig, values))
+    module = build_module(config.model, {SEGMENT: config.segment}, config.seed)
+    load_weights(config, module)
+    return module.state_dict()
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_fresh(pretrained: Path) -> None:
+    scratch, encoder = started(None), started(pretrained)
+    exported = load_file(pretrained / "encoder" / "encoder.safetensors")
+    for name, value in exported.items():
+        assert torch.equal(encoder[f"encoder.{name}"], value)
+    heads = [name for name in scratch if name.startswith("heads.")]
+    assert all(torch.equal(scratch[name], encoder[name]) for name in heads)
+    assert any(not torch.equal(scratch[name], encoder[name]) for name in scratch if name.startswith("encoder."))
+
+
+def test_the_decoder_of_a_task_may_come_along_all_but_its_last_layer(pretrained: Path) -> None:
+    scratch, both = started(None), started(pretrained, "encoder+denoise")
+    exported = load_file(pretrained / "decoders" / "denoise.safetensors")
+    assert exported
+    for name, value in exported.items():
+        assert torch.equal(both[f"heads.{SEGMENT}.decoder.{name}"], value)
+    assert torch.equal(both[f"heads.{SEGMENT}.last.weight"], scratch[f"heads.{SEGMENT}.last.weight"])
+
+
+def test_a_fine_tuned_run_is_a_start_too_so_that_masks_of_a_drawn_world_can_pretrain(tmp_path: Path) -> None:
+    supervised = run(tmp_path / "supervised", steps=2)
+    state = started(supervised.folder, f"encoder+{SEGMENT}")
+    model = load_file(supervised.model / "model.safetensors")
+    encoder = {name: value for name, value in model.items() if name.startswith("encoder.")}
+    assert encoder
+    assert all(torch.equal(state[name], value) for name, value in encoder.items())
+    decoder = load_file(supervised.folder / "decoders" / f"{SEGMENT}.safetensors")
+    assert decoder
+    assert all(torch.equal(state[f"heads.{SEGMENT}.decoder.{name}"], value) for name, value in decoder.items())
+
+
+def test_a_whole_model_may_be_the_start_of_another_fine_tuning(tmp_path: Path) -> None:
+    supervised = run(tmp_path / "supervised", steps=2)
+    model = load_file(supervised.model / "model.safetensors")
+    state = started(supervised.folder, "model")
+    own = {name.replace("head.", f"heads.{SEGMENT}.", 1): value for name, value in model.items()}
+    assert own.keys() == state.keys()
+    assert all(torch.equal(state[name], value) for name, value in own.items())
+    done = run(tmp_path / "again", {"init": str(supervised.folder), "transfer": "model"}, steps=1)
+    (receipt,) = json.loads((done.folder / "receipts.json").read_text()).values()
+    assert (receipt["share"], receipt["features_equal"]) == (1.0, True)
+
+
+def test_a_whole_model_of_other_classes_or_of_no_classes_is_one_line(pretrained: Path, tmp_path: Path) -> None:
+    supervised = run(tmp_path / "supervised", steps=1)
+    info = json.loads((supervised.model / "model.json").read_text())
+    (supervised.model / "model.json").write_text(json.dumps({**info, "class_names": ["sky", "road"]}))
+    for init, said in (
+        (supervised.folder, r"takes all but the last layer"),
+        (pretrained, r"no model/model\.safetensors"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            started(init, "model")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_task_without_a_decoder_cannot_lend_one(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rotate"):
+        run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+rotate"})
+
+
+def test_the_model_is_that_of_the_encoder_where_none_is_given(pretrained: Path) -> None:
+    values = {key: value for key, value in finetuning().items() if key != "model"}
+    assert (
+        resolve(load(FinetuneConfig, {**values, "init": str(pretrained)})).model.dump()
+        == resolve(load(FinetuneConfig, finetuning())).model.dump()
+    )
+    assert resolve(load(FinetuneConfig, values)).model.encoder.name == "resnet18"
+
+
+def test_another_encoder_is_refused_by_its_name(pretrained: Path, tmp_path: Path) -> None:
+    other = {**MODEL, "encoder": {"type": "timm", "name": "mobilenetv2_050"}}
+    with pytest.raises(
+        UserError, match=r"holds a mobilenetv2_035, and model.encoder asks for mobilenetv2_050"
+    ) as caught:
+        run(tmp_path / "run", {"init": str(pretrained), "model": other})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"does not fit this network"):  # its tensors are looked at all the same
+        run(tmp_path / "run", {"init": str(pretrained), "model": other, "init_allow": ["no such tensor"]})
+
+
+def test_what_the_config_leaves_out_of_the_model_is_that_of_init(pretrained: Path) -> None:
+    model = {"decoder": {"type": "unet", "channels": [32, 16, 16, 8, 8]}}
+    resolved = resolve(load(FinetuneConfig, {**finetuning(), "model": model, "init": str(pretrained)})).model
+    assert (resolved.encoder.name, resolved.decoder.type, resolved.norm) == ("mobilenetv2_035", "unet", "group")
+
+
+def test_crops_that_enlarge_the_images_are_told() -> None:
+    values = finetuning()
+    size = load(FinetuneConfig, values).data.labelled.image(0).image.shape[:2]
+    for crop, resize, is_told in (
+        (size, None, False),
+        ((size[0] + 1, size[1]), None, True),
+        ((64, 64), (32, 48), True),
+        ((32, 32), (32, 48), False),
+    ):
+        data = {**values["data"], "resize": resize}
+        config = load(FinetuneConfig, {**values, "augment": {"crop": crop}, "data": data})
+        assert bool(of_small_images(config, config.data.labelled)) is is_told
+
+
+def test_a_pretraining_takes_the_model_of_init_too(pretrained: Path, tmp_path: Path) -> None:
+    values = {key: value for key, value in pretraining(steps=1).items() if key != "model"}
+    done = pretrain(load(PretrainConfig, {**values, "init": str(pretrained)}), Options(tmp_path / "run", quiet=True))
+    config = json.loads((done.folder / "run.json").read_text())["config"]
+    assert config["model"] == json.loads((pretrained / "run.json").read_text())["config"]["model"]
+    other = {**values, "init": str(pretrained), "model": {"encoder": {"name": "resnet18"}}}
+    with pytest.raises(UserError, match=r"model\.encoder asks for resnet18"):
+        pretrain(load(PretrainConfig, other), Options(tmp_path / "other", quiet=True))
+    assert not (tmp_path / "other").exists()
+
+
+UNET = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}, "norm": "group"}
+
+
+@pytest.mark.parametrize(
+    ("encode", "model"),
+    [("together", MODEL), ("in_turn", MODEL), pytest.param("together", UNET, marks=pytest.mark.slow)],
+)
+def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(
+    encode: str, model: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = run(tmp_path / "alone", {"model": model}, encode=encode)
+    data = {**finetuning()["data"], "pool": POOL}
+    tasks = {"denoise": {"weight": 0.0}, "rotate": {"weight": 0.0}}
+    joint = run(tmp_path / "joint", {"model": model, "data": data, "tasks": tasks}, encode=encode)
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for one, other in zip(read_metrics(alone.folder), read_metrics(joint.folder), strict=True):
+        assert one["train/segment/loss"] == other["train/segment/loss"]
+        assert "train/denoise/loss" in other
+
+
+def test_joint_training_with_weight_changes_the_encoder(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone")
+    joint = run(tmp_path / "joint", {"data": {**finetuning()["data"], "pool": POOL}, "tasks": {"denoise": {}}})
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_to_find_the_disc(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}}, steps=80, lr=3e-3)
+    ground = (done.test.confusion[0].sum() / done.test.confusion.sum()).item()
+    assert done.test.miou > 0.6 > ground / 2, "far above one class everywhere"
+    recorded = json.loads((done.folder / "tasks.json").read_text())[SEGMENT]["prepared"]
+    assert recorded["class_weights"] != "median"
+    assert min(recorded["class_weights"]) < 1 < max(recorded["class_weights"])
+
+
+def test_the_exported_model_gives_the_scores_of_the_run(tmp_path: Path) -> None:
+    done = run(tmp_path / "run")
+    model, resize = load_model(done.folder)
+    config = load(FinetuneConfig, finetuning())
+    again = image_confusions(model, config.data.test, resize).scores()
+    assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(done.test.confusion))
+    image = torch.rand(1, 3, 37, 51)
+    assert model(image).shape == (1, 2, 37, 51)
+
+
+def test_every_image_s_confusion_adds_up_to_the_run_s(tmp_path: Path) -> None:
+    done = run(tmp_path / "run")
+    kept = json.loads((done.folder / "confusion.json").read_text())
+    found = read_image_confusion(done.folder)
+    assert {part: confusions.total().tolist() for part, confusions in found.items()} == {
+        part: kept[part] for part in ("val", "test")
+    }
+    for part, seed in (("val", 6), ("test", 7)):
+        assert found[part].names == tuple(f"textured_{seed}_{index}" for index in range(3))
+        assert found[part].class_names == ("ground", "disc")
+    assert {path.name for path in done.folder.iterdir()} <= {*RUN_FILES, LOCK}, "--overwrite would leave the rest"
+    assert verify(done.folder).largest <= 1e-9
+    said = json.loads((done.folder / "result.json").read_text())["passport"]
+    assert said["val"]["split"] == found["val"].digest != said["test"]["split"]
+    split = json.loads((done.folder / "split.json").read_text())
+    labelled = Textured(count=4, seed=5)
+    assert split["sha256_of_labelled"] == sample_digest(labelled) != sample_digest(Textured(count=4, seed=6))
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_the_same_command_draws_and_counts_again_what_is_lost(select: str, tmp_path: Path) -> None:
+    def made() -> dict[str, bytes]:
+        pictures = (tmp_path / "run" / "pictures").glob("[!0-9]*.png")
+        others = [tmp_path / "run" / name for name in ("confusion_images.safetensors", "extremes.json")]
+        return {path.name: path.read_bytes() for path in (*others, *pictures)}
+
+    run(tmp_path / "run", {"select": select})
+    first = made()
+    assert set(first) > {"extremes.json", "val_worst_1.png", "val_worst_2.png", "val_best_1.png", "test_best_1.png"}
+    for name in first:
+        next((tmp_path / "run").rglob(name)).unlink()
+    run(tmp_path / "run", {"select": select})
+    assert made() == first
+
+
+def test_the_best_weights_are_selected_and_the_last_on_request(tmp_path: Path) -> None:
+    best = run(tmp_path / "best", steps=30, eval_every=3, lr=0.02)
+    scores = {line["step"]: line["val/miou"] for line in read_metrics(best.folder) if "val/miou" in line}
+    assert best.selected_step == max(scores, key=scores.get)
+    assert best.selected_step != best.steps, "else this test shows nothing"
+    assert best.val.miou == pytest.approx(max(scores.values()))
+    last = run(tmp_path / "last", {"select": "last"}, steps=30, eval_every=3, lr=0.02)
+    assert last.selected_step == last.steps == 30
+    assert last.val.miou == pytest.approx(scores[30])
+
+
+def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tmp_path: Path) -> None:
+    tired = run(tmp_path / "tired", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+    scores = [line["val/miou"] for line in read_metrics(tired.folder)]
+    assert tired.steps < 60
+    assert max(scores[-2:]) <= max(scores[:-2])
+    content = run(tmp_path / "content", {"stop": {"target": 0.3}}, steps=60, eval_every=1, lr=3e-3)
+    reached = [line["val/miou"] >= 0.3 for line in read_metrics(content.folder)]
+    assert reached.index(True) == len(reached) - 1
+
+
+def test_a_stopped_run_is_not_taken_up_again(tmp_path: Path) -> None:
+    first = run(tmp_path / "run", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+    again = run(tmp_path / "run", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+    assert again.steps == first.steps
+    assert again.val.miou == first.val.miou
+    assert load_state(first.folder).step == first.steps
+
+
+def test_validation_is_held_out_where_none_is_given() -> None:
+    data = {"labelled": {**POOL, "count": 10}}
+    config = resolve(load(FinetuneConfig, {**finetuning(), "data": data, "labels": {"count": 4}}))
+    labelled, val = choose_images(config)
+    names = [{part.name(index) for index in range(len(part))} for part in (labelled, val)]
+    assert [len(part) for part in names] == [4, 2]
+    assert not names[0] & names[1]
+
+
+def test_one_labelled_image_trains(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", {"labels": {"count": 1}})
+    assert len(done.labelled) == 1
+    assert json.loads((done.folder / "split.json").read_text())["labelled"] == list(done.labelled)
+
+
+def test_masks_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Textured.read
+
+    def nothing_known(self: Textured, index: int) -> Any:
+        example = read(self, index)
+        if self.seed == 5:  # the labelled images
+            example.label[:] = 255
+        return example
+
+    monkeypatch.setattr(Textured, "read", nothing_known)
+    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}})
+    assert all(line["train/loss"] == 0 for line in read_metrics(done.folder))
+    assert all(value.isfinite().all() for value in load_file(done.folder / "model" / "model.safetensors").values())
+    assert 0 <= done.val.miou <= 1
+
+
+def test_the_receipts_are_kept(pretrained: Path, tmp_path: Path) -> None:
+    done = run(tmp_path / "run", {"init": str(pretrained), "transfer": "encoder+denoise"})
+    kept = json.loads((done.folder / "receipts.json").read_text())
+    for part in ("encoder", "decoder"):
+        receipt = Receipt(**kept[part])
+        assert receipt.share == 1.0
+        assert not receipt.missing + receipt.left_over
+    assert kept["encoder"]["features_equal"] is True

@@ -1,0 +1,345 @@
+"""A run that stops and goes on ends in the same bits: after every step, after kill -9, on 1 and 2 processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from ssl_seg.config import UserError, load
+from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.folder import read_metrics, software_of
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
+from tests import ROOT
+from tests.small import finetuning, pretraining
+from tests.training.test_ddp import torchrun
+from tests.two_processes import cut_after, resume_after_every_step, without_dropout
+
+SMALL = ROOT / "tests" / "small.py"
+STAGES = {"pretrain": (pretraining, PretrainConfig, pretrain), "finetune": (finetuning, FinetuneConfig, finetune)}
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = read_metrics(folder)
+    return [{name: value for name, value in line.items() if name not in ("images_per_s", "time")} for line in lines]
+
+
+def last_state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_state(folder).tensors
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert figures(a) == figures(b)
+    torch.testing.assert_close(last_state(a), last_state(b), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "changed"),
+    [("pretrain", 0, {}), ("pretrain", 2, {"encode": "in_turn"}), ("finetune", 0, {"eval_every": 2})],
+)
+def test_resuming_after_every_step_gives_the_same_bits(
+    stage: str, workers: int, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    values, config_class, run = STAGES[stage]
+    config = load(config_class, values(workers=workers, **changed))
+    resume_after_every_step(lambda folder: run(config, Options(folder, quiet=True)), tmp_path, config.train.steps)
+    assert_all_the_same(tmp_path)
+
+
+def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) -> None:
+    for encode, workers in (("together", 0), ("in_turn", 2)):
+        folder = tmp_path / encode
+        done = torchrun("-m", "tests.two_processes", "resume", str(folder), encode, str(workers))
+        assert done.returncode == 0, done.stderr
+        assert_all_the_same(folder)
+
+
+def assert_all_the_same(folder: Path) -> None:
+    """The whole run and those resumed after each of its steps, as `resume_after_every_step` leaves them."""
+    whole = folder / "whole"
+    parts = sorted(folder.glob("after_*"))
+    assert len(parts) == 5
+    for part in parts:
+        assert figures(whole) == figures(part)
+        torch.testing.assert_close(last_state(part), last_state(whole), rtol=0, atol=0)
+        for exported in ("encoder/encoder.safetensors", "model/model.safetensors"):
+            if (whole / exported).exists():
+                torch.testing.assert_close(load_file(part / exported), load_file(whole / exported), rtol=0, atol=0)
+
+
+def words(values: dict[str, Any], folder: Path) -> list[str]:
+    """The values as a YAML file for a command."""
+    path = folder / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return [str(path), "--plugin", str(SMALL)]
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def start(stage: str, config: list[str], out: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The run as the first of a process group of its own."""
+    command = [sys.executable, *launcher, "-m", "ssl_seg", stage, *config, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Until metrics.jsonl has the step (or the run is over)."""
+    path = out / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= step):
+        time.sleep(0.01)
+
+
+def test_kills_at_random_steps_leave_no_trace(tmp_path: Path) -> None:
+    config = words(pretraining(steps=14, save_every=3, eval_every=5), tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start("pretrain", config, whole)) == 0
+    random.seed(1)
+    kills = 0
+    for step in (2, 4, 7, 9, 12):
+        process = start("pretrain", config, killed)
+        wait_for_step(process, killed, step)
+        time.sleep(random.uniform(0, 0.1))  # anywhere in the step, also inside a save
+        process.kill()
+        kills += finish(process) == -signal.SIGKILL
+    assert kills == 5, "each must hit a running process"
+    assert json.loads((killed / "run.json").read_text())["status"] == "running"
+    assert finish(start("pretrain", config, killed)) == 0
+    assert_same_run(whole, killed)
+    assert [line["step"] for line in figures(killed)] == list(range(1, 15))
+    assert json.loads((killed / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, workers: int, tmp_path: Path) -> None:
+    """To the process alone; or, with loader workers, to all of its group, as a terminal and a scheduler send it."""
+    config = words(pretraining(steps=400, save_every=400, workers=workers), tmp_path)
+    out = tmp_path / "run"
+    process = start("pretrain", config, out)
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signum) if workers else process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, said
+    assert "Traceback" not in said
+    assert "the same command continues" in said
+    check_saved(out)
+
+
+def test_a_signal_to_every_process_under_torchrun_saves_the_step(tmp_path: Path) -> None:
+    """Each gets it twice: from the group, and passed on by torchrun, whose own exit code is not ours."""
+    out = tmp_path / "run"
+    process = start("pretrain", words(pretraining(steps=400, save_every=400, workers=2), tmp_path), out, TWO)
+    wait_for_step(process, out, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert "the same command continues" in said
+    check_saved(out)
+
+
+def check_saved(out: Path) -> None:
+    assert json.loads((out / "run.json").read_text())["status"] == "killed"
+    assert load_state(out).step == len(figures(out)) >= 3
+
+
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
+    """The same images and keys follow; only dropout's own draws differ, and there is none here."""
+    values = pretraining(steps=6, save_every=3, lr=1e-4)
+    values["model"] = without_dropout(values["model"])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = torchrun("-m", "ssl_seg", "pretrain", *words(values, tmp_path), "--out", str(whole))
+    assert done.returncode == 0, done.stderr
+    cut_after(3, whole, cut)
+    pretrain(load(PretrainConfig, values), Options(cut, quiet=True))
+    for alone, both in zip(figures(cut), figures(whole), strict=True):
+        assert alone == pytest.approx(both, rel=1e-3)
+
+
+def test_a_changed_key_is_named_and_refused_unless_allowed(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
+    longer = load(PretrainConfig, pretraining(steps=4))
+    with pytest.raises(UserError, match=r"train\.steps was 2 and is now 4") as caught:
+        pretrain(longer, Options(tmp_path / "run", quiet=True))
+    assert "\n" not in str(caught.value)
+    assert len(figures(tmp_path / "run")) == 2, "nothing was touched"
+    done = pretrain(longer, Options(tmp_path / "run", allow_changed=("train.steps",), quiet=True))
+    assert done.steps == 4
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3, 4]
+    (resumed,) = json.loads((tmp_path / "run" / "run.json").read_text())["resumed"]
+    assert (resumed["after_step"], resumed["changed"]) == (2, {"train.steps": [2, 4]})
+
+
+def test_what_the_steps_before_were_made_with_is_not_forgotten(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(steps=2))
+    pretrain(config, Options(tmp_path, quiet=True))
+    now = software_of(json.loads((tmp_path / "run.json").read_text()))
+    assert now["device"] == "1 x cpu"
+    record = json.loads((tmp_path / "run.json").read_text())
+    former = {"device": "1 x cuda", "versions": {"torch": "2.10"}}
+    (tmp_path / "run.json").write_text(json.dumps({**record, **former}))
+    pretrain(config, Options(tmp_path, quiet=True))
+    both = software_of(json.loads((tmp_path / "run.json").read_text()))
+    assert both["torch"] == f"2.10, {now['torch']}"
+    assert both["device"] == "1 x cuda, 1 x cpu"
+    assert both["timm"] == now["timm"]
+
+
+def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
+    values = pretraining(steps=3)
+    values["tasks"] = {"denoise": {"weight": 100.0}, "rotate": {"weight": 0.5}}
+    allowed = ("tasks.denoise.weight", "train.steps")
+    pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=allowed, quiet=True))
+    last = figures(tmp_path / "run")[-1]
+    assert last["train/loss"] == pytest.approx(100 * last["train/denoise/loss"] + 0.5 * last["train/rotate/loss"])
+    values["tasks"]["inpaint"] = {}
+    with pytest.raises(UserError, match=r"heads\.inpaint"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=("*",), quiet=True))
+
+
+def test_a_start_that_is_refused_leaves_the_run_to_the_command_it_belongs_to(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(steps=2))
+    pretrain(config, Options(tmp_path, quiet=True))
+    records = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "data.json", "tasks.json")}
+    values = pretraining(steps=4)
+    values["tasks"]["inpaint"] = {}
+    with pytest.raises(UserError, match=r"heads\.inpaint"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path, allow_changed=("*",), quiet=True))
+    wide = pretraining(steps=4)
+    wide["model"] = {**wide["model"], "decoder": {**wide["model"]["decoder"], "pyramid_channels": 16}}
+    with pytest.raises(UserError, match="another model") as caught:
+        pretrain(load(PretrainConfig, wide), Options(tmp_path, allow_changed=("*",), quiet=True))
+    assert "\n" not in str(caught.value)
+    assert {name: (tmp_path / name).read_bytes() for name in records} == records
+    assert pretrain(config, Options(tmp_path, quiet=True)).steps == 2
+
+
+@pytest.mark.parametrize(("first", "then"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_another_optimizer_begins_with_fresh_moments(tmp_path: Path, first: str, then: str) -> None:
+    for steps, optimizer in ((2, first), (4, then)):
+        values = pretraining(steps=steps)
+        values["train"]["optimizer"] = optimizer
+        done = pretrain(load(PretrainConfig, values), Options(tmp_path, allow_changed=("train.*",), quiet=True))
+        assert done.steps == steps
+    kinds = {name.rpartition("/")[2] for name in last_state(tmp_path) if name.startswith("optimizer/")}
+    assert kinds == ({"momentum_buffer"} if then == "sgd" else {"step", "exp_avg", "exp_avg_sq"})
+
+
+def test_a_fine_tuning_goes_on_with_the_images_that_it_began_with_or_not_at_all(tmp_path: Path) -> None:
+    def again(**labelled: Any) -> None:
+        values = finetuning(steps=2)
+        values["labels"] = {"count": labelled.pop("labels", 3)}
+        values["data"] = {"labelled": {**values["data"]["labelled"], "count": 12, **labelled}}
+        finetune(load(FinetuneConfig, values), Options(tmp_path, allow_changed=("*",), quiet=True))
+
+    again()
+    names = json.loads((tmp_path / "split.json").read_text())
+    for changed, said in (({"labels": 4}, "labels: "), ({"seed": 77}, "is not there any more")):
+        with pytest.raises(UserError, match=said) as caught:
+            again(**changed)
+        assert "\n" not in str(caught.value)
+    again(count=32)
+    assert json.loads((tmp_path / "split.json").read_text()) == names, "more images change neither part"
+
+
+def test_other_images_than_the_run_began_with_are_refused(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
+    values = pretraining(steps=4)
+    values["data"]["pool"] = {**values["data"]["pool"], "count": 13}
+    allowed = ("data.pool.count", "train.steps")
+    with pytest.raises(UserError, match=r"data\.pool: 13 images, not the 12"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=allowed, quiet=True))
+    allowed = (*allowed, "data.pool")
+    assert (
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", allow_changed=allowed, quiet=True)).steps == 4
+    )
+
+
+def test_a_run_goes_on_without_what_it_started_from(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "pre", quiet=True))
+    decoder = {"type": "unet", "channels": [32, 16, 16, 8, 8]}  # the rest of the model is that of init
+    values = {**finetuning(steps=3), "model": {"decoder": decoder}}
+    config = load(FinetuneConfig, {**values, "init": str(tmp_path / "pre")})
+    whole = finetune(config, Options(tmp_path / "fine", quiet=True))
+    cut_after(2, whole.folder, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "pre")
+    again = finetune(config, Options(tmp_path / "cut", quiet=True))
+    assert_same_run(whole.folder, again.folder)
+    assert again.val.miou == whole.val.miou
+
+
+def test_overwriting_what_a_run_starts_from_is_refused(tmp_path: Path) -> None:
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "pre", quiet=True))
+    config = load(FinetuneConfig, {**finetuning(), "init": str(tmp_path / "pre")})
+    with pytest.raises(UserError, match="would delete"):
+        finetune(config, Options(tmp_path / "pre", overwrite=True, quiet=True))
+    assert (tmp_path / "pre" / "encoder" / "encoder.safetensors").is_file()
+    other = load(FinetuneConfig, finetuning())
+    with pytest.raises(UserError, match="holds a pretrain run"):
+        finetune(other, Options(tmp_path / "pre", overwrite=True, quiet=True))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_pool_smaller_than_a_batch_trains(count: int, tmp_path: Path) -> None:
+    values = pretraining(steps=2)
+    values["data"] = {
+        part: {"type": "textured", "count": count, "seed": seed} for seed, part in enumerate(("pool", "val"))
+    }
+    done = pretrain(load(PretrainConfig, values), Options(tmp_path / "run", quiet=True))
+    assert done.steps == 2
+    assert all(value == value for value in done.scores.values())
+
+
+@pytest.mark.parametrize("part", ["pool", "val"])
+def test_an_empty_data_set_is_one_line(part: str, tmp_path: Path) -> None:
+    values = pretraining()
+    values["data"][part] = {"type": "textured", "count": 0}
+    with pytest.raises(UserError, match=f"data.{part}: holds no image"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(PretrainConfig, pretraining(steps=4))
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    pretrain(config, Options(whole, quiet=True))
+    shutil.copytree(whole, damaged)
+    path = damaged / "state" / "step_00000004" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    pretrain(config, Options(damaged))
+    assert "step_00000004/state.safetensors: damaged" in capsys.readouterr().err
+    assert_same_run(whole, damaged)
+
+
+def test_overwrite_starts_anew(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(load(PretrainConfig, pretraining(steps=2)), Options(out, quiet=True))
+    changed = load(PretrainConfig, {**pretraining(steps=3), "seed": 4})
+    assert pretrain(changed, Options(out, overwrite=True, quiet=True)).steps == 3
+    assert [line["step"] for line in figures(out)] == [1, 2, 3]

@@ -1,0 +1,100 @@
+"""Folders that version 0.1 has written can be gone on with, started from, compared and reported.
+
+`fixtures/v0_1` holds what its commands left (`pre.yaml`, `fine.yaml`, `study.yaml` with the plug-in `narrow.py`), less
+pictures, locks, the study's weights and the last checkpoints. The runs were finished, so what they say of steps 4 to 6
+is what a run that goes on from step 3 has to find again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ssl_seg.cli import main
+from ssl_seg.evidence.compare import compare
+from ssl_seg.evidence.passport import verify
+from ssl_seg.evidence.results import read
+from ssl_seg.reports import runs, study
+from ssl_seg.weights.export import load_model
+from tests import ROOT
+
+FIXTURE = ROOT / "tests" / "fixtures" / "v0_1"
+CUT = 3  # the step of the checkpoints that were kept
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder in which 0.1 was at work, as working directory."""
+    folder = tmp_path / "old"
+    shutil.copytree(FIXTURE, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def command(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--plugin", "narrow.py", "--quiet"])
+    return ended.value.code
+
+
+def lines_of(run: Path) -> dict[int, dict[str, float]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if "train/loss" in line}
+
+
+def interrupt(run: Path) -> None:
+    """Make the folder that of a run which was killed after its checkpoint."""
+    for part in ("encoder", "decoders", "model"):
+        shutil.rmtree(run / part, ignore_errors=True)
+    for name in ("result.json", "confusion.json", "confusion_images.safetensors", "extremes.json"):
+        (run / name).unlink(missing_ok=True)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "killed"}))
+    kept = [line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= CUT]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pretrained", ("pretrain", "pre.yaml")),
+        ("encoder", ("finetune", "fine.yaml", "init=runs/pretrained")),
+    ],
+)
+def test_a_run_goes_on_as_it_would_have_then(old: Path, name: str, words: tuple[str, ...]) -> None:
+    run = old / "runs" / name
+    result, lines = json.loads((run / "result.json").read_text()), lines_of(run)
+    interrupt(run)
+    assert command(*words, "--out", f"runs/{name}") == 0
+    again = lines_of(run)
+    assert again.keys() == lines.keys() == {1, 2, 3, 4, 5, 6}
+    for step, line in lines.items():
+        # Not to the bit: the fixture was made with the versions of one machine.
+        assert again[step]["train/loss"] == pytest.approx(line["train/loss"], rel=1e-4)
+    scores = json.loads((run / "result.json").read_text())["val"]
+    assert scores == pytest.approx(result["val"], rel=1e-3, abs=1e-3)
+    (start,) = json.loads((run / "run.json").read_text())["resumed"]
+    assert start["versions"]["ssl_seg"] == "0.1.0"
+
+
+def test_weights_are_known_again(old: Path) -> None:
+    assert command("finetune", "fine.yaml", "init=runs/pretrained", "transfer=encoder+denoise", "--out", "runs/x") == 0
+    receipts = json.loads((old / "runs" / "x" / "receipts.json").read_text())
+    assert {part: receipt["share"] for part, receipt in receipts.items()} == {"encoder": 1.0, "decoder": 1.0}
+    assert receipts["encoder"]["features_equal"]
+    model, _ = load_model(old / "runs" / "encoder")
+    assert model.class_names == ("background", "square")
+
+
+def test_runs_and_a_study_are_compared_and_reported(old: Path) -> None:
+    found = compare([old / "runs" / "pretrained", old / "runs" / "scratch", old / "runs" / "encoder"])
+    assert [group.label for group in found.groups] == ["pretrain", "scratch", "pretrained"]
+    assert found.gain(found.groups[2], "val/miou").n == 1
+    assert verify(old / "runs" / "encoder").figures > 0
+    assert "Too few runs to tell" in runs.report([old / "runs" / "scratch", old / "runs" / "encoder"]).headline
+    results = read(old / "runs" / "study")
+    assert [len(results.of(arm, results.conditions[0])) for arm in results.arms] == [2, 2]
+    assert "Too few runs to tell (n = 2)" in study.report([old / "runs" / "study"]).headline
