@@ -72,13 +72,13 @@ def test_regression_refuses_an_unknown_kind():
 def test_masked_mean_is_numpys_weighted_average(seed):
     draw = generator(seed)
     values = torch.randn(3, 2, 4, 5, generator=draw)
-    where = torch.rand(3, 1, 4, 5, generator=draw) * (torch.rand(3, 1, 4, 5, generator=draw) < 0.5)
-    where[:, :, 0, 0] = 0.25
+    loss_mask = torch.rand(3, 1, 4, 5, generator=draw) * (torch.rand(3, 1, 4, 5, generator=draw) < 0.5)
+    loss_mask[:, :, 0, 0] = 0.25
     expected = [
-        np.average(values[i].numpy().astype(float), weights=where[i].expand(2, -1, -1).numpy().astype(float))
+        np.average(values[i].numpy().astype(float), weights=loss_mask[i].expand(2, -1, -1).numpy().astype(float))
         for i in range(3)
     ]
-    assert losses.masked_mean(values, where).numpy() == pytest.approx(np.array(expected), rel=1e-4, abs=1e-6)
+    assert losses.masked_mean(values, loss_mask).numpy() == pytest.approx(np.array(expected), rel=1e-4, abs=1e-6)
 
 
 def test_a_uniform_weight_changes_nothing():
@@ -90,20 +90,20 @@ def test_a_uniform_weight_changes_nothing():
 def test_pixels_of_weight_zero_have_no_influence_even_if_not_finite(kind):
     draw = generator(2)
     prediction, target = torch.rand(2, 3, 4, 4, generator=draw), torch.rand(2, 3, 4, 4, generator=draw)
-    where = torch.ones(2, 1, 4, 4)
-    where[:, :, 1] = 0
-    expected = losses.regression(kind, prediction, target, where)
+    loss_mask = torch.ones(2, 1, 4, 4)
+    loss_mask[:, :, 1] = 0
+    expected = losses.regression(kind, prediction, target, loss_mask)
     spoiled = target.clone()
     spoiled[:, :, 1] = torch.inf
-    assert torch.equal(losses.regression(kind, prediction, spoiled, where), expected)
+    assert torch.equal(losses.regression(kind, prediction, spoiled, loss_mask), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_regression_is_zero_with_a_finite_gradient_where_no_pixel_counts(kind):
     prediction = torch.rand(2, 3, 4, 4, generator=generator(3)).requires_grad_()
-    where = torch.zeros(2, 1, 4, 4)
-    where[1] = 1
-    loss = losses.regression(kind, prediction, torch.zeros(2, 3, 4, 4), where)
+    loss_mask = torch.zeros(2, 1, 4, 4)
+    loss_mask[1] = 1
+    loss = losses.regression(kind, prediction, torch.zeros(2, 3, 4, 4), loss_mask)
     loss.sum().backward()
     assert loss[0] == 0
     assert loss[1] > 0
@@ -116,8 +116,8 @@ def test_regression_gradients_are_right(kind):
     draw = generator(4)
     prediction = torch.rand(2, 2, 3, 3, generator=draw, dtype=torch.float64).requires_grad_()
     target = torch.rand(2, 2, 3, 3, generator=draw, dtype=torch.float64)
-    where = torch.rand(2, 1, 3, 3, generator=draw, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda p: losses.regression(kind, p, target, where), prediction)
+    loss_mask = torch.rand(2, 1, 3, 3, generator=draw, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p: losses.regression(kind, p, target, loss_mask), prediction)
 
 
 @settings(max_examples=30, deadline=None)
@@ -279,11 +279,11 @@ def calls_of(name: str, function: Callable[..., Tensor]) -> dict[str, tuple[str,
         if "weights" in parameters:
             calls[f"{name} weighted"] = ("label", lambda logits, label: function(logits, label, weights=WEIGHTS))
         return calls
-    if {"kind", "prediction", "target", "where"} <= set(parameters):
+    if {"kind", "prediction", "target", "loss_mask"} <= set(parameters):
         return {f"{name} {kind}": ("region", _dense(function, kind)) for kind in KINDS}
-    if {"prediction", "target", "where"} <= set(parameters):
+    if {"prediction", "target", "loss_mask"} <= set(parameters):
         return {name: ("region", _dense(function))}
-    if list(parameters) == ["values", "where"]:
+    if list(parameters) == ["values", "loss_mask"]:
         return {name: ("region", function)}
     raise AssertionError(f"losses.{name}: name its parameters as its neighbours', or say here how it is called")
 
