@@ -79,9 +79,10 @@ def jointly(encode: str, **changed: Any) -> list[float]:
     values["data"] = {**values["data"], "pool": POOL}
     values["tasks"] = {"denoise": {}, "rotate": {}}
     values["model"] = without_dropout(values["model"])
-    config = resolve(load(FinetuneConfig, values))
+    config, start = resolve(load(FinetuneConfig, values))
     processes = Processes(config.train)
-    learner, samples = assemble(config, processes, None, config.labels.choose(config.data.labelled), quiet=True)
+    labelled = config.labels.choose(config.data.labelled)
+    learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
     streams = open_streams(samples, config.train, processes, pool_tasks(learner.module.tasks), 0)
     return [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
 

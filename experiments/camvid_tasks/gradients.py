@@ -16,7 +16,7 @@ import torch
 from ssl_seg.config import load
 from ssl_seg.data.loading import Packed
 from ssl_seg.stages.fit import open_streams
-from ssl_seg.stages.pretrain import PretrainConfig, assemble
+from ssl_seg.stages.pretrain import PretrainConfig, assemble, resolve
 from ssl_seg.tasks import Stream
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import train
@@ -33,8 +33,8 @@ def main() -> None:
     words.add_argument("words", nargs="*", help="changes to the recipe, such as model.encoder.name=resnet34")
     given = words.parse_args()
     roots = [f"data.{part}.root={given.camvid}" for part in ("pool", "val")]
-    config = load(PretrainConfig, ["camvid", *roots, f"train.steps={SHOWN[-1]}", *given.words])
-    learner, sources = assemble(config, Processes(config.train), None, quiet=True)
+    config, start = resolve(load(PretrainConfig, ["camvid", *roots, f"train.steps={SHOWN[-1]}", *given.words]))
+    learner, sources = assemble(config, start, Processes(config.train), None, quiet=True)
     tasks = len(config.tasks)
     streams = open_streams(sources, config.train, learner.processes, tasks, 0)
     fixed = open_streams(sources, config.train, learner.processes, tasks, 0)

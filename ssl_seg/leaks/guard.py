@@ -27,12 +27,12 @@ from ssl_seg.leaks.record import (
     Kind,
     Leak,
     Place,
-    _run_of,
     read_fingerprints,
     say_leaks,
     sentence,
     write_fingerprints,
 )
+from ssl_seg.runs.folder import beside
 from ssl_seg.terminal import say
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ class Question:
 
 
 def _digest_of_init(init: str) -> str | None:
-    folder = _run_of(init)
-    if folder is None:
+    path = beside(init, "images.json")
+    if path is None:
         return None
-    with files.naming(folder / "images.json", "cannot be read"):
-        return files.sha256((folder / "images.json").read_bytes())
+    with files.naming(path, "cannot be read"):
+        return files.sha256(path.read_bytes())
 
 
 def guard(

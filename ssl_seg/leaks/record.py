@@ -20,6 +20,7 @@ from ssl_seg.config import UserError
 from ssl_seg.images import show_path
 from ssl_seg.leaks.near_duplicates import Fingerprints
 from ssl_seg.leaks.neighbours import NONE_SHARED, TOO_FEW
+from ssl_seg.runs.folder import beside
 
 Kind = Literal["exact", "sequence", "altered"]
 SHOWN = 3  # pairs in the line on the terminal
@@ -187,10 +188,10 @@ def read_fingerprints(init: str | None) -> tuple[dict[str, Fingerprints], list[s
 
     if init is None:
         return {}, []
-    folder = _run_of(init)
-    if folder is None:
+    path = beside(init, "images.json")
+    if path is None:
         return {}, ["images"]
-    path, store = folder / "images.json", folder / "fingerprints.safetensors"
+    store = path.with_name("fingerprints.safetensors")
     try:
         manifest = TypeAdapter(dict[str, _Part]).validate_python(files.read_json(path))
     except ValidationError as error:
@@ -215,12 +216,6 @@ def read_fingerprints(init: str | None) -> tuple[dict[str, Fingerprints], list[s
 
 
 _REPAIR = "restore it, make the run again, or remove images.json: its images are then said to be unknown"
-
-
-def _run_of(init: str) -> Path | None:
-    """The run whose folder, encoder/ or weights `init` names; None where no run has left its images."""
-    start = Path(init).parent if Path(init).is_file() else Path(init)
-    return next((folder for folder in (start, start.parent) if (folder / "images.json").is_file()), None)
 
 
 def _is_trained(part: str) -> bool:

@@ -38,6 +38,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Records:
+    """A folder that keeps JSON records, each written whole."""
+
+    folder: Path
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """None where there is no such file."""
+        path = self.folder / name
+        return files.read_json(path) if path.is_file() else None
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """NaN and infinity become null."""
+        files.write_atomic(self.folder / name, files.json_bytes(files.finite(values)))
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """What one run has written down; each file is read when it is asked for."""
 
@@ -119,21 +135,30 @@ def _runs_in(folder: Path) -> list[RunFolder]:
     return [RunFolder.open(run) for run in inside]
 
 
+def beside(weights: str | Path, name: str) -> Path | None:
+    """The file `name` of the run whose weights are named: by its folder, by a part of it (encoder/, model/) or a file.
+
+    None where there is none, as for weights of another origin.
+    """
+    named = Path(weights)
+    start = named.parent if named.is_file() else named
+    return next((place / name for place in (start, start.parent) if (place / name).is_file()), None)
+
+
 def origin(init: str | None) -> dict[str, Any] | None:
-    """Stage, config, pool and own origin of the run that `init` names by its folder or encoder/; None for a mere file.
+    """Stage, config, pool and own origin of the run that `init` names; None for weights that lie in no run.
 
     The pool by the number of its images and the digest of their names: under one path other images may lie by now.
     """
-    places = [] if init is None else [Path(init), Path(init).parent]
-    for place in places:
-        path = place / "run.json"
-        if path.is_file():
-            record = files.read_json(path)
-            if isinstance(record.get("config"), Mapping) and "stage" in record:
-                check_shape(path, record)
-                known = {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
-                return known | _pool_in(place / "data.json")
-    return None
+    path = None if init is None else beside(init, "run.json")
+    if path is None:
+        return None
+    record = files.read_json(path)
+    if not isinstance(record.get("config"), Mapping) or "stage" not in record:
+        return None
+    check_shape(path, record)
+    known = {"stage": record["stage"], "config": record["config"], "origin": record.get("origin")}
+    return known | _pool_in(path.with_name("data.json"))
 
 
 def _pool_in(path: Path) -> dict[str, Any]:

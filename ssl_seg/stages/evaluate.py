@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,18 @@ from ssl_seg import files, images
 from ssl_seg.config import Config, UserError
 from ssl_seg.data.splits import manifest
 from ssl_seg.datasets import Dataset
-from ssl_seg.evidence.passport import passport_of
 from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.models import SegmentationModel
-from ssl_seg.runs.folder import origin
+from ssl_seg.runs.folder import Records, beside, origin
 from ssl_seg.runs.lock import LOCK, hold
 from ssl_seg.scores import ImageConfusions, SegmentationScores
-from ssl_seg.stages.panels import OF_LABELLED, prediction_panel, write_images
+from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import image_confusions
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
+
+OF_LABELLED = ("labelled", "sha256_of_labelled")  # what split.json says of the labelled images
 
 
 class EvaluateData(Config):
@@ -76,27 +77,13 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
     return Evaluated(found.scores(), model.class_names, None if out is None else place.folder)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The folder that an evaluation writes."""
-
-    folder: Path
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        return files.read_json(path) if path.is_file() else None
-
-    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        files.write_atomic(self.folder / name, files.json_bytes(values))
-
-
 @contextmanager
-def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[_Place]:
+def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[Records]:
     """The folder to write, held; where none is named a temporary one, which stays only if a leak is to be looked at."""
     if out is None:
         folder, stays = Path(tempfile.mkdtemp(prefix="ssl_seg-evaluate-")), False
         try:
-            yield _Place(folder)
+            yield Records(folder)
         except LeakError:
             stays = True
             raise
@@ -104,7 +91,7 @@ def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[_Place]:
             if not stays:
                 shutil.rmtree(folder, ignore_errors=True)
         return
-    place = _Place(Path(out))
+    place = Records(Path(out))
     with files.naming(place.folder):
         if not _is_free(place):
             raise UserError(f"--out {out}: exists already; name a new folder")
@@ -113,7 +100,7 @@ def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[_Place]:
         yield place
 
 
-def _is_free(place: _Place) -> bool:
+def _is_free(place: Records) -> bool:
     """Whether nothing is there, or only what an evaluation of ours that did not end has left."""
     if not place.folder.is_dir():
         return not place.folder.exists()
@@ -128,28 +115,21 @@ def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
     return {"stage": "evaluate", "status": status, "config": config.dump(), "origin": origin(config.model)}
 
 
-def _guard(config: EvaluateConfig, place: _Place) -> None:
+def _guard(config: EvaluateConfig, place: Records) -> None:
     """Compare what is scored with all that the model's run was trained on, as that has stored it."""
     question = Question({}, {"test": config.data.test}, config.leaks, {"model": config.model})
     check(place, question, config.workers)
 
 
 def _write(
-    place: _Place, config: EvaluateConfig, model: SegmentationModel, found: ImageConfusions, resize: Size | None
+    place: Records, config: EvaluateConfig, model: SegmentationModel, found: ImageConfusions, resize: Size | None
 ) -> None:
     data = config.data.test
-    write_images(place.folder, model, {"test": (data, found)}, resize)
     images.write_image(place.folder / "predictions.png", prediction_panel(model, data, resize))
     place.write_json("data.json", {"test": manifest(data)})
-    split = _split_of(config.model)
-    if split is not None:
+    path = beside(config.model, "split.json")
+    if path is not None:  # what tells which runs are a pair
+        split = files.read_json(path)
         place.write_json("split.json", {name: split[name] for name in OF_LABELLED if name in split})
-    place.write_json("confusion.json", {"classes": model.class_names, "test": found.total().tolist()})
-    place.write_json("result.json", {"test": found.named(), "passport": {"test": passport_of(found, resize).dump()}})
+    write_scores(place, model, {"test": (data, found)}, resize)
     place.write_json("run.json", _record(config, "finished"))  # last: until then the folder may be taken again
-
-
-def _split_of(model: str) -> dict[str, Any] | None:
-    """The split.json of the run that `model` names by its folder or model/: what tells which runs are a pair."""
-    found = (_Place(place).read_json("split.json") for place in (Path(model), Path(model).parent))
-    return next((split for split in found if split is not None), None)

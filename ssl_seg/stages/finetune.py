@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from ssl_seg.config import Config, UserError, load
@@ -19,16 +20,15 @@ from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
 from ssl_seg.data.splits import Examples, Labels, Subset, hold_out, pixel_counts, sample_digest, subset_of
 from ssl_seg.datasets import Dataset
-from ssl_seg.evidence.passport import passport_of
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import WHOLE
-from ssl_seg.runs.writer import Run, former_config
+from ssl_seg.runs.writer import Run
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.segment import Segment
 from ssl_seg.stages import panels, scoring
-from ssl_seg.stages.fit import DryRun, Job, StopRule, dry_run, fit
+from ssl_seg.stages.fit import DryRun, Evaluator, Job, StopRule, drawing, dry_run, fit
 from ssl_seg.stages.setup import (
     Options,
     TaskMapping,
@@ -38,7 +38,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
 )
-from ssl_seg.stages.start import prepare_tasks, recall, record_tasks, resolve_model, start_module
+from ssl_seg.stages.start import Start, find_start, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -135,7 +135,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config = resolve(config, None if options.overwrite else former_config(options.out))
+    config, start = resolve(config, None if options.overwrite else options.out)
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)
@@ -152,7 +152,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
         question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
         guard(run, question, processes, config.train.workers, quiet)
-        learner, sources = assemble(config, processes, run, labelled, quiet)
+        learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
         if processes.is_main:
             split = {"labels": config.labels.dump(), "labelled": names_of(labelled), **held_out}
@@ -168,17 +168,20 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
         latest: list[ImageConfusions] = []
 
-        def figures() -> dict[str, float]:
+        def figures(_: int) -> dict[str, float]:
             latest[:] = [confuse(val)]
             return {f"val/{name}": value for name, value in latest[0].named().items() if value is not None}
 
+        def pictures() -> dict[str, np.ndarray]:
+            return {"predictions": panels.prediction_panel(model, val, resize)}
+
+        every = config.train.eval_every
         job = Job(
             run=run,
             learner=learner,
             sources=sources,
             seed=config.seed,
-            evaluate=figures,
-            pictures=lambda: {"predictions": panels.prediction_panel(model, val, resize)},
+            evaluators={"scores": Evaluator(figures, every), "pictures": drawing(run, processes, pictures, every)},
             signals=signals,
             mirror=mirror,
             # Where nothing asks for the best step, none is kept.
@@ -196,21 +199,15 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         found = {"val": (val, latest[0] if latest and selected == steps else confuse(val))}
         if config.data.test is not None:
             found["test"] = (config.data.test, confuse(config.data.test))
-        scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
         if processes.is_main:
             extra = {"resize": resize, "step": selected}
             export_model(run.folder, model, config.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
             export_encoder(run.folder, learner.module.encoder, config.model.dump())
             export_heads(run, learner.module)
-            panels.write_images(run.folder, model, found, resize)
-            named = {part: confusions.named() for part, (_, confusions) in found.items()}
-            passports = {part: passport_of(confusions, resize).dump() for part, (_, confusions) in found.items()}
-            matrices = {part: scored.confusion.tolist() for part, scored in scores.items()}
-            run.write_json("confusion.json", {"classes": model.class_names, **matrices})
-            result = {"steps": steps, "selected_step": selected, **named, "passport": passports}
-            run.write_json("result.json", result)
+            panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
         processes.barrier()
+    scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
     return Finetuned(
         folder=run.folder,
         model=run.folder / "model",
@@ -225,17 +222,20 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
 def try_out(config: FinetuneConfig) -> DryRun:
     """One batch through every head; writes nothing."""
-    config = resolve(config)
+    config, start = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
     labelled, _ = choose_images(config)
-    learner, sources = assemble(config, processes, None, labelled, quiet=True)
+    learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
     return dry_run(learner, sources)
 
 
-def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> FinetuneConfig:
-    """The config with what other files decide written out: the model (`resolve_model`), the number of classes."""
-    model = resolve_model(config, former)
+def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[FinetuneConfig, Start]:
+    """The config with what other files decide written out, and the start of a run in `folder`.
+
+    Others decide the model and the number of classes.
+    """
+    start = find_start(config, folder)
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
@@ -243,7 +243,7 @@ def resolve(config: FinetuneConfig, former: Mapping[str, Any] | None = None) -> 
     if count != len(names):
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
     segment = load(Segment, {**config.segment.dump(), "num_classes": count})
-    return config.model_copy(update={"model": model, "segment": segment})
+    return config.model_copy(update={"model": start.model, "segment": segment}), start
 
 
 def check(config: FinetuneConfig, processes: Processes) -> None:
@@ -313,7 +313,7 @@ def names_of(examples: Examples) -> tuple[str, ...]:
 
 
 def assemble(
-    config: FinetuneConfig, processes: Processes, run: Run | None, labelled: Subset, quiet: bool
+    config: FinetuneConfig, start: Start, processes: Processes, run: Run | None, labelled: Subset, quiet: bool
 ) -> tuple[Learner, dict[str, Samples]]:
     """The learner with its starting weights, and the streams as the loaders read them."""
     sources = {"labelled": Samples(labelled, config.augment, config.seed, config.data.resize, with_labels=True)}
@@ -324,8 +324,8 @@ def assemble(
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
     tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
-    module, receipts = start_module(config, tasks, run, partial(load_weights, config), quiet)
-    if run is not None and receipts is not None:
+    module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
+    if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
@@ -334,8 +334,6 @@ def assemble(
 
 def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, Receipt]:
     """Put what `init` and `transfer` name into the module; a receipt for each part."""
-    if config.init is None:
-        return {}
     if config.transfer == WHOLE:
         names = config.data.labelled.class_names
         theirs = tuple(read_model_info(config.init)["class_names"])

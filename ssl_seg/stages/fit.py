@@ -107,6 +107,16 @@ class Progress:
         return False
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Something that is measured or drawn while a run trains, at its own cadence and after the last step."""
+
+    # Called on all processes with the step; gives figures for the metrics. What else it makes, it writes itself.
+    measure: Callable[[int], Mapping[str, float]]
+    every: int | None = None  # steps; None: after the last one only
+    at_start: bool = False  # before the first step too: what the network does before it has learnt anything
+
+
 @dataclass
 class Job:
     """A stage's parts, ready to run."""
@@ -115,8 +125,7 @@ class Job:
     learner: Learner
     sources: Mapping[Stream, Samples]
     seed: int
-    evaluate: Callable[[], dict[str, float]]  # on all processes; the figures of one evaluation, named val/...
-    pictures: Callable[[], dict[str, np.ndarray]]  # on the main process
+    evaluators: Mapping[str, Evaluator]  # in the order in which they are called
     signals: Signals = field(default_factory=Signals)
     mirror: Mirror | None = None
     score: str | None = None  # the figure whose best step is kept
@@ -183,7 +192,7 @@ def fit(job: Job) -> int:
     streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
     last = job.start
     if last == 0:
-        draw(job, last)  # what the network does before it has learnt anything
+        evaluate(job, [evaluator for evaluator in job.evaluators.values() if evaluator.at_start], last)
     with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
         for step in train(learner, streams, job.start, job.seed, wants_stop=job.signals.asked):
             last = step.number
@@ -193,11 +202,11 @@ def fit(job: Job) -> int:
                 figures.update(step.metrics)
                 figures["images_per_s"] = report.images_per_s(last)
             new_best = False
-            if due(last, config.eval_every, config.steps):
-                evaluated = job.evaluate()
+            at_work = [own for own in job.evaluators.values() if due(last, own.every, config.steps)]
+            if at_work:
+                evaluated = evaluate(job, at_work, last)
                 figures.update(evaluated)
                 new_best = job.score in evaluated and job.progress.better(last, evaluated[job.score])
-                draw(job, last)
                 stop = learner.processes.any(stop or job.signals.asked())  # evaluating may have taken long
             if figures:
                 job.run.metrics(last, figures)
@@ -214,11 +223,23 @@ def fit(job: Job) -> int:
     return last
 
 
-def draw(job: Job, step: int) -> None:
-    """Write the pictures of what the network does after `step`."""
-    if job.learner.processes.is_main:
-        for name, picture in job.pictures().items():
-            images.write_image(job.run.picture_path(name, step), picture)
+def evaluate(job: Job, evaluators: Sequence[Evaluator], step: int) -> dict[str, float]:
+    """The figures of some evaluators after `step`."""
+    return {name: figure for evaluator in evaluators for name, figure in evaluator.measure(step).items()}
+
+
+def drawing(
+    run: Run, processes: Processes, draw: Callable[[], Mapping[str, np.ndarray]], every: int | None
+) -> Evaluator:
+    """An evaluator that writes what `draw` gives, pictures by name, into the run folder."""
+
+    def measure(step: int) -> dict[str, float]:
+        if processes.is_main:
+            for name, picture in draw().items():
+                images.write_image(run.picture_path(name, step), picture)
+        return {}
+
+    return Evaluator(measure, every, at_start=True)
 
 
 def should_stop(job: Job) -> bool:

@@ -15,9 +15,11 @@ from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Whole, loader, pack
 from ssl_seg.data.splits import Examples, hold_out, subset_of
 from ssl_seg.datasets import Dataset
+from ssl_seg.evidence.passport import passport_of
 from ssl_seg.figures import panels
 from ssl_seg.images import Size
-from ssl_seg.models import evaluating
+from ssl_seg.leaks.record import Place
+from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
 from ssl_seg.stages.scoring import _device, _pretext, predict_ids
@@ -28,7 +30,6 @@ from ssl_seg.weights.export import load_model
 NUM_PICTURES = 4
 EXTREMES = ("worst", "best")
 NUM_EXTREMES = 4  # of each: a screenful
-OF_LABELLED = ("labelled", "sha256_of_labelled")  # what split.json says of the labelled images
 
 
 def task_pictures(
@@ -95,6 +96,25 @@ def write_images(
                 described = {"kind": kind, "name": found.names[index], "miou": float(miou[index]), "picture": picture}
                 extremes[part].append(described)
     files.write_atomic(folder / "extremes.json", files.json_bytes(extremes))
+
+
+def write_scores(
+    place: Place,
+    model: SegmentationModel,
+    found: Mapping[str, tuple[Examples, ImageConfusions]],
+    resize: Size | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what is known of a scored model: `write_images`, confusion.json, and result.json with a passport a part.
+
+    `about` is what else the result says. result.json comes last: a folder that has one has all of it.
+    """
+    write_images(place.folder, model, found, resize)
+    matrices = {part: confusions.total().tolist() for part, (_, confusions) in found.items()}
+    place.write_json("confusion.json", {"classes": model.class_names, **matrices})
+    named = {part: confusions.named() for part, (_, confusions) in found.items()}
+    passports = {part: passport_of(confusions, resize).dump() for part, (_, confusions) in found.items()}
+    place.write_json("result.json", {**(about or {}), **named, "passport": passports})
 
 
 def error_picture(model: nn.Module, examples: Examples, index: int, resize: Size | None = None) -> np.ndarray:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
 
 from ssl_seg.config import Config
@@ -16,9 +15,9 @@ from ssl_seg.data.loading import Samples
 from ssl_seg.datasets import Dataset
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
-from ssl_seg.runs.writer import Run, former_config
+from ssl_seg.runs.writer import Run
 from ssl_seg.stages import panels, scoring
-from ssl_seg.stages.fit import DryRun, Job, dry_run, fit
+from ssl_seg.stages.fit import DryRun, Evaluator, Job, drawing, dry_run, fit
 from ssl_seg.stages.setup import (
     Options,
     TaskMapping,
@@ -29,7 +28,7 @@ from ssl_seg.stages.setup import (
     open_run,
     recalibrate,
 )
-from ssl_seg.stages.start import prepare_tasks, record_tasks, resolve_model, start_module
+from ssl_seg.stages.start import Start, find_start, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import PretextTask
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
@@ -98,7 +97,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config = resolve(config, None if options.overwrite else former_config(options.out))
+    config, start = resolve(config, None if options.overwrite else options.out)
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)
@@ -107,7 +106,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         check_same_images(run, {**pool, **val}, options.allow_changed)
         question = Question(pool, val, config.leaks, {"init": config.init})
         guard(run, question, processes, config.train.workers, quiet)
-        learner, sources = assemble(config, processes, run, quiet)
+        learner, sources = assemble(config, start, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 
         def score() -> dict[str, float]:
@@ -118,18 +117,21 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
         latest: dict[str, float] = {}
 
-        def figures() -> dict[str, float]:
+        def figures(_: int) -> dict[str, float]:
             latest.update(score())
             return {f"val/{name}": value for name, value in latest.items()}
 
-        shown = {**evaluation, "examples": config.data.val or config.data.pool}
+        def pictures() -> dict[str, np.ndarray]:
+            shown = {**evaluation, "examples": config.data.val or config.data.pool}
+            return panels.task_pictures(learner.module, **shown)
+
+        every = config.train.eval_every
         job = Job(
             run=run,
             learner=learner,
             sources=sources,
             seed=config.seed,
-            evaluate=figures,
-            pictures=lambda: panels.task_pictures(learner.module, **shown),
+            evaluators={"scores": Evaluator(figures, every), "pictures": drawing(run, processes, pictures, every)},
             signals=signals,
             mirror=mirror,
             quiet=quiet,
@@ -149,16 +151,17 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
 def try_out(config: PretrainConfig) -> DryRun:
     """One batch through every head; writes nothing."""
-    config = resolve(config)
+    config, start = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
-    learner, sources = assemble(config, processes, None, quiet=True)
+    learner, sources = assemble(config, start, processes, None, quiet=True)
     return dry_run(learner, sources)
 
 
-def resolve(config: PretrainConfig, former: Mapping[str, Any] | None = None) -> PretrainConfig:
-    """The config with what other files decide written out: the model (`resolve_model`)."""
-    return config.model_copy(update={"model": resolve_model(config, former)})
+def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[PretrainConfig, Start]:
+    """The config with what other files decide written out, the model, and the start of a run in `folder`."""
+    start = find_start(config, folder)
+    return config.model_copy(update={"model": start.model}), start
 
 
 def check(config: PretrainConfig, processes: Processes) -> None:
@@ -170,13 +173,13 @@ def check(config: PretrainConfig, processes: Processes) -> None:
 
 
 def assemble(
-    config: PretrainConfig, processes: Processes, run: Run | None, quiet: bool
+    config: PretrainConfig, start: Start, processes: Processes, run: Run | None, quiet: bool
 ) -> tuple[Learner, dict[str, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
     recorded = (run and run.read_json("tasks.json")) or {}
     tasks = prepare_tasks(config.tasks, pool, recorded)
-    module, receipts = start_module(config, tasks, run, partial(load_weights, config), quiet)
+    module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and receipts:
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
@@ -186,6 +189,4 @@ def assemble(
 
 def load_weights(config: PretrainConfig, module: MultiTask) -> dict[str, Receipt]:
     """Put what `init` names into the module; a receipt for it."""
-    if config.init is None:
-        return {}
     return {"encoder": load_encoder(module.encoder, config.init, config.init_allow)}

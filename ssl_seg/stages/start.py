@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -16,7 +17,7 @@ from ssl_seg.norm.convert import Kind, are_one, convert_norm, has_batch_norm, is
 from ssl_seg.norm.layers import FrozenNorm
 from ssl_seg.rng import seeded
 from ssl_seg.runs.checkpoint import has_checkpoint
-from ssl_seg.runs.writer import Run
+from ssl_seg.runs.writer import Run, former_config
 from ssl_seg.tasks import PretextTask, Task
 from ssl_seg.terminal import say
 from ssl_seg.training.multitask import MultiTask
@@ -28,17 +29,40 @@ Recorded = Mapping[str, Mapping[str, Any]]
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
 
 
-def resolve_model(config: Config, former: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The whole network of a stage, from the few keys of `config.model` that may have been given.
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with. It is found once, at the beginning, and handed on."""
 
-    Each part is the config's own, else that of the run taken up again (its config is `former`), else of `init`, else
-    the default. Raises UserError for another encoder than that of `init`.
+    # checkpoint: the run's own last one; init: the weights that `init` names; published: those of timm.
+    kind: Literal["checkpoint", "init", "published", "random"]
+    model: ModelConfig  # the whole network
+    loaded_norm: Kind  # the norm that the weights of `init` fit; `model.norm` where nothing is loaded from there
+    exported_norm: Kind  # the norm that `init` was trained with
+
+
+def find_start(config: Config, folder: str | Path | None = None) -> Start:
+    """The start of a run with this config; `folder` is its own, where an earlier start may have left something.
+
+    The weights are those of the folder's checkpoint, else of `init`, else published ones, else random. The parts of
+    the model are the config's own, else those of the run that is gone on with, else of `init`, else the default.
+    Raises UserError for an `init` without weights, and for another encoder than that of `init`.
     """
     given = config.model or ModelConfig()
+    former = None if folder is None else former_config(folder)
+    resumes = folder is not None and has_checkpoint(folder)
+    info = read_encoder_info(config.init) if config.init and not resumes else {}
     if former is not None:
-        return _lay_on(load(ModelConfig, former["model"]), given)
-    info = read_encoder_info(config.init) if config.init else {}
-    return _inherit(load(ModelConfig, info["config"]), given, config) if info else given
+        model = _lay_on(load(ModelConfig, former["model"]), given)
+    elif info:
+        model = _inherit(load(ModelConfig, info["config"]), given, config)
+    else:
+        model = given
+    if resumes or config.init is None:
+        kind = "checkpoint" if resumes else "published" if getattr(model.encoder, "pretrained", False) else "random"
+        return Start(kind, model, model.norm, model.norm)
+    # Weights of another origin are taken for the architecture's own.
+    exported = info.get("config", {}).get("norm", "keep")
+    return Start("init", model, loads_as(exported, model.norm), exported)
 
 
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
@@ -67,65 +91,49 @@ def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> Mu
 
 
 def start_module(
-    config: Config,
+    start: Start,
     tasks: Mapping[str, Task],
-    run: Run | None,
+    seed: int,
     load: Callable[[MultiTask], dict[str, Receipt]],
     quiet: bool,
-) -> tuple[MultiTask, dict[str, Receipt] | None]:
-    """The module with its first weights, and receipts for those that `load` has put in from the config's `init`.
+) -> tuple[MultiTask, dict[str, Receipt]]:
+    """The module with the weights of its start, and a receipt for each part that `load` has put in from `init`.
 
-    None instead of receipts where `run` has a checkpoint, whose weights are to come.
+    The weights of a checkpoint are to come: the loop restores them with the rest of its state.
+    Raises UserError that names both norms where weights of another norm do not fit, and for an encoder that is to be
+    frozen and has no statistics: it would go without normalization.
     """
-    resumes = run is not None and has_checkpoint(run.folder)
-    model = config.model.without_pretrained() if config.init or resumes else config.model
-    if resumes:
-        return build_module(model, tasks, config.seed), None
-    module = build_module(as_exported(model, config.init), tasks, config.seed)
-    with first_weights(module, model, config.init):
-        receipts = load(module)
+    model = start.model if start.kind == "published" else start.model.without_pretrained()
+    module = build_module(model.model_copy(update={"norm": start.loaded_norm}), tasks, seed)
+    if start.kind == "checkpoint":
+        return module, {}
+    receipts = _loaded(module, start, load) if start.kind == "init" else {}
+    frozen = [layer for layer in module.encoder.modules() if isinstance(layer, FrozenNorm)]
+    if frozen and all(is_fresh(layer) for layer in frozen):
+        raise UserError("model.norm: frozen: a new encoder has no statistics to keep; give init=RUN, or another norm")
     for receipt in receipts.values():
         say(receipt.summary(), quiet)
     return module, receipts
 
 
-def as_exported(model: ModelConfig, init: str | None) -> ModelConfig:
-    """`model` as the weights of `init` fit it: what is to be converted from batch norm is loaded as batch norm."""
-    if init is None:
-        return model
-    return model.model_copy(update={"norm": loads_as(_norm_of(init), model.norm)})
-
-
-@contextmanager
-def first_weights(module: MultiTask, model: ModelConfig, init: str | None) -> Iterator[None]:
-    """Inside, `init` is loaded into a `module` built `as_exported`; after it, the norm layers are those of `model`.
-
-    Raises UserError that names both norms where weights of another norm do not fit, and for an encoder that is to be
-    frozen and has no statistics: it would go without normalization.
-    """
-    exported = model.norm if init is None else _norm_of(init)
+def _loaded(module: MultiTask, start: Start, load: Callable[[MultiTask], dict[str, Receipt]]) -> dict[str, Receipt]:
+    """Fill a module whose norm layers are those of `init`, then give it the norm that it is to have."""
+    exported, wanted = start.exported_norm, start.model.norm
     try:
-        yield
+        receipts = load(module)
     except UserError as error:
-        if are_one(exported, model.norm) or loads_as(exported, model.norm) != model.norm:
+        if are_one(exported, wanted) or start.loaded_norm != wanted:
             raise
         raise UserError(
-            f"model.norm: {model.norm}, but init was trained with {exported}, which cannot be converted; "
+            f"model.norm: {wanted}, but init was trained with {exported}, which cannot be converted; "
             f"leave model.norm out to go on with {exported} ({error})"
         ) from error
-    if loads_as(exported, model.norm) != model.norm:
+    if start.loaded_norm != wanted:
         decoders = [part.decoder for part in module.heads.modules() if isinstance(part, DenseHead)]
         convertible = [part for part in (module.encoder, *decoders) if has_batch_norm(part)]
         for part in convertible or [module.encoder]:  # which says, where there are none, that nothing can be converted
-            convert_norm(part, model.norm)
-    frozen = [layer for layer in module.encoder.modules() if isinstance(layer, FrozenNorm)]
-    if frozen and all(is_fresh(layer) for layer in frozen):
-        raise UserError("model.norm: frozen: a new encoder has no statistics to keep; give init=RUN, or another norm")
-
-
-def _norm_of(init: str) -> Kind:
-    """What the encoder of `init` was exported with; weights of other origin are taken for the architecture's own."""
-    return read_encoder_info(init).get("config", {}).get("norm", "keep")
+            convert_norm(part, wanted)
+    return receipts
 
 
 def prepare_tasks(tasks: Mapping[str, PretextTask], pool: Samples | None, recorded: Recorded) -> dict[str, PretextTask]:

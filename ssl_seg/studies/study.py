@@ -28,7 +28,7 @@ from ssl_seg.evidence.results import STUDY_FILE, Findings
 from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
 from ssl_seg.reports.changed import draw_changed_of_study
-from ssl_seg.runs.folder import RunFolder
+from ssl_seg.runs.folder import Records, RunFolder
 from ssl_seg.runs.lock import LOCK, hold, is_held
 from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import candidates
@@ -149,8 +149,10 @@ class _Ledger:
         self.states: dict[str, dict[str, Any]] = {}  # by id: what is known beside the plan
         self.search: dict[str, Any] = {}
         self.about = {**provenance(), "resumed": []}
-        if (self.out / STUDY_FILE).is_file():
-            self._take_up(files.read_json(self.out / STUDY_FILE))
+        self.records = Records(out)
+        former = self.records.read_json(STUDY_FILE)
+        if former is not None:
+            self._take_up(former)
         self.write("running")
 
     def _take_up(self, former: Mapping[str, Any]) -> None:
@@ -164,17 +166,6 @@ class _Ledger:
         kept = {key: former[key] for key in start if key in former and key != "seeds"}
         self.about |= {**kept, "resumed": [*former.get("resumed", []), start]}
 
-    @property
-    def folder(self) -> Path:
-        return self.out
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.out / name
-        return files.read_json(path) if path.is_file() else None
-
-    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        files.write_atomic(self.out / name, files.json_bytes(files.finite(values)))
-
     def check_leaks(self) -> None:
         """All that is trained on against all that is scored, before anything is: a run alone sees its own part only.
 
@@ -185,9 +176,9 @@ class _Ledger:
             return
         workers = self.plan.cells[0].config.train.workers
         try:
-            guard.check(self, question, workers, self.options.quiet)
+            guard.check(self.records, question, workers, self.options.quiet)
         finally:
-            self.about["leaks"] = self.read_json("leaks.json")  # also of one that stops the study
+            self.about["leaks"] = self.records.read_json("leaks.json")  # also of one that stops the study
 
     def make(self, words: str, cells: Iterable[Cell]) -> None:
         """Those that are not finished yet, and whose pretraining is."""
@@ -343,7 +334,7 @@ class _Ledger:
             "search": self.search,
             "cells": [self.states[cell.id] for cell in plan.cells if cell.id in self.states],
         }
-        files.write_atomic(self.out / STUDY_FILE, files.json_bytes(files.finite(record)))
+        self.records.write_json(STUDY_FILE, record)
 
     def close(self) -> Findings:
         states = [self.states[cell.id] for cell in self.plan.cells]

@@ -328,7 +328,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
         assert "exists already" in message_of(lambda out=taken: evaluate(of_textured(trained, 6), out))
 
 
-@pytest.mark.parametrize("name", ["image_confusions", "write_images", "manifest", "prediction_panel"])
+@pytest.mark.parametrize("name", ["image_confusions", "write_scores", "manifest", "prediction_panel"])
 def test_an_evaluation_that_was_killed_is_taken_again(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

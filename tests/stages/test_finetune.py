@@ -52,9 +52,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(init: Path | None, transfer: str = "encoder") -> dict[str, torch.Tensor]:
     """The weights before the first step."""
     values = {**finetuning(), "init": None if init is None else str(init), "transfer": transfer}
-    config = resolve(load(FinetuneConfig, values))
+    config, start = resolve(load(FinetuneConfig, values))
     module = build_module(config.model, {SEGMENT: config.segment}, config.seed)
-    load_weights(config, module)
+    if start.kind == "init":
+        load_weights(config, module)
     return module.state_dict()
 
 
@@ -122,10 +123,10 @@ def test_a_task_without_a_decoder_cannot_lend_one(pretrained: Path, tmp_path: Pa
 def test_the_model_is_that_of_the_encoder_where_none_is_given(pretrained: Path) -> None:
     values = {key: value for key, value in finetuning().items() if key != "model"}
     assert (
-        resolve(load(FinetuneConfig, {**values, "init": str(pretrained)})).model.dump()
-        == resolve(load(FinetuneConfig, finetuning())).model.dump()
+        resolve(load(FinetuneConfig, {**values, "init": str(pretrained)}))[0].model.dump()
+        == resolve(load(FinetuneConfig, finetuning()))[0].model.dump()
     )
-    assert resolve(load(FinetuneConfig, values)).model.encoder.name == "resnet18"
+    assert resolve(load(FinetuneConfig, values))[0].model.encoder.name == "resnet18"
 
 
 def test_another_encoder_is_refused_by_its_name(pretrained: Path, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_another_encoder_is_refused_by_its_name(pretrained: Path, tmp_path: Path
 
 def test_what_the_config_leaves_out_of_the_model_is_that_of_init(pretrained: Path) -> None:
     model = {"decoder": {"type": "unet", "channels": [32, 16, 16, 8, 8]}}
-    resolved = resolve(load(FinetuneConfig, {**finetuning(), "model": model, "init": str(pretrained)})).model
+    resolved = resolve(load(FinetuneConfig, {**finetuning(), "model": model, "init": str(pretrained)}))[0].model
     assert (resolved.encoder.name, resolved.decoder.type, resolved.norm) == ("mobilenetv2_035", "unet", "group")
 
 
@@ -283,7 +284,7 @@ def test_a_stopped_run_is_not_taken_up_again(tmp_path: Path) -> None:
 
 def test_validation_is_held_out_where_none_is_given() -> None:
     data = {"labelled": {**POOL, "count": 10}}
-    config = resolve(load(FinetuneConfig, {**finetuning(), "data": data, "labels": {"count": 4}}))
+    config, _ = resolve(load(FinetuneConfig, {**finetuning(), "data": data, "labels": {"count": 4}}))
     labelled, val = choose_images(config)
     names = [{part.name(index) for index in range(len(part))} for part in (labelled, val)]
     assert [len(part) for part in names] == [4, 2]

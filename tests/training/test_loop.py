@@ -22,7 +22,7 @@ from ssl_seg.stages import finetune, pretrain
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.fit import open_streams, pool_tasks
 from ssl_seg.stages.pretrain import PretrainConfig
-from ssl_seg.stages.start import build_module
+from ssl_seg.stages.start import build_module, find_start
 from ssl_seg.training.config import TrainConfig, due, lr_at
 from ssl_seg.training.learner import AdamW, Learner, build_optimizer, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
@@ -294,11 +294,11 @@ def test_the_look_at_the_weights_takes_images_of_the_run_s_size(stage: str) -> N
     processes = Processes(config.train)
     processes.world = 2  # then DDP is to be used, whose reducer wants every weight
     if stage == "pretrain":
-        learner, _ = pretrain.assemble(config, processes, None, quiet=True)
+        learner, _ = pretrain.assemble(config, find_start(config), processes, None, quiet=True)
     else:
-        config = finetune.resolve(config)
+        config, start = finetune.resolve(config)
         labelled, _ = finetune.choose_images(config)
-        learner, _ = finetune.assemble(config, processes, None, labelled, quiet=True)
+        learner, _ = finetune.assemble(config, start, processes, None, labelled, quiet=True)
     assert learner.uses_ddp
 
 

@@ -1,0 +1,64 @@
+"""Which weights a run starts from is found once: the order, and what each start takes of the others' files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ssl_seg.config import UserError, load
+from ssl_seg.stages.finetune import FinetuneConfig
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain, resolve
+from ssl_seg.stages.setup import Options
+from ssl_seg.stages.start import Start, find_start
+from tests.small import finetuning, pretraining
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "run"
+    pretrain(load(PretrainConfig, pretraining(steps=1)), Options(folder, quiet=True))
+    return folder
+
+
+def start_of(init: Path | None, folder: Path | None = None, **model: object) -> Start:
+    values = {**finetuning(), "init": None if init is None else str(init), "model": model or None}
+    return find_start(load(FinetuneConfig, values), folder)
+
+
+def test_a_checkpoint_comes_before_init_and_init_before_published_weights(pretrained: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"read when the network is built")
+    encoder = {"type": "timm", "name": "mobilenetv2_035", "pretrained": str(weights)}
+    assert start_of(None).kind == "random"
+    assert start_of(None, encoder=encoder).kind == "published"
+    assert start_of(pretrained, encoder=encoder).kind == "init"
+    assert start_of(pretrained, tmp_path / "nothing yet").kind == "init"
+    assert start_of(pretrained, pretrained).kind == "checkpoint"
+
+
+def test_a_run_that_goes_on_does_not_look_for_what_it_started_from(pretrained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pretrained, tmp_path / "run")
+    assert start_of(Path("gone"), folder).kind == "checkpoint"
+    shutil.rmtree(folder / "state")
+    with pytest.raises(UserError, match="gone: does not exist"):
+        start_of(Path("gone"), folder)
+
+
+def test_the_model_is_the_config_s_own_else_that_of_init(pretrained: Path) -> None:
+    inherited = start_of(pretrained)
+    assert (inherited.model.encoder.name, inherited.model.norm) == ("mobilenetv2_035", "group")
+    assert start_of(pretrained, norm="instance").model.norm == "instance"
+    config, start = resolve(load(PretrainConfig, {**pretraining(), "init": str(pretrained)}))
+    assert config.model == start.model == inherited.model
+
+
+def test_weights_of_batch_norm_are_loaded_as_such_and_then_converted(pretrained: Path, tmp_path: Path) -> None:
+    batch = tmp_path / "batch"
+    values = {**pretraining(steps=1), "model": {**pretraining()["model"], "norm": "batch"}}
+    pretrain(load(PretrainConfig, values), Options(batch, quiet=True))
+    start = start_of(batch, norm="group")
+    assert (start.exported_norm, start.loaded_norm, start.model.norm) == ("batch", "keep", "group")
+    start = start_of(pretrained, norm="group")
+    assert (start.exported_norm, start.loaded_norm, start.model.norm) == ("group", "group", "group")
