@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,24 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.house import ARROWS, DRAWING, FILES, FLOOR_OF, drawing, imported, own_modules, room_of
 
-# Floors of the house: a file may import what stands on a floor above its own, and what shares its room. Within a room,
-# and between rooms of one floor, no imports may go in a circle.
-FLOORS = [
-    {"config", "rng", "losses"},
-    {"files", "images", "scores", "terminal", "norm", "worlds"},
-    {"datasets", "figures", "metrics", "models", "runs"},
-    {"evidence", "tasks", "weights"},
-    {"data", "segment", "testing", "tracking"},
-    {"training"},
-    {"leaks"},
-    {"stages"},
-    {"reports"},
-    {"studies"},
-    {"cli"},
-    {"__main__"},
-]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"training.processes"},
@@ -39,43 +22,6 @@ HOMES = {  # the only files that may import a heavy library
     "omegaconf": {"config"},
     "PIL": {"images"},
 }
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT / "ssl_seg").with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-def imported(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, wherever in the file."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def own_modules(names: set[str]) -> set[str]:
-    """The modules of ssl_seg among imported names: `ssl_seg.data.loading.loader` is `data.loading`."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        if parts[0] != "ssl_seg":
-            continue
-        dotted = [".".join(parts[1:length]) for length in range(len(parts), 1, -1)]
-        found |= {next((known for known in dotted if known in FILES), parts[-1])}
-    return found
-
-
-def room_of(name: str) -> str:
-    """The package of a module, or the module itself at the top."""
-    return name.partition(".")[0]
-
-
-FILES = {module_name(path): path for path in sorted((ROOT / "ssl_seg").rglob("*.py"))}
-ARROWS = {name: own_modules(imported(path)) - {name} for name, path in FILES.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name])
@@ -96,6 +42,10 @@ def test_no_imports_go_in_a_circle() -> None:
 
 def test_every_floor_names_rooms_that_are_there() -> None:
     assert FLOOR_OF.keys() <= {room_of(name) for name in FILES}
+
+
+def test_the_drawing_is_of_today() -> None:
+    assert DRAWING.read_text() == drawing(), "draw the house anew: python -m tests.house"
 
 
 @pytest.mark.parametrize(("library", "homes"), HOMES.items())
