@@ -38,7 +38,7 @@ class Features:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.maps)
 
-    def __getitem__(self, level: int | slice) -> Tensor | list[Tensor]:
+    def __getitem__(self, level: int) -> Tensor:
         return self.maps[level]
 
     @property
