@@ -86,6 +86,7 @@ def test_parts_of_a_batch_are_what_they_are_alone():
 def test_a_network_of_three_levels_passes_the_public_checks():
     check_encoder(Pooled())
     check_decoder(Unpooled(), encoder=Pooled())
+    check_pretext_task(Redraw(), encoder=Pooled())
 
 
 def test_a_decoder_that_needs_extras_is_checked_with_its_encoder():
