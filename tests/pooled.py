@@ -1,6 +1,6 @@
 """A network beyond five maps: an encoder with a stride-1 map and extras, a decoder and a task that read them.
 
-Also a plug-in module, as `tests/small.py` is.
+A plug-in module: commands are given `--plugin tests/pooled.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretext.denoise import Denoise
-from ssl_seg.config import UserError, use_plugin
+from ssl_seg.config import UserError
 from ssl_seg.models import Decoder, DecoderNet, Encoder, EncoderNet, EncoderSpec, Features
 
 STRIDES = (1, 2, 4)
@@ -90,7 +90,3 @@ class Sketch(nn.Module):
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         height, width = size
         return features.extras[SKETCH][..., :height, :width]
-
-
-if "tests" in __name__:  # imported by a test; the commands name the file themselves
-    use_plugin(__name__)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_seg.config import load
+from ssl_seg.config import Plugin, load
 from ssl_seg.data.loading import Samples
 from ssl_seg.models import Decoder, DenseHead, Encoder, EncoderNet, EncoderSpec, Features, ModelConfig
 from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus, UPerNet
@@ -25,12 +25,19 @@ from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import backward, finish_gradients, train
 from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import load_encoder, load_model
+from tests import pooled
 from tests.faults import message_of
 from tests.pooled import INDICES, SKETCH, STRIDES, Pooled, Redraw, Unpooled
 from tests.small import finetuning, pretraining
 
 MODEL = {"encoder": {"type": "pooled"}, "decoder": {"type": "unpooled"}, "norm": "keep"}
 TASKS = {"denoise": {}, "redraw": {}, "rotate": {"weight": 0.1}, "jigsaw": {"grid": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _pooled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --plugin does, but for these tests alone: others go through every name there is."""
+    monkeypatch.setattr(Plugin, "extra_modules", [*Plugin.extra_modules, pooled])
 
 
 def images(count: int, height: int = 37, width: int = 54) -> Tensor:
