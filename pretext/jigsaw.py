@@ -27,7 +27,7 @@ from ssl_seg.tasks import PretextTask, View
 
 Pair = tuple[int, int]  # of rows and columns
 SMALLEST_TILE = 4  # pixels a side: less shows nothing that has a place
-FINEST_STRIDE = 8  # of the maps that are pooled: a tile of 24 pixels has 3 x 3 features there
+FINEST_STRIDE = 8  # of the maps that are pooled, where there are some: a tile of 24 pixels has 3 x 3 features there
 WIDTH = 256  # of a tile's features in the heads
 ATTENTION_HEADS = 4
 LISTED = 400_000  # orders that are searched one by one, all 362,880 of 9 tiles
@@ -234,15 +234,16 @@ class Layout:
 
 
 class TileFeatures(nn.Module):
-    """`(B, N, WIDTH)` from an encoder's maps: every map from stride 8 on, averaged over each tile.
+    """`(B, N, WIDTH)` from an encoder's maps: every map from stride 8 on (else the coarsest), averaged over each tile.
 
     The coarsest map alone would not do: at stride 32 two tiles of a small image share a feature.
     """
 
     def __init__(self, encoder: EncoderSpec, layout: Callable[[int, int], Layout]) -> None:
         super().__init__()
+        finest = min(FINEST_STRIDE, encoder.strides[-1])
         strides = enumerate(encoder.strides)
-        self.levels = [level for level, stride in strides if stride >= FINEST_STRIDE and encoder.channels[level]]
+        self.levels = [level for level, stride in strides if stride >= finest and encoder.channels[level]]
         self.strides = encoder.strides
         self.layout = layout
         # Maps of different depth differ in scale; norm over channels keeps the batch out of it.

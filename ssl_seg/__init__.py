@@ -17,7 +17,7 @@ _HOMES = {
     "datasets": ("Dataset", "Example"),
     "evidence.compare": ("compare",),
     "metrics": ("ConfusionMatrix", "SegmentationScores"),
-    "models": ("Decoder", "DecoderNet", "DenseHead", "Encoder", "EncoderNet", "EncoderSpec", "ModelConfig"),
+    "models": ("Decoder", "DecoderNet", "DenseHead", "Encoder", "EncoderNet", "EncoderSpec", "Features", "ModelConfig"),
     "norm.convert": ("convert_norm", "norm_shares", "recalibrate"),
     "norm.layers": ("SwitchNorm2d",),
     "reports.runs": ("report",),

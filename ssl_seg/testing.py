@@ -16,31 +16,50 @@ from torch.nn import functional as F
 from ssl_seg import rng
 from ssl_seg.config import Plugin, UserError
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.models import Decoder, DecoderNet, DenseHead, Encoder, EncoderNet, EncoderSpec, Features, evaluating
+from ssl_seg.models import (
+    Decoder,
+    DecoderNet,
+    DenseHead,
+    Encoder,
+    EncoderNet,
+    EncoderSpec,
+    Features,
+    ModelConfig,
+    evaluating,
+)
 from ssl_seg.tasks import PretextTask, View
 
 TOLERANCE = 1e-5  # sums over a batch of another size may round differently
+HALVING = (2, 4, 8, 16, 32)  # the strides of most encoders
+HEAD_STRIDE = 4  # the coarsest at which a dense head of a built-in task answers
 
 
 def check_pretext_task(
-    task: PretextTask, *, size: tuple[int, int] = (64, 64), keyed: bool = True, steps: int = 40, drop: float = 0.7
+    task: PretextTask,
+    *,
+    size: tuple[int, int] = (64, 64),
+    keyed: bool = True,
+    steps: int = 40,
+    drop: float = 0.7,
+    encoder: Encoder | None = None,
 ) -> None:
     """Raise AssertionError, with what is wrong in a sentence, for a task that breaks the contract of `PretextTask`.
 
-    Takes about a second on a CPU: the network is a tiny one inside. `size` is the images' (H, W); a second, oblong and
-    odd size is made from it. `keyed=False` is for a task that draws nothing at random. The task has to bring its loss
-    on four images under `drop` times the first one in `steps` steps.
+    Takes about a second on a CPU: the network is a tiny one inside. It has five maps at strides 2 to 32, and once four
+    at strides 1 to 8. `size` is the images' (H, W); a second, oblong and odd size is made from it. `keyed=False` is for
+    a task that draws nothing at random. The task has to bring its loss on four images under `drop` times the first one
+    in `steps` steps. A task that needs extras is given the `encoder` that has them, in place of the tiny one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         task = _check_prepare(task, _pictures(4, *size))
         _check_config(task, PretextTask)
         odd = (size[0] - 11, size[1] + 13)
-        for count, (height, width) in ((4, size), (1, size), (3, odd)):
+        for count, (height, width), strides in ((4, size, HALVING), (1, size, (1, 2, 4, 8)), (3, odd, HALVING)):
             images, keys = _pictures(count, height, width), rng.fold_in(rng.as_key("check"), torch.arange(count))
             _check_view(task, images, keys, keyed)
-            _check_answer(task, images, keys)
-        _check_learning(task, _pictures(4, *size), steps, drop)
+            _check_answer(task, images, keys, strides, encoder)
+        _check_learning(task, _pictures(4, *size), steps, drop, encoder)
 
 
 def _check_prepare(task: PretextTask, images: Tensor) -> PretextTask:
@@ -119,11 +138,11 @@ def _check_asynchronous(task: PretextTask, images: Tensor, keys: Tensor) -> None
         ) from error
 
 
-def _check_answer(task: PretextTask, images: Tensor, keys: Tensor) -> None:
+def _check_answer(task: PretextTask, images: Tensor, keys: Tensor, strides: Sequence[int], own: Encoder | None) -> None:
     """Head, loss, metrics and pictures fit each other, and gradients arrive."""
     count, size = len(images), tuple(images.shape[-2:])
     view = task.corrupt(images, keys)
-    encoder, head = _network(task)
+    encoder, head = _network(task, strides, own)
     prediction = head(encoder(view.input), tuple(view.input.shape[-2:])).float()
     loss = task.loss(prediction, view)
     assert loss.shape == (count,), f"the loss is {tuple(loss.shape)}, not one number a sample, ({count},)"
@@ -158,13 +177,13 @@ def _check_gradients(part: str, module: nn.Module, every: bool) -> None:
     assert not (every and without), f"{part} weights get no gradient: {', '.join(without)}; DDP would stop at step 2"
     arrived = [gradient for gradient in gradients.values() if gradient is not None]
     assert all(gradient.isfinite().all() for gradient in arrived), f"gradients of the {part} are not finite"
-    assert any(gradient.any() for gradient in arrived), f"no gradient reaches the {part}"
+    assert not gradients or any(gradient.any() for gradient in arrived), f"no gradient reaches the {part}"
 
 
-def _check_learning(task: PretextTask, images: Tensor, steps: int, drop: float) -> None:
+def _check_learning(task: PretextTask, images: Tensor, steps: int, drop: float, own: Encoder | None) -> None:
     view = task.corrupt(images, rng.fold_in(rng.as_key("learn"), torch.arange(len(images))))
     torch.manual_seed(0)
-    encoder, head = _network(task)
+    encoder, head = _network(task, HALVING, own)
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=3e-3)
     history = []
     for _ in range(steps):
@@ -216,44 +235,49 @@ def _pictures(count: int, height: int, width: int) -> Tensor:
     return torch.where(disc, colour, image)
 
 
-def _network(task: PretextTask) -> tuple[EncoderNet, nn.Module]:
-    channels = (16, 16, 16, 16, 32)
-    encoder = EncoderNet(_TinyBackbone(channels), channels)
+def _network(task: PretextTask, strides: Sequence[int], own: Encoder | None) -> tuple[EncoderNet, nn.Module]:
+    """`own` encoder, or else a tiny one with maps at `strides`, and the task's head on it."""
+    channels = (*[16] * (len(strides) - 1), 32)
+    encoder = own.build() if own else EncoderNet(_TinyBackbone(channels, strides), channels, strides)
 
     def dense(out_channels: int, stride: int = 1) -> nn.Module:
-        return DenseHead(_TinyDecoder(channels), out_channels, encoder.strides, stride)
+        return DenseHead(_TinyDecoder(encoder.channels, encoder.strides[0]), out_channels, stride)
 
-    return encoder, task.head(EncoderSpec(encoder.channels, encoder.strides, dense))
+    return encoder, task.head(EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras))
 
 
 class _TinyBackbone(nn.Module):
-    """Five convolutions of stride 2, without norm: nothing here depends on the rest of the batch."""
+    """A convolution for each map, without norm: nothing here depends on the rest of the batch."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
         super().__init__()
-        pairs = zip((3, *channels), channels, strict=False)
-        self.levels = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairs)
+        widths, at = (3, *channels), (1, *strides)
+        self.levels = nn.ModuleList(
+            nn.Conv2d(widths[level], widths[level + 1], 3, stride=at[level + 1] // at[level], padding=1)
+            for level in range(len(channels))
+        )
 
-    def forward(self, image: Tensor) -> Features:
-        features = []
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = []
         for level in self.levels:
             image = F.gelu(level(image))
-            features.append(image)
-        return features
+            maps.append(image)
+        return maps
 
 
 class _TinyDecoder(DecoderNet):
-    """Every level laid on the finest, then four pixels from each: the answer has the input's resolution."""
+    """Every level laid on the finest, then the pixels under each: the answer has the input's resolution."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], finest_stride: int) -> None:
         super().__init__()
         self.out_channels = 8
-        self.mix = nn.Conv2d(sum(channels), 4 * self.out_channels, 3, padding=1)
+        self.finest_stride = finest_stride
+        self.mix = nn.Conv2d(sum(channels), finest_stride**2 * self.out_channels, 3, padding=1)
 
     def forward(self, features: Features) -> Tensor:
         size = features[0].shape[-2:]
         laid = torch.cat([F.interpolate(level, size=size) for level in features], dim=1)
-        return F.gelu(F.pixel_shuffle(self.mix(laid), 2))
+        return F.gelu(F.pixel_shuffle(self.mix(laid), self.finest_stride))
 
 
 def check_dataset(dataset: Dataset, *, reads: int = 8) -> None:
@@ -336,9 +360,9 @@ def check_encoder(config: Encoder, *, sizes: Sequence[tuple[int, int]] = ((33, 4
         _check_config(config, Encoder)
         torch.manual_seed(0)
         encoder = config.build()
-        _check_strides(encoder, 32)
+        _check_declared(encoder)
         for height, width in sizes:
-            _check_maps(encoder, _pictures(2, height, width))
+            _check_features(encoder, _pictures(2, height, width))
         _check_encoder_gradients(encoder, _pictures(2, 64, 96))
         _check_fresh_weights(config, _pictures(2, 64, 96))
         for output_stride in (16, 8):
@@ -347,68 +371,115 @@ def check_encoder(config: Encoder, *, sizes: Sequence[tuple[int, int]] = ((33, 4
             except UserError as error:
                 _check_one_line("build", error)
             else:
-                _check_strides(dilated, output_stride)
-                _check_maps(dilated, _pictures(2, 33, 70))
+                _check_declared(dilated)
+                coarsest = dilated.strides[-1]
+                assert coarsest <= output_stride, f"build({output_stride}) declares a map of stride {coarsest}"
+                _check_features(dilated, _pictures(2, 33, 70))
 
 
-def check_decoder(config: Decoder) -> None:
+def check_decoder(config: Decoder, *, encoder: Encoder | None = None) -> None:
     """Raise AssertionError, with what is wrong in a sentence, for a decoder that breaks the contract of `Decoder`.
 
-    It meets a few encoders' maps, with and without stride 2. It may refuse some of them by a UserError, but not all.
+    It meets the maps of a few encoders: with and without stride 2, with stride 1, of fewer levels. It may refuse some
+    of them by a UserError, but not all. With `encoder` it meets that one alone: for a decoder that needs extras.
     """
-    coarsest = config.output_stride
-    strides = tuple(min(stride, coarsest) for stride in (2, 4, 8, 16, 32))
-    layouts = ((16, 24, 32, 48, 64), (0, 24, 32, 48, 64), (32, 32, 64, 64, 32))
-    taken = 0
     with torch.random.fork_rng(devices=[]):
         _check_config(config, Decoder)
-        for channels in layouts:
+        if encoder is not None:
+            _check_pair(ModelConfig(encoder=encoder, decoder=config))
+            return
+        assert not config.required_extras, (
+            f"it reads {', '.join(config.required_extras)}; give check_decoder an encoder"
+        )
+        strides = tuple(min(stride, config.output_stride) for stride in HALVING)
+        layouts = (
+            ((16, 24, 32, 48, 64), strides),
+            ((0, 24, 32, 48, 64), strides),
+            ((32, 32, 64, 64, 32), strides),
+            ((16, 24, 32, 48, 64), (1, 2, 4, 8, 16)),
+            ((16, 24, 32, 48), (2, 4, 8, 16)),
+            ((16, 24, 32), (1, 2, 4)),
+        )
+        taken = 0
+        for channels, at in layouts:
             torch.manual_seed(0)
             try:
-                decoder = config.build(channels, strides)
+                decoder = config.build(channels, at)
             except UserError as error:
                 _check_one_line("build", error)
             else:
                 taken += 1
-                _check_decoding(decoder, channels, strides)
-    assert taken, f"the decoder refuses every encoder at strides {strides}"
+                for height, width in ((64, 96), (96, 64)):
+                    _check_decoding(decoder, _random_features(2, channels, at, height, width))
+        assert taken, f"the decoder refuses every encoder, also one at strides {strides}"
+
+
+def _check_pair(model: ModelConfig) -> None:
+    """The decoder on what its own encoder gives."""
+    torch.manual_seed(0)
+    encoder = model.build_encoder()
+    head = model.spec(encoder).dense(1)
+    for height, width in ((64, 96), (96, 64)):
+        with evaluating(encoder):
+            features = encoder(_pictures(2, height, width))
+        _check_decoding(head.decoder, features)
 
 
 def _check_one_line(what: str, error: UserError) -> None:
     assert len(str(error).splitlines()) == 1, f"{what} refuses in other than one line: {str(error)!r}"
 
 
-def _check_strides(encoder: EncoderNet, output_stride: int) -> None:
-    wanted = tuple(min(stride, output_stride) for stride in (2, 4, 8, 16, 32))
-    assert encoder.strides == wanted, f"build({output_stride}) declares strides {encoder.strides}, not {wanted}"
-    assert len(encoder.channels) == len(wanted), f"build declares channels {encoder.channels}, not five"
-    assert encoder.channels[-1] > 0, "the coarsest map has no channels"
-    assert encoder.multiple % wanted[-1] == 0, f"multiple {encoder.multiple} is no multiple of stride {wanted[-1]}"
+def _check_declared(encoder: EncoderNet) -> None:
+    """What it says of its maps makes sense; whether it is true, `_check_features` sees."""
+    channels, strides, multiple = encoder.channels, encoder.strides, encoder.multiple
+    assert len(channels) == len(strides), f"build declares channels {channels} for maps at strides {strides}"
+    assert list(strides) == sorted(strides), f"build declares strides {strides}, not fine to coarse"
+    assert channels[-1] > 0, "the coarsest map has no channels"
+    for stride in (*strides, HEAD_STRIDE):
+        assert multiple % stride == 0, f"multiple {multiple} is no multiple of stride {stride}"
 
 
-def _check_maps(encoder: EncoderNet, images: Tensor) -> None:
-    """Sizes as declared; the same again, for each image alone, and without a trace on the input."""
+def _check_features(encoder: EncoderNet, images: Tensor) -> None:
+    """Maps and extras as declared; the same again, for each image alone, and without a trace on the input."""
     before = images.clone()
     with evaluating(encoder):
-        maps = encoder(images)
+        features = encoder(images)
         again = encoder(images)
         alone = encoder(images[1:])
     assert torch.equal(images, before), "the encoder changes the images it is given"
-    assert len(maps) == len(encoder.strides), f"the encoder gives {len(maps)} maps, not {len(encoder.strides)}"
+    assert len(features) == len(encoder.strides), f"the encoder gives {len(features)} maps, not {len(encoder.strides)}"
     size = tuple(images.shape[-2:])
     padded = [-(-side // encoder.multiple) * encoder.multiple for side in size]
-    for level, channels, stride in zip(maps, encoder.channels, encoder.strides, strict=True):
+    given = tuple(padded[0] // level.shape[-2] for level in features)
+    assert given == encoder.strides, f"build declares strides {encoder.strides}, and gives maps at {given}"
+    assert features.strides == encoder.strides, f"its features name strides {features.strides}, not {encoder.strides}"
+    for level, channels, stride in zip(features, encoder.channels, encoder.strides, strict=True):
         wanted = (len(images), channels, *(side // stride for side in padded))
         assert tuple(level.shape) == wanted, f"at {size} the stride {stride} map is {tuple(level.shape)}, not {wanted}"
         assert level.isfinite().all(), f"the map of stride {stride} is not finite"
-    assert all(map(torch.equal, maps, again)), "in eval mode the same images give other maps at the second call"
-    rows = [level[1:] for level in maps]
-    assert all(map(_near, rows, alone)), "in eval mode an image's maps depend on the images beside it"
+    extras = sorted(features.extras)
+    assert extras == sorted(encoder.extras), f"build declares extras {sorted(encoder.extras)}, and gives {extras}"
+    for name, extra in features.extras.items():
+        assert len(extra) == len(images), f"extra '{name}' is {tuple(extra.shape)}, without a row for each image"
+        assert extra.isfinite().all(), f"extra '{name}' is not finite"
+    assert all(map(torch.equal, _tensors(features), _tensors(again))), (
+        "in eval mode the same images give other maps at the second call"
+    )
+    _, rows = features.split([1, len(images) - 1])
+    assert all(map(_near, _tensors(rows), _tensors(alone))), (
+        "in eval mode an image's maps depend on the images beside it"
+    )
+
+
+def _tensors(features: Features) -> list[Tensor]:
+    """Maps, and extras in the order of their names."""
+    return [*features, *(features.extras[name] for name in sorted(features.extras))]
 
 
 def _check_encoder_gradients(encoder: EncoderNet, images: Tensor) -> None:
     encoder.train()
-    used = [level.square().mean() for level in encoder(images) if level.numel()]
+    outputs = [output for output in _tensors(encoder(images)) if output.is_floating_point()]
+    used = [output.square().mean() for output in outputs if output.numel()]
     sum(used).backward()
     _check_gradients("encoder", encoder, every=True)
     encoder.zero_grad(set_to_none=True)
@@ -429,43 +500,42 @@ def _check_fresh_weights(config: Encoder, images: Tensor) -> None:
     assert not shared, "two builds share weights"
     second.load_state_dict(state)
     with evaluating(first), evaluating(second):
-        equal = all(map(torch.equal, first(images), second(images)))
+        equal = all(map(torch.equal, _tensors(first(images)), _tensors(second(images))))
     assert equal, "state_dict does not hold all that the maps depend on"
 
 
-def _check_decoding(decoder: DecoderNet, channels: Sequence[int], strides: Sequence[int]) -> None:
-    for height, width in ((64, 96), (96, 64)):
-        features = _random_features(2, channels, strides, height, width)
-        kept = [level.clone() for level in features]
-        decoder.train()
-        decoded = decoder(features)
-        assert decoded.shape[:2] == (2, decoder.out_channels), (
-            f"the decoder gives {tuple(decoded.shape)}, not (B, {decoder.out_channels}, h, w) as out_channels says"
-        )
-        stride = height // decoded.shape[2]
-        sides = tuple(side * stride for side in decoded.shape[-2:])
-        assert sides == (height, width), f"a {height} x {width} input is decoded to {tuple(decoded.shape[-2:])}"
-        assert all(map(torch.equal, features, kept)), "the decoder changes the features it is given; heads share them"
+def _check_decoding(decoder: DecoderNet, features: Features) -> None:
+    height, width = features.size
+    kept = [output.clone() for output in _tensors(features)]
+    decoder.train()
+    decoded = decoder(features)
+    assert decoded.shape[:2] == (2, decoder.out_channels), (
+        f"the decoder gives {tuple(decoded.shape)}, not (B, {decoder.out_channels}, h, w) as out_channels says"
+    )
+    stride = height // decoded.shape[2]
+    sides = tuple(side * stride for side in decoded.shape[-2:])
+    assert sides == (height, width), f"a {height} x {width} input is decoded to {tuple(decoded.shape[-2:])}"
+    same = all(map(torch.equal, _tensors(features), kept))
+    assert same, "the decoder changes the features it is given; heads share them"
 
-        features[-1].requires_grad_()
-        decoder(features).square().mean().backward()
-        _check_gradients("decoder", decoder, every=True)
-        assert features[-1].grad is not None, "the coarsest map is not used"
-        decoder.zero_grad(set_to_none=True)
-        _check_decoded(decoder, features, height, width)
-    head = DenseHead(decoder, 5, strides)
+    features[-1].requires_grad_()
+    decoder(features).square().mean().backward()
+    _check_gradients("decoder", decoder, every=True)
+    assert features[-1].grad is not None, "the coarsest map is not used"
+    decoder.zero_grad(set_to_none=True)
+    _check_decoded(decoder, features)
+    head = DenseHead(decoder, 5)
     with evaluating(head):
         answer = head(features, (height - 13, width - 5))
     assert answer.shape[-2:] == (height - 13, width - 5), f"the head gives {tuple(answer.shape[-2:])}"
 
 
-def _check_decoded(decoder: DecoderNet, features: Features, height: int, width: int) -> None:
+def _check_decoded(decoder: DecoderNet, features: Features) -> None:
     with evaluating(decoder):
         decoded = decoder(features)
         again = decoder(features)
-        alone = decoder([level[1:] for level in features])
-        corner = _laid_at_origin(features, height)
-        moved = (decoder(corner) - decoded).abs().mean(dim=(0, 1))  # (h, w)
+        alone = decoder(features.split([1, 1])[1])
+        moved = (decoder(_laid_at_origin(features)) - decoded).abs().mean(dim=(0, 1))  # (h, w)
     assert decoded.isfinite().all(), "the decoded map is not finite"
     assert torch.equal(decoded, again), "in eval mode the same features are decoded otherwise at the second call"
     assert _near(decoded[1:], alone), "in eval mode an image's map depends on the images beside it"
@@ -474,20 +544,19 @@ def _check_decoded(decoder: DecoderNet, features: Features, height: int, width: 
     assert here > there, "a change of the features in one corner moves the opposite corner more: the map is misplaced"
 
 
-def _laid_at_origin(features: Features, height: int) -> Features:
-    """The features with others in the first 32 x 32 pixels of the image."""
+def _laid_at_origin(features: Features) -> Features:
+    """The features with other maps in the first 32 x 32 pixels of the image."""
     changed = [level.clone() for level in features]
-    for level in changed:
-        side = level.shape[2] * 32 // height
+    for level, stride in zip(changed, features.strides, strict=True):
+        side = 32 // stride
         level[:, :, :side, :side] = level[:, :, :side, :side].neg() + 1.0
-    return changed
+    return replace(features, maps=changed)
 
 
-def _random_features(
-    count: int, channels: Sequence[int], strides: Sequence[int], height: int, width: int
-) -> list[Tensor]:
+def _random_features(count: int, channels: Sequence[int], strides: Sequence[int], height: int, width: int) -> Features:
     sizes = [(height // stride, width // stride) for stride in strides]
-    return [torch.randn(count, width_, *size) for width_, size in zip(channels, sizes, strict=True)]
+    maps = [torch.randn(count, width_, *size) for width_, size in zip(channels, sizes, strict=True)]
+    return Features(maps, tuple(strides))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

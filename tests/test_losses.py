@@ -384,7 +384,9 @@ def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
     view = task.view(Batch(images, rng.fold_in(rng.as_key(name), torch.arange(3))))
     assert view.input.isfinite().all()
     head = task.head(_spec())
-    features = [torch.randn(len(view.input), 8, 64 // stride, 64 // stride) for stride in (2, 4, 8, 16, 32)]
+    strides = (2, 4, 8, 16, 32)
+    maps = [torch.randn(len(view.input), 8, 64 // stride, 64 // stride) for stride in strides]
+    features = Features(maps, strides)
     prediction = head(features, (64, 64))
     loss = task.loss(prediction.float(), view)
     assert loss.isfinite().all()
@@ -393,12 +395,10 @@ def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
 
 
 def _spec() -> EncoderSpec:
-    strides = (2, 4, 8, 16, 32)
-
     def dense(out_channels: int, stride: int = 1) -> nn.Module:
-        return DenseHead(FirstLevel(), out_channels, strides, stride)
+        return DenseHead(FirstLevel(), out_channels, stride)
 
-    return EncoderSpec((8,) * 5, strides, dense)
+    return EncoderSpec((8,) * 5, (2, 4, 8, 16, 32), dense)
 
 
 class FirstLevel(DecoderNet):

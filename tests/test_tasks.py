@@ -12,7 +12,7 @@ from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
-from ssl_seg.models import EncoderNet, EncoderSpec, evaluating
+from ssl_seg.models import EncoderNet, EncoderSpec, Features, evaluating
 from ssl_seg.rng import seeded
 from ssl_seg.segment import Segment
 from ssl_seg.tasks import Batch, PretextTask, Task, View
@@ -43,7 +43,7 @@ class Dense(nn.Module):
         super().__init__()
         self.last = nn.Conv2d(4, out_channels, 1)
 
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         height, width = size
         return F.interpolate(self.last(features[0]), scale_factor=2)[..., :height, :width]
 

@@ -1,7 +1,7 @@
 """The contracts of the network: what an encoder gives, what a decoder takes, and how the two become a model.
 
-One architecture a file beside this one; every encoder delivers the same five maps, so any decoder fits any encoder or
-refuses it in one line.
+One architecture a file beside this one. An encoder gives `Features`: maps, fine to coarse, and further outputs by name.
+A decoder says what it needs of them, so that any two fit each other or are refused in one line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -20,16 +20,49 @@ from torch.nn import functional as F
 from ssl_seg.config import Config, Plugin, UserError
 from ssl_seg.norm.convert import Kind, convert_norm, has_batch_norm
 
-Features = list[Tensor]  # five maps, fine to coarse: (B, C_i, h_i, w_i); C_i = 0 where the encoder has no such map
-NUM_LEVELS = 5
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1], as every torchvision and timm model assumes
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class EncoderNet(nn.Module):
-    """RGB in [0, 1] of any size in, five maps at strides 2 to 32 out; it normalizes and pads inside.
+@dataclass(eq=False)
+class Features:
+    """What an encoder gives for a batch. It reads as the sequence of its maps: `features[-1]` is the coarsest."""
 
-    `backbone(x)` takes normalized images whose sides `multiple` divides, and returns the five maps.
+    maps: list[Tensor]  # fine to coarse: (B, C_i, H / stride_i, W / stride_i); C_i = 0 where there is no such map
+    strides: tuple[int, ...]  # of the maps: 1 is the image's own resolution
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # each (B, ...): pool indices, a reconstruction ...
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.maps)
+
+    def __getitem__(self, level: int) -> Tensor:
+        return self.maps[level]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images as the backbone saw them: padded."""
+        height, width = self.maps[-1].shape[-2:]
+        return height * self.strides[-1], width * self.strides[-1]
+
+    def split(self, counts: Sequence[int]) -> list[Features]:
+        """Those of the first `counts[0]` images, of the next `counts[1]` and so on; the counts add up to the batch."""
+        maps = zip(*(level.split(counts) for level in self.maps), strict=True)
+        extras = {name: extra.split(counts) for name, extra in self.extras.items()}
+        return [
+            Features(list(own), self.strides, {name: parts[index] for name, parts in extras.items()})
+            for index, own in enumerate(maps)
+        ]
+
+
+class EncoderNet(nn.Module):
+    """RGB in [0, 1] of any size in, `Features` out; it normalizes and pads inside.
+
+    `backbone(x)` takes normalized images whose sides `multiple` divides. It returns its maps as a list, with `channels`
+    and `strides`; where it gives more, `Features` with the `extras` of these names. Every stride divides `multiple`,
+    and so does 4, the stride at which some heads answer.
     """
 
     def __init__(
@@ -40,12 +73,14 @@ class EncoderNet(nn.Module):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         multiple: int = 32,
+        extras: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.channels = tuple(channels)
         self.strides = tuple(strides)
         self.multiple = multiple
+        self.extras = tuple(extras)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
@@ -60,7 +95,8 @@ class EncoderNet(nn.Module):
                 f"one image of {height} x {width} leaves batch norm one value, without a variance; raise augment.crop, "
                 "or train.batch_size for 2 images or more a pass, or use norm: group"
             )
-        return self.backbone(padded)
+        given = self.backbone(padded)
+        return given if isinstance(given, Features) else Features(list(given), self.strides)
 
 
 class DecoderNet(nn.Module, ABC):
@@ -75,21 +111,19 @@ class DecoderNet(nn.Module, ABC):
 class DenseHead(nn.Module):
     """A decoder with a last layer: one prediction a pixel. Carrying `decoder` to another task keeps all but `last`."""
 
-    def __init__(self, decoder: DecoderNet, out_channels: int, strides: Sequence[int], stride: int = 1) -> None:
+    def __init__(self, decoder: DecoderNet, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         self.decoder = decoder
         self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
         # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
         nn.init.normal_(self.last.weight, std=0.01)
         nn.init.zeros_(self.last.bias)
-        self.level_stride = strides[-1]
         self.stride = stride
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """`(B, out_channels, ceil(H / stride), ceil(W / stride))` for an input of `size` (H, W)."""
         decoded = self.decoder(features)  # (B, C, h, w) of the padded input
-        padded = [side * self.level_stride for side in features[-1].shape[-2:]]
-        at_stride = [side // self.stride for side in padded]
+        at_stride = [side // self.stride for side in features.size]
         if decoded.shape[-1] > at_stride[-1]:
             # Before the last layer: with hundreds of channels it would be most of the step at the full resolution.
             decoded = F.adaptive_avg_pool2d(decoded, at_stride)
@@ -104,11 +138,10 @@ class DenseHead(nn.Module):
 class EncoderSpec:
     """What a task may know of the encoder when it builds its head."""
 
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # of the maps, fine to coarse; 0 where there is no such map
     strides: tuple[int, ...]
-    dense: Callable[
-        ..., nn.Module
-    ]  # dense(out_channels, stride=1): the segmentation model's own decoder, fresh weights
+    dense: Callable[..., nn.Module]  # dense(out_channels, stride=1): the segmentation model's decoder, fresh weights
+    extras: tuple[str, ...] = ()  # names of the outputs beside the maps
 
 
 class Encoder(Plugin, ABC):
@@ -121,7 +154,8 @@ class Encoder(Plugin, ABC):
     def build(self, output_stride: int = 32) -> EncoderNet:
         """A fresh network with random or (where `pretrained` says so) published weights.
 
-        `output_stride` 16 or 8 asks for dilation in place of the last strides; an encoder that cannot raises UserError.
+        `output_stride` 16 or 8 asks for no coarser map than that, by dilation in place of the last strides; an encoder
+        that cannot raises UserError. 32 leaves the architecture as it is.
         """
 
 
@@ -136,9 +170,14 @@ class Decoder(Plugin, ABC):
         """The coarsest stride this decoder wants from the encoder."""
         return 32
 
+    @property
+    def required_extras(self) -> tuple[str, ...]:
+        """Names of the extras that this decoder reads; `ModelConfig` refuses an encoder without one of them."""
+        return ()
+
     @abstractmethod
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
-        """A fresh decoder for an encoder's maps. Raises UserError with one line for an encoder that does not fit."""
+        """A fresh decoder for an encoder's maps. Raises UserError with one line for maps that do not fit."""
 
 
 def _of_type(default: str, word: str = "type") -> BeforeValidator:
@@ -178,19 +217,28 @@ class ModelConfig(Config):
         elif self.norm != "keep":
             # The whole network is asked before it is refused; the random numbers of this decoder are given back.
             with torch.random.fork_rng(devices=[]):
-                convert_norm(self.decoder.build(encoder.channels, encoder.strides), self.norm)
+                convert_norm(self._build_decoder(encoder), self.norm)
         return encoder
 
     def spec(self, encoder: EncoderNet) -> EncoderSpec:
         """What heads may know of `encoder`; `dense` builds this config's decoder with fresh weights."""
 
         def dense(out_channels: int, stride: int = 1) -> nn.Module:
-            decoder = self.decoder.build(encoder.channels, encoder.strides)
+            decoder = self._build_decoder(encoder)
             if has_batch_norm(decoder) and self.norm != "frozen":  # fpn has none, whatever the encoder has
                 convert_norm(decoder, self.norm)
-            return DenseHead(decoder, out_channels, encoder.strides, stride)
+            return DenseHead(decoder, out_channels, stride)
 
-        return EncoderSpec(encoder.channels, encoder.strides, dense)
+        return EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras)
+
+    def _build_decoder(self, encoder: EncoderNet) -> DecoderNet:
+        missing = [name for name in self.decoder.required_extras if name not in encoder.extras]
+        if missing:
+            raise UserError(
+                f"model.decoder: {self.decoder.type} reads {', '.join(missing)}, which encoder {self.encoder.type} "
+                "does not give; choose an encoder that does, or a decoder that reads maps alone, as unet"
+            )
+        return self.decoder.build(encoder.channels, encoder.strides)
 
 
 class SegmentationModel(nn.Module):

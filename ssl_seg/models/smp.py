@@ -1,8 +1,17 @@
 """Decoders from segmentation_models_pytorch (smp): unet, unetplusplus, fpn, deeplabv3plus, upernet and segformer.
 
 The only user of smp, whose decoder classes are semi-public: what it may change is mended here. Its decoders want one
-more map, of stride 1, in front (the image); most only look at its size, so it is given without channels. Weights start
+more map, of stride 1, in front (the image); they look at its size alone, so it is given without channels. Weights start
 as smp starts them.
+
+Which maps they need:
+
+- unet: any number of maps, at any strides; its `channels` has a number for each of those coarser than stride 1.
+- unetplusplus: five, at strides 2, 4, 8, 16 and 32.
+- fpn: the last four at strides 4, 8, 16 and 32.
+- deeplabv3plus: the second at stride 4, and the last at its `encoder_stride`.
+- upernet: two or more, the first two at strides 2 and 4.
+- segformer: any number of maps, at any strides.
 """
 
 from __future__ import annotations
@@ -32,19 +41,16 @@ Five = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 
 class SmpNet(DecoderNet):
-    """A decoder of smp behind the contract; its map has stride `stride`."""
+    """A decoder of smp behind the contract."""
 
-    def __init__(self, decoder: nn.Module, out_channels: int, stride: int, strides: Sequence[int]) -> None:
+    def __init__(self, decoder: nn.Module, out_channels: int) -> None:
         super().__init__()
         self.decoder = decoder
         self.out_channels = out_channels
-        self.stride = stride
-        self.level_stride = strides[-1]
 
     def forward(self, features: Features) -> Tensor:
         last = features[-1]
-        height, width = (side * self.level_stride for side in last.shape[-2:])
-        image = last.new_empty(len(last), 0, height, width)
+        image = last.new_empty(len(last), 0, *features.size)
         return self.decoder([image, *features])
 
 
@@ -60,26 +66,38 @@ class PoolingNet(SmpNet):
 
 
 class Unet(Decoder):
-    """U-Net (Ronneberger et al., MICCAI 2015): every map joins again, coarse to fine. Output at stride 1."""
+    """U-Net (Ronneberger et al., MICCAI 2015): every map joins again, coarse to fine. Output at stride 1.
 
-    channels: Five = (256, 128, 64, 32, 16)  # smp's, at strides 16 to 1
+    `channels` goes along: a number for each step to a finer map, the last of which is the step to stride 1.
+    """
+
+    channels: tuple[PositiveInt, ...] = (256, 128, 64, 32, 16)  # smp's, at strides 16 to 1
     attention: Literal["scse"] | None = None  # squeeze and excitation, Roy et al., MICCAI 2018
     interpolation: Literal["nearest", "bilinear"] = "nearest"  # smp's
     # Two more convolutions at the coarsest map; smp adds them for VGG, whose last map is a bare pool.
     center: bool = False
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        steps = sum(stride > 1 for stride in strides)
+        if len(self.channels) != steps:
+            such = [16 * 2**level for level in reversed(range(steps))]
+            raise UserError(
+                f"model.decoder.channels: unet: wants {steps} numbers for maps at strides {tuple(strides)}, not "
+                f"{len(self.channels)}; give {steps}, such as {such}"
+            )
         _require_wide(self, self.channels, self.attention)
         decoder = UnetDecoder(
             encoder_channels=(IMAGE_CHANNELS, *channels),
             decoder_channels=self.channels,
+            n_blocks=steps,
             attention_type=self.attention,
             interpolation_mode=self.interpolation,
             add_center_block=self.center,
         )
-        decoder.blocks[-1].attention1 = nn.Identity()  # smp uses it on skips only, and this block has none
+        if strides[0] > 1:
+            decoder.blocks[-1].attention1 = nn.Identity()  # smp uses it on skips only, and this block has none
         initialize_decoder(decoder)
-        return SmpNet(decoder, self.channels[-1], 1, strides)
+        return SmpNet(decoder, self.channels[-1])
 
 
 class UnetPlusPlus(Decoder):
@@ -90,7 +108,7 @@ class UnetPlusPlus(Decoder):
     interpolation: Literal["nearest", "bilinear"] = "nearest"  # smp's
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
-        _require_halving(self, strides)
+        _require_strides(self, HALVING, strides, strides)
         _require_wide(self, [*channels, *self.channels], self.attention)
         decoder = UnetPlusPlusDecoder(
             encoder_channels=(IMAGE_CHANNELS, *channels),
@@ -100,7 +118,7 @@ class UnetPlusPlus(Decoder):
         )
         decoder.blocks[f"x_0_{decoder.depth}"].attention1 = nn.Identity()  # as in Unet
         initialize_decoder(decoder)
-        return SmpNet(decoder, self.channels[-1], 1, strides)
+        return SmpNet(decoder, self.channels[-1])
 
 
 class FPN(Decoder):
@@ -116,7 +134,7 @@ class FPN(Decoder):
     interpolation: Literal["nearest", "bilinear"] = "nearest"  # smp's, top-down
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
-        _require_halving(self, strides)
+        _require_strides(self, HALVING[1:], strides, strides[-4:])
         decoder = FPNDecoder(
             encoder_channels=(IMAGE_CHANNELS, *channels),
             pyramid_channels=self.pyramid_channels,
@@ -131,7 +149,7 @@ class FPN(Decoder):
                 layer.upsample = False
                 layer.block.append(nn.Upsample(scale_factor=2, mode="bilinear"))
         initialize_decoder(decoder)
-        return SmpNet(decoder, decoder.out_channels, 4, strides)
+        return SmpNet(decoder, decoder.out_channels)
 
 
 class DeepLabV3Plus(Decoder):
@@ -151,9 +169,10 @@ class DeepLabV3Plus(Decoder):
         return self.encoder_stride
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
-        if strides[1] != 4 or strides[-1] != self.encoder_stride:
+        if (*strides[1:2], *strides[-1:]) != (4, self.encoder_stride):
             raise UserError(
-                f"deeplabv3plus: wants strides 4 and {self.encoder_stride}, not {tuple(strides)}; set encoder_stride"
+                f"model.decoder: deeplabv3plus: wants strides 4 and {self.encoder_stride}, as the second map and the "
+                f"last, not {tuple(strides)}; set encoder_stride, or use unet or segformer"
             )
         decoder = DeepLabV3PlusDecoder(
             encoder_channels=(IMAGE_CHANNELS, *channels),
@@ -166,7 +185,7 @@ class DeepLabV3Plus(Decoder):
         )
         # smp aligns corners here, which moves the coarse map by an amount that depends on the image's size.
         decoder.up = nn.Upsample(scale_factor=self.encoder_stride // 4, mode="bilinear")
-        return PoolingNet(decoder, self.channels, 4, strides)
+        return PoolingNet(decoder, self.channels)
 
 
 class UPerNet(Decoder):
@@ -175,9 +194,10 @@ class UPerNet(Decoder):
     channels: PositiveInt = 256  # smp's; the paper has 512
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
+        _require_strides(self, HALVING[:2], strides, strides[:2])
         decoder = UPerNetDecoder(encoder_channels=(IMAGE_CHANNELS, *channels), decoder_channels=self.channels)
         initialize_decoder(decoder)
-        return PoolingNet(decoder, self.channels, 4, strides)
+        return PoolingNet(decoder, self.channels)
 
 
 class Segformer(Decoder):
@@ -188,15 +208,20 @@ class Segformer(Decoder):
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
         decoder = SegformerDecoder(encoder_channels=(IMAGE_CHANNELS, *channels), segmentation_channels=self.channels)
         initialize_decoder(decoder)
-        return SmpNet(decoder, self.channels, 4, strides)
+        return SmpNet(decoder, self.channels)
 
 
-def _require_halving(config: Decoder, strides: Sequence[int]) -> None:
-    if tuple(strides) != HALVING:
-        raise UserError(f"{config.type}: wants maps at strides {HALVING}, not {tuple(strides)}; use unet or upernet")
+def _require_strides(config: Decoder, wanted: Sequence[int], strides: Sequence[int], used: Sequence[int]) -> None:
+    """Raise UserError unless the maps that are `used` of all `strides` have the wanted ones."""
+    if tuple(used) != tuple(wanted):
+        raise UserError(
+            f"model.decoder: {config.type}: wants maps at strides {wanted}, not {tuple(strides)}; use unet or segformer"
+        )
 
 
 def _require_wide(config: Decoder, channels: Sequence[int], attention: str | None) -> None:
     narrow = [width for width in channels if 0 < width < SQUEEZE]
     if attention and narrow:
-        raise UserError(f"{config.type}: attention: {attention} needs {SQUEEZE} channels or more, not {narrow[0]}")
+        raise UserError(
+            f"model.decoder: {config.type}: attention: {attention} needs {SQUEEZE} channels or more, not {narrow[0]}"
+        )

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg.config import UserError
-from ssl_seg.models import NUM_LEVELS, Encoder, EncoderNet, Features
+from ssl_seg.models import Encoder, EncoderNet
 
+NUM_LEVELS = 5  # maps, at strides 2 to 32
 MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; attention windows are padded inside
 PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
@@ -203,7 +204,7 @@ class Maps(nn.Module):
         self.channels = tuple(shape.channels for shape in kept)
         self.strides = tuple(shape.stride for shape in kept)
 
-    def forward(self, image: Tensor) -> Features:
+    def forward(self, image: Tensor) -> list[Tensor]:
         maps = _channels_first(self.network, image)[self.num_skipped :]
         if self.has_stride_2:
             return maps
@@ -239,7 +240,7 @@ class Pyramid(nn.Module):
         self.norm_8 = LayerNorm2d(width // 2)
         self.to_4 = nn.ConvTranspose2d(width // 2, width // 4, kernel_size=2, stride=2)
 
-    def forward(self, image: Tensor) -> Features:
+    def forward(self, image: Tensor) -> list[Tensor]:
         at_16 = _channels_first(self.network, image)[-1]
         at_8 = self.norm_8(self.to_8(at_16))
         at_4 = self.to_4(F.gelu(at_8))
@@ -247,7 +248,7 @@ class Pyramid(nn.Module):
         return [_no_channels(at_16, image), at_4, at_8, at_16, last]
 
 
-def _channels_first(network: nn.Module, image: Tensor) -> Features:
+def _channels_first(network: nn.Module, image: Tensor) -> list[Tensor]:
     maps = network(image)
     if getattr(network, "output_fmt", Format.NCHW) == Format.NHWC:
         return [level.permute(0, 3, 1, 2) for level in maps]  # (B, h, w, C) -> (B, C, h, w)

@@ -63,11 +63,7 @@ class MultiTask(nn.Module):
         """The features of several inputs of one size, by one pass over all of them."""
         if len(inputs) == 1:
             return [self.encoder(inputs[0])]
-        counts = [len(image) for image in inputs]
-        levels = [
-            level.split(counts) for level in self.encoder(torch.cat(inputs))
-        ]  # (T*B, C, h, w) -> T of (B, C, h, w)
-        return [list(own) for own in zip(*levels, strict=True)]
+        return self.encoder(torch.cat(inputs)).split([len(image) for image in inputs])
 
 
 def make_views(tasks: Mapping[str, Task], batches: Mapping[Stream, Batch], split: bool = False) -> dict[str, View]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ssl_seg.config import UserError, load
-from ssl_seg.models import DecoderNet, DenseHead, Encoder, EncoderNet, ModelConfig, SegmentationModel
+from ssl_seg.models import DecoderNet, DenseHead, Encoder, EncoderNet, Features, ModelConfig, SegmentationModel
 from ssl_seg.models import timm as timm_encoders
 from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus, UPerNet
 from ssl_seg.models.timm import Timm
@@ -330,7 +330,7 @@ def test_every_pair_gives_the_input_size_and_trains_every_weight(name, encoder, 
     network = encoder_for(encoder, name)
     torch.manual_seed(0)
     decoding = decoder.build(network.channels, network.strides)
-    head = DenseHead(decoding, 3, network.strides)
+    head = DenseHead(decoding, 3)
     for height, width in SIZES:
         with torch.no_grad():
             features = network.eval()(torch.rand(1, 3, height, width))
@@ -358,8 +358,8 @@ def test_a_head_of_coarser_stride_averages_before_its_last_layer():
         def forward(self, features):
             return features[0]
 
-    head = DenseHead(Finest(), 5, (1, 32), stride=4)
-    features = [torch.randn(3, 2, 64, 32), torch.zeros(3, 1, 2, 1)]  # of images of 53 x 30, padded
+    head = DenseHead(Finest(), 5, stride=4)
+    features = Features([torch.randn(3, 2, 64, 32), torch.zeros(3, 1, 2, 1)], (1, 32))  # of images of 53 x 30, padded
     expected = head.last(torch.nn.functional.avg_pool2d(features[0], 4))[..., :14, :8]
     torch.testing.assert_close(head(features, (53, 30)), expected)
 
@@ -370,7 +370,7 @@ def test_deeplabv3plus_refuses_or_works_at_stride_32(encoder):
         ModelConfig(encoder=Timm(name=encoder), decoder=DeepLabV3Plus()).build_encoder()
     assert "\n" not in str(caught.value)
     network = built(encoder)
-    head = DenseHead(DeepLabV3Plus(channels=8, encoder_stride=32).build(network.channels, HALVING), 2, HALVING).eval()
+    head = DenseHead(DeepLabV3Plus(channels=8, encoder_stride=32).build(network.channels, HALVING), 2).eval()
     with torch.no_grad():
         assert head(network.eval()(torch.rand(1, 3, 33, 47)), (33, 47)).shape == (1, 2, 33, 47)
 
@@ -378,12 +378,11 @@ def test_deeplabv3plus_refuses_or_works_at_stride_32(encoder):
 CHANNELS = (8, 16, 16, 24, 32)
 
 
-def _features(
-    size: tuple[int, int], strides: tuple[int, ...], channels: tuple[int, ...] = CHANNELS
-) -> list[torch.Tensor]:
+def _features(size: tuple[int, int], strides: tuple[int, ...], channels: tuple[int, ...] = CHANNELS) -> Features:
     generator = torch.Generator().manual_seed(0)
     sizes = [[side // stride for side in size] for stride in strides]
-    return [torch.randn(1, width, *at, generator=generator) for width, at in zip(channels, sizes, strict=True)]
+    maps = [torch.randn(1, width, *at, generator=generator) for width, at in zip(channels, sizes, strict=True)]
+    return Features(maps, strides)
 
 
 def _strides(decoder: DeepLabV3Plus) -> tuple[int, ...]:
@@ -397,10 +396,10 @@ def test_the_answer_at_a_pixel_looks_at_that_pixel(name, channels):
     decoder = DECODERS[name][0]
     strides = _strides(decoder)
     torch.manual_seed(0)
-    head = DenseHead(decoder.build(channels, strides), 1, strides).eval()
+    head = DenseHead(decoder.build(channels, strides), 1).eval()
     size = (160, 224)
-    features = [level.requires_grad_() for level in _features(size, strides, channels)]
-    finest = features[1]  # stride 4: the finest that every decoder uses
+    features = _features(size, strides, channels)
+    finest = features[1].requires_grad_()  # stride 4: the finest that every decoder uses
     answer = head(features, (150, 220))
     for row, column in ((3, 210), (140, 5), (75, 110)):
         (gradient,) = torch.autograd.grad(answer[0, 0, row, column], finest, retain_graph=True)
@@ -432,7 +431,7 @@ def test_a_larger_image_moves_nothing(decoder):
     torch.manual_seed(0)
     net = _without_group_norm(decoder.build(CHANNELS, strides)).eval()
     small = _features((256, 256), strides)
-    large = [level.tile(1, 1, 2, 2) for level in small]
+    large = Features([level.tile(1, 1, 2, 2) for level in small], strides)
     with torch.no_grad():
         one, four = net(small), net(large)
     side = one.shape[-1] * 3 // 8  # far enough from the seam for every receptive field
@@ -578,7 +577,7 @@ class _Decoding(DecoderNet):
         if fault == "unused":
             self.spare = nn.Linear(2, 2)
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: Features) -> torch.Tensor:
         fine = self.fine(features[1])
         coarse = nn.functional.interpolate(self.coarse(features[-1]), size=fine.shape[-2:])
         answer = fine if self.fault == "last" else fine + coarse

@@ -213,8 +213,9 @@ class Passed(DecoderNet):
 @given(height=st.integers(1, 50), width=st.integers(1, 50))
 def test_targets_have_the_predictions_size_at_every_size(height, width):
     padded = [-(-side // 32) * 32 for side in (height, width)]
-    features = [torch.zeros(1, 3, padded[0] // stride, padded[1] // stride) for stride in (2, 4, 8, 16, 32)]
-    head = DenseHead(Passed(), 2, (2, 4, 8, 16, 32), stride=colorize.STRIDE)
+    strides = (2, 4, 8, 16, 32)
+    features = Features([torch.zeros(1, 3, padded[0] // stride, padded[1] // stride) for stride in strides], strides)
+    head = DenseHead(Passed(), 2, stride=colorize.STRIDE)
     predicted = head(features, (height, width)).shape[-2:]
     image = torch.rand(1, 3, height, width)
     assert Colorize().corrupt(image, keys(1)).target.shape[-2:] == predicted

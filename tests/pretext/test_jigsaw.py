@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -43,7 +44,8 @@ def maps(
     count: int, side: int, channels: tuple[int, ...] = RESNET[0], strides: tuple[int, ...] = RESNET[1]
 ) -> Features:
     pairs = zip(channels, strides, strict=True)
-    return [rng.normal(keys(count, stride), (width, side // stride, side // stride)) for width, stride in pairs]
+    levels = [rng.normal(keys(count, stride), (width, side // stride, side // stride)) for width, stride in pairs]
+    return Features(levels, strides)
 
 
 def cut_out(task: Jigsaw, picture: Tensor) -> np.ndarray:
@@ -373,7 +375,9 @@ def test_the_surest_answers_are_taken_first_and_no_place_twice(count, seed):
 def test_heads_fit_any_encoder_and_use_each_map_from_stride_8_on(channels, strides, answer):
     task = Jigsaw(answer=answer, permutations=12)
     head = task.head(spec(channels, strides))
-    features = [level.requires_grad_() for level in maps(2, 64, channels, strides)]
+    features = maps(2, 64, channels, strides)
+    for level in features:
+        level.requires_grad_()
     logits = head(features, (50, 61))
     assert logits.shape == ((2, 9, 9) if answer == "places" else (2, 12))
     logits.square().sum().backward()
@@ -413,7 +417,7 @@ def test_tiles_that_change_places_take_their_answers_with_them():
 
     with evaluating(head):
         logits = head(features, (96, 96))
-        again = head([shuffled(level) for level in features], (96, 96))
+        again = head(replace(features, maps=[shuffled(level) for level in features]), (96, 96))
     assert logits.std() > 0.1
     torch.testing.assert_close(again, logits[..., order], atol=1e-5, rtol=1e-4)
 
@@ -422,7 +426,7 @@ def test_tiles_are_compared_with_each_other():
     torch.manual_seed(0)
     head = PlaceHead(spec(), Jigsaw().layout, 9)
     features = maps(1, 96)
-    changed = [level.clone() for level in features]
+    changed = replace(features, maps=[level.clone() for level in features])
     for level in changed:
         third = level.shape[-1] // 3
         level[..., -third:, -third:] *= -1.0  # the last tile
@@ -435,8 +439,9 @@ def test_an_order_is_told_by_which_tile_lies_where():
     torch.manual_seed(0)
     head = PermutationHead(spec(), Jigsaw().layout, 9, 100)
     features = maps(1, 96)
+    mirrored = replace(features, maps=[level.flip(3) for level in features])
     with evaluating(head):
-        assert not torch.allclose(head(features, (96, 96)), head([level.flip(3) for level in features], (96, 96)))
+        assert not torch.allclose(head(features, (96, 96)), head(mirrored, (96, 96)))
 
 
 class Levels(nn.Module):
@@ -450,11 +455,11 @@ class Levels(nn.Module):
 
     def forward(self, image: Tensor) -> Features:
         image = F.pad(image, (0, -image.shape[-1] % 32, 0, -image.shape[-2] % 32))
-        features = []
+        levels = []
         for level in self.levels:
             image = F.gelu(level(image))
-            features.append(image)
-        return features
+            levels.append(image)
+        return Features(levels, RESNET[1])
 
 
 @pytest.mark.parametrize("grid", [2, 3])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from pretext.denoise import Denoise, add_noise, poisson
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
-from ssl_seg.models import EncoderSpec
+from ssl_seg.models import EncoderSpec, Features
 from ssl_seg.tasks import PretextTask, View
 from ssl_seg.testing import check_pretext_task
 
@@ -136,10 +137,14 @@ class Detached(Invert):
         return super().loss(prediction.detach(), view)
 
 
+def detached(features: Features) -> Features:
+    return replace(features, maps=[level.detach() for level in features])
+
+
 class IgnoresTheEncoder(Invert):
     def head(self, encoder: EncoderSpec) -> nn.Module:
         dense = encoder.dense(3)
-        dense.register_forward_pre_hook(lambda _, given: ([level.detach() for level in given[0]], given[1]))
+        dense.register_forward_pre_hook(lambda _, given: (detached(given[0]), given[1]))
         return dense
 
 

@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         self.conv3 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
         self.activation = activation
 
-    def forward(self, image: Tensor) -> Features:
+    def forward(self, image: Tensor) -> list[Tensor]:
         first = self.activation(self.norm1(self.conv1(image)))
         second = self.activation(self.conv2(first))
         third = self.conv3(second)
@@ -67,7 +67,7 @@ def make_encoder(seed: int, width: int = 4, activation: Callable[[Tensor], Tenso
 
 def make_model(seed: int) -> SegmentationModel:
     encoder = make_encoder(seed)
-    head = DenseHead(Decoder(), 2, encoder.strides)
+    head = DenseHead(Decoder(), 2)
     return SegmentationModel(encoder, head, ("road", "sky"))
 
 

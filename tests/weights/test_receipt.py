@@ -217,7 +217,7 @@ def test_a_damaged_file_is_named(exports, tmp_path):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_a_head_of_other_classes_is_named(tmp_path, classes):
     exported = make_encoder(0)
-    head = DenseHead(Decoder(), classes, exported.strides)
+    head = DenseHead(Decoder(), classes)
     names = ("road", "sky", "tree")[:classes]
     export_model(tmp_path, SegmentationModel(exported, head, names), {})
     text = message_of(lambda: load_model_weights(make_model(1), tmp_path))
