@@ -76,13 +76,13 @@ def after_python(folder: Path) -> Path:
 
 
 def test_every_python_block_runs_and_the_task_is_short(after_python: Path) -> None:
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 3
     task = (after_python / "pixelate.py").read_text().split("class ")[1]
     assert len(task.splitlines()) <= 25
 
 
 def test_every_command_runs(after_python: Path) -> None:
-    assert len(blocks("bash")) == 7
+    assert len(blocks("bash")) == 5
     run_all(["bash", "-c", SHELL + "\n".join(blocks("bash"))], after_python)
     assert images.read_mask(after_python / "predicted" / "masks" / "0.png").shape == (96, 96)
     assert np.isin(images.read_mask(after_python / "predicted" / "masks" / "0.png"), (0, 1)).all()
