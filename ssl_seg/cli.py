@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
-from ssl_seg.reports.console import print_comparison, print_findings, score_lines
+from ssl_seg.reports.console import print_comparison, print_study, score_lines
 from ssl_seg.terminal import print_lines, tells
 
 app = typer.Typer(
@@ -215,7 +215,7 @@ def study_command(
         print_lines(outline(config, folder))
         return
     options = StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
-    print_findings(study.study(config, options))
+    print_study(study.study(config, options))
 
 
 @app.command("track")

@@ -69,7 +69,7 @@ class SegmentationScores:
         return cls(
             confusion=confusion,
             iou=iou,
-            miou=float(_divide(np.nansum(iou), (union > 0).sum())),
+            miou=float(mean_iou(hits, union)),
             accuracy=float(_divide(hits.sum(), confusion.sum())),
             class_accuracy=_divide(hits, truth),
             dice=_divide(2 * hits, truth + predicted),
@@ -145,9 +145,7 @@ class ImageConfusions:
 
     def per_image_miou(self) -> np.ndarray:
         """`(N,)` float64: over the classes in an image's truth or prediction; nan where no pixel of it counts."""
-        hits, union = self.hits_and_unions()
-        iou = _divide(hits, union)
-        return _divide(np.nansum(iou, axis=1), (union > 0).sum(axis=1))
+        return mean_iou(*self.hits_and_unions())
 
     def hits_and_unions(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels `(N, K)` int64 of each image in the intersection and in the union of each class: what IoU divides."""
@@ -172,6 +170,17 @@ class ImageConfusions:
         slots = self.image.astype(np.int64) * num_classes + of_class
         summed = np.bincount(slots, weights=self.count * counted, minlength=len(self) * num_classes)
         return summed.astype(np.int64).reshape(len(self), num_classes)
+
+
+def mean_iou(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
+    """The mIoU `(...)` float64 from the pixels `(..., K)` in each class's intersection and in its union.
+
+    The mean over the classes whose union holds a pixel: one that is predicted but absent counts 0. nan where no class
+    has any.
+    """
+    counted = unions > 0
+    iou = np.divide(hits, unions, out=np.zeros(np.shape(unions)), where=counted)
+    return _divide(iou.sum(axis=-1), counted.sum(axis=-1))
 
 
 def named_scores(scores: SegmentationScores, class_names: Sequence[str]) -> dict[str, float | None]:
