@@ -13,7 +13,7 @@ from typing import Any
 
 from ssl_seg.config import UserError
 from ssl_seg.evidence.comparison import SCRATCH, Arm, Comparison, Outcome, labels_of
-from ssl_seg.evidence.passport import Passports, definition_of, differing, passports_in
+from ssl_seg.evidence.passport import definition_of, differing, passports_in
 from ssl_seg.runs.folder import (
     RunFolder,
     description_of,
@@ -100,17 +100,9 @@ def _outcome_of(run: RunFolder) -> Outcome:
 
 
 def outcome(
-    name: str,
-    stage: str,
-    description: Mapping[str, str],
-    scores: Mapping[str, float],
-    passports: Passports | None = None,
-    labelled: str = "",
-    leaks: str = "none",
-    held_out: str = "",
-    run: RunFolder | None = None,
+    name: str, stage: str, description: Mapping[str, str], scores: Mapping[str, float], labelled: str = "", **known: Any
 ) -> Outcome:
-    """A finished run from what `folder.description_of` says of it.
+    """A finished run from what `folder.description_of` says of it, with what else is `known` of it.
 
     Its settings are the keys that tell arms apart: dotted, with their values as text. Those of the run that it started
     from are under `init.`.
@@ -120,18 +112,15 @@ def outcome(
     home = init.parent if init.name == "encoder" else init  # one pretraining, however it was named
     from_scratch = init.name == "null"
     return Outcome(
-        name=name,
-        stage=stage,
+        name,
+        stage,
         pair=(*seeds, labelled),
-        scores=dict(scores),
+        scores=scores,
         settings={key: value for key, value in description.items() if _tells_apart(key, description)},
         start=None if from_scratch else home.name,
         weights=None if from_scratch else str(home),
-        passports=passports or {},
         labelled=labelled,
-        held_out=held_out,
-        leaks=leaks,
-        run=run,
+        **known,
     )
 
 

@@ -98,11 +98,12 @@ class Gain:
     arm: Arm | None = None
     score: str = ""
     conditions: tuple[Condition, ...] = ((),)  # those that each difference is the mean over
-    base: Spread | None = None  # of the paired runs of the baseline
-    own: Spread | None = None  # and of those of the arm
-    keys: tuple[Hashable, ...] = ()  # what the runs of each pair have in common
-    starts: tuple[str, ...] = ()  # the weights behind each pair, on either side; its key where all is from scratch
-    weights: frozenset[str] = frozenset()  # that the paired runs of the arm start from; none from scratch
+    # Of the pairs; none of these for a mean over several conditions.
+    base: Spread | None = None  # what the baseline reaches
+    own: Spread | None = None  # what the arm reaches
+    keys: tuple[Hashable, ...] = ()  # what the runs of a pair have in common
+    starts: tuple[str, ...] = ()  # the weights behind it, on either side; its key where all is from scratch
+    num_weights: int = 0  # different ones that the arm starts from; 0 from scratch
     p_holm: float | None = None  # `p` adjusted for all comparisons that have one
 
     @property
@@ -199,9 +200,7 @@ class Comparison:
 
     def pairs(self, arm: Arm, condition: Condition = ()) -> Pairs[Outcome] | None:
         """The runs of an arm and of its baseline by what a pair has in common; None for an arm without a baseline."""
-        if (arm, condition) not in self._pairs:
-            self._pairs[arm, condition] = self._make_pairs(arm, condition)
-        return self._pairs[arm, condition]
+        return self._pairs(arm, condition)
 
     def gain(self, arm: Arm, score: str, condition: Condition = ()) -> Gain | None:
         """Of the pairs that have the score on both sides; None where there are none.
@@ -212,20 +211,21 @@ class Comparison:
         sides = {} if pairs is None else pairs.sides(score)
         if not sides:
             return None
-        starts = [[pairs.start_of(key, base, run) for run in own] for key, (base, own) in sides.items()]
-        base, own = (tuple(mean(run.scores[score] for run in of[side]) for of in sides.values()) for side in (0, 1))
-        weights = {run.weights for _, runs in sides.values() for run in runs}
+        starts = [dict.fromkeys(pairs.start_of(key, base, run) for run in own) for key, (base, own) in sides.items()]
+        base, own = (
+            Spread(tuple(mean(run.scores[score] for run in of[side]) for of in sides.values())) for side in (0, 1)
+        )
         return Gain(
-            differences=pairs.gain(score),
-            level=self.level,
-            arm=arm,
-            score=score,
-            conditions=(condition,),
-            base=Spread(base),
-            own=Spread(own),
+            pairs.gain(score),
+            self.level,
+            arm,
+            score,
+            (condition,),
+            base,
+            own,
             keys=tuple(sides),
-            starts=tuple(" ".join(dict.fromkeys(own)) for own in starts),
-            weights=frozenset(weights - {None}),
+            starts=tuple(map(" ".join, starts)),
+            num_weights=len({run.weights for _, runs in sides.values() for run in runs} - {None}),
         )
 
     @cached_property
@@ -253,49 +253,21 @@ class Comparison:
         gains = [gain for gain in self.gains if gain.arm is arm]
         if len(gains) < 2:
             return gains[0] if gains else None
-        rows = [
-            dict(
-                zip(
-                    gain.keys,
-                    zip(gain.base.values, gain.own.values, gain.values, gain.starts, strict=True),
-                    strict=True,
-                )
-            )
-            for gain in gains
-        ]
-        common = tuple(key for key in rows[0] if all(key in row for row in rows))
+        rows = [dict(zip(gain.keys, zip(gain.values, gain.starts, strict=True), strict=True)) for gain in gains]
+        common = [key for key in rows[0] if all(key in row for row in rows)]
         if not common:
             return None
-        columns = [tuple(zip(*(row[key] for row in rows), strict=True)) for key in common]
-        base, own, values = (tuple(mean(column[place]) for column in columns) for place in range(3))
-        starts = tuple(" ".join(column[3]) for column in columns)
-        return Gain(
-            differences=of_starts(values, starts, self.level),
-            level=self.level,
-            arm=arm,
-            score=gains[0].score,
-            conditions=tuple(condition for gain in gains for condition in gain.conditions),
-            base=Spread(base),
-            own=Spread(own),
-            keys=common,
-            starts=starts,
-            weights=frozenset().union(*(gain.weights for gain in gains)),
-        )
+        values = [mean(row[key][0] for row in rows) for key in common]
+        starts = [" ".join(row[key][1] for row in rows) for key in common]
+        conditions = tuple(condition for gain in gains for condition in gain.conditions)
+        return Gain(of_starts(values, starts, self.level), self.level, arm, gains[0].score, conditions)
 
     def over_images(self, arm: Arm, score: str, condition: Condition = ()) -> Interval | None:
         """Where the gain in a mIoU lies for other images of the same kind: `Pairs.over_images`.
 
         None too where the images of a run are damaged, which `faults` then tells: all else is as good as before.
         """
-        place = (arm, score, condition)
-        pairs = self.pairs(arm, condition)
-        if pairs is not None and place not in self._over_images:
-            try:
-                self._over_images[place] = pairs.over_images(score, self.resamples)
-            except UserError as error:
-                self._over_images[place] = None
-                self.faults.append(str(error))
-        return self._over_images.get(place)
+        return self._over_images(arm, score, condition)
 
     def changed(
         self, arm: Arm, score: str, condition: Condition = (), most: int | None = None
@@ -308,6 +280,11 @@ class Comparison:
     def faults(self) -> list[str]:
         """Why intervals over images are missing that could not be made; filled by `over_images`."""
         return []
+
+    @cached_property
+    def _pairs(self) -> Callable[[Arm, Condition], Pairs[Outcome] | None]:
+        """Makes each once: they are asked for again for every score."""
+        return cache(self._make_pairs)
 
     def _make_pairs(self, arm: Arm, condition: Condition) -> Pairs[Outcome] | None:
         baseline = self.baselines.get(arm)
@@ -324,14 +301,17 @@ class Comparison:
         return Pairs(*sides, start, self._read, self.level)
 
     @cached_property
-    def _pairs(self) -> dict[tuple[Arm, Condition], Pairs[Outcome] | None]:
-        """Those made so far: each is asked for again for every score."""
-        return {}
+    def _over_images(self) -> Callable[[Arm, str, Condition], Interval | None]:
+        """Resamples for each once."""
+        return cache(self._resample)
 
-    @cached_property
-    def _over_images(self) -> dict[tuple[Arm, str, Condition], Interval | None]:
-        """Those made so far."""
-        return {}
+    def _resample(self, arm: Arm, score: str, condition: Condition) -> Interval | None:
+        pairs = self.pairs(arm, condition)
+        try:
+            return None if pairs is None else pairs.over_images(score, self.resamples)
+        except UserError as error:
+            self.faults.append(str(error))
+            return None
 
     @cached_property
     def _read(self) -> Callable[[Path], Mapping[str, ImageConfusions]]:

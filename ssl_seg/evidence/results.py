@@ -260,7 +260,7 @@ def gain_rows(study: Study) -> list[dict[str, Any]]:
         starts, values = gain.over_starts, gain.independent
         row |= {"starts_low": starts and starts.low, "starts_high": starts and starts.high, "independent": len(values)}
         row |= {"detectable": detectable(values, gain.level) if len(values) >= MIN_STARTS else None}
-        rows.append({**row, "p": gain.p, "p_holm": gain.p_holm, "pretrainings": len(gain.weights)})
+        rows.append({**row, "p": gain.p, "p_holm": gain.p_holm, "pretrainings": gain.num_weights})
     return rows
 
 

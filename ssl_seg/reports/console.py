@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ssl_seg.evidence.statistics import Interval
     from ssl_seg.scores import SegmentationScores
 
-    Column = tuple[str, Callable[[Arm, Condition, Gain | None], str]]  # its head, and what stands in the row of an arm
+    Cells = Callable[[Arm, Condition], list[str]]  # the row of an arm
 
 ARMS_ABREAST = 6  # columns of a table that fits a wide terminal
 
@@ -38,8 +38,7 @@ def print_comparison(found: Comparison) -> None:
 
     console = _console()
     for arms in found.tables:
-        score = main_score_of(arms)
-        console.print(_arm_table(found, arms, score, _columns(found, arms, score)))
+        _print_arms(console, found, arms, *_rows_of_runs(found, arms, main_score_of(arms)))
         for start in range(0, len(arms), ARMS_ABREAST):
             console.print(_figure_table(found, arms[start : start + ARMS_ABREAST]))
     print_lines([*notes(found), *(f"no interval over images: {fault}" for fault in found.faults)])
@@ -52,82 +51,68 @@ def print_study(study: Study) -> None:
     from ssl_seg.evidence.claims import answer
     from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE
 
-    _console().print(_arm_table(study, study.arms, study.main_score, _columns_of_study(study)))
+    _print_arms(_console(), study, study.arms, *_rows_of_study(study))
     tables = f"{study.folder / CELLS_FILE}, {study.folder / GAINS_FILE}"
     print_lines([answer(study).headline, f"tables: {tables}", f"report: {study.folder / 'report.html'}"])
 
 
-def _arm_table(found: Comparison, arms: Sequence[Arm], score: str | None, columns: Sequence[Column]) -> Table:
+def _print_arms(console: Console, found: Comparison, arms: Sequence[Arm], heads: Sequence[str], cells: Cells) -> None:
     """A row an arm under each condition."""
     from rich.table import Table
 
-    table = Table(*(head for head, _ in columns))
+    table = Table(*heads)
     for condition in found.conditions:
         for arm in arms:
-            gain = None if score is None else found.gain(arm, score, condition)
-            table.add_row(*(cell(arm, condition, gain) for _, cell in columns))
+            table.add_row(*cells(arm, condition))
         table.add_section()
-    return table
+    console.print(table)
 
 
-def _columns(found: Comparison, arms: Sequence[Arm], score: str | None) -> list[Column]:
-    """Of runs: shares from 0 to 1, as in their files."""
+def _rows_of_runs(found: Comparison, arms: Sequence[Arm], score: str | None) -> tuple[list[str], Cells]:
+    """Shares from 0 to 1, as in the files of runs; gains where some arm has a baseline."""
     from ssl_seg.evidence.formatting import level_text
 
-    def own(arm: Arm, *_: object) -> str:
-        spread = arm.spread(score)
-        return spread.text() if spread else "-"
+    heads = ["", "group", "n"]
+    heads += [score] if score else []
+    if score and any(arm in found.baselines for arm in arms):
+        heads += [f"gain over {found.over}", f"{level_text(found.level)} over images"]
 
-    def gained(arm: Arm, _: Condition, gain: Gain | None) -> str:
-        if arm not in found.baselines:
-            return ""
-        return f"{_signed(gain)} (n = {gain.n})" if gain else "no pair: other seeds or labelled images"
+    def cells(arm: Arm, _: Condition) -> list[str]:
+        row = [_number(found, arm), arm.label, str(len(arm.outcomes))]
+        if score:
+            spread = arm.spread(score)
+            row.append(spread.text() if spread else "-")
+            if arm in found.baselines:
+                gain = found.gain(arm, score)
+                row.append(f"{_signed(gain)} (n = {gain.n})" if gain else "no pair: other seeds or labelled images")
+                row.append(_interval(found.over_images(arm, score)))
+        return row
 
-    def over_images(arm: Arm, *_: object) -> str:
-        return _interval(found.over_images(arm, score)) if arm in found.baselines else ""
-
-    columns: list[Column] = [
-        ("", lambda arm, *_: _number(found, arm)),
-        ("group", lambda arm, *_: arm.label),
-        ("n", lambda arm, *_: str(len(arm.outcomes))),
-    ]
-    if score is not None:
-        columns.append((score, own))
-        if any(arm in found.baselines for arm in arms):
-            columns.append((f"gain over {found.over}", gained))
-            columns.append((f"{level_text(found.level)} over images", over_images))
-    return columns
+    return heads, cells
 
 
-def _columns_of_study(study: Study) -> list[Column]:
+def _rows_of_study(study: Study) -> tuple[list[str], Cells]:
     """Scores in per cent, gains in points."""
     from ssl_seg.evidence.formatting import NOTHING, between, level_text, p_as_number, percent, points
 
-    def of_gain(cell: Callable[[Gain], str]) -> Callable[[Arm, Condition, Gain | None], str]:
-        return lambda arm, condition, gain: "" if gain is None else cell(gain)
+    gains = {(gain.arm, *gain.conditions): gain for gain in study.gains}
+    shares = any(gain.over_starts for gain in study.gains)  # pretrainings, enough for an interval of their own
+    intervals = ["seeds", *["pretrainings"] * shares, "images"]
+    heads = [*study.axes, "arm", "n", f"{study.part} mIoU, %", f"gain over {study.over}, points"]
+    heads += [*(f"{level_text(study.level)} over {what}" for what in intervals), "exact p"]
 
-    def axis(key: str) -> Column:
-        return key, lambda arm, condition, gain: dict(condition)[key]
+    def cells(arm: Arm, condition: Condition) -> list[str]:
+        done = sum(bool(cell.scores) for cell in arm.at(condition))
+        row = [*dict(condition).values(), arm.label, str(done), percent(arm.spread(study.main_score, condition))]
+        gain = gains.get((arm, condition))
+        if gain is not None:
+            row += [f"{points(gain.mean)} (n = {gain.n})", between(gain.over_seeds)]
+            row += [between(gain.over_starts)] * shares
+            row += [between(study.over_images(arm, gain.score, condition))]
+            row += [NOTHING if gain.p is None else p_as_number(gain.p)]
+        return row
 
-    level = level_text(study.level)
-    columns: list[Column] = [axis(key) for key in study.axes]
-    columns += [
-        ("arm", lambda arm, *_: arm.label),
-        ("n", lambda arm, condition, _: str(sum(bool(cell.scores) for cell in arm.at(condition)))),
-        (f"{study.part} mIoU, %", lambda arm, condition, _: percent(arm.spread(study.main_score, condition))),
-        (f"gain over {study.over}, points", of_gain(lambda gain: f"{points(gain.mean)} (n = {gain.n})")),
-        (f"{level} over seeds", of_gain(lambda gain: between(gain.over_seeds))),
-    ]
-    if any(gain.over_starts for gain in study.gains):  # pretrainings, enough for an interval of their own
-        columns.append((f"{level} over pretrainings", of_gain(lambda gain: between(gain.over_starts))))
-    columns += [
-        (
-            f"{level} over images",
-            of_gain(lambda gain: between(study.over_images(gain.arm, gain.score, *gain.conditions))),
-        ),
-        ("exact p", of_gain(lambda gain: NOTHING if gain.p is None else p_as_number(gain.p))),
-    ]
-    return columns
+    return heads, cells
 
 
 def _figure_table(found: Comparison, arms: Sequence[Arm]) -> Table:

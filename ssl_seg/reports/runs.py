@@ -36,6 +36,7 @@ from ssl_seg.evidence.formatting import (
 from ssl_seg.evidence.pairs import Spread
 from ssl_seg.figures import charts
 from ssl_seg.figures.svg import to_svg, with_minus
+from ssl_seg.reports import sections
 from ssl_seg.reports.arms import Page, make_page
 from ssl_seg.reports.blocks import (
     Fold,
@@ -54,22 +55,6 @@ from ssl_seg.reports.blocks import (
     place_of,
     shot,
     write,
-)
-from ssl_seg.reports.sections import (
-    OPEN,
-    SHOWN,
-    class_names,
-    classes,
-    dots,
-    folds,
-    gain_text,
-    leaks,
-    mean_memory,
-    mean_rate,
-    mean_time,
-    not_shown,
-    set_up,
-    versions_of,
 )
 from ssl_seg.runs.cost import cost_of, numbers_in
 from ssl_seg.runs.folder import RunFolder, find_runs
@@ -96,8 +81,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     runs = find_runs(folders)
     path = place_of(out, default_path(runs))
     page = make_page(compared(runs), path.parent, runs)
-    sections = [section for build in SECTIONS for section in build(page)]
-    return write(path, _front(page), sections)
+    return write(path, _front(page), [section for build in SECTIONS for section in build(page)])
 
 
 def default_path(runs: Sequence[RunFolder]) -> Path:
@@ -141,7 +125,7 @@ def _scores(page: Page) -> Iterator[Section]:
     if scored:
         blocks.append(_score_table(page, scored))
         if sum(len(arm.runs) for arm in scored) > 1:
-            blocks.append(Panels(dots(page), shape="wide"))
+            blocks.append(Panels(sections.dots(page), shape="wide"))
     others = [arm for arm in found.arms if arm not in scored and any(own.is_done for own in arm.runs)]
     for stage in dict.fromkeys(arm.stage for arm in others):
         blocks += _figure_table(page, [arm for arm in others if arm.stage == stage])
@@ -175,7 +159,7 @@ def _gain_cells(gain: Gain | None) -> list[str]:
     """The gain, where it lies as the sentence on top has it, and the pairs; of too few pairs no interval."""
     if gain is None:
         return [NOTHING] * 3
-    return [gain_text(gain), between(gain.interval) if gain.n >= MIN_PAIRS else NOTHING, str(gain.n)]
+    return [sections.gain_text(gain), between(gain.interval) if gain.n >= MIN_PAIRS else NOTHING, str(gain.n)]
 
 
 def _figure_table(page: Page, arms: Sequence[Arm]) -> list[Table]:
@@ -236,7 +220,7 @@ def _differences(page: Page) -> Iterator[Section]:
 
 def _leaks(page: Page) -> Iterator[Section]:
     found = [(run.read("leaks.json"), run) for run in page.runs]
-    yield leaks((record, run) for record, run in found if record or run.is_done)
+    yield sections.leaks((record, run) for record, run in found if record or run.is_done)
 
 
 def _curves(page: Page) -> Iterator[Section]:
@@ -314,14 +298,14 @@ def _confusions(page: Page) -> Iterator[Section]:
     if not found:
         return
     of = PARTS.get(part, part)
-    panels = tuple(own for _, own in found[:SHOWN])
-    many = len(class_names(page)) > charts.NUMBERED
+    panels = tuple(own for _, own in found[: sections.SHOWN])
+    many = len(sections.class_names(page)) > charts.NUMBERED
     shape = "full" if many else "wide"
     how = "the share (its square root, as depth of colour)" if many else "per cent"
     blocks: list[Any] = [Text(f"Of a class's pixels in the {of} (a row), {how} that was predicted as each class.")]
-    blocks.append(Panels(panels[:OPEN], shape=shape))
-    blocks += [Fold("More groups", (Panels(panels[OPEN:], shape=shape),))] if panels[OPEN:] else []
-    blocks += not_shown([arm for arm, _ in found[SHOWN:]])
+    blocks.append(Panels(panels[: sections.OPEN], shape=shape))
+    blocks += [Fold("More groups", (Panels(panels[sections.OPEN :], shape=shape),))] if panels[sections.OPEN :] else []
+    blocks += sections.not_shown([arm for arm, _ in found[sections.SHOWN :]])
     yield Section("confusion", "What is taken for what", tuple(blocks))
 
 
@@ -338,7 +322,7 @@ def _pretext(page: Page) -> Iterator[Section]:
             found.append(Gallery(tuple(shots)))
         return found
 
-    shown = folds(page, blocks)
+    shown = sections.folds(page, blocks)
     if shown:
         note = "The same images each time, a row each: what the task is given, what it answers, what it should answer."
         yield Section("pretext", "Pretext tasks over time", (Text(note), *shown))
@@ -362,10 +346,10 @@ def _predictions(page: Page) -> Iterator[Section]:
     blocks: list[Any] = []
     panels = [(arm, path) for arm in page.found.arms if (path := _panel_of(page.shown(arm))) is not None]
     if panels:
-        shots = [shot(path, f"{arm.label} ({page.which(arm)})") for arm, path in panels[:SHOWN]]
+        shots = [shot(path, f"{arm.label} ({page.which(arm)})") for arm, path in panels[: sections.SHOWN]]
         blocks += [Text("A row an image: image, prediction, truth."), Gallery(tuple(shots), wide=True)]
-        blocks += not_shown([arm for arm, _ in panels[SHOWN:]])
-    yield Section("predictions", "Predictions", (*blocks, *folds(page, extremes)))
+        blocks += sections.not_shown([arm for arm, _ in panels[sections.SHOWN :]])
+    yield Section("predictions", "Predictions", (*blocks, *sections.folds(page, extremes)))
 
 
 def _panel_of(run: RunFolder) -> Path | None:
@@ -405,7 +389,7 @@ def _norm_shares(page: Page) -> Iterator[Section]:
         svg = Markup(to_svg(draw(parts), f"norms{page.found.arms.index(arm)}", about))
         return [Panels((Panel("Shares of each layer, first layer on top.", svg),), shape="full")]
 
-    shown = folds(page, blocks, num_open=1)
+    shown = sections.folds(page, blocks, num_open=1)
     if shown:
         note = "Which statistics each switch norm layer has learnt to use; dotted: the equal shares of a new layer."
         yield Section("norms", "Norm shares", (Text(note), *shown))
@@ -417,10 +401,10 @@ def _costs(page: Page) -> Iterator[Section]:
         costs = [cost_of(run) for run in arm.runs]
         known += [cost.seconds for cost in costs if cost.seconds is not None]
         cells = (
-            mean_time(costs),
+            sections.mean_time(costs),
             average([cost.images for cost in costs], lambda number: f"{number:,.0f}"),
-            mean_rate(costs),
-            mean_memory(costs),
+            sections.mean_rate(costs),
+            sections.mean_memory(costs),
             average([numbers_in(page.shown(arm))], lambda number: f"{number / 1e6:.2f} M"),
         )
         rows.append(TableRow(arm.label, (str(len(arm.runs)), *cells), page.marks[arm]))
@@ -436,9 +420,10 @@ def _costs(page: Page) -> Iterator[Section]:
 def _set_up(page: Page) -> Iterator[Section]:
     def blocks(arm: Arm) -> list[Any]:
         run = page.shown(arm)
-        return [*set_up(_facts(run), run.config)]
+        return [*sections.set_up(_facts(run), run.config)]
 
-    yield Section("setup", "Config and versions", tuple(folds(page, blocks, num_open=len(page.found.arms) == 1)))
+    shown = sections.folds(page, blocks, num_open=len(page.found.arms) == 1)
+    yield Section("setup", "Config and versions", tuple(shown))
 
 
 def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
@@ -453,7 +438,7 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield "Ended", str(record.get("ended") or "")
     yield "Seed", str(record.get("seed", ""))
     yield "Device", str(record.get("device", ""))
-    yield from versions_of(record)
+    yield from sections.versions_of(record)
     yield "Images", ", ".join(f"{part} {count:,}" for part, count in counts.items())
     for part, receipt in (run.read("receipts.json") or {}).items():
         yield f"Loaded: {part}", _receipt_in_words(receipt)
@@ -472,7 +457,7 @@ SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
     _differences,
     _leaks,
     _curves,
-    classes,
+    sections.classes,
     _confusions,
     _pretext,
     _predictions,

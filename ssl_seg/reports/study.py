@@ -34,6 +34,7 @@ from ssl_seg.evidence.statistics import (
     t_interval,
 )
 from ssl_seg.figures import charts
+from ssl_seg.reports import sections
 from ssl_seg.reports.arms import Page, make_page
 from ssl_seg.reports.blocks import (
     Fold,
@@ -53,18 +54,6 @@ from ssl_seg.reports.blocks import (
     write,
 )
 from ssl_seg.reports.changed import CHANGED
-from ssl_seg.reports.sections import (
-    class_gains,
-    dots,
-    gain_text,
-    hundredths,
-    leaks,
-    mean_memory,
-    mean_rate,
-    mean_time,
-    set_up,
-    versions_of,
-)
 from ssl_seg.runs.cost import Cost, cost_of
 from ssl_seg.runs.folder import RunFolder, as_text
 from ssl_seg.runs.lock import is_held
@@ -101,8 +90,7 @@ def write_page(study: Study, out: str | Path | None = None) -> Report:
     """
     path = place_of(out, study.folder / "report.html")
     page = make_page(study, path.parent)
-    sections = [section for build in SECTIONS for section in build(page)]
-    return write(path, _front(page), sections)
+    return write(path, _front(page), [section for build in SECTIONS for section in build(page)])
 
 
 def _front(page: Page[Study]) -> Front:
@@ -149,10 +137,10 @@ def _gain_row(page: Page[Study], gain: Gain) -> TableRow:
     study = page.found
     condition = dict(*gain.conditions)
     cells = [condition.get(key, NOTHING) for key in study.axes]
-    cells += [percent(gain.base), percent(gain.own), str(gain.n), gain_text(gain)]
+    cells += [percent(gain.base), percent(gain.own), str(gain.n), sections.gain_text(gain)]
     cells += [between(interval) for interval in (gain.over_seeds, gain.bootstrap, _over_images(study, gain))]
     cells += [NOTHING if gain.p is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"]
-    cells += [NOTHING if gain.arm.from_scratch else str(len(gain.weights))]
+    cells += [NOTHING if gain.arm.from_scratch else str(gain.num_weights)]
     cells += [between(gain.over_starts)] * _has_starts(study)
     return TableRow(gain.arm.label, tuple(cells), page.marks[gain.arm])
 
@@ -197,7 +185,7 @@ def _on_gains(study: Study) -> Iterator[str]:
 def _learning(page: Page[Study]) -> Iterator[Section]:
     study, axis = page.found, _numeric_axis(page.found)
     if axis is None:
-        if panels := dots(page):
+        if panels := sections.dots(page):
             yield Section("scores", "Scores", (Panels(panels, shape="wide"),))
         return
     by_place = {(gain.arm, *gain.conditions): gain for gain in study.gains}
@@ -276,9 +264,9 @@ def _learning_panels(
 def _band(style: charts.Style, at: Sequence[tuple[float, tuple[float, ...], Interval | None]]) -> charts.Band:
     return charts.Band(
         tuple(place for place, *_ in at),
-        tuple(hundredths(values) for _, values, _ in at),
+        tuple(sections.hundredths(values) for _, values, _ in at),
         # Of two values it would reach so far that nothing else could be seen.
-        tuple(hundredths((own.low, own.high)) if len(values) >= MIN_PAIRS else None for _, values, own in at),
+        tuple(sections.hundredths((own.low, own.high)) if len(values) >= MIN_PAIRS else None for _, values, own in at),
         style,
     )
 
@@ -329,7 +317,7 @@ def _shown(keys: Mapping[str, Any]) -> str:
 
 
 def _leaks(page: Page[Study]) -> Iterator[Section]:
-    yield leaks(_leak_records(page), page.found.folder)
+    yield sections.leaks(_leak_records(page), page.found.folder)
 
 
 def _leak_records(page: Page[Study]) -> list[tuple[Mapping[str, Any] | None, RunFolder]]:
@@ -416,9 +404,9 @@ def _cost_cells(walls: Sequence[float | None], costs: Sequence[Cost]) -> list[st
     known = [wall for wall in walls if wall is not None]
     return [
         average(known, duration),
-        mean_time(costs),
-        mean_rate(costs),
-        mean_memory(costs),
+        sections.mean_time(costs),
+        sections.mean_rate(costs),
+        sections.mean_memory(costs),
         duration(sum(known)) if known else NOTHING,
     ]
 
@@ -480,10 +468,10 @@ def _set_up(page: Page[Study]) -> Iterator[Section]:
         "Ended": str(record.get("ended") or ""),
         "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
         "Baseline": study.over,
-        **dict(versions_of(record)),
+        **dict(sections.versions_of(record)),
     }
     arms = {f"Arm {arm['name']}": _shown(arm["changes"]) or "nothing changed" for arm in record["arms"]}
-    blocks = set_up({**facts, **arms}.items(), record.get("config", {}))
+    blocks = sections.set_up({**facts, **arms}.items(), record.get("config", {}))
     yield Section("setup", "Config and versions", blocks)
 
 
@@ -495,7 +483,7 @@ def _when(resumed: Any) -> str:
 SECTIONS: tuple[Callable[[Page[Study]], Iterator[Section]], ...] = (
     _gains,
     _learning,
-    class_gains,
+    sections.class_gains,
     _search,
     _leaks,
     _changed,

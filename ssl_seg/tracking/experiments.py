@@ -25,7 +25,9 @@ def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
     fetched = fetch(experiment, uri)
     done = [run for run in fetched if run.scores]
     outcomes = [
-        outcome(run.name, run.stage, run.description, run.scores, run.passports, run.labelled, leaks=run.leaks)
+        outcome(
+            run.name, run.stage, run.description, run.scores, run.labelled, passports=run.passports, leaks=run.leaks
+        )
         for run in done
     ]
     return group(outcomes, [run.name for run in fetched if not run.scores])

@@ -93,7 +93,7 @@ def test_gains_are_paired_by_seed(folder: Path) -> None:
     test = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert (gain.interval.low, gain.interval.high) == pytest.approx((test.low, test.high))
     assert gain.p == pytest.approx(2 / 2**8)  # all eight of one sign
-    assert len(gain.weights) == 2
+    assert gain.num_weights == 2
 
 
 def test_a_failed_cell_takes_its_pair_along_and_no_other(folder: Path) -> None:
