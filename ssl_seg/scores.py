@@ -1,9 +1,11 @@
 """What a segmentation confuses, over a whole set and image by image, and every score that follows from it.
 
-Needs no torch, so that whoever reads the scores of many runs, or resamples the images of one, starts at once. Ours are
-the scores (torchmetrics counts an absent class 0 and smp counts it 1, and both enter the mean; here it is nan and left
-out) and the sparse file: an image shows a few of the K * K cells, so 2,000 images of 150 classes take some megabytes
-where dense matrices would take 360. Whole sets are summed before anything is divided.
+Needs no torch, so that whoever compares many runs or resamples images starts at once. Whole sets are summed before
+anything is divided.
+
+The scores are ours because libraries disagree about a class that is absent: torchmetrics counts it 0, smp counts it 1,
+and both enter the mean. Here it is nan and left out. The file is ours because it is sparse: an image shows a few of the
+K * K cells, so 2,000 images of 150 classes take some megabytes where dense matrices would take 360.
 """
 
 from __future__ import annotations

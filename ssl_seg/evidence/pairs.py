@@ -1,8 +1,7 @@
-"""Runs in pairs: what a gain is, where it lies over images, and which images changed.
+"""Runs in pairs: their differences, where the mean difference lies over images, and which images changed.
 
-The two runs of a pair differ in what is compared and share all else that is drawn: the seeds and the labelled images,
-and so order and crops. The spread of such gains is smaller than that of the scores, and tells whether something helped.
-Imports no torch, but to draw.
+The two runs of a pair differ in what is compared. They share all else that is drawn: seeds and labelled images, and so
+order and crops. Their differences spread less than the scores do, and so tell whether something helped.
 """
 
 from __future__ import annotations

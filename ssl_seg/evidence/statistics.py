@@ -1,14 +1,13 @@
 """How sure a difference is: intervals over seeds, intervals over images, exact p, and the price of many comparisons.
 
-Needs no torch, and of scipy only `scipy.special`, since whoever compares runs imports this and `scipy.stats` alone
-takes most of a second. Ours are what scipy lacks or cannot pay: its `bootstrap` does not studentize; its
-`permutation_test` lays out all 2**n assignments (20 pairs: 6 s and 1.3 GB, scipy 1.17) where sums of two halves need a
-millisecond; it adjusts p for a false discovery rate only; and a mIoU is no mean of images: counts are summed first and
-divided after.
-
 An interval covers what was drawn anew, and nothing else. Over seeds: other labelled images, orders, crops and first
-weights, with the scored images and whatever all pairs share (one pretraining, one pool) fixed. Over images: other
-images of the same kind, with the runs fixed.
+weights. The scored images stay fixed, and so does whatever all pairs share (one pretraining, one pool). Over images:
+other images of the same kind, with the runs fixed.
+
+Needs no torch, and of scipy only `scipy.special`: whoever compares runs imports this, and `scipy.stats` alone takes
+most of a second. Ours is what scipy lacks or cannot pay. Its `bootstrap` does not studentize. Its `permutation_test`
+lays out all 2**n assignments (20 pairs: 6 s and 1.3 GB, scipy 1.17) where sums of two halves need a millisecond. It
+adjusts p for a false discovery rate only. And a mIoU is no mean of images: counts are summed first and divided after.
 """
 
 from __future__ import annotations

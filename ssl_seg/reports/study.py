@@ -85,8 +85,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
 def write_page(study: Study, out: str | Path | None = None) -> Report:
     """Write the page, by default STUDY/report.html.
 
-    Raises UserError for a damaged file of a run, runs that were scored on different images, and a page that cannot be
-    written.
+    Raises UserError for a damaged file of a run, and for a page that cannot be written.
     """
     path = place_of(out, study.folder / "report.html")
     page = make_page(study, path.parent)
