@@ -115,10 +115,6 @@ class Gain:
         return self.differences.mean
 
     @property
-    def sd(self) -> float | None:
-        return self.differences.sd
-
-    @property
     def values(self) -> tuple[float, ...]:
         return self.differences.values
 

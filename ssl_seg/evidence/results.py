@@ -254,7 +254,7 @@ def gain_rows(study: Study) -> list[dict[str, Any]]:
         images = study.over_images(gain.arm, gain.score, condition) if gain.score == study.main_score else None
         row = {"score": gain.score, "arm": gain.arm.label, **dict(condition), "n": gain.n}
         row |= {"baseline_mean": gain.base.mean, "baseline_sd": gain.base.sd}
-        row |= {"mean": gain.own.mean, "sd": gain.own.sd, "gain": gain.mean, "gain_sd": gain.sd}
+        row |= {"mean": gain.own.mean, "sd": gain.own.sd, "gain": gain.mean, "gain_sd": gain.differences.sd}
         for prefix, interval in (("", gain.over_seeds), ("bootstrap_", gain.bootstrap), ("images_", images)):
             row |= {f"{prefix}low": interval and interval.low, f"{prefix}high": interval and interval.high}
         starts, values = gain.over_starts, gain.independent

@@ -400,14 +400,11 @@ def _costs(page: Page) -> Iterator[Section]:
     for arm in page.found.arms:
         costs = [cost_of(run) for run in arm.runs]
         known += [cost.seconds for cost in costs if cost.seconds is not None]
-        cells = (
-            sections.mean_time(costs),
-            average([cost.images for cost in costs], lambda number: f"{number:,.0f}"),
-            sections.mean_rate(costs),
-            sections.mean_memory(costs),
-            average([numbers_in(page.shown(arm))], lambda number: f"{number / 1e6:.2f} M"),
-        )
-        rows.append(TableRow(arm.label, (str(len(arm.runs)), *cells), page.marks[arm]))
+        time, *rate_and_memory = sections.mean_costs(costs)
+        images = average([cost.images for cost in costs], lambda number: f"{number:,.0f}")
+        network = average([numbers_in(page.shown(arm))], lambda number: f"{number / 1e6:.2f} M")
+        cells = (str(len(arm.runs)), time, images, *rate_and_memory, network)
+        rows.append(TableRow(arm.label, cells, page.marks[arm]))
     if not any(cell != NOTHING for row in rows for cell in row.cells[1:]):
         return
     columns = ("Group", "Runs", "Time", "Images seen", "Images a second", "Peak memory", "Network")

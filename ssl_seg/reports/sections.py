@@ -46,7 +46,8 @@ GainsOfArm = Sequence[Sequence[Gain | None]]  # [class, condition]
 
 def gain_text(gain: Gain) -> str:
     """In points: `+1.5 ± 0.4`."""
-    return points(gain.mean) + ("" if gain.sd is None else f" ± {100 * gain.sd:.1f}")
+    sd = gain.differences.sd
+    return points(gain.mean) + ("" if sd is None else f" ± {100 * sd:.1f}")
 
 
 def hundredths(values: Iterable[float]) -> tuple[float, ...]:
@@ -244,16 +245,13 @@ def _leak_row(pair: Mapping[str, Any]) -> TableRow:
 # ---- cost, config and versions ----
 
 
-def mean_time(costs: Sequence[Cost]) -> str:
-    return average([cost.seconds for cost in costs], duration)
-
-
-def mean_rate(costs: Sequence[Cost]) -> str:
-    return average([cost.rate for cost in costs], lambda number: f"{number:.1f}")
-
-
-def mean_memory(costs: Sequence[Cost]) -> str:
-    return average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB")
+def mean_costs(costs: Sequence[Cost]) -> tuple[str, str, str]:
+    """Time, images a second and peak memory, as means over runs."""
+    return (
+        average([cost.seconds for cost in costs], duration),
+        average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
+        average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
+    )
 
 
 def set_up(facts: Iterable[tuple[str, str]], config: Mapping[str, Any]) -> tuple[Table, Fold]:

@@ -187,17 +187,10 @@ def _learning(page: Page[Study]) -> Iterator[Section]:
         if panels := sections.dots(page):
             yield Section("scores", "Scores", (Panels(panels, shape="wide"),))
         return
-    by_place = {(gain.arm, *gain.conditions): gain for gain in study.gains}
-
-    def scored(arm: Arm, condition: Condition) -> Values:
-        """The scores, and the interval of their mean."""
-        spread = arm.spread(study.main_score, condition)
-        return ((), None) if spread is None else (spread.values, t_interval(spread.values, study.level))
-
-    def gained(arm: Arm, condition: Condition) -> Values:
-        gain = by_place.get((arm, condition))
-        return ((), None) if gain is None else (gain.values, gain.interval)
-
+    places = list(product(study.arms, study.conditions))
+    spreads = {own: spread for own in places if (spread := own[0].spread(study.main_score, own[1])) is not None}
+    scored = {own: (spread.values, t_interval(spread.values, study.level)) for own, spread in spreads.items()}
+    gained = {(gain.arm, *gain.conditions): (gain.values, gain.interval) for gain in study.gains}
     scores = _learning_panels(page, axis, study.arms, scored, f"{study.part} mIoU, %")
     gains = _learning_panels(page, axis, study.arms[1:], gained, f"{page.over}, points of mIoU", zero=True)
     if scores:
@@ -232,7 +225,7 @@ def _learning_panels(
     page: Page[Study],
     axis: str,
     arms: Sequence[Arm],
-    values_of: Callable[[Arm, Condition], Values],
+    drawn_at: Mapping[tuple[Arm, Condition], Values],
     what: str,
     zero: bool = False,
 ) -> tuple[Panel, ...]:
@@ -244,7 +237,8 @@ def _learning_panels(
         own = [condition for condition in page.found.conditions if {*held} <= {*condition} and axis in dict(condition)]
         at = sorted((_number(dict(condition)[axis]), condition) for condition in own)
         bands = [
-            _band(page.styles[arm], [(place, *values_of(arm, condition)) for place, condition in at]) for arm in arms
+            _band(page.styles[arm], [(place, *drawn_at.get((arm, own), ((), None))) for place, own in at])
+            for arm in arms
         ]
         lines |= {held: bands} if any(any(band.values) for band in bands) else {}
     every = [number for bands in lines.values() for band in bands for number in _numbers(band)]
@@ -401,13 +395,7 @@ def _pretrained(page: Page[Study]) -> dict[str, list[RunFolder]]:
 
 def _cost_cells(walls: Sequence[float | None], costs: Sequence[Cost]) -> list[str]:
     known = [wall for wall in walls if wall is not None]
-    return [
-        average(known, duration),
-        sections.mean_time(costs),
-        sections.mean_rate(costs),
-        sections.mean_memory(costs),
-        duration(sum(known)) if known else NOTHING,
-    ]
+    return [average(known, duration), *sections.mean_costs(costs), duration(sum(known)) if known else NOTHING]
 
 
 def _cells(page: Page[Study]) -> Iterator[Section]:

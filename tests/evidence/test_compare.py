@@ -133,7 +133,7 @@ def test_gains_are_paired_by_seed() -> None:
     assert [own.label for own in found.arms] == ["scratch", "pre"], "what is from scratch comes first"
     gain = found.gain(found.arms[1], "val/miou")
     assert sorted(gain.values) == pytest.approx(gains)
-    assert gain.sd == pytest.approx(stdev(gains))
+    assert gain.differences.sd == pytest.approx(stdev(gains))
     assert found.gain(found.arms[0], "val/miou") is None
 
 

@@ -424,7 +424,7 @@ def test_the_numbers_are_those_of_compare(tmp_path: Path) -> None:
     gain = found.gain(four, "val/miou")
     cells = cells_of(page, "four")
     assert cells[:2] == ["4", percent(four.spread("val/miou"))]
-    assert cells[3] == f"{points(gain.mean)} ± {100 * gain.sd:.1f}"
+    assert cells[3] == f"{points(gain.mean)} ± {100 * gain.differences.sd:.1f}"
     interval = scipy.stats.ttest_1samp(gain.values, 0).confidence_interval(0.95)
     assert cells[4:] == [f"{points(interval.low)} to {points(interval.high)}", "4"]
     assert cells_of(page, "scratch")[1] == percent(scratch.spread("val/miou"))
