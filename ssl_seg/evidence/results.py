@@ -43,10 +43,6 @@ class Study(Comparison):
         return self.folder.resolve().name
 
     @property
-    def baseline(self) -> Arm:
-        return self.arms[0]
-
-    @property
     def pretrained(self) -> Sequence[Mapping[str, Any]]:
         """Its pretrainings, as study.json has them."""
         return self.record.get("pretrained", ())
@@ -74,16 +70,12 @@ def read(folder: str | Path) -> Study:
             f"{folder / STUDY_FILE}: not as ssl-seg study writes it ({place}: {first['msg']}); "
             "give the study's command again"
         ) from error
-    found = [_outcome(folder, own) for own in record["cells"]]
-    names = [own["arm"] for own in record["cells"]]
-    base = {
-        (cell.condition, cell.pair): cell for cell, name in zip(found, names, strict=True) if name == record["baseline"]
-    }
-    cells = [replace(cell, apart=_apart(cell, base.get((cell.condition, cell.pair)))) for cell in found]
+    found = [(own["arm"], _outcome(folder, own)) for own in record["cells"]]
+    base = {(cell.condition, cell.pair): cell for arm, cell in found if arm == record["baseline"]}
+    found = [(arm, replace(cell, apart=_apart(cell, base.get((cell.condition, cell.pair))))) for arm, cell in found]
+    cells = tuple(cell for _, cell in found)
     listed = sorted(record["arms"], key=lambda own: own["name"] != record["baseline"])
-    arms = tuple(
-        _arm(own, (cell for cell, name in zip(cells, names, strict=True) if name == own["name"])) for own in listed
-    )
+    arms = tuple(_arm(own, (cell for arm, cell in found if arm == own["name"])) for own in listed)
     return Study(
         arms=arms,
         baselines=dict.fromkeys(arms[1:], arms[0]),
@@ -96,7 +88,7 @@ def read(folder: str | Path) -> Study:
         apart=tuple(f"{cell.name}: {cell.apart}" for cell in cells if cell.apart),
         folder=folder,
         record=record,
-        cells=tuple(cells),
+        cells=cells,
     )
 
 
