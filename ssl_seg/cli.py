@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
-from ssl_seg.reports.console import print_comparison, print_findings, score_lines
+from ssl_seg.reports.console import print_comparison, print_study, score_lines
 from ssl_seg.terminal import print_lines, tells
 
 app = typer.Typer(
@@ -215,7 +215,7 @@ def study_command(
         print_lines(outline(config, folder))
         return
     options = StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
-    print_findings(study.study(config, options))
+    print_study(study.study(config, options))
 
 
 @app.command("track")
@@ -251,10 +251,10 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
-    from ssl_seg.reports import runs as of_runs
-    from ssl_seg.reports import study as of_study
+    from ssl_seg.reports import runs as page_of_runs
+    from ssl_seg.reports import study as page_of_study
 
-    page = of_study if any(of_study.is_study(run) for run in runs) else of_runs
+    page = page_of_study if any(map(page_of_study.is_study, runs)) else page_of_runs
     written = page.report(runs, out)
     print_lines([written.headline, f"report: {written.path}"])
 

@@ -1,9 +1,11 @@
 """What a segmentation confuses, over a whole set and image by image, and every score that follows from it.
 
-Needs no torch, so that whoever reads the scores of many runs, or resamples the images of one, starts at once. Ours are
-the scores (torchmetrics counts an absent class 0 and smp counts it 1, and both enter the mean; here it is nan and left
-out) and the sparse file: an image shows a few of the K * K cells, so 2,000 images of 150 classes take some megabytes
-where dense matrices would take 360. Whole sets are summed before anything is divided.
+Needs no torch, so that whoever compares many runs or resamples images starts at once. Whole sets are summed before
+anything is divided.
+
+The scores are ours because libraries disagree about a class that is absent: torchmetrics counts it 0, smp counts it 1,
+and both enter the mean. Here it is nan and left out. The file is ours because it is sparse: an image shows a few of the
+K * K cells, so 2,000 images of 150 classes take some megabytes where dense matrices would take 360.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class SegmentationScores:
         return cls(
             confusion=confusion,
             iou=iou,
-            miou=float(_divide(np.nansum(iou), (union > 0).sum())),
+            miou=float(mean_iou(hits, union)),
             accuracy=float(_divide(hits.sum(), confusion.sum())),
             class_accuracy=_divide(hits, truth),
             dice=_divide(2 * hits, truth + predicted),
@@ -145,9 +147,7 @@ class ImageConfusions:
 
     def per_image_miou(self) -> np.ndarray:
         """`(N,)` float64: over the classes in an image's truth or prediction; nan where no pixel of it counts."""
-        hits, union = self.hits_and_unions()
-        iou = _divide(hits, union)
-        return _divide(np.nansum(iou, axis=1), (union > 0).sum(axis=1))
+        return mean_iou(*self.hits_and_unions())
 
     def hits_and_unions(self) -> tuple[np.ndarray, np.ndarray]:
         """Pixels `(N, K)` int64 of each image in the intersection and in the union of each class: what IoU divides."""
@@ -172,6 +172,17 @@ class ImageConfusions:
         slots = self.image.astype(np.int64) * num_classes + of_class
         summed = np.bincount(slots, weights=self.count * counted, minlength=len(self) * num_classes)
         return summed.astype(np.int64).reshape(len(self), num_classes)
+
+
+def mean_iou(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
+    """The mIoU `(...)` float64 from the pixels `(..., K)` in each class's intersection and in its union.
+
+    The mean over the classes whose union holds a pixel: one that is predicted but absent counts 0. nan where no class
+    has any.
+    """
+    counted = unions > 0
+    iou = np.divide(hits, unions, out=np.zeros(np.shape(unions)), where=counted)
+    return _divide(iou.sum(axis=-1), counted.sum(axis=-1))
 
 
 def named_scores(scores: SegmentationScores, class_names: Sequence[str]) -> dict[str, float | None]:

@@ -26,6 +26,7 @@ from ssl_seg.scores import (
     Row,
     SegmentationScores,
     image_confusion_bytes,
+    mean_iou,
     read_image_confusion,
     split_digest,
 )
@@ -247,3 +248,14 @@ def test_no_flipped_bit_and_no_cut_goes_unnoticed(tmp_path: Path) -> None:
 def test_a_folder_without_the_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not there; give a finished run"):
         read_image_confusion(tmp_path)
+
+
+def test_a_batch_of_matrices_has_the_miou_of_each() -> None:
+    matrices = np.stack(drawn(12, num_classes=5)).reshape(3, 4, 5, 5)
+    matrices[0, 1, 2] = matrices[0, 1, :, 2] = 0  # a class that is nowhere
+    hits = np.diagonal(matrices, axis1=-2, axis2=-1)
+    found = mean_iou(hits, matrices.sum(axis=-1) + matrices.sum(axis=-2) - hits)
+    each = [SegmentationScores.from_confusion(matrix).miou for matrix in matrices.reshape(-1, 5, 5)]
+    np.testing.assert_array_equal(found.ravel(), each)
+    assert np.isnan(found[0, 2]), "the third has no pixel that counts"
+    assert np.isfinite(found).sum() == 11

@@ -91,10 +91,10 @@ def test_weights_are_known_again(old: Path) -> None:
 
 def test_runs_and_a_study_are_compared_and_reported(old: Path) -> None:
     found = compare([old / "runs" / "pretrained", old / "runs" / "scratch", old / "runs" / "encoder"])
-    assert [group.label for group in found.groups] == ["pretrain", "scratch", "pretrained"]
-    assert found.gain(found.groups[2], "val/miou").n == 1
+    assert [arm.label for arm in found.arms] == ["pretrain", "scratch", "pretrained"]
+    assert found.gain(found.arms[2], "val/miou").n == 1
     assert verify(old / "runs" / "encoder").figures > 0
     assert "Too few runs to tell" in runs.report([old / "runs" / "scratch", old / "runs" / "encoder"]).headline
     results = read(old / "runs" / "study")
-    assert [len(results.of(arm, results.conditions[0])) for arm in results.arms] == [2, 2]
+    assert [sum(bool(run.scores) for run in arm.at(results.conditions[0])) for arm in results.arms] == [2, 2]
     assert "Too few runs to tell (n = 2)" in study.report([old / "runs" / "study"]).headline

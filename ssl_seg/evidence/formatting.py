@@ -23,15 +23,20 @@ UNITS = {"psnr": (1, "dB"), "miou": (100, "%"), "accuracy": (100, "%"), "solved"
 LEAST_P = 0.001  # told as a number
 
 
-def _range(values: Sequence[float]) -> str:
+def range_of(values: Sequence[float]) -> str:
     """`2.1 to 3.4`, or one number where both ends are written alike."""
     ends = dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values)))
     return " to ".join(ends)
 
 
+def level_text(level: float) -> str:
+    """A confidence level: `95 %`."""
+    return f"{100 * level:g} %"
+
+
 def span(interval: Interval) -> str:
     """Of differences of shares, in hundredths: `95 % interval +0.4 to +2.8`."""
-    return f"{100 * interval.level:g} % interval {between(interval)}"
+    return f"{level_text(interval.level)} interval {between(interval)}"
 
 
 def between(interval: Interval | None) -> str:
@@ -59,12 +64,12 @@ def percent(spread: Spread | None) -> str:
     return NOTHING if spread is None else Spread(tuple(100 * value for value in spread.values)).text(1)
 
 
-def _begun(sentence: str) -> str:
+def begun(sentence: str) -> str:
     """With a capital, and the rest as it is: it may hold a name."""
     return sentence[:1].upper() + sentence[1:]
 
 
-def _all_of(total: int) -> str:
+def all_of(total: int) -> str:
     return "both" if total == 2 else f"all {total}"
 
 
@@ -98,7 +103,7 @@ def count_of(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
-def _in_unit(name: str, value: float) -> str:
+def in_unit(name: str, value: float) -> str:
     factor, unit = unit_of(name)
     return f"{factor * value:.1f} {unit}" if unit else f"{value:.3g}"
 

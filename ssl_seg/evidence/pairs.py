@@ -1,8 +1,7 @@
-"""Runs in pairs: what a gain is, where it lies over images, and which images changed.
+"""Runs in pairs: their differences, where the mean difference lies over images, and which images changed.
 
-The two runs of a pair differ in what is compared and share all else that is drawn: the seeds and the labelled images,
-and so order and crops. The spread of such gains is smaller than that of the scores, and tells whether something helped.
-Imports no torch, but to draw.
+The two runs of a pair differ in what is compared. They share all else that is drawn: seeds and labelled images, and so
+order and crops. Their differences spread less than the scores do, and so tell whether something helped.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ssl_seg.evidence.statistics import Interval, block_bootstrap, t_interval
+from ssl_seg.evidence.statistics import LEVEL, Interval, block_bootstrap, t_interval
 from ssl_seg.scores import BAND, IMAGES_FILE, ImageConfusions, read_image_confusion
 
 MIN_STARTS = 3  # pretrainings; two means would have an interval of 12.7 standard errors to each side
@@ -59,6 +58,7 @@ class Shared(Spread):
 
     means: tuple[float, ...]  # of each pretraining, over its pairs
     crossed: bool = False  # whether some seeds have runs of several pretrainings
+    level: float = LEVEL  # of the intervals of which the wider one counts
 
     @property
     def mean(self) -> float:
@@ -84,7 +84,7 @@ class Shared(Spread):
         """
         if self.is_of_few:
             return False
-        pairs, starts = t_interval(self.values), t_interval(self.means)
+        pairs, starts = (t_interval(own, self.level) for own in (self.values, self.means))
         return not self.crossed or (pairs is not None and _width(starts) >= _width(pairs))
 
     @property
@@ -92,7 +92,7 @@ class Shared(Spread):
         return self.means if self.by_start else self.values
 
 
-def of_differences(differences: Iterable[tuple[Hashable, str, float]]) -> Spread:
+def of_differences(differences: Iterable[tuple[Hashable, str, float]], level: float = LEVEL) -> Spread:
     """Paired differences from (what the pair has in common, the pretraining behind it, difference).
 
     Runs with both the same count by their mean, as then do the pretrainings of a key and the keys of a pretraining.
@@ -108,12 +108,12 @@ def of_differences(differences: Iterable[tuple[Hashable, str, float]]) -> Spread
     values = tuple(map(mean, keys.values()))
     if all(len(own) == 1 for own in starts.values()):
         return Spread(values)
-    return Shared(values, tuple(map(mean, starts.values())), crossed=len(cells) > len(keys))
+    return Shared(values, tuple(map(mean, starts.values())), len(cells) > len(keys), level)
 
 
-def of_starts(values: Sequence[float], starts: Sequence[str]) -> Spread:
+def of_starts(values: Sequence[float], starts: Sequence[str], level: float = LEVEL) -> Spread:
     """Paired differences of one run each, and whether pretrainings are shared among them."""
-    return of_differences((index, *own) for index, own in enumerate(zip(starts, values, strict=True)))
+    return of_differences(((index, *own) for index, own in enumerate(zip(starts, values, strict=True))), level)
 
 
 def over_starts(gain: Spread) -> tuple[float, ...] | None:
@@ -161,15 +161,16 @@ class Pairs(Generic[R]):
     """The runs of a baseline and those compared with it, by what a pair has in common.
 
     Several runs of a side under one key, as those from several pretrainings, count by their mean: they share partners.
-    `start` names the pretraining behind a pair (a run of the baseline, one of the others); without it each pair has one
-    of its own.
+    `start` names the pretraining behind a pair (a run of the baseline, one of the others). Without it, and where it
+    gives None, each pair has one of its own.
     """
 
     base: Mapping[Any, Sequence[R]]
     own: Mapping[Any, Sequence[R]]
-    start: Callable[[R, R], str] | None = None
+    start: Callable[[R, R], str | None] | None = None
     # Reads the images of a run; a caller with many comparisons gives one that remembers.
     read: Callable[[Path], Mapping[str, ImageConfusions]] = read_image_confusion
+    level: float = LEVEL
 
     def sides(self, score: str) -> dict[Any, tuple[list[R], list[R]]]:
         """The runs that have the score, of both sides, under each key that both have one under."""
@@ -179,13 +180,13 @@ class Pairs(Generic[R]):
     def gain(self, score: str) -> Spread | None:
         """The differences in a score, one for each key, `Shared` where pretrainings are; None without a pair."""
         found = [
-            (key, self._start(key, base, run), run.scores[score] - mean(partner.scores[score] for partner in base))
+            (key, self.start_of(key, base, run), run.scores[score] - mean(partner.scores[score] for partner in base))
             for key, (base, own) in self.sides(score).items()
             for run in own
         ]
-        return of_differences(found) if found else None
+        return of_differences(found, self.level) if found else None
 
-    def over_images(self, score: str, level: float = 0.95, resamples: int = 10_000) -> Interval | None:
+    def over_images(self, score: str, resamples: int = 10_000) -> Interval | None:
         """Where the gain in a mIoU (`val/miou`, `val/band/miou`) lies for other images of the same kind, runs fixed.
 
         Of the very runs of the gain, each counting as much as in its mean. None without pairs, where a run of theirs
@@ -197,7 +198,9 @@ class Pairs(Generic[R]):
         lower, upper = ([images for side in found for images in side[which]] for which in (0, 1))
         weights = tuple(zip(*self._weights(score), strict=True))
         lower_weights, upper_weights = ([weight for of_key in side for weight in of_key] for side in weights)
-        return block_bootstrap(lower, upper, level=level, resamples=resamples, weights=(lower_weights, upper_weights))
+        return block_bootstrap(
+            lower, upper, level=self.level, resamples=resamples, weights=(lower_weights, upper_weights)
+        )
 
     def changed(self, score: str, most: int | None = None) -> tuple[Changed[R], ...]:
         """The images that differ most from the baseline come first; those that do not differ are left out.
@@ -236,13 +239,15 @@ class Pairs(Generic[R]):
                         found.setdefault(name, {}).update(dict.fromkeys((lower.software[name], upper.software[name])))
         return {name: tuple(values) for name, values in found.items()}
 
-    def _start(self, key: Any, base: Sequence[R], own: R) -> str:
-        return str(key) if self.start is None else self.start(base[0], own)
+    def start_of(self, key: Any, base: Sequence[R], own: R) -> str:
+        """The pretraining behind the pair of a run with those of the baseline."""
+        found = None if self.start is None else self.start(base[0], own)
+        return str(key) if found is None else found
 
     def _weights(self, score: str) -> Iterator[tuple[list[float], list[float]]]:
         """For each key, how much the runs of either side count in the mean of the gain."""
         gain = self.gain(score)
-        starts = {key: [self._start(key, base, run) for run in own] for key, (base, own) in self.sides(score).items()}
+        starts = {key: [self.start_of(key, base, run) for run in own] for key, (base, own) in self.sides(score).items()}
         keys_of = Counter(start for own in starts.values() for start in set(own))
         for key, (base, own) in self.sides(score).items():
             reruns = Counter(starts[key])

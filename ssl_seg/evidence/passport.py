@@ -1,8 +1,7 @@
 """What a score means: by which definition, on which images. Scores of different passports are never ranked together.
 
-A passport stands in a result.json for each part that has a mIoU. It is ours, as the scores are: no library says with a
-figure how it treats an absent class, though two libraries differ there by tens of points. Needs no torch, as whoever
-compares many runs.
+A passport stands in a result.json for each part that has a mIoU. No library says with a figure how it treats an absent
+class, though two libraries differ there by tens of points. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """How sure a difference is: intervals over seeds, intervals over images, exact p, and the price of many comparisons.
 
-Needs no torch, and of scipy only `scipy.special`, since whoever compares runs imports this and `scipy.stats` alone
-takes most of a second. Ours are what scipy lacks or cannot pay: its `bootstrap` does not studentize; its
-`permutation_test` lays out all 2**n assignments (20 pairs: 6 s and 1.3 GB, scipy 1.17) where sums of two halves need a
-millisecond; it adjusts p for a false discovery rate only; and a mIoU is no mean of images: counts are summed first and
-divided after.
-
 An interval covers what was drawn anew, and nothing else. Over seeds: other labelled images, orders, crops and first
-weights, with the scored images and whatever all pairs share (one pretraining, one pool) fixed. Over images: other
-images of the same kind, with the runs fixed.
+weights. The scored images stay fixed, and so does whatever all pairs share (one pretraining, one pool). Over images:
+other images of the same kind, with the runs fixed.
+
+Needs no torch, and of scipy only `scipy.special`: whoever compares runs imports this, and `scipy.stats` alone takes
+most of a second. Ours is what scipy lacks or cannot pay. Its `bootstrap` does not studentize. Its `permutation_test`
+lays out all 2**n assignments (20 pairs: 6 s and 1.3 GB, scipy 1.17) where sums of two halves need a millisecond. It
+adjusts p for a false discovery rate only. And a mIoU is no mean of images: counts are summed first and divided after.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ import numpy as np
 from scipy.special import nctdtrinc, ndtr, stdtr, stdtrit
 
 from ssl_seg.config import UserError
-from ssl_seg.scores import ImageConfusions
+from ssl_seg.scores import ImageConfusions, mean_iou
 
+LEVEL = 0.95  # the confidence level, unless a study names another
 MIN_FLIPS = 8  # pairs; below, even differences of one sign only give p of 1.6 % and more
 MAX_FLIPS = 40  # pairs; the sums of one half of the signs then take 8 MB, and a t interval says the same
 POWER = 0.8  # the usual one of planned experiments (Cohen 1988)
@@ -46,7 +46,7 @@ class Interval:
     method: str  # "t", "bootstrap-t" or "block bootstrap"
 
 
-def t_interval(differences: Sequence[float], level: float = 0.95) -> Interval | None:
+def t_interval(differences: Sequence[float], level: float = LEVEL) -> Interval | None:
     """Student's interval of the mean of paired differences, one a seed; None below 2 of them.
 
     Exact for any number of pairs where the differences are normal and the pairs independent. The means of skewed ones
@@ -73,7 +73,7 @@ def t_test_p(differences: Sequence[float]) -> float | None:
     return float(2 * stdtr(len(values) - 1, -abs(values.mean()) / error))
 
 
-def detectable(differences: Sequence[float], level: float = 0.95, power: float = POWER) -> float | None:
+def detectable(differences: Sequence[float], level: float = LEVEL, power: float = POWER) -> float | None:
     """The true mean that as many pairs of this spread show with probability `power`: what a null result leaves open.
 
     Shown means that `t_interval` leaves 0 out, on the right side; by the noncentral t (Johnson and Welch 1940). The
@@ -89,7 +89,7 @@ def detectable(differences: Sequence[float], level: float = 0.95, power: float =
     return float(errors * _standard_error(np.asarray(differences, dtype=np.float64)))
 
 
-def pairs_needed(sd: float, difference: float, level: float = 0.95, power: float = POWER) -> int | None:
+def pairs_needed(sd: float, difference: float, level: float = LEVEL, power: float = POWER) -> int | None:
     """How many pairs whose differences have deviation `sd` show a true mean of `difference`; None above 1,000."""
     numbers = np.arange(2, MAX_NEEDED + 1)
     shown = _errors_to_show(numbers, level, power) * sd / np.sqrt(numbers)
@@ -103,7 +103,7 @@ def _errors_to_show(numbers: np.ndarray, level: float, power: float) -> np.ndarr
 
 
 def bootstrap_t_interval(
-    differences: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    differences: Sequence[float], level: float = LEVEL, resamples: int = 10_000, seed: int = 0
 ) -> Interval | None:
     """The studentized bootstrap (Efron and Tibshirani 1993, 12.5) of the mean of paired differences, one a seed.
 
@@ -208,7 +208,7 @@ def block_bootstrap(
     a: ImageConfusions | Sequence[ImageConfusions],
     b: ImageConfusions | Sequence[ImageConfusions],
     blocks: np.ndarray | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = 10_000,
     seed: int = 0,
     weights: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -243,7 +243,8 @@ def block_bootstrap(
     drawn = []
     for start in range(0, resamples, chunk):
         often = random.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), min(chunk, resamples - start))
-        miou = _miou(np.tensordot(often.astype(np.float64), counts, axes=(1, 1)))  # (resamples, runs)
+        summed = np.tensordot(often.astype(np.float64), counts, axes=(1, 1))  # (resamples, runs, 2 K)
+        miou = mean_iou(*np.split(summed, 2, axis=-1))  # (resamples, runs)
         drawn.append(miou @ signed)
     widened = math.sqrt(num_blocks / (num_blocks - 1)) * stdtrit(num_blocks - 1, (1 - level) / 2)
     low, high = np.quantile(np.concatenate(drawn), [ndtr(widened), ndtr(-widened)])
@@ -297,10 +298,3 @@ def _counts_of_blocks(runs: Sequence[ImageConfusions], ids: np.ndarray) -> np.nd
     for own, run in zip(counts, runs, strict=True):
         np.add.at(own, places, np.concatenate(run.hits_and_unions(), axis=1))
     return counts[:, counts.any(axis=(0, 2))]
-
-
-def _miou(counts: np.ndarray) -> np.ndarray:
-    """`(...)` from `(..., 2 K)` pixels: the mean over the classes with union > 0."""
-    hits, unions = np.split(counts, 2, axis=-1)
-    iou = np.divide(hits, unions, out=np.zeros_like(hits), where=unions > 0)
-    return iou.sum(axis=-1) / (unions > 0).sum(axis=-1)

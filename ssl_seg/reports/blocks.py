@@ -17,8 +17,9 @@ import cv2
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from ssl_seg import images
-from ssl_seg.evidence.claims import RULES, Answer
+from ssl_seg import files, images
+from ssl_seg.config import UserError
+from ssl_seg.evidence.claims import Answer
 from ssl_seg.figures.svg import COLOURS, plain
 
 MAX_SIDE = 900  # pixels of a picture's longer side on the page
@@ -115,9 +116,31 @@ class Front:
     title: str
     counts: str  # `12 runs in 3 groups`
     told: Answer
-    marks: Mapping[str, Markup]  # of the groups that `told` names
+    marks: Mapping[str, Markup]  # of the arms that `told` names
+    rules: tuple[str, ...]  # by which gains are told
     unfinished: tuple[tuple[str, str], ...] = ()  # what has no result, and why
-    rules: tuple[str, ...] = RULES
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` gives back."""
+
+    path: Path
+    headline: str
+
+
+def place_of(out: str | Path | None, default: Path) -> Path:
+    """The file that a page is written to. Raises UserError for a folder."""
+    path = default if out is None else Path(out)
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
+    return path
+
+
+def write(path: Path, front: Front, sections: Sequence[Section]) -> Report:
+    """Raises UserError for a page that cannot be written."""
+    files.write_atomic(path, render(front, sections))
+    return Report(path, front.told.headline)
 
 
 def render(front: Front, sections: Sequence[Section]) -> bytes:

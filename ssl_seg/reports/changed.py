@@ -11,9 +11,9 @@ import numpy as np
 
 from ssl_seg import files, images
 from ssl_seg.config import UserError
-from ssl_seg.evidence.compare import Comparison, main_score_of
+from ssl_seg.evidence.comparison import Comparison, main_score_of
 from ssl_seg.evidence.pairs import Changed
-from ssl_seg.evidence.results import Findings
+from ssl_seg.evidence.results import Study
 from ssl_seg.runs.folder import RunFolder
 
 CHANGED = "changed"  # the folder of a study's pictures
@@ -21,8 +21,8 @@ NUM_CHANGED = 6  # images to look at, of each comparison
 NUM_CHANGED_OF_STUDY = 3  # images drawn of each arm
 
 
-def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGED) -> list[Path]:
-    """A picture of each of the `most` images in which a group differs most from its baseline, by their most usual pair.
+def draw_changed(found: Comparison, out: str | Path, most: int = NUM_CHANGED) -> list[Path]:
+    """A picture of each of the `most` images in which an arm differs most from its baseline, by their most usual pair.
 
     Written to `out` as `<group>_<rank>.png`, with `changed.json`: the images' names, how much their mIoU changed as a
     mean, and the two runs that are shown.
@@ -35,16 +35,16 @@ def draw_changed(comparison: Comparison, out: str | Path, most: int = NUM_CHANGE
     drawn: dict[Path, Any] = {}
     from ssl_seg import images  # and with it OpenCV, which no table needs
 
-    for number, group in enumerate(comparison.groups, start=1):
-        score = main_score_of([group])
-        changed = () if score is None else comparison.changed(group, score, most)
+    for number, arm in enumerate(found.arms, start=1):
+        score = main_score_of([arm])
+        changed = () if score is None else found.changed(arm, score, most=most)
         pictures = pictures_of(changed, score.partition("/")[0]) if changed else []
         for rank, (image, picture) in enumerate(zip(changed, pictures, strict=True), start=1):
             path = folder / f"group{number}_{rank}.png"
             drawn[path] = picture
             entry = {"picture": path.name, "image": image.name, "difference": image.difference}
             entry["runs"] = [outcome.name for outcome in image.pair]
-            told.setdefault(group.label, []).append(entry)
+            told.setdefault(arm.label, []).append(entry)
     if not drawn:
         raise UserError("--pictures: no run has a baseline with the same seeds whose images were kept; name both")
     for path, picture in drawn.items():  # not before all are there: a folder with some would be in the way of the next
@@ -71,12 +71,11 @@ def pictures_of(changed: Sequence[Changed], part: str) -> list[np.ndarray]:
     return [drawn[one.index] for one in changed]
 
 
-def draw_changed_of_study(found: Findings) -> None:
+def draw_changed_of_study(study: Study) -> None:
     """Pictures of the images that changed most under the last condition, for each arm, by their most usual pair."""
-    folder = found.folder / CHANGED
+    folder = study.folder / CHANGED
     shutil.rmtree(folder, ignore_errors=True)
-    condition = found.conditions[-1]
-    for number, arm in enumerate(found.arms[1:], start=1):
-        changed = found.changed(arm, condition, NUM_CHANGED_OF_STUDY)
-        for rank, picture in enumerate(pictures_of(changed, found.part), start=1):
-            images.write_image(folder / f"{number}_{files.slug(arm)}_{rank}.png", picture)
+    for number, arm in enumerate(study.arms[1:], start=1):
+        changed = study.changed(arm, study.main_score, study.conditions[-1], NUM_CHANGED_OF_STUDY)
+        for rank, picture in enumerate(pictures_of(changed, study.part), start=1):
+            images.write_image(folder / f"{number}_{files.slug(arm.label)}_{rank}.png", picture)

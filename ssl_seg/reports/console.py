@@ -1,26 +1,29 @@
-"""Tables of a comparison and of a study on the terminal."""
+"""Tables of a comparison on the terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ssl_seg.terminal import print_lines
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from ssl_seg.evidence.compare import Comparison, Group
-    from ssl_seg.evidence.pairs import Spread
-    from ssl_seg.evidence.results import Findings
+    from ssl_seg.evidence.comparison import Arm, Comparison, Condition, Gain
+    from ssl_seg.evidence.results import Study
     from ssl_seg.evidence.statistics import Interval
     from ssl_seg.scores import SegmentationScores
 
-GROUPS_ABREAST = 6  # columns of a table that fits a wide terminal
+    Cells = Callable[[Arm, Condition], list[str]]  # the row of an arm
+
+ARMS_ABREAST = 6  # columns of a table that fits a wide terminal
 
 
 def score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str]) -> list[str]:
+    """The mIoU of a part, and the IoU of each class."""
     width = max(len(name) for name in class_names)
     rows = [f"  {name:<{width}} {iou:.4f}" for name, iou in zip(class_names, scores.iou.tolist(), strict=True)]
     averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
@@ -29,104 +32,132 @@ def score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str
 
 
 def print_comparison(found: Comparison) -> None:
-    """For each table: a row a group with its main score; then what differs, every score and gain, a column a group."""
-    from rich.console import Console
+    """For each table: a row an arm with its main score; then what differs, every score and gain, a column an arm."""
+    from ssl_seg.evidence.cautions import notes
+    from ssl_seg.evidence.comparison import main_score_of
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    numbers = {id(group): f"#{number}" for number, group in enumerate(found.groups, start=1)}
-    for groups in found.tables:
-        console.print(_main_table(found, groups, numbers))
-        for start in range(0, len(groups), GROUPS_ABREAST):
-            console.print(_figure_table(found, groups[start : start + GROUPS_ABREAST], numbers))
-    print_lines(found.notes)
+    console = _console()
+    for arms in found.tables:
+        _print_arms(console, found, arms, *_rows_of_runs(found, arms, main_score_of(arms)))
+        for start in range(0, len(arms), ARMS_ABREAST):
+            console.print(_figure_table(found, arms[start : start + ARMS_ABREAST]))
+    print_lines([*notes(found), *(f"no interval over images: {fault}" for fault in found.faults)])
     for run in found.unfinished:
         print(f"not finished, left out: {run}", file=sys.stderr)
 
 
-def _main_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
+def print_study(study: Study) -> None:
+    """A row an arm under each condition, the baseline first, and where everything is."""
+    from ssl_seg.evidence.claims import answer
+    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE
+
+    _print_arms(_console(), study, study.arms, *_rows_of_study(study))
+    tables = f"{study.folder / CELLS_FILE}, {study.folder / GAINS_FILE}"
+    print_lines([answer(study).headline, f"tables: {tables}", f"report: {study.folder / 'report.html'}"])
+
+
+def _print_arms(console: Console, found: Comparison, arms: Sequence[Arm], heads: Sequence[str], cells: Cells) -> None:
+    """A row an arm under each condition."""
     from rich.table import Table
 
-    from ssl_seg.evidence.compare import main_score_of
+    table = Table(*heads)
+    for condition in found.conditions:
+        for arm in arms:
+            table.add_row(*cells(arm, condition))
+        table.add_section()
+    console.print(table)
 
-    score = main_score_of(groups)
-    gaining = [group for group in groups if score and found.baseline(group)]
-    columns = ["gain over scratch", "95 % over images"] if gaining else []
-    table = Table("", "group", "n", *([score] if score else []), *columns)
-    for group in groups:
-        row = [numbers[id(group)], group.label, str(len(group.outcomes))]
+
+def _rows_of_runs(found: Comparison, arms: Sequence[Arm], score: str | None) -> tuple[list[str], Cells]:
+    """Shares from 0 to 1, as in the files of runs; gains where some arm has a baseline."""
+    from ssl_seg.evidence.formatting import level_text
+
+    heads = ["", "group", "n"]
+    heads += [score] if score else []
+    if score and any(arm in found.baselines for arm in arms):
+        heads += [f"gain over {found.over}", f"{level_text(found.level)} over images"]
+
+    def cells(arm: Arm, _: Condition) -> list[str]:
+        row = [_number(found, arm), arm.label, str(len(arm.outcomes))]
         if score:
-            spread = group.spread(score)
+            spread = arm.spread(score)
             row.append(spread.text() if spread else "-")
-        if group in gaining:
-            gain = found.gain(group, score)
-            row.append(f"{gain.text(sign='+')} (n = {gain.n})" if gain else "no pair: other seeds or labelled images")
-            row.append(_interval_text(found.over_images(group, score)))
-        table.add_row(*row)
-    return table
+            if arm in found.baselines:
+                gain = found.gain(arm, score)
+                row.append(f"{_signed(gain)} (n = {gain.n})" if gain else "no pair: other seeds or labelled images")
+                row.append(_interval(found.over_images(arm, score)))
+        return row
+
+    return heads, cells
 
 
-def _figure_table(found: Comparison, groups: Sequence[Group], numbers: Mapping[int, str]) -> Table:
+def _rows_of_study(study: Study) -> tuple[list[str], Cells]:
+    """Scores in per cent, gains in points."""
+    from ssl_seg.evidence.formatting import NOTHING, between, level_text, p_as_number, percent, points
+
+    gains = {(gain.arm, *gain.conditions): gain for gain in study.gains}
+    shares = any(gain.over_starts for gain in study.gains)  # pretrainings, enough for an interval of their own
+    intervals = ["seeds", *["pretrainings"] * shares, "images"]
+    heads = [*study.axes, "arm", "n", f"{study.part} mIoU, %", f"gain over {study.over}, points"]
+    heads += [*(f"{level_text(study.level)} over {what}" for what in intervals), "exact p"]
+
+    def cells(arm: Arm, condition: Condition) -> list[str]:
+        done = sum(bool(cell.scores) for cell in arm.at(condition))
+        row = [*dict(condition).values(), arm.label, str(done), percent(arm.spread(study.main_score, condition))]
+        gain = gains.get((arm, condition))
+        if gain is not None:
+            row += [f"{points(gain.mean)} (n = {gain.n})", between(gain.over_seeds)]
+            row += [between(gain.over_starts)] * shares
+            row += [between(study.over_images(arm, gain.score, condition))]
+            row += [NOTHING if gain.p is None else p_as_number(gain.p)]
+        return row
+
+    return heads, cells
+
+
+def _figure_table(found: Comparison, arms: Sequence[Arm]) -> Table:
     """Keys that differ, every score, and the gain over scratch in each."""
     from rich.table import Table
 
-    table = Table("", *(numbers[id(group)] for group in groups))
+    table = Table("", *(_number(found, arm) for arm in arms))
     for key, values in found.differing.items():
-        own = [value for group, value in zip(found.groups, values, strict=True) if group in groups]
+        own = [value for arm, value in zip(found.arms, values, strict=True) if arm in arms]
         table.add_row(key, *("-" if value is None else value for value in own))
     table.add_section()
     for name in found.scores:
-        spreads = [group.spread(name) for group in groups]
+        spreads = [arm.spread(name) for arm in arms]
         if any(spreads):
             table.add_row(name, *("-" if spread is None else spread.text() for spread in spreads))
     table.add_section()
     for name in (name for name in found.scores if not name.endswith("/averaged_classes")):
-        gains = [found.gain(group, name) for group in groups]
+        gains = [found.gain(arm, name) for arm in arms]
         if any(gains):
-            cells = (_gain_text(found, group, name, gain) for group, gain in zip(groups, gains, strict=True))
-            table.add_row(f"gain in {name}", *cells)
+            table.add_row(f"gain in {name}", *(_gain_text(found, gain) for gain in gains))
     return table
 
 
-def _gain_text(found: Comparison, group: Group, name: str, gain: Spread | None) -> str:
-    """With its spread over seeds; of the pixels near boundaries also over images, as the main table has it of all."""
+def _gain_text(found: Comparison, gain: Gain | None) -> str:
+    """With its spread over seeds; of the pixels near boundaries also over images, as the first table has it of all."""
     if gain is None:
         return "-"
-    over_images = found.over_images(group, name) if name.endswith("/band/miou") else None
-    interval = "" if over_images is None else f" (over images {_interval_text(over_images)})"
-    return f"{gain.text(sign='+')}{interval}"
+    over_images = found.over_images(gain.arm, gain.score) if gain.score.endswith("/band/miou") else None
+    return _signed(gain) + ("" if over_images is None else f" (over images {_interval(over_images)})")
 
 
-def print_findings(found: Findings) -> None:
-    """A row an arm under each condition, the baseline first, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ssl_seg.evidence.claims import answer_of_study
-    from ssl_seg.evidence.formatting import NOTHING, between, p_as_number, percent, points
-    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE
-
-    level = f"{100 * found.record['level']:g} %"
-    columns = ["arm", "n", f"{found.part} mIoU, %", f"gain over {found.baseline}, points"]
-    shares = any(gain.over_starts for gain in found.gains)  # pretrainings, enough for an interval of their own
-    over = ["seeds", *(["pretrainings"] if shares else []), "images"]
-    table = Table(*found.axes, *columns, *(f"{level} over {what}" for what in over), "exact p")
-    gains = {(gain.arm, gain.condition): gain for gain in found.gains}
-    for condition in found.conditions:
-        for arm in found.arms:
-            row = [*dict(condition).values(), arm, str(len(found.of(arm, condition)))]
-            row.append(percent(found.spread(arm, condition)))
-            gain = gains.get((arm, condition))
-            if gain is not None:
-                row += [f"{points(gain.gains.mean)} (n = {gain.gains.n})", between(gain.interval)]
-                row += [between(gain.over_starts)] if shares else []
-                row += [between(gain.images)]
-                row += [NOTHING if gain.p is None else p_as_number(gain.p)]
-            table.add_row(*row)
-        table.add_section()
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    tables = f"{found.folder / CELLS_FILE}, {found.folder / GAINS_FILE}"
-    print_lines([answer_of_study(found).headline, f"tables: {tables}", f"report: {found.folder / 'report.html'}"])
+def _number(found: Comparison, arm: Arm) -> str:
+    return f"#{found.arms.index(arm) + 1}"
 
 
-def _interval_text(interval: Interval | None) -> str:
+def _signed(gain: Gain) -> str:
+    """`+0.0073 ± 0.0085`."""
+    return gain.differences.text(sign="+")
+
+
+def _interval(interval: Interval | None) -> str:
     return "-" if interval is None else f"{interval.low:+.4f} to {interval.high:+.4f}"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)

@@ -6,18 +6,19 @@ The answer comes first, in one sentence; then all it rests on, section by sectio
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
-from ssl_seg import files
-from ssl_seg.config import UserError, flatten
+from ssl_seg.config import UserError
 from ssl_seg.evidence import compare
-from ssl_seg.evidence.claims import ALPHA, MIN_PAIRS, answer
-from ssl_seg.evidence.compare import Comparison
+from ssl_seg.evidence.cautions import notes
+from ssl_seg.evidence.claims import MIN_PAIRS, answer, rules
+from ssl_seg.evidence.comparison import Arm, Comparison, Gain
 from ssl_seg.evidence.formatting import (
     NOTHING,
     PARTS,
@@ -25,38 +26,42 @@ from ssl_seg.evidence.formatting import (
     between,
     count_of,
     duration,
+    foremost,
     images_of,
     percent,
-    points,
     state,
     unit_of,
     with_unit,
 )
-from ssl_seg.evidence.pairs import Spread, independent
-from ssl_seg.evidence.statistics import t_interval
+from ssl_seg.evidence.pairs import Spread
 from ssl_seg.figures import charts
 from ssl_seg.figures.svg import to_svg, with_minus
-from ssl_seg.reports.arms import Arm, Page, common_folder, make_front, make_page, which
+from ssl_seg.reports import sections
+from ssl_seg.reports.arms import Page, make_page
 from ssl_seg.reports.blocks import (
     Fold,
+    Front,
     Gallery,
-    Listing,
+    Heading,
     Panel,
     Panels,
+    Report,
     Section,
     Table,
     TableRow,
     Text,
     drawn,
     is_own,
-    render,
+    place_of,
     shot,
+    write,
 )
-from ssl_seg.reports.sections import SHOWN, classes, confusions, curves, folds, leak_blocks, not_shown
 from ssl_seg.runs.cost import cost_of, numbers_in
-from ssl_seg.runs.folder import RunFolder, as_text, find_runs
+from ssl_seg.runs.folder import RunFolder, find_runs
 
-ABREAST = 5  # groups that stand beside each other in a table of keys; more stand below each other
+ABREAST = 5  # arms that stand beside each other in a table of keys; more stand below each other
+STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
+MACHINE = ("lr", "grad_norm", "images_per_s")  # figures of the training itself, not of what was learnt
 # What tables show.
 OF_SCORES = "Mean ± standard deviation over the runs of a group, which differ in their seeds alone."
 OF_COST = (
@@ -64,13 +69,7 @@ OF_COST = (
     "end. Network: numbers in the exported file, weights and statistics."
 )
 
-
-@dataclass(frozen=True)
-class Report:
-    """What `report` gives back."""
-
-    path: Path
-    headline: str
+Metrics = Sequence[Sequence[Mapping[str, float]]]  # lines of each run of an arm
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:
@@ -80,108 +79,94 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Repo
     what is no run, a damaged file of one, and a page that cannot be written.
     """
     runs = find_runs(folders)
-    path = Path(out) if out is not None else default_path(runs)
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
-    comparison = compared(runs)
-    told = answer(comparison, runs)
-    page = make_page(runs, comparison)
-    sections = [section for build in SECTIONS for section in build(page)]
-    files.write_atomic(path, render(make_front(page, told), sections))
-    return Report(path, told.headline)
+    path = place_of(out, default_path(runs))
+    page = make_page(compared(runs), path.parent, runs)
+    return write(path, _front(page), [section for build in SECTIONS for section in build(page)])
 
 
 def default_path(runs: Sequence[RunFolder]) -> Path:
     """Where the page about `runs` goes unless a person says otherwise."""
     if len(runs) == 1:
         return runs[0].folder / "report.html"
-    return common_folder(runs) / "report.html"
+    return _common_folder(runs) / "report.html"
 
 
 def compared(runs: Sequence[RunFolder]) -> Comparison:
-    """As `compare`, and without a group where no run has a result yet."""
+    """As `compare`, and each run alone where none has a result yet."""
     if any(run.is_done for run in runs):
         return compare.compare([run.folder for run in runs])
-    return Comparison((), {}, tuple(str(run.folder) for run in runs))
+    return compare.ungrouped(runs)
+
+
+def _front(page: Page) -> Front:
+    arms, runs = page.found.arms, page.runs
+    groups = f" in {len(arms)} groups" if 1 < len(arms) < len(runs) else ""
+    return Front(
+        title=runs[0].name if len(runs) == 1 else _common_folder(runs).name or "runs",
+        counts=f"{count_of(len(runs), 'run')}{groups}",
+        told=answer(page.found),
+        marks={arm.label: mark for arm, mark in page.marks.items()},
+        rules=rules(page.found.level),
+        unfinished=tuple((run.name, state(run)) for run in runs if not run.is_done),
+    )
+
+
+def _common_folder(runs: Sequence[RunFolder]) -> Path:
+    """The nearest folder that all of them lie in."""
+    return Path(os.path.commonpath([run.folder.resolve().parent for run in runs]))
 
 
 # ---- the sections, in their order ----
 
 
 def _scores(page: Page) -> Iterator[Section]:
+    found, scored = page.found, page.scored
     blocks: list[Any] = []
-    segmenting = [arm for arm in page.arms if page.score is not None and page.spread(arm, page.score) is not None]
-    if segmenting:
-        blocks.append(_score_table(page, segmenting))
-        if sum(len(arm.runs) for arm in segmenting) > 1:
-            blocks.append(Panels(tuple(_score_dots(page, segmenting)), shape="wide"))
-    for stage in dict.fromkeys(arm.stage for arm in page.arms if arm not in segmenting and arm.group is not None):
-        blocks += _figure_table(page, [arm for arm in page.arms if arm.stage == stage and arm not in segmenting])
-    blocks += [Text(f"{line[0].upper()}{line[1:]}.") for line in page.comparison.notes]
+    if scored:
+        blocks.append(_score_table(page, scored))
+        if sum(len(arm.runs) for arm in scored) > 1:
+            blocks.append(Panels(sections.dots(page), shape="wide"))
+    others = [arm for arm in found.arms if arm not in scored and any(own.is_done for own in arm.runs)]
+    for stage in dict.fromkeys(arm.stage for arm in others):
+        blocks += _figure_table(page, [arm for arm in others if arm.stage == stage])
+    blocks += [Text(f"{line[0].upper()}{line[1:]}.") for line in notes(found)]
     if len(page.runs) > 1:
         blocks.append(Fold("Every single run", (_run_table(page),)))
     yield Section("scores", "Scores", tuple(blocks))
 
 
 def _score_table(page: Page, arms: Sequence[Arm]) -> Table:
-    parts = [part for part in PARTS if f"{part}/miou" in page.comparison.scores]
-    gains = {arm.label: page.gain(arm, page.score) for arm in arms}
+    found = page.found
+    parts = [part for part in PARTS if f"{part}/miou" in found.scores]
+    gains = {arm: found.gain(arm, found.main_score) for arm in arms}
+    has_gains = any(gains.values())
     columns = ["Group", "Runs"]
     columns += [f"{name}, {part}, %" for part in parts for name in ("mIoU", "Pixel accuracy")]
-    told = ["Gain over scratch, points", "95 % over seeds", "Pairs"] if any(gains.values()) else []
+    columns += [f"Gain over {found.over}, points", f"{page.level} over seeds", "Pairs"] * has_gains
     rows = []
     for arm in arms:
         cells = [str(len(arm.runs))]
-        cells += [percent(page.spread(arm, f"{part}/{name}")) for part in parts for name in ("miou", "accuracy")]
-        cells += _gain_cells(gains[arm.label]) if told else []
-        rows.append(TableRow(arm.label, tuple(cells), arm.mark))
+        cells += [percent(arm.spread(f"{part}/{name}")) for part in parts for name in ("miou", "accuracy")]
+        cells += _gain_cells(gains[arm]) * has_gains
+        rows.append(TableRow(arm.label, tuple(cells), page.marks[arm]))
     captions = [OF_SCORES] * any(len(arm.runs) > 1 for arm in arms)
-    paired = f"Gains are paired differences of {page.part} mIoU to the run from scratch with the same seeds."
-    captions += [paired] * bool(told)
-    return Table(" ".join(captions), tuple(columns + told), tuple(rows))
+    paired = f"Gains are paired differences of {found.part} mIoU to the run from scratch with the same seeds."
+    captions += [paired] * has_gains
+    return Table(" ".join(captions), tuple(columns), tuple(rows))
 
 
-def _gain_cells(gain: Spread | None) -> list[str]:
+def _gain_cells(gain: Gain | None) -> list[str]:
+    """The gain, where it lies as the sentence on top has it, and the pairs; of too few pairs no interval."""
     if gain is None:
         return [NOTHING] * 3
-    spread = "" if gain.sd is None else f" ± {100 * gain.sd:.1f}"
-    return [
-        f"{points(gain.mean)}{spread}",
-        _interval(gain),
-        str(gain.n),
-    ]
-
-
-def _interval(gain: Spread) -> str:
-    """Where the gain lies, by Student, as the sentence on top has it; of fewer pairs than it wants nothing."""
-    if gain.n < MIN_PAIRS:
-        return NOTHING
-    return between(t_interval(independent(gain), 1 - ALPHA))
-
-
-def _score_dots(page: Page, arms: Sequence[Arm]) -> Iterator[Panel]:
-    def row(arm: Arm, spread: Spread, note: str) -> charts.Row:
-        return charts.Row(arm.label, tuple(100 * value for value in spread.values), arm.style, note)
-
-    spreads = [(arm, page.spread(arm, page.score)) for arm in arms]
-    rows = [row(arm, spread, percent(spread)) for arm, spread in spreads]
-    about = f"{page.part} mIoU of every run: " + "; ".join(f"{own.label} {own.note}" for own in rows)
-    yield Panel(
-        "Every run is a dot, the stroke is the mean.", drawn(charts.dots, "dots", rows, f"{page.part} mIoU, %", about)
-    )
-    gains = [(arm, gain) for arm in arms if (gain := page.gain(arm, page.score)) is not None]
-    if gains:
-        rows = [row(arm, gain, _gain_cells(gain)[0]) for arm, gain in gains]
-        about = "paired gains over scratch: " + "; ".join(f"{own.label} {own.note}" for own in rows)
-        svg = drawn(charts.dots, "gains", rows, "gain over scratch, points of mIoU", about, zero=True)
-        yield Panel("Every pair is a dot: a run minus the one from scratch with its seeds.", svg)
+    return [sections.gain_text(gain), between(gain.interval) if gain.n >= MIN_PAIRS else NOTHING, str(gain.n)]
 
 
 def _figure_table(page: Page, arms: Sequence[Arm]) -> list[Table]:
     """What groups reach that have no mIoU: the figures of pretext tasks, a row each."""
     rows = []
-    for name in page.comparison.scores:
-        spreads = [page.spread(arm, name) for arm in arms]
+    for name in page.found.scores:
+        spreads = [arm.spread(name) for arm in arms]
         if any(spreads):
             cells = tuple(NOTHING if spread is None else _to_digits(spread, unit_of(name)[0]) for spread in spreads)
             rows.append(TableRow(with_unit(name.partition("/")[2]), cells))
@@ -199,12 +184,12 @@ def _to_digits(spread: Spread, factor: float) -> str:
 
 
 def _run_table(page: Page) -> Table:
-    groups = {run.folder: arm for arm in page.arms for run in arm.runs}
-    scores = {outcome.name: outcome.scores for group in page.comparison.groups for outcome in group.outcomes}
+    found = page.found
+    arms = {outcome.name: (arm, outcome.scores) for arm in found.arms for outcome in arm.outcomes}
     rows = []
     for run in page.runs:
-        arm = groups.get(run.folder)
-        score = scores.get(str(run.folder), {}).get(page.score)
+        arm, scores = arms.get(str(run.folder), (None, {}))
+        score = scores.get(found.main_score)
         cells = (
             arm.label if arm else NOTHING,
             str(run.config.get("seed", NOTHING)),
@@ -212,38 +197,124 @@ def _run_table(page: Page) -> Table:
             NOTHING if score is None else f"{100 * score:.1f}",
             str(run.record.get("started", NOTHING)),
         )
-        rows.append(TableRow(run.name, cells, arm.mark if arm else None))
-    columns = ("Run", "Group", "Seed", "State", f"{page.part} mIoU, %" if page.score else "Score", "Started")
+        rows.append(TableRow(run.name, cells, page.marks[arm] if arm else None))
+    columns = ("Run", "Group", "Seed", "State", f"{found.part} mIoU, %" if found.main_score else "Score", "Started")
     return Table("In the order in which they were given.", columns, tuple(rows), words=True)
 
 
 def _differences(page: Page) -> Iterator[Section]:
-    differing = page.comparison.differing
-    if len(page.arms) < 2 or not differing:
+    arms, differing = page.found.arms, page.found.differing
+    if len(arms) < 2 or not differing:
         return
     told = {key: tuple(NOTHING if value is None else value for value in own) for key, own in differing.items()}
-    labels = [arm.label for arm in page.arms]
-    if len(page.arms) <= ABREAST:
-        columns = ("Key", *labels)
+    if len(arms) <= ABREAST:
+        columns = ("Key", *(arm.label for arm in arms))
         rows = [TableRow(key, own) for key, own in told.items()]
     else:
         columns = ("Group", *told)
         turned = zip(*told.values(), strict=True)
-        rows = [TableRow(arm.label, own, arm.mark) for arm, own in zip(page.arms, turned, strict=True)]
+        rows = [TableRow(arm.label, own, page.marks[arm]) for arm, own in zip(arms, turned, strict=True)]
     caption = "Config keys in which the groups differ; all others are the same, seeds aside."
     yield Section("differences", "What differs", (Table(caption, columns, tuple(rows), words=True),))
 
 
 def _leaks(page: Page) -> Iterator[Section]:
     found = [(run.read("leaks.json"), run) for run in page.runs]
-    yield Section("leaks", "Leaks", tuple(leak_blocks((record, run) for record, run in found if record or run.is_done)))
+    yield sections.leaks((record, run) for record, run in found if record or run.is_done)
+
+
+def _curves(page: Page) -> Iterator[Section]:
+    blocks: list[Any] = []
+    metrics = {arm: [run.metrics() for run in arm.runs] for arm in page.found.arms}
+    stages = list(dict.fromkeys(arm.stage for arm in metrics))
+    for stage in stages:
+        arms = [arm for arm in metrics if arm.stage == stage]
+        first, more = _curve_panels(page, {arm: metrics[arm] for arm in arms}, stage)
+        if len(stages) > 1 and (first or more):
+            blocks.append(Heading(STAGES.get(stage, stage)))
+        if first:
+            blocks.append(Panels(first, page.legend(arms)))
+        if more:
+            blocks.append(
+                Fold("More curves: other figures, learning rate, gradient, speed", (Panels(more, page.legend(arms)),))
+            )
+    if blocks:
+        several = any(len(own) > 1 for own in metrics.values())
+        long = any(len(lines) > charts.POINTS for own in metrics.values() for lines in own)
+        notes = ["Strong: the mean of a group's runs; thin: each of them."] * several
+        notes += [f"Of more than {charts.POINTS} points neighbours are averaged."] * long
+        blocks = [*(Text(note) for note in notes), *blocks]
+    yield Section("curves", "Curves", tuple(blocks))
+
+
+def _curve_panels(
+    page: Page, metrics: Mapping[Arm, Metrics], stage: str
+) -> tuple[tuple[Panel, ...], tuple[Panel, ...]]:
+    """Small multiples: each task's loss and its foremost figure first, then all others; a single point is no curve."""
+    names = list(dict.fromkeys(name for own in metrics.values() for lines in own for line in lines for name in line))
+    losses = [name for name in names if name.startswith("train/") and name.count("/") > 1]
+    held_out = [name for name in names if name.startswith("val/") and not name.startswith(("val/iou/", "val/averaged"))]
+    first = [*losses, *foremost(held_out)]
+    whole = ["train/loss"] if len(losses) > 1 else []
+    panels: dict[str, Panel] = {}
+    for number, name in enumerate(dict.fromkeys([*first, *whole, *held_out, *MACHINE])):
+        lines = [charts.Curve(runs, page.styles[arm]) for arm, own in metrics.items() if (runs := _lines(own, name))]
+        if any(len(steps) > 1 for line in lines for steps, _ in line.runs):
+            shown = with_unit(name)
+            about = f"{shown} over steps for {', '.join(arm.label for arm in metrics)}"
+            svg = drawn(charts.curves, f"{stage}{number}", lines, about, by_logarithm="loss" in name)
+            panels[name] = Panel(shown, svg)
+    return (
+        tuple(panel for name, panel in panels.items() if name in first),
+        tuple(panel for name, panel in panels.items() if name not in first),
+    )
+
+
+def _lines(metrics: Metrics, name: str) -> tuple[tuple[list[float], list[float]], ...]:
+    found = []
+    factor, _ = unit_of(name)
+    for records in metrics:
+        having = [record for record in records if name in record]
+        if having:
+            found.append(([record["step"] for record in having], [factor * record[name] for record in having]))
+    return tuple(found)
+
+
+def _confusions(page: Page) -> Iterator[Section]:
+    part = page.found.part
+
+    def panel(arm: Arm) -> Panel | None:
+        matrices = [matrix for run in arm.runs if (matrix := run.read("confusion.json")) and part in matrix]
+        names = {tuple(matrix["classes"]) for matrix in matrices}
+        if len(names) != 1:
+            return None
+        counts = np.sum([np.asarray(matrix[part], dtype=np.int64) for matrix in matrices], axis=0)
+        about = f"confusion matrix of {arm.label}, {len(counts)} classes; rows are the truth"
+        summed = f", summed over {len(matrices)} runs" if len(matrices) > 1 else ""
+        svg = drawn(charts.confusion, f"confusion{page.found.arms.index(arm)}", counts, *names, about)
+        return Panel(f"{arm.label}: {counts.sum():,} pixels{summed}", svg)
+
+    found = [(arm, own) for arm in page.found.arms if (own := panel(arm)) is not None]
+    if not found:
+        return
+    of = PARTS.get(part, part)
+    panels = tuple(own for _, own in found[: sections.SHOWN])
+    many = len(sections.class_names(page)) > charts.NUMBERED
+    shape = "full" if many else "wide"
+    how = "the share (its square root, as depth of colour)" if many else "per cent"
+    blocks: list[Any] = [Text(f"Of a class's pixels in the {of} (a row), {how} that was predicted as each class.")]
+    blocks.append(Panels(panels[: sections.OPEN], shape=shape))
+    blocks += [Fold("More groups", (Panels(panels[sections.OPEN :], shape=shape),))] if panels[sections.OPEN :] else []
+    blocks += sections.not_shown([arm for arm, _ in found[sections.SHOWN :]])
+    yield Section("confusion", "What is taken for what", tuple(blocks))
 
 
 def _pretext(page: Page) -> Iterator[Section]:
     def blocks(arm: Arm) -> list[Any]:
-        made = [picture for picture in arm.shown.pictures() if picture.name != "predictions"]
+        run = page.shown(arm)
+        made = [picture for picture in run.pictures() if picture.name != "predictions"]
         found: list[Any] = []
-        as_configured = [name for name in arm.shown.config.get("tasks") or () if any(own.name == name for own in made)]
+        as_configured = [name for name in run.config.get("tasks") or () if any(own.name == name for own in made)]
         for task in dict.fromkeys([*as_configured, *(picture.name for picture in made)]):
             own = [picture for picture in made if picture.name == task]
             chosen = sorted({0, (len(own) - 1) // 2, len(own) - 1})
@@ -251,7 +322,7 @@ def _pretext(page: Page) -> Iterator[Section]:
             found.append(Gallery(tuple(shots)))
         return found
 
-    shown = folds(page.arms, blocks)
+    shown = sections.folds(page, blocks)
     if shown:
         note = "The same images each time, a row each: what the task is given, what it answers, what it should answer."
         yield Section("pretext", "Pretext tasks over time", (Text(note), *shown))
@@ -259,11 +330,12 @@ def _pretext(page: Page) -> Iterator[Section]:
 
 def _predictions(page: Page) -> Iterator[Section]:
     def extremes(arm: Arm) -> list[Any]:
-        listed = (arm.shown.read("extremes.json") or {}).get(page.part) or []
+        run = page.shown(arm)
+        listed = (run.read("extremes.json") or {}).get(page.found.part) or []
         found: list[Any] = []
         for kind in ("worst", "best"):
             own = [entry for entry in listed if entry.get("kind") == kind]
-            shots = [shot(path, _extreme(entry)) for entry in own if (path := _inside(arm.shown, entry)) is not None]
+            shots = [shot(path, _extreme(entry)) for entry in own if (path := _inside(run, entry)) is not None]
             if shots:
                 found += [
                     Text(f"{kind.capitalize()}: image, prediction, truth, errors."),
@@ -272,12 +344,12 @@ def _predictions(page: Page) -> Iterator[Section]:
         return found
 
     blocks: list[Any] = []
-    panels = [(arm, path) for arm in page.arms if (path := _panel_of(arm.shown)) is not None]
+    panels = [(arm, path) for arm in page.found.arms if (path := _panel_of(page.shown(arm))) is not None]
     if panels:
-        shots = [shot(path, f"{arm.label} ({which(arm)})") for arm, path in panels[:SHOWN]]
+        shots = [shot(path, f"{arm.label} ({page.which(arm)})") for arm, path in panels[: sections.SHOWN]]
         blocks += [Text("A row an image: image, prediction, truth."), Gallery(tuple(shots), wide=True)]
-        blocks += not_shown([arm for arm, _ in panels[SHOWN:]])
-    yield Section("predictions", "Predictions", (*blocks, *folds(page.arms, extremes)))
+        blocks += sections.not_shown([arm for arm, _ in panels[sections.SHOWN :]])
+    yield Section("predictions", "Predictions", (*blocks, *sections.folds(page, extremes)))
 
 
 def _panel_of(run: RunFolder) -> Path | None:
@@ -302,21 +374,22 @@ def _inside(run: RunFolder, entry: Mapping[str, Any]) -> Path | None:
 
 def _norm_shares(page: Page) -> Iterator[Section]:
     def blocks(arm: Arm) -> list[Any]:
-        model = arm.shown.config.get("model")
+        run = page.shown(arm)
+        model = run.config.get("model")
         if not (isinstance(model, Mapping) and str(model.get("norm", "")).startswith("switch")):
             return []
         # It reads weights, so it costs the import of torch: for runs with switch norm only.
         from ssl_seg.reports.norms import draw, read_parts
 
         try:
-            parts = read_parts(arm.shown.folder)
+            parts = read_parts(run.folder)
         except UserError as error:  # a run whose weights were cleared away still has all the rest to report
             return [Text(str(error))]
         about = f"shares of instance, layer and batch statistics in each switch norm layer of {arm.label}"
-        svg = Markup(to_svg(draw(parts), f"norms{page.arms.index(arm)}", about))
+        svg = Markup(to_svg(draw(parts), f"norms{page.found.arms.index(arm)}", about))
         return [Panels((Panel("Shares of each layer, first layer on top.", svg),), shape="full")]
 
-    shown = folds(page.arms, blocks, num_open=1)
+    shown = sections.folds(page, blocks, num_open=1)
     if shown:
         note = "Which statistics each switch norm layer has learnt to use; dotted: the equal shares of a new layer."
         yield Section("norms", "Norm shares", (Text(note), *shown))
@@ -324,17 +397,14 @@ def _norm_shares(page: Page) -> Iterator[Section]:
 
 def _costs(page: Page) -> Iterator[Section]:
     rows, known = [], []
-    for arm in page.arms:
+    for arm in page.found.arms:
         costs = [cost_of(run) for run in arm.runs]
         known += [cost.seconds for cost in costs if cost.seconds is not None]
-        cells = (
-            average([cost.seconds for cost in costs], duration),
-            average([cost.images for cost in costs], lambda number: f"{number:,.0f}"),
-            average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
-            average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
-            average([numbers_in(arm.shown)], lambda number: f"{number / 1e6:.2f} M"),
-        )
-        rows.append(TableRow(arm.label, (str(len(arm.runs)), *cells), arm.mark))
+        time, *rate_and_memory = sections.mean_costs(costs)
+        images = average([cost.images for cost in costs], lambda number: f"{number:,.0f}")
+        network = average([numbers_in(page.shown(arm))], lambda number: f"{number / 1e6:.2f} M")
+        cells = (str(len(arm.runs)), time, images, *rate_and_memory, network)
+        rows.append(TableRow(arm.label, cells, page.marks[arm]))
     if not any(cell != NOTHING for row in rows for cell in row.cells[1:]):
         return
     columns = ("Group", "Runs", "Time", "Images seen", "Images a second", "Peak memory", "Network")
@@ -346,12 +416,11 @@ def _costs(page: Page) -> Iterator[Section]:
 
 def _set_up(page: Page) -> Iterator[Section]:
     def blocks(arm: Arm) -> list[Any]:
-        run = arm.shown
-        facts = [TableRow(name, (value,)) for name, value in _facts(run) if value]
-        listing = "\n".join(f"{key}: {as_text(value)}" for key, value in flatten(run.config).items())
-        return [Table("", ("", ""), tuple(facts), words=True), Fold("Config", (Listing(listing),))]
+        run = page.shown(arm)
+        return [*sections.set_up(_facts(run), run.config)]
 
-    yield Section("setup", "Config and versions", tuple(folds(page.arms, blocks, num_open=len(page.arms) == 1)))
+    shown = sections.folds(page, blocks, num_open=len(page.found.arms) == 1)
+    yield Section("setup", "Config and versions", tuple(shown))
 
 
 def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
@@ -366,9 +435,7 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield "Ended", str(record.get("ended") or "")
     yield "Seed", str(record.get("seed", ""))
     yield "Device", str(record.get("device", ""))
-    versions = record.get("versions") or {}
-    yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    yield "Commit", str(record.get("git_commit") or "")
+    yield from sections.versions_of(record)
     yield "Images", ", ".join(f"{part} {count:,}" for part, count in counts.items())
     for part, receipt in (run.read("receipts.json") or {}).items():
         yield f"Loaded: {part}", _receipt_in_words(receipt)
@@ -386,9 +453,9 @@ SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
     _scores,
     _differences,
     _leaks,
-    curves,
-    classes,
-    confusions,
+    _curves,
+    sections.classes,
+    _confusions,
     _pretext,
     _predictions,
     _norm_shares,

@@ -6,27 +6,54 @@ gain, a loss and nothing to tell are drawn and told alike, and of several arms a
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ssl_seg import files
-from ssl_seg.config import UserError, flatten
+from ssl_seg.config import UserError
 from ssl_seg.evidence import results
-from ssl_seg.evidence.claims import OF_CONDITIONS, RULES, Answer, answer_of_study, of_shared_starts, state_of, states
-from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, p_as_number, percent, points
-from ssl_seg.evidence.pairs import Spread, independent
-from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Findings, Gain
-from ssl_seg.evidence.statistics import MAX_FLIPS, MIN_BLOCKS, MIN_FLIPS, MIN_RESAMPLED, NEIGHBOURS
-from ssl_seg.reports.arms import StudyPage, make_study_page
-from ssl_seg.reports.blocks import Fold, Front, Gallery, Listing, Section, Table, TableRow, Text, is_own, render, shot
+from ssl_seg.evidence.cautions import of_shared_starts
+from ssl_seg.evidence.claims import MIN_PAIRS, OF_CONDITIONS, answer, rules, state_of, states
+from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
+from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, p_as_number, percent
+from ssl_seg.evidence.pairs import Spread
+from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
+from ssl_seg.evidence.statistics import (
+    MAX_FLIPS,
+    MIN_BLOCKS,
+    MIN_FLIPS,
+    MIN_RESAMPLED,
+    NEIGHBOURS,
+    Interval,
+    t_interval,
+)
+from ssl_seg.figures import charts
+from ssl_seg.reports import sections
+from ssl_seg.reports.arms import Page, make_page
+from ssl_seg.reports.blocks import (
+    Fold,
+    Front,
+    Gallery,
+    Panel,
+    Panels,
+    Report,
+    Section,
+    Table,
+    TableRow,
+    Text,
+    drawn,
+    is_own,
+    place_of,
+    shot,
+    write,
+)
 from ssl_seg.reports.changed import CHANGED
-from ssl_seg.reports.runs import Report
-from ssl_seg.reports.sections import leak_blocks, learning, study_classes
 from ssl_seg.runs.cost import Cost, cost_of
 from ssl_seg.runs.folder import RunFolder, as_text
 from ssl_seg.runs.lock import is_held
@@ -34,11 +61,13 @@ from ssl_seg.tracking.record import read_record
 
 PICTURES = 8  # of them at most: a page is looked at, and sent by mail
 FEW_CELLS = 12  # up to which their table is unfolded at first
+LOGARITHM_FROM = 4  # ratio of largest to smallest value of an axis
 OF_GAINS = (
     "Means ± standard deviation over pairs, mIoU in %, gains in points, with {level} intervals of the mean gain. Over "
     "seeds: with other labelled images, orders and first weights. Over images: with other images like the scored ones, "
     "and the runs as they are."
 )
+Values = tuple[tuple[float, ...], Interval | None]  # what is drawn as dots, and the interval of their mean
 
 
 def is_study(folder: str | Path) -> bool:
@@ -46,89 +75,88 @@ def is_study(folder: str | Path) -> bool:
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:
-    """Write the page about a study, whose folder is named alone. Raises UserError as `results.read` and `write`."""
+    """Write the page about a study; its folder is named alone. Raises UserError as `results.read` and `write_page`."""
     if len(folders) > 1:
         study = next(folder for folder in folders if is_study(folder))
         raise UserError(f"{study}: is a study, which has a page of its own; name it alone")
-    return write(results.read(folders[0]), out)
+    return write_page(results.read(folders[0]), out)
 
 
-def write(found: Findings, out: str | Path | None = None) -> Report:
+def write_page(study: Study, out: str | Path | None = None) -> Report:
     """Write the page, by default STUDY/report.html.
 
-    Raises UserError for a damaged file of a run, runs that were scored on different images, and a page that cannot be
-    written.
+    Raises UserError for a damaged file of a run, and for a page that cannot be written.
     """
-    path = Path(out) if out is not None else found.folder / "report.html"
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name the file to write, such as {path / 'report.html'}")
-    page = make_study_page(found, path.parent)
-    told = answer_of_study(found)
-    sections = [section for build in SECTIONS for section in build(page)]
-    files.write_atomic(path, render(_front(page, told), sections))
-    return Report(path, told.headline)
+    path = place_of(out, study.folder / "report.html")
+    page = make_page(study, path.parent)
+    return write(path, _front(page), [section for build in SECTIONS for section in build(page)])
 
 
-def _front(page: StudyPage, told: Answer) -> Front:
-    found = page.found
-    seeds = count_of(len(found.record["seeds"]), "seed")
-    conditions = f"{len(found.conditions)} conditions, " if len(found.conditions) > 1 else ""
-    counts = f"study: {count_of(len(found.arms), 'arm')}, {conditions}{seeds}, {count_of(len(found.cells), 'cell')}"
-    missing = Counter(state_of(cell) for cell in found.cells if not cell.scores)
+def _front(page: Page[Study]) -> Front:
+    study = page.found
+    seeds = count_of(len(study.record["seeds"]), "seed")
+    conditions = f"{len(study.conditions)} conditions, " if len(study.conditions) > 1 else ""
+    missing = Counter(state_of(cell) for cell in study.cells if not cell.scores)
     unfinished = [(count_of(count, "cell"), state) for state, count in missing.items()]
-    status = _status(found)
+    status = _status(study)
     unfinished += [("the study", status)] if status not in ("finished", "failed") else []
-    marks = {side.label: side.mark for side in page.sides}
-    rules = (OF_CONDITIONS, *RULES) if len(found.conditions) > 1 else RULES
-    return Front(found.name, counts, told, marks, tuple(unfinished), rules)
+    return Front(
+        title=study.name,
+        counts=f"study: {count_of(len(study.arms), 'arm')}, {conditions}{seeds}, {count_of(len(study.cells), 'cell')}",
+        told=answer(study),
+        marks={arm.label: mark for arm, mark in page.marks.items()},
+        rules=(*[OF_CONDITIONS] * (len(study.conditions) > 1), *rules(study.level)),
+        unfinished=tuple(unfinished),
+    )
 
 
-def _status(found: Findings) -> str:
+def _status(study: Study) -> str:
     """As it says itself; one whose process is gone without a word was killed."""
-    status = str(found.record.get("status", "finished"))
-    return "killed" if status == "running" and not is_held(found.folder) else status
+    status = str(study.record.get("status", "finished"))
+    return "killed" if status == "running" and not is_held(study.folder) else status
 
 
 # ---- the sections, in their order ----
 
 
-def _gains(page: StudyPage) -> Iterator[Section]:
-    found = page.found
-    if not found.gains:
+def _gains(page: Page[Study]) -> Iterator[Section]:
+    study = page.found
+    if not study.gains:
         return
-    axes = list(found.axes)
-    columns = ["Arm", *axes, f"{found.baseline}, %", "Arm, %", "Pairs", "Gain, points"]
+    columns = ["Arm", *study.axes, f"{study.over}, %", "Arm, %", "Pairs", "Gain, points"]
     columns += ["Over seeds (t)", "Over seeds (bootstrap\N{NON-BREAKING HYPHEN}t)", "Over images"]
     columns += ["Exact p (Holm)", "Starts"]
-    columns += ["Over starts (t)"] * _has_starts(found)
-    rows = [_gain_row(page, gain) for gain in found.gains]
-    blocks: list[Any] = [Table(OF_GAINS.format(level=page.level), tuple(columns), tuple(rows))]
-    blocks += [Text(" ".join(_on_gains(page)))]
-    yield Section("gains", "Gains", tuple(blocks))
+    columns += ["Over starts (t)"] * _has_starts(study)
+    rows = [_gain_row(page, gain) for gain in study.gains]
+    table = Table(OF_GAINS.format(level=page.level), tuple(columns), tuple(rows))
+    yield Section("gains", "Gains", (table, Text(" ".join(_on_gains(study)))))
 
 
-def _gain_row(page: StudyPage, gain: Gain) -> TableRow:
-    side = next(side for side in page.sides if side.label == gain.arm)
-    condition = dict(gain.condition)
-    spread = "" if gain.gains.sd is None else f" ± {100 * gain.gains.sd:.1f}"
-    cells = [condition.get(key, NOTHING) for key in page.found.axes]
-    cells += [percent(gain.baseline), percent(gain.own), str(gain.gains.n), f"{points(gain.gains.mean)}{spread}"]
-    cells += [between(interval) for interval in (gain.interval, gain.bootstrap, gain.images)]
+def _gain_row(page: Page[Study], gain: Gain) -> TableRow:
+    study = page.found
+    condition = dict(*gain.conditions)
+    cells = [condition.get(key, NOTHING) for key in study.axes]
+    cells += [percent(gain.base), percent(gain.own), str(gain.n), sections.gain_text(gain)]
+    cells += [between(interval) for interval in (gain.over_seeds, gain.bootstrap, _over_images(study, gain))]
     cells += [NOTHING if gain.p is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"]
-    cells += [str(gain.num_starts) if side.is_pretrained else NOTHING]
-    cells += [between(gain.over_starts)] * _has_starts(page.found)
-    return TableRow(gain.arm, tuple(cells), side.mark)
+    cells += [NOTHING if gain.arm.from_scratch else str(gain.num_weights)]
+    cells += [between(gain.over_starts)] * _has_starts(study)
+    return TableRow(gain.arm.label, tuple(cells), page.marks[gain.arm])
 
 
-def _has_starts(found: Findings) -> bool:
+def _over_images(study: Study, gain: Gain) -> Interval | None:
+    return study.over_images(gain.arm, gain.score, *gain.conditions)
+
+
+def _has_starts(study: Study) -> bool:
     """Whether pairs share pretrainings, and these are enough for an interval of their own."""
-    return any(gain.over_starts is not None for gain in found.gains)
+    return any(gain.over_starts is not None for gain in study.gains)
 
 
-def _on_gains(page: StudyPage) -> Iterator[str]:
+def _on_gains(study: Study) -> Iterator[str]:
     """What is to be known of the table, and why figures are missing where they are."""
-    gains = page.found.gains
-    numbers = [len(independent(gain.gains)) for gain in gains]
+    gains = study.gains
+    numbers = [len(gain.independent) for gain in gains]
     with_p = [gain for gain in gains if gain.p is not None]
     if with_p:
         yield f"In brackets p is corrected for the {count_of(len(with_p), 'comparison')} that have an exact one (Holm)."
@@ -138,25 +166,115 @@ def _on_gains(page: StudyPage) -> Iterator[str]:
         yield f"Above {MAX_FLIPS} pairs there is no exact p: the interval by Student says the same."
     if any(gain.bootstrap is None for gain in gains):
         yield f"A bootstrap-t interval needs {MIN_RESAMPLED} pairs whose gains are not mostly the same."
-    if any(gain.interval is None for gain in gains):
+    if any(gain.over_seeds is None for gain in gains):
         yield "An interval by Student needs 2 pairs."
-    if any(gain.images is None for gain in gains):
+    if any(_over_images(study, gain) is None for gain in gains):
         yield (
             f"An interval over images needs {MIN_BLOCKS} blocks of {NEIGHBOURS} neighbouring images "
             "or so, and the stored matrices of every run."
         )
-    yield from dict.fromkeys(f"No interval over images: {fault}." for fault in page.found.faults)
-    if any(side.is_pretrained for side in page.sides):
+    yield from dict.fromkeys(f"No interval over images: {fault}." for fault in study.faults)
+    if any(not arm.from_scratch for arm in study.arms):
         yield "Starts: how many different pretrainings the runs of an arm began from."
-    if _has_starts(page.found):
+    if _has_starts(study):
         yield "Over starts: the interval by Student of the means of the pairs that share a pretraining."
-    yield from of_shared_starts(page.found)
+    yield from of_shared_starts(study)
 
 
-def _search(page: StudyPage) -> Iterator[Section]:
-    if not page.trials:
+def _learning(page: Page[Study]) -> Iterator[Section]:
+    study, axis = page.found, _numeric_axis(page.found)
+    if axis is None:
+        if panels := sections.dots(page):
+            yield Section("scores", "Scores", (Panels(panels, shape="wide"),))
         return
-    seeds = len({trial["seed"] for trial in page.trials})
+    places = list(product(study.arms, study.conditions))
+    spreads = {own: spread for own in places if (spread := own[0].spread(study.main_score, own[1])) is not None}
+    scored = {own: (spread.values, t_interval(spread.values, study.level)) for own, spread in spreads.items()}
+    gained = {(gain.arm, *gain.conditions): (gain.values, gain.interval) for gain in study.gains}
+    scores = _learning_panels(page, axis, study.arms, scored, f"{study.part} mIoU, %")
+    gains = _learning_panels(page, axis, study.arms[1:], gained, f"{page.over}, points of mIoU", zero=True)
+    if scores:
+        note = (
+            f"Lines are means over seeds, bands their {page.level} intervals (Student, from {MIN_PAIRS} runs on), "
+            "small dots single runs, or single pairs of a gain."
+        )
+        # Gains beside scores; where each has several panels, such as a short and a long budget, those of a kind.
+        rows = [scores + gains] if len(scores) == 1 else [scores, gains]
+        blocks = [Panels(own, page.legend(study.arms) if own is rows[0] else (), shape="wide") for own in rows]
+        yield Section("learning", "Learning curves", (Text(note), *blocks))
+
+
+def _numeric_axis(study: Study) -> str | None:
+    """The axis with most values among those with numbers, the first of equals."""
+    numeric = {
+        key: len(values)
+        for key, values in study.axes.items()
+        if len(values) > 1 and all(_number(value) is not None for value in values)
+    }
+    return max(numeric, key=numeric.__getitem__) if numeric else None
+
+
+def _number(text: str) -> float | None:
+    with suppress(ValueError):
+        number = float(text)
+        return number if math.isfinite(number) else None
+    return None
+
+
+def _learning_panels(
+    page: Page[Study],
+    axis: str,
+    arms: Sequence[Arm],
+    drawn_at: Mapping[tuple[Arm, Condition], Values],
+    what: str,
+    zero: bool = False,
+) -> tuple[Panel, ...]:
+    """Figures over the axis, one for each choice of the other keys, all of one height."""
+    others = {key: values for key, values in page.found.axes.items() if key != axis}
+    lines: dict[Condition, list[charts.Band]] = {}
+    for values in product(*others.values()):
+        held = tuple(zip(others, values, strict=True))
+        own = [condition for condition in page.found.conditions if {*held} <= {*condition} and axis in dict(condition)]
+        at = sorted((_number(dict(condition)[axis]), condition) for condition in own)
+        bands = [
+            _band(page.styles[arm], [(place, *drawn_at.get((arm, own), ((), None))) for place, own in at])
+            for arm in arms
+        ]
+        lines |= {held: bands} if any(any(band.values) for band in bands) else {}
+    every = [number for bands in lines.values() for band in bands for number in _numbers(band)]
+    panels = []
+    for number, (held, bands) in enumerate(lines.items()):
+        title = f"{condition_text(held)}: {what}" if held else what
+        about = f"{title} over {axis} for {', '.join(arm.label for arm in arms)}; the gain table has numbers"
+        places = bands[0].places
+        by_logarithm = places[0] > 0 and places[-1] >= LOGARITHM_FROM * places[0]
+        reach = (min([*every, 0.0] if zero else every), max([*every, 0.0] if zero else every))
+        name = f"{'gains' if zero else 'scores'}{number}"
+        panels.append(Panel(title, drawn(charts.bands, name, bands, axis, about, reach, by_logarithm, zero)))
+    return tuple(panels)
+
+
+def _band(style: charts.Style, at: Sequence[tuple[float, tuple[float, ...], Interval | None]]) -> charts.Band:
+    return charts.Band(
+        tuple(place for place, *_ in at),
+        tuple(sections.hundredths(values) for _, values, _ in at),
+        # Of two values it would reach so far that nothing else could be seen.
+        tuple(sections.hundredths((own.low, own.high)) if len(values) >= MIN_PAIRS else None for _, values, own in at),
+        style,
+    )
+
+
+def _numbers(band: charts.Band) -> Iterator[float]:
+    """All that the figure of a band has to hold."""
+    for values, interval in zip(band.values, band.intervals, strict=True):
+        yield from values
+        yield from interval or ()
+
+
+def _search(page: Page[Study]) -> Iterator[Section]:
+    if not page.found.trials:
+        return
+    seeds = len({trial["seed"] for trial in page.found.trials})
     note = (
         "Chosen for each arm by itself, or what suits the baseline would win. Every value was tried with "
         f"{count_of(seeds, 'seed')} that no cell has, and scored on labelled images held out of data.labelled; neither "
@@ -165,10 +283,10 @@ def _search(page: StudyPage) -> Iterator[Section]:
     )
     listed = page.found.record["search"].get("chosen", ())
     chosen = {(own["arm"], _shown(own["condition"])): own["chosen"] for own in listed}
-    values = list(dict.fromkeys(_shown(trial["tried"]) for trial in page.trials))
-    marks = {side.label: side.mark for side in page.sides}
+    values = list(dict.fromkeys(_shown(trial["tried"]) for trial in page.found.trials))
+    marks = {arm.label: mark for arm, mark in page.marks.items()}
     rows = []
-    for (arm, condition), scores in _tried(page.trials).items():
+    for (arm, condition), scores in _tried(page.found.trials).items():
         cells = [percent(Spread(tuple(scores[value]))) if scores.get(value) else NOTHING for value in values]
         taken = chosen.get((arm, condition))
         cells += [NOTHING if taken is None else _shown(taken)]
@@ -191,11 +309,11 @@ def _shown(keys: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={as_text(value)}" for key, value in keys.items())
 
 
-def _leaks(page: StudyPage) -> Iterator[Section]:
-    yield Section("leaks", "Leaks", tuple(leak_blocks(_leak_records(page), page.found.folder)))
+def _leaks(page: Page[Study]) -> Iterator[Section]:
+    yield sections.leaks(_leak_records(page), page.found.folder)
 
 
-def _leak_records(page: StudyPage) -> list[tuple[Mapping[str, Any] | None, RunFolder]]:
+def _leak_records(page: Page[Study]) -> list[tuple[Mapping[str, Any] | None, RunFolder]]:
     """What was found, with the run that says so; the study's own where it has one."""
     found = page.found
     if found.record.get("leaks") is not None:
@@ -205,33 +323,33 @@ def _leak_records(page: StudyPage) -> list[tuple[Mapping[str, Any] | None, RunFo
     return [(run.read("leaks.json"), run) for run in runs] or [(None, RunFolder(found.folder))]
 
 
-def _changed(page: StudyPage) -> Iterator[Section]:
+def _changed(page: Page[Study]) -> Iterator[Section]:
     folder = page.found.folder
     pictures = [path for path in sorted((folder / CHANGED).glob("*.png")) if is_own(path, folder)]
     if pictures:
         shots = tuple(shot(path, path.stem) for path in pictures[:PICTURES])
         more = f" The first {PICTURES} of {len(pictures)}." if len(pictures) > PICTURES else ""
         note = (
-            f"Images whose own mIoU differs most, as a mean over pairs, between {page.found.baseline} and an arm"
+            f"Images whose own mIoU differs most, as a mean over pairs, between {page.found.over} and an arm"
             f"{_under_last(page.found)}, for better or worse. Shown is the pair nearest to that mean.{more}"
         )
         yield Section("changed", "Images that changed most", (Text(note), Gallery(shots, wide=True)))
 
 
-def _under_last(found: Findings) -> str:
+def _under_last(study: Study) -> str:
     """` under labels.count=40`, the condition that pictures are drawn of; nothing where there is but one."""
-    return f" under {results.condition_text(found.conditions[-1])}" if len(found.conditions) > 1 else ""
+    return f" under {condition_text(study.conditions[-1])}" if len(study.conditions) > 1 else ""
 
 
-def _missing(page: StudyPage) -> Iterator[Section]:
-    places = ((PRETRAINED, page.pretrained), (SEARCHED, page.trials))
+def _missing(page: Page[Study]) -> Iterator[Section]:
+    places = ((PRETRAINED, page.found.pretrained), (SEARCHED, page.found.trials))
     lacking = [
         (place, own["id"], own["status"], own["message"])
         for place, listed in places
         for own in listed
         if own["status"] != "finished"
     ]
-    lacking += [(CELLS, cell.id, state_of(cell), cell.message) for cell in page.found.cells if not cell.scores]
+    lacking += [(CELLS, cell.name, state_of(cell), cell.message) for cell in page.found.cells if not cell.scores]
     if lacking:
         rows = [TableRow(name, (state, told), link=_link(page, place, name)) for place, name, state, told in lacking]
         note = "The command of the study makes what is missing, and nothing else."
@@ -239,14 +357,11 @@ def _missing(page: StudyPage) -> Iterator[Section]:
         yield Section("missing", "Runs without a result", (table,))
 
 
-def _costs(page: StudyPage) -> Iterator[Section]:
-    found = page.found
-    noted = {own["id"]: own["seconds"] for own in (*found.record["cells"], *page.pretrained)}
+def _costs(page: Page[Study]) -> Iterator[Section]:
+    study = page.found
+    noted = {own["id"]: own["seconds"] for own in (*study.record["cells"], *study.pretrained)}
     kinds = [(f"pretraining {name}", None, runs) for name, runs in _pretrained(page).items()]
-    kinds += [
-        (side.label, side.mark, [cell.run for cell in found.cells if cell.arm == side.label and cell.scores])
-        for side in page.sides
-    ]
+    kinds += [(arm.label, page.marks[arm], [cell.run for cell in arm.outcomes if cell.scores]) for arm in study.arms]
     rows, every = [], []
     for label, mark, runs in kinds:
         costs = [cost_of(run) for run in runs]
@@ -256,8 +371,8 @@ def _costs(page: StudyPage) -> Iterator[Section]:
         ]
         every += walls
         rows += [TableRow(label, (str(len(runs)), *_cost_cells(walls, costs)), mark)] * bool(runs)
-    if page.trials:
-        walls = [own["seconds"] for own in page.trials]
+    if study.trials:
+        walls = [own["seconds"] for own in study.trials]
         every += walls
         rows.append(TableRow("search", (str(len(walls)), *_cost_cells(walls, []))))
     known = [wall for wall in every if wall is not None]
@@ -268,10 +383,10 @@ def _costs(page: StudyPage) -> Iterator[Section]:
         yield Section("cost", "Cost", (Table(caption, columns, tuple(rows)), total))
 
 
-def _pretrained(page: StudyPage) -> dict[str, list[RunFolder]]:
+def _pretrained(page: Page[Study]) -> dict[str, list[RunFolder]]:
     """The pretrainings that have finished, by their names."""
     by_name: dict[str, list[RunFolder]] = {}
-    for own in page.pretrained:
+    for own in page.found.pretrained:
         run = RunFolder(page.found.folder / PRETRAINED / own["id"])
         if own["status"] == "finished" and (run.folder / "run.json").is_file():
             by_name.setdefault(own["arm"], []).append(run)
@@ -280,46 +395,39 @@ def _pretrained(page: StudyPage) -> dict[str, list[RunFolder]]:
 
 def _cost_cells(walls: Sequence[float | None], costs: Sequence[Cost]) -> list[str]:
     known = [wall for wall in walls if wall is not None]
-    return [
-        average(known, duration),
-        average([cost.seconds for cost in costs], duration),
-        average([cost.rate for cost in costs], lambda number: f"{number:.1f}"),
-        average([cost.peak_memory_mib for cost in costs], lambda number: f"{number:,.0f} MiB"),
-        duration(sum(known)) if known else NOTHING,
-    ]
+    return [average(known, duration), *sections.mean_costs(costs), duration(sum(known)) if known else NOTHING]
 
 
-def _cells(page: StudyPage) -> Iterator[Section]:
+def _cells(page: Page[Study]) -> Iterator[Section]:
     table = _cell_table(page)
     folds = [Fold(f"All {count_of(len(table.rows), 'cell')}", (table,), is_open=len(table.rows) <= FEW_CELLS)]
     for place, title, listed in (
-        (PRETRAINED, "Pretrainings", page.pretrained),
-        (SEARCHED, "Runs of the search", page.trials),
+        (PRETRAINED, "Pretrainings", page.found.pretrained),
+        (SEARCHED, "Runs of the search", page.found.trials),
     ):
         rows = tuple(TableRow(own["id"], (own["status"],), link=_link(page, place, own["id"])) for own in listed)
         folds += [Fold(title, (Table("", ("Run", "State"), rows, words=True),))] * bool(rows)
     yield Section("cells", "Cells", tuple(folds))
 
 
-def _cell_table(page: StudyPage) -> Table:
-    found = page.found
-    noted = {own["id"]: own["seconds"] for own in found.record["cells"]}
-    ids = {cell.id: _mlflow(cell.run) for cell in found.cells}
+def _cell_table(page: Page[Study]) -> Table:
+    study = page.found
+    ids = {cell.name: _mlflow(cell.run) for cell in study.cells}
     tracked = any(ids.values())
     rows = []
-    for cell in found.cells:
-        score, seconds = cell.scores.get(found.main_score), noted[cell.id]
+    for cell, own in zip(study.cells, study.record["cells"], strict=True):
+        score, seconds = cell.scores.get(study.main_score), own["seconds"]
         values = dict(cell.condition)
-        cells = [cell.arm, *(values.get(key, NOTHING) for key in found.axes), str(cell.seed), state_of(cell)]
+        cells = [own["arm"], *(values.get(key, NOTHING) for key in study.axes), str(own["seed"]), state_of(cell)]
         cells += [NOTHING if score is None else f"{100 * score:.1f}", NOTHING if seconds is None else duration(seconds)]
-        cells += [ids[cell.id] or NOTHING] * tracked
-        rows.append(TableRow(cell.id, tuple(cells), link=_link(page, CELLS, cell.id)))
-    columns = ["Cell", "Arm", *found.axes, "Seed", "State", f"{found.part} mIoU, %", "Time"]
+        cells += [ids[cell.name] or NOTHING] * tracked
+        rows.append(TableRow(cell.name, tuple(cells), link=_link(page, CELLS, cell.name)))
+    columns = ["Cell", "Arm", *study.axes, "Seed", "State", f"{study.part} mIoU, %", "Time"]
     columns += ["MLflow run"] * tracked
     return Table("Links lead to a run's folder, or to its own report.", tuple(columns), tuple(rows))
 
 
-def _link(page: StudyPage, place: str, name: str) -> str | None:
+def _link(page: Page[Study], place: str, name: str) -> str | None:
     """Relative, so that the study's folder can be moved whole: to a run's page or its folder; None before it began."""
     folder = page.found.folder / place / name
     if not folder.is_dir():
@@ -336,25 +444,21 @@ def _mlflow(run: RunFolder) -> str:
     return ""
 
 
-def _set_up(page: StudyPage) -> Iterator[Section]:
-    record = page.found.record
-    versions = record.get("versions", {})
+def _set_up(page: Page[Study]) -> Iterator[Section]:
+    study, record = page.found, page.found.record
     facts = {
-        "Folder": str(page.found.folder),
+        "Folder": str(study.folder),
         "Command": str(record.get("command") or ""),
-        "State": f"{_status(page.found)}, {states(page.found)}",
+        "State": f"{_status(study)}, {states(study)}",
         "Started": str(record.get("started") or ""),
         "Taken up again": ", ".join(map(_when, record.get("resumed", ()))),
         "Ended": str(record.get("ended") or ""),
         "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
-        "Baseline": page.found.baseline,
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "Commit": str(record.get("git_commit") or ""),
+        "Baseline": study.over,
+        **dict(sections.versions_of(record)),
     }
     arms = {f"Arm {arm['name']}": _shown(arm["changes"]) or "nothing changed" for arm in record["arms"]}
-    rows = tuple(TableRow(name, (value,)) for name, value in {**facts, **arms}.items() if value)
-    listing = "\n".join(f"{key}: {as_text(value)}" for key, value in flatten(record.get("config", {})).items())
-    blocks = (Table("", ("", ""), rows, words=True), Fold("Config", (Listing(listing),)))
+    blocks = sections.set_up({**facts, **arms}.items(), record.get("config", {}))
     yield Section("setup", "Config and versions", blocks)
 
 
@@ -363,10 +467,10 @@ def _when(resumed: Any) -> str:
     return str(resumed.get("started", "")) if isinstance(resumed, Mapping) else str(resumed)
 
 
-SECTIONS: tuple[Callable[[StudyPage], Iterator[Section]], ...] = (
+SECTIONS: tuple[Callable[[Page[Study]], Iterator[Section]], ...] = (
     _gains,
-    learning,
-    study_classes,
+    _learning,
+    sections.class_gains,
     _search,
     _leaks,
     _changed,

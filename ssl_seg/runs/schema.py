@@ -17,8 +17,11 @@ from ssl_seg import files
 from ssl_seg.config import UserError
 
 
-class _Shape(BaseModel):
-    """Keys of other versions may be there too. Strict: neither "0.4" nor true is a score."""
+class Shape(BaseModel):
+    """As much of a JSON file as its readers rely on; it may be a stranger's, and other keys may be there too.
+
+    Strict: neither "0.4" nor true is a score.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -41,26 +44,26 @@ def _check_time(text: str) -> str:
 Moment = Annotated[str, AfterValidator(_check_time)] | None
 
 
-class _ConfigShape(_Shape):
+class _ConfigShape(Shape):
     init: str | None = None
     data: dict[str, Any] = {}
     train: dict[str, Any] = {}
     tasks: dict[str, Any] | None = None
 
 
-class _OriginShape(_Shape):
+class _OriginShape(Shape):
     stage: str
     config: _ConfigShape
     origin: _OriginShape | None = None
 
 
-class _CostShape(_Shape):
+class _CostShape(Shape):
     seconds: Finite = None
     images: Finite = None
     peak_memory_mib: Finite = None
 
 
-class _RecordShape(_Shape):
+class _RecordShape(Shape):
     stage: str
     config: _ConfigShape
     status: str = "finished"
@@ -72,35 +75,35 @@ class _RecordShape(_Shape):
     cost: _CostShape | None = None
 
 
-class _PassportShape(_Shape):
+class _PassportShape(Shape):
     resize: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
 
 
-class _ResultShape(_Shape):
+class _ResultShape(Shape):
     steps: int | None = None
     __pydantic_extra__: dict[str, Number | str | dict[str, Number]]
     passport: dict[str, _PassportShape] = {}
 
 
-class _SplitShape(_Shape):
+class _SplitShape(Shape):
     labelled: list[str] = []
     val: list[str] = []
     sha256_of_labelled: str = ""
 
 
-class _PartShape(_Shape):
+class _PartShape(Shape):
     images: int = 0
     sha256_of_names: str = ""
 
 
-class _ExtremeShape(_Shape):
+class _ExtremeShape(Shape):
     kind: str
     name: str
     picture: str
     miou: Number = None
 
 
-class _ReceiptShape(_Shape):
+class _ReceiptShape(Shape):
     share: float = 0.0
     features_equal: bool | None = None
     matched: list[Any] | dict[str, Any] | None = None
@@ -109,7 +112,7 @@ class _ReceiptShape(_Shape):
     mismatched: list[Any] | dict[str, Any] | None = None
 
 
-class _LeakShape(_Shape):
+class _LeakShape(Shape):
     kind: str
     part: str
     name: str
@@ -119,14 +122,14 @@ class _LeakShape(_Shape):
     allowed: bool
 
 
-class _ComparedShape(_Shape):
+class _ComparedShape(Shape):
     part: str
     scored_part: str
     pictures: str
     names: str
 
 
-class LeaksShape(_Shape):
+class LeaksShape(Shape):
     checked: bool
     trained: dict[str, int]
     scored: dict[str, int]
@@ -134,7 +137,7 @@ class LeaksShape(_Shape):
     pairs: list[_ComparedShape] = []
 
 
-class _MatricesShape(_Shape):
+class _MatricesShape(Shape):
     __pydantic_extra__: dict[str, list[list[Pixels]]]
     classes: Annotated[list[str], Field(min_length=1)]
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ssl_seg.config import Config, UserError, flatten
+from ssl_seg.evidence.statistics import LEVEL
 from ssl_seg.runs.folder import transfer_in_words
 
 IMAGENET = "imagenet"  # an `init`: the weights that timm publishes for the encoder
@@ -67,7 +68,7 @@ class StudyConfig(Config):
     # Pairs: a number, or a list. 8 are the fewest for an exact p below 0.01; their interval is a third of that of 3.
     seeds: tuple[int, ...] = tuple(range(8))
     search: Search | None = None
-    level: float = Field(default=0.95, gt=0.5, lt=1.0)  # of the intervals
+    level: float = Field(default=LEVEL, gt=0.5, lt=1.0)  # of the intervals, and of what they tell
     timeout: PositiveFloat | None = None  # seconds that a cell may take
     stall: PositiveFloat | None = 3600.0  # without a line of metrics, a picture, a checkpoint or a word: it hangs
     submitit: dict[str, Any] = Field(default={})  # parameters of --executor submitit, such as slurm_partition
@@ -136,15 +137,15 @@ def _axes(grid: dict[str, list[Any]], where: str) -> dict[str, list[Any]]:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One of what is compared."""
+class PlannedArm:
+    """One of what a study compares, before it has runs (`evidence.comparison.Arm`)."""
 
     name: str
     changes: Mapping[str, Any]  # dotted keys of `ssl-seg finetune`
     pretraining: str | None = None  # the one of `pretrain` that it starts from
 
 
-def arms_of(config: StudyConfig) -> tuple[Arm, ...]:
+def arms_of(config: StudyConfig) -> tuple[PlannedArm, ...]:
     """What is compared: the named arms, or every combination of the axes that make arms."""
     if config.arms:
         return tuple(_arm(name, changes, config) for name, changes in config.arms.items())
@@ -166,15 +167,15 @@ def _is_plain(changes: Mapping[str, Any]) -> bool:
     return changes.get("transfer", "encoder") == "encoder"
 
 
-def _arm(name: str, changes: Mapping[str, Any], config: StudyConfig) -> Arm:
+def _arm(name: str, changes: Mapping[str, Any], config: StudyConfig) -> PlannedArm:
     start = changes.get("init")
     if start is not None and not isinstance(start, str):
         raise UserError(f"arm {name}: init is a name, a path, imagenet or null, not {start!r}")
     if start in config.pretrain:
-        return Arm(name, changes, start)
+        return PlannedArm(name, changes, start)
     if start == IMAGENET:
-        return Arm(name, {**changes, "init": None, "model.encoder.pretrained": True})
-    return Arm(name, changes)
+        return PlannedArm(name, {**changes, "init": None, "model.encoder.pretrained": True})
+    return PlannedArm(name, changes)
 
 
 def _arm_name(changes: Mapping[str, Any]) -> str:
@@ -195,7 +196,7 @@ def conditions_of(config: StudyConfig) -> dict[str, list[Any]]:
     return {key: own for key, own in config.grid.items() if key not in (*ARM_AXES, *config.compare)}
 
 
-def refuse_keys_said_twice(config: StudyConfig, arms: Sequence[Arm]) -> None:
+def refuse_keys_said_twice(config: StudyConfig, arms: Sequence[PlannedArm]) -> None:
     """A key that an arm, the grid and the search all set would be that of the last, and the others said in vain."""
     places = {f"arms.{arm.name}": list(arm.changes) for arm in arms} if config.arms else {}
     places |= {"grid": list(conditions_of(config)), "search.grid": list(config.search.grid) if config.search else []}

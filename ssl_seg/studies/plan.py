@@ -21,7 +21,7 @@ from ssl_seg.runs.folder import WATCHING, WHOLE
 from ssl_seg.stages.finetune import FinetuneConfig, check_data
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.setup import check_images
-from ssl_seg.studies.config import Arm, StudyConfig, arms_of, conditions_of, refuse_keys_said_twice
+from ssl_seg.studies.config import PlannedArm, StudyConfig, arms_of, conditions_of, refuse_keys_said_twice
 from ssl_seg.weights.export import read_encoder_info
 
 SEARCH_SEEDS = 1000  # the first seed of the search, or above the study's own, so that none is tuned on its own draws
@@ -61,7 +61,7 @@ class Trial:
 class Plan:
     """All that a study is going to do, before anything is done."""
 
-    arms: tuple[Arm, ...]
+    arms: tuple[PlannedArm, ...]
     baseline: str
     axes: Mapping[str, Sequence[Any]]  # the grid without what makes arms
     pretrainings: tuple[Cell, ...]
@@ -135,7 +135,7 @@ def check_images_of(plan: Plan) -> None:
 class _Maker:
     """Makes the cells of one study: what they share is looked up once."""
 
-    def __init__(self, config: StudyConfig, out: Path, arms: Sequence[Arm]) -> None:
+    def __init__(self, config: StudyConfig, out: Path, arms: Sequence[PlannedArm]) -> None:
         self.config = config
         self.out = out
         self.number = min(config.pretrainings, len(config.seeds))
@@ -154,7 +154,7 @@ class _Maker:
         digest = _digest(whole, _start_digest(whole.init, "encoder"))
         return Cell("pretrain", PRETRAINED, f"{files.slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
 
-    def _common(self, arms: Sequence[Arm]) -> dict[str, Any]:
+    def _common(self, arms: Sequence[PlannedArm]) -> dict[str, Any]:
         """What all arms share. What the study does not say of the model is that of the first start, for every arm.
 
         Else the arm from scratch would take the default, and the others what they start from. Not where its own weights
@@ -177,7 +177,7 @@ class _Maker:
         return {**values, "model": merge(model, own)} if model or own else values
 
     def cell(
-        self, arm: Arm, condition: Mapping[str, Any], seed: int, keys: Mapping[str, Any], searching: bool = False
+        self, arm: PlannedArm, condition: Mapping[str, Any], seed: int, keys: Mapping[str, Any], searching: bool = False
     ) -> Cell:
         """One fine-tuning; `keys` are those of its condition and of its search."""
         values = merge(self.common, unflatten(arm.changes))
@@ -197,7 +197,7 @@ class _Maker:
         folder = SEARCHED if searching else CELLS
         return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
 
-    def _start(self, arm: Arm, seed: int) -> Cell | None:
+    def _start(self, arm: PlannedArm, seed: int) -> Cell | None:
         if arm.pretraining is None:
             return None
         place = self.config.seeds.index(seed) if seed in self.config.seeds else seed
@@ -209,7 +209,7 @@ class _Maker:
             self._digests[asked] = _start_digest(*asked)
         return self._digests[asked]
 
-    def trials(self, arms: Sequence[Arm], conditions: Sequence[Mapping[str, Any]]) -> Iterator[Trial]:
+    def trials(self, arms: Sequence[PlannedArm], conditions: Sequence[Mapping[str, Any]]) -> Iterator[Trial]:
         """The runs that choose each arm's own values, each once."""
         search = self.config.search
         if search is None:
@@ -233,7 +233,7 @@ def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return merge(read_words([given["recipe"]]), own)
 
 
-def _check_fit(arm: Arm, config: FinetuneConfig, start: Cell) -> None:
+def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell) -> None:
     """Whether a cell can start from a pretraining of the study, before that is made."""
     models = [own.model for own in (config, start.config) if own.model is not None]
     encoders = [model.encoder.dump() for model in models]

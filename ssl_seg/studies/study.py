@@ -24,7 +24,7 @@ import torch
 from ssl_seg import files
 from ssl_seg.config import Interrupted, UserError
 from ssl_seg.evidence import results
-from ssl_seg.evidence.results import STUDY_FILE, Findings
+from ssl_seg.evidence.results import STUDY_FILE, Study
 from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
 from ssl_seg.reports.changed import draw_changed_of_study
@@ -53,7 +53,7 @@ class StudyOptions:
     quiet: bool = False
 
 
-def study(config: StudyConfig, options: StudyOptions) -> Findings:
+def study(config: StudyConfig, options: StudyOptions) -> Study:
     """Make what is missing of a study, and write its tables and its page.
 
     Raises UserError before anything runs for a config that is wrong, and at the end where cells have failed, after the
@@ -336,7 +336,7 @@ class _Ledger:
         }
         self.records.write_json(STUDY_FILE, record)
 
-    def close(self) -> Findings:
+    def close(self) -> Study:
         states = [self.states[cell.id] for cell in self.plan.cells]
         failed = [own for own in states if own["status"] != "finished"]
         self.about["ended"] = timestamp()
@@ -349,7 +349,7 @@ class _Ledger:
             draw_changed_of_study(found)
         except UserError as error:  # a picture less is no reason to go without the page
             self._say(f"no pictures of what changed: {error}")
-        study_page.write(found)
+        study_page.write_page(found)
         if failed:
             raise UserError(
                 f"{self.out}: {len(failed)} of {len(states)} cells have not finished, first {failed[0]['id']} "

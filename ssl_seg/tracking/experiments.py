@@ -10,7 +10,8 @@ from typing import Any
 from mlflow.entities import Run
 
 from ssl_seg.config import UserError
-from ssl_seg.evidence.compare import Comparison, group, outcome
+from ssl_seg.evidence.compare import group, outcome
+from ssl_seg.evidence.comparison import Comparison
 from ssl_seg.tracking import prepare
 from ssl_seg.tracking.client import STATUSES, connect, database, explained, is_open, resolved
 from ssl_seg.tracking.server import HOST, LABELLED, LEAKS, RESULT, _score_name, _shown_settings, from_tags
@@ -24,7 +25,9 @@ def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
     fetched = fetch(experiment, uri)
     done = [run for run in fetched if run.scores]
     outcomes = [
-        outcome(run.name, run.stage, run.description, run.scores, run.passports, run.labelled, leaks=run.leaks)
+        outcome(
+            run.name, run.stage, run.description, run.scores, run.labelled, passports=run.passports, leaks=run.leaks
+        )
         for run in done
     ]
     return group(outcomes, [run.name for run in fetched if not run.scores])

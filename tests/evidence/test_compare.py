@@ -18,8 +18,10 @@ from torch import nn
 from ssl_seg import cli
 from ssl_seg.data.splits import hold_out
 from ssl_seg.evidence import compare
+from ssl_seg.evidence.cautions import notes
 from ssl_seg.evidence.claims import certainty
-from ssl_seg.evidence.compare import Group, Outcome, group
+from ssl_seg.evidence.compare import group
+from ssl_seg.evidence.comparison import Arm, Outcome
 from ssl_seg.evidence.statistics import block_bootstrap
 from ssl_seg.figures.panels import GAP, palette
 from ssl_seg.images import read_image, resize_mask
@@ -94,12 +96,12 @@ def test_runs_that_differ_in_seeds_alone_are_one_group() -> None:
         finetuned(0.5, {"seed": start}, seed=seed, init=f"runs/pre_{start}") for start in (0, 1) for seed in (0, 1)
     ]
     found = group(outcomes)
-    assert [(own.label, len(own.outcomes)) for own in found.groups] == [("scratch", 3), ("pre", 4)]
+    assert [(own.label, len(own.outcomes)) for own in found.arms] == [("scratch", 3), ("pre", 4)]
     assert found.differing == {"init": (None, "pre_0, pre_1")}
 
 
 def test_tracking_does_not_tell_runs_apart() -> None:
-    assert len(group([finetuned(0.1), finetuned(0.2, seed=1, tracking={"type": "mlflow", "uri": "x"})]).groups) == 1
+    assert len(group([finetuned(0.1), finetuned(0.2, seed=1, tracking={"type": "mlflow", "uri": "x"})]).arms) == 1
 
 
 def test_keys_that_change_no_weight_do_not_tell_runs_apart() -> None:
@@ -107,9 +109,9 @@ def test_keys_that_change_no_weight_do_not_tell_runs_apart() -> None:
     pretrained = finetuned(0.3, {"train.workers": 8}, init="runs/pre_0", **other)
     again = finetuned(0.3, {"train.workers": 0, "seed": 1}, init="runs/pre_1")
     found = group([finetuned(0.1, train__workers=2), finetuned(0.2, seed=1, **other), pretrained, again])
-    assert [len(own.outcomes) for own in found.groups] == [2, 2]
+    assert [len(own.outcomes) for own in found.arms] == [2, 2]
     assert list(found.differing) == ["init"]
-    assert found.gain(found.groups[1], "val/miou").values == pytest.approx([0.2])
+    assert found.gain(found.arms[1], "val/miou").values == pytest.approx([0.2])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_keys_that_change_no_weight_do_not_tell_runs_apart() -> None:
 )
 def test_any_other_key_makes_another_group(key: str, value: Any) -> None:
     found = group([finetuned(0.1), finetuned(0.2, **{key: value})])
-    assert len(found.groups) == 2
+    assert len(found.arms) == 2
     assert list(found.differing) == [key.replace("__", ".")]
 
 
@@ -128,11 +130,11 @@ def test_gains_are_paired_by_seed() -> None:
     pretrained = [finetuned(base[seed] + gains[seed], {}, seed=seed, init="runs/pre") for seed in (2, 0, 1)]
     unpaired = finetuned(0.9, {}, seed=7, init="runs/pre")
     found = group([*pretrained, unpaired, *scratch])
-    assert [own.label for own in found.groups] == ["scratch", "pre"], "what is from scratch comes first"
-    gain = found.gain(found.groups[1], "val/miou")
+    assert [own.label for own in found.arms] == ["scratch", "pre"], "what is from scratch comes first"
+    gain = found.gain(found.arms[1], "val/miou")
     assert sorted(gain.values) == pytest.approx(gains)
-    assert gain.sd == pytest.approx(stdev(gains))
-    assert found.gain(found.groups[0], "val/miou") is None
+    assert gain.differences.sd == pytest.approx(stdev(gains))
+    assert found.gain(found.arms[0], "val/miou") is None
 
 
 def test_runs_of_the_same_seeds_count_once() -> None:
@@ -141,7 +143,7 @@ def test_runs_of_the_same_seeds_count_once() -> None:
     pretrained = [finetuned(miou, {"seed": start}, seed=0, init=f"runs/pre_{start}") for start, miou in starts]
     for outcomes in ([*scratch, *pretrained], [*pretrained, *reversed(scratch)]):
         found = group(outcomes)
-        assert found.gain(found.groups[1], "val/miou").values == pytest.approx([0.2]), "0.5 less 0.3"
+        assert found.gain(found.arms[1], "val/miou").values == pytest.approx([0.2]), "0.5 less 0.3"
 
 
 def test_pretrainings_under_every_seed_are_no_more_pretrainings_than_they_are() -> None:
@@ -153,11 +155,11 @@ def test_pretrainings_under_every_seed_are_no_more_pretrainings_than_they_are() 
             for seed in range(4)
         ]
         found = group([*scratch, *pretrained])
-        gain = found.gain(found.groups[1], "val/miou")
-        assert (gain.n, gain.num_starts, gain.is_of_few) == (4, starts, True)
+        gain = found.gain(found.arms[1], "val/miou")
+        assert (gain.n, gain.differences.num_starts, gain.differences.is_of_few) == (4, starts, True)
         assert f"4 pairs from {'this ' * (starts == 1)}{in_words} pretraining" in certainty(gain)
-        (note,) = found.notes
-        assert note.endswith(f"are not independent: {found.groups[1].label} (4 pairs, pretrainings: {starts})")
+        (note,) = notes(found)
+        assert note.endswith(f"are not independent: {found.arms[1].label} (4 pairs, pretrainings: {starts})")
 
 
 def test_pretrainings_on_other_images_under_one_path_are_no_group(tmp_path: Path) -> None:
@@ -173,26 +175,26 @@ def test_pretrainings_on_other_images_under_one_path_are_no_group(tmp_path: Path
         (tmp_path / f"run_{number}" / "run.json").write_text(json.dumps({**record, "status": "finished"}))
         (tmp_path / f"run_{number}" / "result.json").write_text(json.dumps({"val": {"miou": 0.2}}))
     found = compare.compare([tmp_path / f"run_{number}" for number in range(3)])
-    assert [len(own.outcomes) for own in found.groups] == [2, 1]
+    assert [len(own.outcomes) for own in found.arms] == [2, 1]
 
 
 def test_a_pretraining_is_one_however_it_is_named() -> None:
     named = ("runs/pre", "runs/pre/encoder", str(Path("runs/pre").resolve()), "runs/../runs/pre")
     pretrained = [finetuned(0.3, {}, seed=seed, init=init) for seed, init in enumerate(named)]
     found = group([*(finetuned(0.2, seed=seed) for seed in range(4)), *pretrained])
-    assert found.gain(found.groups[1], "val/miou").num_starts == 1
-    assert [own.label for own in found.groups] == ["scratch", "pre"]
+    assert found.gain(found.arms[1], "val/miou").differences.num_starts == 1
+    assert [own.label for own in found.arms] == ["scratch", "pre"]
 
 
 @pytest.mark.parametrize("pretrained", ["a1_in1k", "weights.safetensors", True])
 def test_weights_by_tag_or_file_are_no_scratch(pretrained: object) -> None:
     found = group([finetuned(0.3, model__encoder__pretrained=pretrained)])
-    assert not found.groups[0].from_scratch
+    assert not found.arms[0].from_scratch
 
 
 def test_a_start_called_scratch_is_no_baseline() -> None:
     found = group([finetuned(0.1), finetuned(0.3, {}, init="runs/scratch")])
-    assert [own.from_scratch for own in found.groups] == [True, False]
+    assert [own.from_scratch for own in found.arms] == [True, False]
 
 
 def test_the_main_score_is_that_which_most_runs_have() -> None:
@@ -211,7 +213,7 @@ def test_the_baseline_has_the_same_labels_and_steps() -> None:
     outcomes = [finetuned(0.1 * count / 10, labels__count=count) for count in (10, 30)]
     outcomes += [finetuned(0.5, {}, labels__count=count, init="runs/pre") for count in (10, 30, 50)]
     found = group(outcomes)
-    gains = {own.settings["labels.count"]: found.gain(own, "val/miou") for own in found.groups[2:]}
+    gains = {own.settings["labels.count"]: found.gain(own, "val/miou") for own in found.arms[2:]}
     assert gains["10"].values == pytest.approx([0.4])
     assert gains["30"].values == pytest.approx([0.2])
     assert gains["50"] is None
@@ -219,9 +221,9 @@ def test_the_baseline_has_the_same_labels_and_steps() -> None:
 
 def test_weights_of_timm_are_no_scratch() -> None:
     found = group([finetuned(0.3, model__encoder__pretrained=True), finetuned(0.1)])
-    assert found.groups[0].label.startswith("scratch")
-    assert found.groups[1].label.startswith("weights of timm")
-    assert found.gain(found.groups[1], "val/miou").values == pytest.approx([0.2])
+    assert found.arms[0].label.startswith("scratch")
+    assert found.arms[1].label.startswith("weights of timm")
+    assert found.gain(found.arms[1], "val/miou").values == pytest.approx([0.2])
 
 
 def test_a_whole_task_more_is_one_line() -> None:
@@ -239,13 +241,13 @@ def test_another_weight_of_a_task_is_shown_with_both_values() -> None:
 def test_groups_with_one_name_are_numbered() -> None:
     lighter = {"tasks.denoise.weight": 1.0}
     found = group([finetuned(0.1, {}, init="x/pre"), finetuned(0.2, lighter, init="y/pre")])
-    assert [own.label for own in found.groups] == ["pre #1", "pre #2"]
+    assert [own.label for own in found.arms] == ["pre #1", "pre #2"]
 
 
 def test_a_start_without_a_record_is_told_by_its_path() -> None:
     found = group([finetuned(0.1, init="a.safetensors"), finetuned(0.2, init="b.safetensors")])
     assert found.differing["init"] == ("a.safetensors", "b.safetensors")
-    assert len(found.groups) == 2
+    assert len(found.arms) == 2
 
 
 def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
@@ -254,10 +256,10 @@ def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
     written(tmp_path / "going", CONFIG, None, status="killed")
     (tmp_path / "mlflow.db").write_bytes(b"")
     found = compare.compare([tmp_path, tmp_path / "s0"])
-    assert len(found.groups[0].outcomes) == 2, "a run that is named twice counts once"
+    assert len(found.arms[0].outcomes) == 2, "a run that is named twice counts once"
     assert found.unfinished == (str(tmp_path / "going"),)
     assert found.scores == ("val/miou",)
-    assert found.groups[0].spread("val/iou/x") is None
+    assert found.arms[0].spread("val/iou/x") is None
 
 
 def test_the_start_of_an_older_run_is_looked_up(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_the_start_of_an_older_run_is_looked_up(tmp_path: Path) -> None:
     (tmp_path / "pre" / "encoder").mkdir()
     for init in (tmp_path / "pre", tmp_path / "pre" / "encoder"):
         folder = written(tmp_path / init.name / "fine", laid(CONFIG, {"init": str(init)}), {"val": {"miou": 0.1}})
-        (own,) = compare.compare([folder]).groups
+        (own,) = compare.compare([folder]).arms
         assert own.outcomes[0].start == "pre"
         assert own.settings["init.tasks.denoise.weight"] == "3.0"
 
@@ -307,7 +309,7 @@ def change_result(run: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     change(run / "result.json", edit)
 
 
-def names_of(table: Sequence[Group]) -> list[str]:
+def names_of(table: Sequence[Arm]) -> list[str]:
     return [Path(outcome.name).name for own in table for outcome in own.outcomes]
 
 
@@ -351,7 +353,7 @@ def test_the_size_of_the_input_and_the_software_do_not_keep_scores_apart(tmp_pat
     other = {"resize": [24, 32], "software": "9.9"}
     change_result(of_images(tmp_path / "two", 1, seed=1), lambda result: result["passport"]["val"].update(other))
     found = compare.compare([tmp_path])
-    assert [len(own.outcomes) for own in found.groups] == [2]
+    assert [len(own.outcomes) for own in found.arms] == [2]
     assert found.apart == ()
 
 
@@ -360,12 +362,12 @@ def test_other_labelled_images_are_no_pair(split: dict[str, Any], tmp_path: Path
     of_images(tmp_path / "scratch", 0)
     run = of_images(tmp_path / "pre", 1, init="runs/pre")
     found = compare.compare([tmp_path])
-    assert found.gain(found.groups[1], "val/miou").n == 1
+    assert found.gain(found.arms[1], "val/miou").n == 1
     (run / "split.json").write_text(json.dumps(split))
     found = compare.compare([tmp_path])
-    assert found.baseline(found.groups[1]) is found.groups[0]
-    assert found.gain(found.groups[1], "val/miou") is None
-    assert found.pairs(found.groups[1]).sides("val/miou") == {}
+    assert found.baselines[found.arms[1]] is found.arms[0]
+    assert found.gain(found.arms[1], "val/miou") is None
+    assert found.pairs(found.arms[1]).sides("val/miou") == {}
 
 
 def test_differences_over_images_are_the_block_bootstrap_s(tmp_path: Path) -> None:
@@ -374,7 +376,7 @@ def test_differences_over_images_are_the_block_bootstrap_s(tmp_path: Path) -> No
         of_images(tmp_path / f"pre_{seed}", 10 + seed, seed=seed, init="runs/pre", count=100)
     of_images(tmp_path / "pre_9", 30, seed=9, init="runs/pre", count=100)  # without a pair
     found = compare.compare([tmp_path])
-    scratch, group = found.groups
+    scratch, group = found.arms
     base, own = ([scored(seed, 100) for seed in seeds] for seeds in ((0, 1), (10, 11)))
     expected = block_bootstrap(base, own, resamples=compare.RESAMPLES)
     assert found.over_images(group, "val/miou") == expected
@@ -385,6 +387,7 @@ def test_differences_over_images_are_the_block_bootstrap_s(tmp_path: Path) -> No
     assert found.over_images(group, "test/miou") is None
     (tmp_path / "pre_1" / IMAGES_FILE).unlink()
     left = compare.compare([tmp_path])
+    group = left.arms[1]
     assert left.gain(group, "val/miou").n == 2
     assert left.over_images(group, "val/miou") is None, "one pair would be another quantity than the gain of two"
     changed = left.changed(group, "val/miou")
@@ -398,7 +401,7 @@ def test_the_interval_is_that_of_the_gain_beside_it(tmp_path: Path) -> None:
     of_images(tmp_path / "scratch_1", 5, seed=1, count=60)
     of_images(tmp_path / "pre_9", 19, seed=1, init="runs/p0", count=60)
     found = compare.compare([tmp_path])
-    _, group = found.groups
+    _, group = found.arms
     gain, interval = found.gain(group, "val/miou"), found.over_images(group, "val/miou")
     assert gain.n == 2
     sides = [
@@ -417,19 +420,19 @@ def test_the_images_that_changed_most_come_first(tmp_path: Path) -> None:
     of_images(tmp_path / "scratch", 0)
     of_images(tmp_path / "pre", 1, init="runs/pre")
     found = compare.compare([tmp_path])
-    changed = found.changed(found.groups[1], "val/miou")
+    changed = found.changed(found.arms[1], "val/miou")
     differences = scored(1).per_image_miou() - scored(0).per_image_miou()
     assert [image.index for image in changed] == np.argsort(-np.abs(differences)).tolist()
     assert [image.difference for image in changed] == pytest.approx([differences[image.index] for image in changed])
     assert changed[0].name == f"a_{changed[0].index}"
-    assert found.changed(found.groups[0], "val/miou") == ()
+    assert found.changed(found.arms[0], "val/miou") == ()
 
 
 def test_runs_that_were_not_made_with_the_same_as_their_baseline_are_told(tmp_path: Path) -> None:
     for name, init, device in (("scratch", None, "1 x cpu"), ("pre", "runs/pre", "1 x cuda")):
         run = of_images(tmp_path / name, 0, init=init)
         change(run / "run.json", lambda record, device=device: record.update(device=device))
-    assert compare.compare([tmp_path]).notes == (
+    assert notes(compare.compare([tmp_path])) == (
         "not made with the same as what is from scratch (device 1 x cpu, 1 x cuda): pre",
     )
 
@@ -535,11 +538,12 @@ def test_an_experiment_keeps_the_same_scores_apart_and_an_overwritten_run_counts
     by_name = experiments.compare_experiment("ssl_seg", f"sqlite:///{runs_folder / 'mlflow.db'}")
     assert [len(table) for table in by_name.tables] == [len(table) for table in by_folder.tables] == [2, 1]
     assert by_name.apart == by_folder.apart
-    for one, other in zip(by_name.groups, by_folder.groups, strict=True):
+    for one, other in zip(by_name.arms, by_folder.arms, strict=True):
         assert one.spread("val/miou") == other.spread("val/miou")
-        assert by_name.gain(one, "val/miou") == by_folder.gain(other, "val/miou")
+        gains = (by_name.gain(one, "val/miou"), by_folder.gain(other, "val/miou"))
+        assert len({None if gain is None else gain.differences for gain in gains}) == 1
         assert one.outcomes[0].labelled == other.outcomes[0].labelled != ""
-    assert by_name.over_images(by_name.groups[1], "val/miou") is None, "images stay in their folders"
+    assert by_name.over_images(by_name.arms[1], "val/miou") is None, "images stay in their folders"
 
 
 # ---- evaluations, leaks, other held-out images ----
@@ -561,16 +565,16 @@ def test_evaluations_are_grouped_and_paired_as_the_runs_whose_models_they_score(
         evaluated(tmp_path / f"scratch_{seed}", seed, seed, None)
         evaluated(tmp_path / f"pre_{seed}", 10 + seed, seed, "runs/pre")
     found = compare.compare([tmp_path])
-    assert [(own.label, own.stage, len(own.outcomes)) for own in found.groups] == [
+    assert [(own.label, own.stage, len(own.outcomes)) for own in found.arms] == [
         ("scratch", "evaluate", 2),
         ("pre", "evaluate", 2),
     ]
-    gain = found.gain(found.groups[1], "test/miou")
+    gain = found.gain(found.arms[1], "test/miou")
     assert gain.values == pytest.approx(
         [scored(10 + seed).scores().miou - scored(seed).scores().miou for seed in (0, 1)]
     )
-    assert found.groups[0].settings["data.test.type"] == "folder"
-    assert "data.test.drives" not in found.groups[0].settings, "that of the fine-tuning is not what was scored"
+    assert found.arms[0].settings["data.test.type"] == "folder"
+    assert "data.test.drives" not in found.arms[0].settings, "that of the fine-tuning is not what was scored"
     assert found.differing == {"init": (None, "pre")}
 
 
@@ -581,13 +585,13 @@ def test_an_evaluation_is_no_baseline_of_a_fine_tuning(tmp_path: Path) -> None:
         run / "run.json", lambda record: record["config"]["data"].update(test={"type": "folder"})
     )  # all else is equal
     found = compare.compare([tmp_path])
-    assert [own.label.partition(" (")[0] for own in found.groups] == ["scratch evaluated", "pre"]
-    assert found.baseline(found.groups[1]) is None
+    assert [own.label.partition(" (")[0] for own in found.arms] == ["scratch evaluated", "pre"]
+    assert found.arms[1] not in found.baselines
 
 
 def test_an_evaluation_of_a_model_without_a_run_is_no_scratch(tmp_path: Path) -> None:
     evaluated(tmp_path / "alone", 0, 0, None, with_origin=False)
-    (own,) = compare.compare([tmp_path]).groups
+    (own,) = compare.compare([tmp_path]).arms
     assert not own.from_scratch
     assert own.settings["model"] == "runs/alone/model"
 
@@ -609,17 +613,17 @@ def test_leaks_that_were_let_pass_or_not_looked_for_are_told(
         (run / "leaks.json").write_text(json.dumps(record))
     of_images(tmp_path / "older", 9, seed=9)
     found = compare.compare([tmp_path])
-    words = {Path(outcome.name).name: outcome.leaks for own in found.groups for outcome in own.outcomes}
+    words = {Path(outcome.name).name: outcome.leaks for own in found.arms for outcome in own.outcomes}
     assert words == {**{word: word for word in said}, "older": "none"}
     assert found.apart == ()
-    assert found.notes == (
+    assert notes(found) == (
         "trained on some of the scored images, which leaks.allow let pass: pre (1 of 1 runs)",
         "trained on some of the scored images: scratch (1 of 6 runs)",
         "not checked for training images among the scored ones (leaks.check=false): scratch (1 of 6 runs)",
         "started from weights whose training images are not known, so these were not checked: scratch (1 of 6 runs)",
     )
     assert ssl_seg("compare", tmp_path) == 0
-    assert all(line in capsys.readouterr().out for line in found.notes[:1])
+    assert all(line in capsys.readouterr().out for line in notes(found)[:1])
 
 
 def test_pretrainings_with_other_held_out_images_are_not_ranked_without_a_word(tmp_path: Path) -> None:
@@ -627,9 +631,9 @@ def test_pretrainings_with_other_held_out_images_are_not_ranked_without_a_word(t
         config = laid(PRETRAINING, {"tasks.denoise.weight": name})
         run = written(tmp_path / name, config, {"val": {"denoise/psnr": 20.0}}, stage="pretrain")
         (run / "data.json").write_text(json.dumps({"val": {"images": 3, "sha256_of_names": digest}}))
-    (note,) = compare.compare([tmp_path]).notes
+    (note,) = notes(compare.compare([tmp_path]))
     assert note.startswith("scored on different held-out images (data.val)")
-    assert compare.compare([tmp_path / "b", tmp_path / "c"]).notes == ()
+    assert notes(compare.compare([tmp_path / "b", tmp_path / "c"])) == ()
 
 
 # ---- what a stranger's folder may hold ----
@@ -705,7 +709,7 @@ def test_a_start_that_does_not_name_its_own_is_read(tmp_path: Path) -> None:
         {"val": {"miou": 0.5}},
         origin={"stage": "pretrain", "config": {}},
     )
-    assert compare.compare([run]).groups[0].settings["init.stage"] == "pretrain"
+    assert compare.compare([run]).arms[0].settings["init.stage"] == "pretrain"
 
 
 def test_json_nested_without_end_and_metrics_that_are_no_numbers_are_one_line(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def test_where_each_seed_has_several_pretrainings_the_wider_interval_counts() ->
     assert crossed((1.0, 5.0, 9.0)).n == 1, "one choice of seeds is one pair"
 
 
+def test_which_interval_is_the_wider_is_asked_at_the_level_of_the_comparison() -> None:
+    seeds, starts = (2.6, -2.6) * 4, (1.0, 0.0, -1.0)  # their standard errors differ by a factor of 1.7
+    assert Shared(seeds, starts, crossed=True, level=0.95).units == starts, "t of 2 to t of 7 degrees: 4.30 to 2.36"
+    assert Shared(seeds, starts, crossed=True, level=0.9).units == seeds, "2.92 to 1.89"
+
+
 def test_a_run_made_again_changes_no_rule() -> None:
     once = [("s0", "a", 1.0), ("s1", "b", 4.0), ("s2", "c", 6.0)]
     assert of_differences([*once, ("s0", "a", 1.0)]) == Spread((1.0, 4.0, 6.0))
@@ -120,10 +126,10 @@ def stored(folder: Path, seed: int, count: int = 60) -> tuple[Run, ImageConfusio
 
 def test_images_are_those_of_the_runs_of_the_gain(tmp_path: Path) -> None:
     runs, images = zip(*(stored(tmp_path / str(seed), seed) for seed in range(5)), strict=True)
-    pairs = Pairs({0: [runs[0]], 1: [runs[1]]}, {0: runs[2:4], 1: [runs[4]]})
+    pairs = Pairs({0: [runs[0]], 1: [runs[1]]}, {0: runs[2:4], 1: [runs[4]]}, level=0.9)
     weights = ([1, 1], [0.5, 0.5, 1])
     expected = block_bootstrap(images[:2], images[2:], resamples=500, level=0.9, weights=weights)
-    assert pairs.over_images(MIOU, 0.9, 500) == expected
+    assert pairs.over_images(MIOU, 500) == expected
     one, two, *others = (own.per_image_miou() for own in images)
     differences = np.stack([others[0] - one, others[1] - one, others[2] - two])
     wanted = np.average(differences, axis=0, weights=(1, 1, 2))

@@ -13,7 +13,9 @@ import pytest
 from scipy import stats
 
 from ssl_seg.evidence import results
-from ssl_seg.evidence.statistics import detectable
+from ssl_seg.evidence.comparison import Condition, Gain
+from ssl_seg.evidence.results import Study
+from ssl_seg.evidence.statistics import Interval, detectable
 from ssl_seg.scores import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes, read_image_confusion
 from tests.faults import message_of
 
@@ -73,38 +75,48 @@ def scores_in(folder: Path, arm: str, count: int, seeds: tuple[int, ...] = SEEDS
     return np.array([json.loads(path.read_text())["test"]["miou"] for path in paths])
 
 
+def gain_of(found: Study, arm: str, condition: Condition) -> Gain:
+    return found.gain(found.arm(arm), "test/miou", condition)
+
+
+def over_images(found: Study, gain: Gain) -> Interval | None:
+    return found.over_images(gain.arm, gain.score, *gain.conditions)
+
+
 def test_gains_are_paired_by_seed(folder: Path) -> None:
     found = results.read(folder)
-    assert found.arms == ("scratch", "good", "same")
+    assert [arm.label for arm in found.arms] == ["scratch", "good", "same"]
     assert found.main_score == "test/miou"
-    gain = found.gain("good", (("labels.count", "5"),))
+    gain = gain_of(found, "good", (("labels.count", "5"),))
     differences = scores_in(folder, "good", 5) - scores_in(folder, "scratch", 5)
-    assert gain.gains.values == pytest.approx(differences.tolist())
+    assert gain.values == pytest.approx(differences.tolist())
     test = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert (gain.interval.low, gain.interval.high) == pytest.approx((test.low, test.high))
     assert gain.p == pytest.approx(2 / 2**8)  # all eight of one sign
-    assert gain.num_starts == 2
+    assert gain.num_weights == 2
 
 
 def test_a_failed_cell_takes_its_pair_along_and_no_other(folder: Path) -> None:
     found = results.read(folder)
-    gain = found.gain("same", (("labels.count", "10"),))
-    assert gain.seeds == SEEDS[:7]
+    gain = gain_of(found, "same", (("labels.count", "10"),))
+    assert gain.keys == SEEDS[:7]
     assert gain.p is None  # seven pairs
     differences = scores_in(folder, "same", 10, SEEDS[:7]) - scores_in(folder, "scratch", 10, SEEDS[:7])
-    assert gain.gains.values == pytest.approx(differences.tolist())
-    assert found.spread("same", (("labels.count", "10"),)).n == 7
+    assert gain.values == pytest.approx(differences.tolist())
+    assert found.arm("same").spread("test/miou", (("labels.count", "10"),)).n == 7
 
 
 def test_the_interval_over_images_holds_the_mean_gain(folder: Path) -> None:
-    for gain in results.read(folder).gains:
-        assert gain.images.low < gain.gains.mean < gain.images.high
+    found = results.read(folder)
+    for gain in found.gains:
+        images = over_images(found, gain)
+        assert images.low < gain.mean < images.high
 
 
 def test_pretrainings_that_serve_several_pairs_have_an_interval_of_their_own(tmp_path: Path) -> None:
     found = results.read(write_study(tmp_path, num_starts=4))
-    gain = found.gain("good", (("labels.count", "5"),))
-    means = [np.mean([gain.gains.values[seed] for seed in SEEDS if seed % 4 == start]) for start in range(4)]
+    gain = gain_of(found, "good", (("labels.count", "5"),))
+    means = [np.mean([gain.values[seed] for seed in SEEDS if seed % 4 == start]) for start in range(4)]
     wanted = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     assert (gain.over_starts.low, gain.over_starts.high) == pytest.approx((wanted.low, wanted.high))
     assert results.read(write_study(tmp_path / "two")).gains[0].over_starts is None
@@ -113,13 +125,13 @@ def test_pretrainings_that_serve_several_pairs_have_an_interval_of_their_own(tmp
 
 def test_p_and_the_mean_are_those_of_what_is_independent(tmp_path: Path) -> None:
     condition = (("labels.count", "5"),)
-    own = results.read(write_study(tmp_path / "own", num_starts=8)).gain("good", condition)
+    own = gain_of(results.read(write_study(tmp_path / "own", num_starts=8)), "good", condition)
     assert own.p == pytest.approx(2 / 2**8)
-    gain = results.read(write_study(tmp_path / "three", num_starts=3)).gain("good", condition)
+    gain = gain_of(results.read(write_study(tmp_path / "three", num_starts=3)), "good", condition)
     assert gain.p is None, "three means say nothing exactly"
-    means = [np.mean([gain.gains.values[seed] for seed in SEEDS if seed % 3 == start]) for start in range(3)]
-    assert gain.gains.mean == pytest.approx(np.mean(means))
-    assert (gain.over_starts.low + gain.over_starts.high) / 2 == pytest.approx(gain.gains.mean)
+    means = [np.mean([gain.values[seed] for seed in SEEDS if seed % 3 == start]) for start in range(3)]
+    assert gain.mean == pytest.approx(np.mean(means))
+    assert (gain.over_starts.low + gain.over_starts.high) / 2 == pytest.approx(gain.mean)
     (row, *_) = results.gain_rows(results.read(tmp_path / "three"))
     assert (row["independent"], row["starts_low"]) == (3, gain.over_starts.low)
     assert row["detectable"] == pytest.approx(detectable(means))
@@ -133,8 +145,8 @@ def test_masks_corrected_between_two_starts_take_intervals_over_images_and_nothi
         images = {part: replace(own, digest=digest) for part, own in read_image_confusion(run).items()}
         (run / IMAGES_FILE).write_bytes(image_confusion_bytes(images))
     found = results.read(folder)
-    gain = found.gain("good", (("labels.count", "5"),), images=True)
-    assert (gain.gains.n, gain.images) == (8, None)
+    gain = gain_of(found, "good", (("labels.count", "5"),))
+    assert (gain.n, over_images(found, gain)) == (8, None)
     results.write_tables(found)
 
 
@@ -142,7 +154,9 @@ def test_damaged_images_of_one_cell_take_its_intervals_over_images_and_nothing_e
     folder = write_study(tmp_path)
     (folder / "cells" / "good5s3" / IMAGES_FILE).write_bytes(b"no such file")
     found = results.read(folder)
-    missing = [(gain.arm, *dict(gain.condition).values()) for gain in found.gains if gain.images is None]
+    missing = [
+        (gain.arm.label, *dict(*gain.conditions).values()) for gain in found.gains if over_images(found, gain) is None
+    ]
     assert missing == [("good", "5")]
     assert len(found.faults) == 1
     assert "good5s3" in found.faults[0]
@@ -172,7 +186,7 @@ def test_cells_of_other_labelled_images_are_no_pair(tmp_path: Path) -> None:
         (run / "split.json").write_text(json.dumps({"labelled": ["a"]}))
     (folder / "cells" / "good5s3" / "split.json").write_text(json.dumps({"labelled": ["b"]}))
     found = results.read(folder)
-    assert found.gain("good", (("labels.count", "5"),)).seeds == (0, 1, 2, 4, 5, 6, 7)
+    assert gain_of(found, "good", (("labels.count", "5"),)).keys == (0, 1, 2, 4, 5, 6, 7)
     assert found.apart == ("good5s3: no pair with scratch5s3: their labelled images differ",)
 
 
@@ -194,7 +208,7 @@ def test_tables_are_tidy(folder: Path) -> None:
     assert {row["score"] for row in gains} == {"test/miou", "test/iou/ground", "test/iou/disc"}
     assert len(gains) == 2 * 2 * 3
     first = next(row for row in gains if row["arm"] == "good" and row["labels.count"] == "5")
-    assert float(first["gain"]) == pytest.approx(found.gains[0].gains.mean)
+    assert float(first["gain"]) == pytest.approx(found.gains[0].mean)
 
 
 def test_what_is_no_study_is_one_line(tmp_path: Path) -> None:

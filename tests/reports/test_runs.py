@@ -24,8 +24,9 @@ import scipy.stats
 
 from ssl_seg import cli, images
 from ssl_seg.config import UserError
-from ssl_seg.evidence.claims import RULES, Answer, answer, left_open, sentence, verdict
+from ssl_seg.evidence.claims import Answer, answer, left_open, rules, sentence, verdict
 from ssl_seg.evidence.compare import compare
+from ssl_seg.evidence.comparison import Gain
 from ssl_seg.evidence.formatting import NOTHING, p_in_words, percent, points
 from ssl_seg.evidence.pairs import Spread
 from ssl_seg.reports import runs
@@ -114,8 +115,7 @@ def page_of(*folders: Path, out: Path | None = None) -> str:
 
 def answer_of(folder: Path) -> Answer:
     """As the page has it, without drawing the page."""
-    runs = find_runs([folder])
-    return answer(compared(runs), runs)
+    return answer(compared(find_runs([folder])))
 
 
 def headline_of(folder: Path) -> str:
@@ -220,7 +220,7 @@ def test_a_run_made_again_and_killed_has_no_answer_yet(tmp_path: Path) -> None:
     ],
 )
 def test_a_gain_is_told_by_the_rules_alone(differences: tuple[float, ...], expected: str) -> None:
-    gain = Spread(differences)
+    gain = Gain(Spread(differences))
     assert verdict(gain) == expected
     opening = {"gain": "Pretraining (x) gave +", "loss": "Pretraining (x) lost ", "none": "No gain can be told: "}
     assert sentence(gain, "x").startswith(opening.get(expected, f"Too few runs to tell (n = {gain.n}): "))
@@ -229,7 +229,7 @@ def test_a_gain_is_told_by_the_rules_alone(differences: tuple[float, ...], expec
 @pytest.mark.parametrize("pairs", [3, 5, 8])
 def test_where_nothing_is_to_be_found_something_is_told_in_5_of_100(pairs: int) -> None:
     drawn = np.random.default_rng(pairs).normal(0, 0.02, (2000, pairs))
-    told = [verdict(Spread(tuple(differences.tolist()))) in ("gain", "loss") for differences in drawn]
+    told = [verdict(Gain(Spread(tuple(differences.tolist())))) in ("gain", "loss") for differences in drawn]
     assert np.mean(told) == pytest.approx(0.05, abs=0.015)
 
 
@@ -296,11 +296,11 @@ def test_a_null_result_says_what_it_leaves_open(tmp_path: Path) -> None:
     write_pairs(tmp_path / "same", [0.0, 0.0, 0.0])
     for name in ("gain", "few", "same"):
         assert "8 times in 10" not in " ".join(answer_of(tmp_path / name).below)
-    (tiny,) = left_open([Spread((0.0002, -0.0002, 0.0001))])
+    (tiny,) = left_open([Gain(Spread((0.0002, -0.0002, 0.0001)))])
     assert tiny.startswith("A true gain of 0.1 points"), "one that is written as 0.0 is never told"
     assert tiny.endswith("takes about 3 of them."), "nor is anything of two pairs"
     spreads = [Spread((-0.01, 0.02, 0.01)), Spread((-0.2, 0.3, 0.1)), Spread((0.01, 0.012, 0.014))]
-    (words,) = left_open(spreads)
+    (words,) = left_open(map(Gain, spreads))
     assert words.startswith("Where nothing can be told, a true gain of 5.0 to 82.1 points would have been told 8 times")
     assert words.endswith("takes about 21 to 1,000 or more of them.")
 
@@ -412,7 +412,7 @@ def test_the_answer_comes_first_with_its_rules(tmp_path: Path) -> None:
     page = written.path.read_text(encoding="utf-8")
     assert html.unescape(re.search(r"<h1>(.*?)</h1>", page, re.S)[1]) == written.headline == headline_of(tmp_path)
     text = "".join(read(page).text)
-    assert all(rule in text for rule in RULES)
+    assert all(rule in text for rule in rules())
     assert text.index(written.headline) < text.index("Scores")
 
 
@@ -420,11 +420,11 @@ def test_the_numbers_are_those_of_compare(tmp_path: Path) -> None:
     write_pairs(tmp_path, [0.007, 0.013, 0.024, -0.002])
     page = page_of(tmp_path)
     found = compare([tmp_path])
-    scratch, four = found.groups
+    scratch, four = found.arms
     gain = found.gain(four, "val/miou")
     cells = cells_of(page, "four")
     assert cells[:2] == ["4", percent(four.spread("val/miou"))]
-    assert cells[3] == f"{points(gain.mean)} ± {100 * gain.sd:.1f}"
+    assert cells[3] == f"{points(gain.mean)} ± {100 * gain.differences.sd:.1f}"
     interval = scipy.stats.ttest_1samp(gain.values, 0).confidence_interval(0.95)
     assert cells[4:] == [f"{points(interval.low)} to {points(interval.high)}", "4"]
     assert cells_of(page, "scratch")[1] == percent(scratch.spread("val/miou"))

@@ -21,9 +21,11 @@ from scipy import stats
 from ssl_seg import cli
 from ssl_seg.config import UserError
 from ssl_seg.evidence import results
-from ssl_seg.evidence.claims import OF_CONDITIONS, RULES, answer_of_study, over_conditions
+from ssl_seg.evidence.claims import OF_CONDITIONS, answer, rules
 from ssl_seg.evidence.formatting import NOTHING, points
+from ssl_seg.evidence.statistics import detectable
 from ssl_seg.figures import charts
+from ssl_seg.reports.console import print_study
 from ssl_seg.reports.study import report
 from tests.faults import message_of
 from tests.reports.test_runs import HOSTILE, cells_of, check_safe, read, write_json, write_picture
@@ -94,7 +96,7 @@ def change(folder: Path, name: str, **values: Any) -> None:
 
 
 def headline_of(folder: Path) -> str:
-    return answer_of_study(results.read(folder)).headline
+    return answer(results.read(folder)).headline
 
 
 def page_of(folder: Path, out: Path | None = None) -> str:
@@ -123,7 +125,7 @@ def test_one_arm_under_one_condition_is_one_sentence(tmp_path: Path) -> None:
     assert headline_of(tmp_path) == (
         f"Pretraining (four) gave +6.0 points of mIoU over scratch (95 % interval {interval_of(GAIN)}, 4 pairs)."
     )
-    assert "scratch: 26.5 ± 1.3 % mIoU." in answer_of_study(results.read(tmp_path)).below
+    assert "scratch: 26.5 ± 1.3 % mIoU." in answer(results.read(tmp_path)).below
 
 
 @pytest.mark.parametrize(
@@ -142,10 +144,10 @@ def test_a_loss_and_a_null_result_are_as_plain(tmp_path: Path, differences: Sequ
 def test_several_conditions_count_by_their_mean_seed_by_seed(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN, NULL]})
     found = results.read(tmp_path)
-    mean, number = over_conditions(found, "four")
-    assert number == 2
+    mean = found.over_conditions(found.arm("four"))
+    assert len(mean.conditions) == 2
     assert mean.values == pytest.approx(np.mean([GAIN, NULL], axis=0).tolist())
-    assert answer_of_study(found).headline == (
+    assert answer(found).headline == (
         "Pretraining (four) gave +3.2 points of mIoU over scratch "
         f"(95 % interval {interval_of(mean.values)}, 4 pairs), "
         "on average over 2 conditions: a gain in 1, nothing to tell in 1."
@@ -155,19 +157,21 @@ def test_several_conditions_count_by_their_mean_seed_by_seed(tmp_path: Path) -> 
 def test_a_seed_without_a_pair_under_some_condition_is_no_part_of_the_mean(tmp_path: Path) -> None:
     write_study(tmp_path, {"four": [GAIN, NULL]})
     change(tmp_path, "scratch-1-0-3", status="failed", message="exit 2: no room")
-    mean, _ = over_conditions(results.read(tmp_path), "four")
+    found = results.read(tmp_path)
+    mean = found.over_conditions(found.arm("four"))
     assert mean.values == pytest.approx(np.mean([GAIN[:3], NULL[:3]], axis=0).tolist())
     for seed in range(3):
         change(tmp_path, f"four-1-0-{seed}", status="waiting")
     change(tmp_path, "four-1-0-3", status="waiting")
-    mean, number = over_conditions(results.read(tmp_path), "four")
-    assert (number, mean.values) == (1, pytest.approx(GAIN)), "a condition without any pair is left out"
+    found = results.read(tmp_path)
+    mean = found.over_conditions(found.arm("four"))
+    assert (len(mean.conditions), mean.values) == (1, pytest.approx(GAIN)), "a condition without any pair is left out"
     assert "on average over 1 of 2 conditions: a gain in 1." in headline_of(tmp_path)
 
 
 def test_of_several_arms_none_is_picked_out(tmp_path: Path) -> None:
     write_study(tmp_path, {"none": [NULL], "good": [GAIN], "bad": [[-own for own in GAIN]]}, {})
-    told = answer_of_study(results.read(tmp_path))
+    told = answer(results.read(tmp_path))
     assert told.headline.startswith(
         "Against scratch, pretraining gave a gain in 1 of 3 comparisons, lost in 1, and in 1 nothing can be told: "
     )
@@ -178,13 +182,13 @@ def test_what_is_told_under_single_conditions_is_corrected_for_all_of_them(tmp_p
     weak = (0.01, 0.02, 0.03, 0.045)  # p = 0.03 alone
     write_study(tmp_path, {"good": [GAIN, NULL], "weak": [weak, NULL]})
     assert 0.05 / 3 < stats.ttest_1samp(weak, 0).pvalue < 0.05
-    below = " ".join(answer_of_study(results.read(tmp_path)).below)
+    below = " ".join(answer(results.read(tmp_path)).below)
     assert "corrected for all 4 comparisons, 1 of the 2 told stands." in below
 
 
 def test_arms_that_start_from_no_weights_are_no_pretraining(tmp_path: Path) -> None:
     write_study(tmp_path, {"wide": [GAIN], "four": [GAIN]}, {}, {"four": {"init": "four"}})
-    told = answer_of_study(results.read(tmp_path))
+    told = answer(results.read(tmp_path))
     assert told.headline.startswith("The other arms gave a gain over scratch in both comparisons: ")
     assert dict(told.single)["wide"].startswith("wide gave +6.0 points of mIoU over scratch (")
     assert dict(told.single)["four"].startswith("Pretraining (four) gave +6.0 points")
@@ -220,7 +224,7 @@ def test_why_there_is_no_answer_is_said_as_it_is(tmp_path: Path) -> None:
 
 
 def below(folder: Path) -> str:
-    return " ".join(answer_of_study(results.read(folder)).below)
+    return " ".join(answer(results.read(folder)).below)
 
 
 def test_one_pretraining_for_all_pairs_is_said_to_be_one(tmp_path: Path) -> None:
@@ -271,7 +275,7 @@ def test_over_a_baseline_that_is_pretrained_too_no_gain_is_one_of_pretraining(tm
     for arm in record["arms"]:
         arm["from_scratch"] = False  # by a key that all arms share
     write_json(tmp_path / "study.json", record)
-    told = answer_of_study(results.read(tmp_path))
+    told = answer(results.read(tmp_path))
     assert told.headline.startswith("The other arms gave a gain over scratch in both comparisons: ")
     assert dict(told.single)["four"].startswith("four gave +6.0 points of mIoU over scratch (")
     record["arms"][0]["from_scratch"] = True
@@ -308,7 +312,7 @@ def test_cells_that_were_scored_otherwise_are_told_apart(tmp_path: Path) -> None
     for name in ("scratch-0-0-0", "four-0-0-0"):
         images = 30 if name.startswith("scratch") else 31
         write_cell(tmp_path / "cells" / name, 0.25, passport={"test": {"images": images, "split": "ab"}})
-    told = [words for words in answer_of_study(results.read(tmp_path)).below if words.startswith("CAUTION")]
+    told = [words for words in answer(results.read(tmp_path)).below if words.startswith("CAUTION")]
     assert len(told) == 2
     assert "test: images" in told[0]
     assert told[1].startswith("CAUTION: cells that are no pair are left out of every gain: four-0-0-0: no pair with ")
@@ -332,10 +336,54 @@ def test_pairs_that_were_not_made_with_the_same_are_told(tmp_path: Path) -> None
         write_json(
             tmp_path / "cells" / name / "run.json", {**record, "versions": {"torch": torch}, "device": "1 x cpu"}
         )
-    told = [words for words in answer_of_study(results.read(tmp_path)).below if words.startswith("CAUTION")]
+    told = [words for words in answer(results.read(tmp_path)).below if words.startswith("CAUTION")]
     assert told == [
         "CAUTION: paired cells were not all made with the same (torch 2.14.0, 2.14.1); a gain may come from that."
     ]
+
+
+def test_a_study_is_judged_at_its_own_level_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak, clear = (0.01, 0.02, 0.03), GAIN[:3]
+    assert 0.05 < stats.ttest_1samp(weak, 0).pvalue < 0.1
+    arms = {"weak": [weak, weak], "clear": [clear, clear]}
+    usual, own = (write_study(tmp_path / name, arms, level=level) for name, level in (("usual", 0.95), ("own", 0.9)))
+    assert headline_of(usual).startswith("Against scratch, pretraining gave a gain in 1 of 2 comparisons, and in 1 ")
+    headline = headline_of(own)
+    assert headline.startswith("Pretraining gave a gain over scratch in both comparisons: ")
+    assert headline.endswith("Corrected for 2 comparisons, both stand.")
+    low, high = stats.ttest_1samp(weak, 0).confidence_interval(0.9)
+    interval = f"{points(low)} to {points(high)}"
+    told = dict(answer(results.read(own)).single)["weak"]
+    assert f"gave +2.0 points of mIoU over scratch (90 % interval {interval}, 3 pairs), on average over" in told
+    drawn: dict[str, Sequence[Any]] = {}
+    monkeypatch.setattr(charts, "bands", lambda name, bands, *_: drawn.update({name: bands}) or "")
+    monkeypatch.setattr(charts, "changes", lambda name, rows, columns, cells, *_: drawn.update({name: cells}) or "")
+    page = page_of(own)
+    assert drawn["gains0"][0].intervals[0] == pytest.approx((100 * low, 100 * high))
+    of_scores = [0.25 + 0.01 * seed + gain for seed, gain in enumerate(weak)]
+    ends = stats.ttest_1samp(of_scores, np.mean(of_scores)).confidence_interval(0.9)
+    assert drawn["scores0"][1].intervals[0] == pytest.approx((100 * ends.low, 100 * ends.high))
+    assert all(cell.is_sure for row in drawn["classes0"] for cell in row)
+    assert cells_of(section(page, "gains"), "weak")[5] == interval
+    assert cells_of(section(page, "classes"), "road")[0] == f"+2.0 ({interval})"
+    text = text_of(page)
+    assert "95 %" not in text
+    for words in (
+        "with 90 % intervals of the mean gain",
+        "with its 90 % interval",
+        "in 10 of 100 comparisons",
+        *rules(0.9),
+    ):
+        assert words in text
+    print_study(results.read(own))
+    said = capsys.readouterr().out
+    assert "90 % over seeds" in said
+    assert "90 % over images" in said
+    assert interval in said
+    assert "95 %" not in said
+    assert results.gain_rows(results.read(own))[0]["detectable"] == pytest.approx(detectable(weak, 0.9))
 
 
 # ---- what is on the page ----
@@ -349,7 +397,7 @@ def test_the_answer_comes_first_with_its_rules_and_its_numbers_are_those_of_find
     check_safe(page, ("cells/",))
     assert html.unescape(re.search(r"<h1>(.*?)</h1>", page, re.S)[1]) == written.headline == headline_of(tmp_path)
     text = text_of(page)
-    assert all(rule in text for rule in (OF_CONDITIONS, *RULES))
+    assert all(rule in text for rule in (OF_CONDITIONS, *rules()))
     gain, _ = results.read(tmp_path).gains
     cells = cells_of(section(page, "gains"), "four")
     assert cells[:5] == ["5", "26.5 ± 1.3", "32.5 ± 1.9", "4", "+6.0 ± 0.8"]
@@ -525,7 +573,7 @@ def test_a_strangers_study_is_one_line(tmp_path: Path, place: str, value: Any) -
     about = {"baseline": "scratch", "axes": {}, "seeds": [0], "level": 0.95, "cells": []}
     about |= {"arms": [{"name": "scratch", "changes": {}}]}
     write_json(tmp_path / "study.json", about)
-    assert results.read(tmp_path).arms == ("scratch",)
+    assert [arm.label for arm in results.read(tmp_path).arms] == ["scratch"]
     write_json(tmp_path / "study.json", {**about, place: value})
     said = message_of(lambda: report([tmp_path]))
     assert "study.json: not as ssl-seg study writes it (" in said

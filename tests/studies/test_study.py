@@ -53,8 +53,8 @@ def test_a_study_makes_its_cells_once_and_pairs_them(tmp_path: Path, capsys: pyt
     assert "2 cells, 0 of them finished" in outline(config, out)
     assert not out.exists()
     found = study(config, options(out))
-    assert [cell.arm for cell in found.cells] == ["scratch", "encoder"]
-    assert found.gains[0].gains.n == 1
+    assert [arm.label for arm in found.arms] == ["scratch", "encoder"]
+    assert found.gains[0].n == 1
     images = [json.loads((cell.run.folder / "split.json").read_text())["labelled"] for cell in found.cells]
     assert images[0] == images[1]
     assert found.cells[1].run.record["origin"]["config"]["seed"] == 0
@@ -66,7 +66,7 @@ def test_a_study_makes_its_cells_once_and_pairs_them(tmp_path: Path, capsys: pyt
     assert len(made) == 3
     again = study(load(StudyConfig, values(baseline="encoder")), options(out))  # another question to the same cells
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")} == made
-    assert again.gains[0].gains.mean == pytest.approx(-found.gains[0].gains.mean)
+    assert again.gains[0].mean == pytest.approx(-found.gains[0].mean)
     assert record(out)["resumed"]
 
 

@@ -34,6 +34,7 @@ from mlflow.utils.validation import path_not_unique, validate_param_and_metric_n
 from ssl_seg import images, tracking
 from ssl_seg.config import Config, Interrupted, UserError, load
 from ssl_seg.evidence import compare
+from ssl_seg.evidence.cautions import notes
 from ssl_seg.runs.folder import TIME, RunFolder, described, leak_word, read_metrics
 from ssl_seg.runs.writer import Run
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
@@ -316,8 +317,8 @@ def test_leaks_that_were_not_looked_for_are_a_tag(tmp_path: Path) -> None:
     record = {"checked": False, "trained": {}, "scored": {}, "leaks": []}
     (folder / "leaks.json").write_text(json.dumps(record))
     mirror.track(folder)
-    notes = experiments.compare_experiment("ssl_seg", sqlite_uri(tmp_path / "runs")).notes
-    assert notes[-1].endswith("(leaks.check=false): scratch (1 of 1 runs)")
+    found = experiments.compare_experiment("ssl_seg", sqlite_uri(tmp_path / "runs"))
+    assert notes(found)[-1].endswith("(leaks.check=false): scratch (1 of 1 runs)")
 
 
 def test_data_sets_are_inputs_with_digests(tracked: Path) -> None:
@@ -351,9 +352,9 @@ def test_runs_of_a_parent_are_shown_below_it(tracked: Path) -> None:
 def test_an_experiment_compares_as_its_folders_do(tracked: Path) -> None:
     by_folder = compare.compare([tracked / "pre", tracked / "fine_0", tracked / "fine_1"])
     by_name = experiments.compare_experiment("ssl_seg", sqlite_uri(tracked))
-    assert [group.label for group in by_name.groups] == [group.label for group in by_folder.groups]
+    assert [arm.label for arm in by_name.arms] == [arm.label for arm in by_folder.arms]
     assert by_name.differing == by_folder.differing
-    for one, other in zip(by_name.groups, by_folder.groups, strict=True):
+    for one, other in zip(by_name.arms, by_folder.arms, strict=True):
         assert len(one.outcomes) == len(other.outcomes)
         assert one.spread("test/miou") == other.spread("test/miou")
         assert one.outcomes[0].labelled == other.outcomes[0].labelled

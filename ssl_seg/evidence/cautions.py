@@ -1,0 +1,148 @@
+"""What else is to be known of scores and gains: leaks, other images, other software, pretrainings that pairs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ssl_seg.evidence.comparison import Arm, Comparison, Outcome, labels_of, main_score_of
+from ssl_seg.evidence.pairs import MIN_STARTS, Shared, software_in_words
+from ssl_seg.evidence.passport import differing
+from ssl_seg.evidence.results import Study
+
+LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
+    "allowed": "trained on some of the scored images, which leaks.allow let pass",
+    "cut": "trained on frames beside scored ones, at the cut that the run made itself",
+    "found": "trained on some of the scored images",
+    "unchecked": "not checked for training images among the scored ones (leaks.check=false)",
+    "unknown": "started from weights whose training images are not known, so these were not checked",
+}
+
+
+# ---- of runs ----
+
+
+def notes(found: Comparison) -> tuple[str, ...]:
+    """A line for each: scores that are not ranked, leaks, other held-out images, other software, shared starts."""
+    lines = [f"{said}: {_leaking(found.arms, word)}" for word, said in LEAKS.items() if _leaking(found.arms, word)]
+    pretrained = [arm for arm in found.arms if arm.stage == "pretrain"]
+    held_out = {outcome.held_out for arm in pretrained for outcome in arm.outcomes if outcome.held_out}
+    if len(held_out) > 1:
+        lines.append(f"scored on different held-out images (data.val), so not to be ranked: {labels_of(pretrained)}")
+    scores = {arm: score for arm in found.baselines if (score := main_score_of([arm])) is not None}
+    software = {arm: found.pairs(arm).other_software(score) for arm, score in scores.items()}
+    told = software_in_words(software.values())
+    if told:
+        names = labels_of(arm for arm, other in software.items() if other)
+        lines.append(f"not made with the same as what is from scratch ({told}): {names}")
+    gains = {arm: gain.differences for arm, score in scores.items() if (gain := found.gain(arm, score)) is not None}
+    shared = {arm: gain for arm, gain in gains.items() if isinstance(gain, Shared)}
+    if shared:
+        counts = [f"{arm.label} ({gain.n} pairs, pretrainings: {gain.num_starts})" for arm, gain in shared.items()]
+        lines.append(f"pairs that start from one pretraining are not independent: {', '.join(counts)}")
+    return (*found.apart, *lines)
+
+
+def _leaking(arms: Iterable[Arm], word: str) -> str:
+    counts = [(arm, sum(outcome.leaks == word for outcome in arm.outcomes)) for arm in arms]
+    return ", ".join(f"{arm.label} ({count} of {len(arm.outcomes)} runs)" for arm, count in counts if count)
+
+
+# ---- of a study ----
+
+
+def cautions(study: Study) -> list[str]:
+    """A sentence for each: shared starts, other seeds, pools, passports or software, and cells that are no pair."""
+    return [
+        *of_shared_starts(study),
+        *_of_seeds(study),
+        *_of_pools(study),
+        *_of_passports([cell for cell in study.cells if cell.scores]),
+        *_of_software(study),
+        *_of_apart(study),
+    ]
+
+
+def of_shared_starts(study: Study) -> list[str]:
+    """The word on arms whose pairs share pretrainings, a sentence for each number of these."""
+    fewest: dict[str, int] = {}
+    for gain in study.gains:
+        label, shared = gain.arm.label, gain.differences
+        if isinstance(shared, Shared):
+            fewest[label] = min(shared.num_starts, fewest.get(label, shared.num_starts))
+    arms: dict[int, list[str]] = {}
+    for arm, number in fewest.items():
+        arms.setdefault(number, []).append(arm)
+    return [_of_starts(number, " and of ".join(arms[number])) for number in sorted(arms)]
+
+
+def _of_starts(number: int, arms: str) -> str:
+    if number == 1:
+        return (
+            f"All pairs of {arms} start from one pretraining: what another pretraining would give lies outside of the "
+            "intervals."
+        )
+    shared = f"The pairs of {arms} start from {number} pretrainings, and pairs that share one are not independent: "
+    if number < MIN_STARTS:
+        return f"{shared}intervals and p are about these pretrainings only."
+    return (
+        f"{shared}a gain or a loss is told by the interval over the means of each pretraining, and p is made of these "
+        "means; the other intervals are about these pretrainings only."
+    )
+
+
+def _of_seeds(study: Study) -> list[str]:
+    """A word where seeds came, or went, after results with others had been there to look at."""
+    now = study.record["seeds"]
+    resumed = [own for own in study.record.get("resumed", ()) if isinstance(own, Mapping)]
+    before = [own.get("seeds") for own in resumed]
+    lists = [own for own in before if isinstance(own, list)]
+    least = min([own for own in before if isinstance(own, int)] + [len(own) for own in lists], default=len(now))
+    told = []
+    if least < len(now):
+        told.append(
+            f"Seeds were added after an earlier end (there had been {least}): where that is done until something can "
+            f"be told, something false is told more often than {100 * (1 - study.level):g} times in 100."
+        )
+    gone = [seed for seed in dict.fromkeys(seed for own in lists for seed in own) if seed not in now]
+    if gone:
+        named = ", ".join(map(str, gone))
+        told.append(
+            f"CAUTION: seeds of an earlier start were left out ({named}); what is told without them holds only if that "
+            "was not done for their results."
+        )
+    return told
+
+
+def _of_pools(study: Study) -> list[str]:
+    """A word where the pretrainings of an arm did not read the same images."""
+    pools = {
+        arm.label: {(cell.run.record.get("origin") or {}).get("pool", "") for cell in arm.outcomes if cell.scores}
+        for arm in study.arms
+    }
+    arms = " and ".join(arm for arm, own in pools.items() if len(own - {""}) > 1)
+    return [f"CAUTION: the pretrainings of {arms} did not read the same images; make the study anew."] * bool(arms)
+
+
+def _of_passports(done: list[Outcome]) -> list[str]:
+    """A word where the cells' scores do not mean the same."""
+    told = dict.fromkeys(field for cell in done for field in differing(done[0].passports, cell.passports))
+    if not told:
+        return []
+    return [f"CAUTION: the scores of these cells do not mean the same ({'; '.join(told)}); make the study anew."]
+
+
+def _of_software(study: Study) -> list[str]:
+    """A word where the two cells of a pair were not made with the same."""
+    pairs = [study.pairs(gain.arm, *gain.conditions).other_software(gain.score) for gain in study.gains]
+    told = software_in_words(pairs)
+    if not told:
+        return []
+    return [f"CAUTION: paired cells were not all made with the same ({told}); a gain may come from that."]
+
+
+def _of_apart(study: Study) -> list[str]:
+    """A word on the cells that are no pair."""
+    if not study.apart:
+        return []
+    more = f", and {len(study.apart) - 1} more" if len(study.apart) > 1 else ""
+    return [f"CAUTION: cells that are no pair are left out of every gain: {study.apart[0]}{more}."]
