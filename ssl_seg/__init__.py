@@ -32,6 +32,7 @@ _HOMES = {
     "tasks": ("Batch", "PretextTask", "Task", "View"),
     "training.config": ("TrainConfig",),
     "training.multitask": ("MultiTask",),
+    "training.processes": ("keep_freed_memory",),
     "weights.export": ("load_encoder", "load_model"),
     "worlds": ("Scene", "World"),
 }
