@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow test-lowest check format bench clean
 
 demo: $(READY)
-	$(BIN)/python -m experiments.demo.run --out runs/demo
+	$(BIN)/python experiments/demo/run.py --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -98,6 +98,7 @@ def pretrain_command(
     from ssl_seg.stages.pretrain import PretrainConfig
 
     config = load(PretrainConfig, values)
+    _keep_memory_on_cpu(config.train.device)
     if dry_run:
         print_lines(pretrain.try_out(config).lines())
         return
@@ -123,6 +124,7 @@ def finetune_command(
     from ssl_seg.stages.finetune import FinetuneConfig
 
     config = load(FinetuneConfig, values)
+    _keep_memory_on_cpu(config.train.device)
     if dry_run:
         print_lines(finetune.try_out(config).lines())
         return
@@ -353,6 +355,14 @@ def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any
     for plugin in plugins or []:
         use_plugin(plugin)
     return read_words(words or [])
+
+
+def _keep_memory_on_cpu(device: str) -> None:
+    """A training on a CPU has this process for itself, so it may change its allocator."""
+    from ssl_seg.training.processes import choose_device, keep_freed_memory
+
+    if choose_device(device).type == "cpu":
+        keep_freed_memory()
 
 
 def _options(out: Path | None, resume: bool, overwrite: bool, allow_changed: list[str] | None, quiet: bool) -> Any:

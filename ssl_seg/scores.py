@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -76,10 +76,6 @@ class SegmentationScores:
             class_accuracy=_divide(hits, truth),
             dice=_divide(2 * hits, truth + predicted),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; nan is None, since JSON has none."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,13 +291,3 @@ def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """float64; nan, without a warning, where the divisor is 0."""
     result = np.full(np.shape(below), np.nan)
     return np.divide(above, below, out=result, where=np.asarray(below) > 0)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 
 from ssl_seg import PretrainConfig, cli, images, load
 from ssl_seg.config import UserError, flatten, read_words
+from ssl_seg.stages.pretrain import try_out
+from ssl_seg.training import processes
 from tests import ROOT
 from tests.small import finetuning, pretraining
 
@@ -87,6 +89,16 @@ def test_predict_refuses_two_images_that_would_share_a_mask(
     assert run("predict", *words, "workers=0", "device=cpu", "--out", tmp_path / "out") == 2
     assert "two images would be given the mask a.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_on_a_cpu_keeps_freed_memory_and_python_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(processes, "keep_freed_memory", lambda: told.append("kept"))
+    try_out(load(PretrainConfig, pretraining()))
+    assert told == []
+    for command, values in (("pretrain", pretraining()), ("finetune", finetuning())):
+        assert run(command, *as_words(values), "--dry-run") == 0
+    assert told == ["kept", "kept"]
 
 
 def test_a_part_of_the_model_can_be_named_without_its_type() -> None:

@@ -200,24 +200,6 @@ def test_the_same_run_twice_is_nearly_the_same() -> None:
     assert again == pytest.approx(once, rel=5e-3)
 
 
-def test_adamw_is_torchs_to_the_bit() -> None:
-    results = []
-    for kind in (None, torch.optim.AdamW):
-        learner, _ = make("cuda", channels_last=True, steps=4)
-        if kind is not None:
-            inner = learner.optimizer.optimizer
-            learner.optimizer.optimizer = kind(inner.param_groups, lr=1e-3, fused=True)
-        generator = torch.Generator(GPU).manual_seed(0)
-        for _ in range(3):
-            for weight in learner.module.parameters():
-                weight.grad = torch.randn(weight.shape, generator=generator, device=GPU).contiguous(
-                    memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format
-                )
-            learner.optimizer.step()
-        results.append({name: weight.detach().clone() for name, weight in learner.module.named_parameters()})
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-
-
 def poisoned(learner: Learner, sources: dict[str, Samples], steps: set[int]) -> Iterator[Step]:
     streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), 0)
     return train(learner, {"pool": poison(streams["pool"], steps, learner)}, 0, seed=0)

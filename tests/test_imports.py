@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import ssl_seg
 from tests import ROOT
 from tests.house import ARROWS, DRAWING, FILES, FLOOR_OF, drawing, imported, own_modules, room_of
 
 PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
+PUBLIC_MODULES = {"datasets", "images", "losses", "metrics", "models", "rng", "tasks", "testing", "worlds"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"training.processes"},
     "mlflow": {"tracking.system_metrics", "tracking.client", "tracking.server", "tracking.experiments"},
@@ -62,6 +64,18 @@ def test_tasks_know_little_of_the_framework(path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if name])
 def test_the_framework_reaches_tasks_by_name_only(name: str) -> None:
     assert not [used for used in imported(FILES[name]) if used.split(".")[0] in ("pretext", "experiments", "tests")]
+
+
+# leaks/measure.py looks into the leak guard itself.
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if path.parent.name != "leaks")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_experiments_use_public_names(path: Path) -> None:
+    """Those of `ssl_seg` itself, and of the modules that plug-ins are written with."""
+    used = [name.split(".")[1:] for name in imported(path) if name.split(".")[0] == "ssl_seg"]
+    private = [name for name in used if name[0] not in ssl_seg.__all__ and name[0] not in PUBLIC_MODULES]
+    assert not private
 
 
 def test_help_imports_no_heavy_library() -> None:

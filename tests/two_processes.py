@@ -9,13 +9,14 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from ssl_seg.config import load
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.models import SegmentationModel
-from ssl_seg.runs.checkpoint import save_state
+from ssl_seg.runs import checkpoint
 from ssl_seg.scores import COLUMNS
 from ssl_seg.segment import Segment
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, resolve
@@ -129,9 +130,7 @@ def resume_after_every_step(
     run: Callable[[Path], object], folder: Path, steps: int, processes: Processes | None = None
 ) -> None:
     """`run` into folder/whole, and into folder/after_1, ... each cut after that step and taken up again."""
-    keep_all = ((), steps)
-    former, save_state.__defaults__ = save_state.__defaults__, keep_all
-    try:
+    with mock.patch.object(checkpoint, "NUM_NEWEST", steps):  # keep them all
         run(folder / "whole")
         for step in range(1, steps):
             if processes is None or processes.is_main:
@@ -139,8 +138,6 @@ def resume_after_every_step(
             if processes is not None:
                 processes.barrier()
             run(folder / f"after_{step}")
-    finally:
-        save_state.__defaults__ = former
 
 
 def compare_modes(out: str) -> None:

@@ -1,6 +1,6 @@
 """How good are the reconstructions on frames of a drive that was never trained on, beside trivial ones?
 
-    python experiments/camvid_first/reconstruct.py --run runs/camvid_first/pretrained_0 --out runs/camvid_first/pictures
+    python experiments/camvid_first/reconstruct.py --run runs/camvid_first/pretrained/two-seed0-... --out pictures
 
 Noise: the noisy frame itself, and a Gaussian blur whose width is the best for these very frames. Holes: the mean colour
 of what is visible (what the network is given), linear interpolation from the rim, and OpenCV's Telea. Figures are PSNR
@@ -18,14 +18,21 @@ import numpy as np
 import torch
 from scipy.interpolate import griddata
 
-from ssl_seg import ModelConfig, MultiTask, PretrainConfig, images, load, load_encoder
-from ssl_seg.data.loading import CenterCrops, loader
-from ssl_seg.figures.panels import grid, to_uint8
+from ssl_seg import (
+    CenterCrops,
+    MultiTask,
+    PretrainConfig,
+    Processes,
+    View,
+    assemble,
+    images,
+    load,
+    load_state,
+    loader,
+    make_views,
+)
 from ssl_seg.metrics import mae, psnr
 from ssl_seg.models import evaluating
-from ssl_seg.runs.checkpoint import load_state
-from ssl_seg.tasks import View
-from ssl_seg.training.multitask import make_views
 
 Fill = Callable[[np.ndarray, np.ndarray], np.ndarray]
 WIDTHS = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0)  # standard deviations of the blur, pixels
@@ -37,7 +44,7 @@ def main() -> None:
     words.add_argument("--run", type=Path, required=True)
     words.add_argument("--out", type=Path, required=True)
     given = words.parse_args()
-    config = load(PretrainConfig, [str(given.run / "config.yaml")])
+    config = load(PretrainConfig, [str(given.run / "config.yaml"), "train.device=cpu"])
     module = trained(config, given.run)
     views, predictions = reconstruct(config, module)
     noise, hole = views["denoise"], views["inpaint"]
@@ -65,13 +72,10 @@ def main() -> None:
 
 def trained(config: PretrainConfig, run: Path) -> MultiTask:
     """The pretraining network with all its heads, as the run's last checkpoint has it."""
-    model: ModelConfig = config.model
-    encoder = model.build_encoder()
-    module = MultiTask(encoder, model.spec(encoder), config.tasks)
-    load_encoder(module.encoder, run)
-    saved = load_state(run).tensors
-    module.load_state_dict({key.removeprefix("model/"): saved[key] for key in saved if key.startswith("model/")})
-    return module
+    learner, _ = assemble(config, Processes(config.train), None, quiet=True)
+    state = load_state(run)
+    learner.restore(state.tensors, state.data["learner"])
+    return learner.module
 
 
 def reconstruct(config: PretrainConfig, module: MultiTask) -> tuple[dict[str, View], dict[str, torch.Tensor]]:
@@ -122,8 +126,8 @@ def report(task: str, name: str, decibels: torch.Tensor, error: torch.Tensor) ->
 
 def save_sheet(path: Path, columns: list[torch.Tensor]) -> None:
     chosen = np.linspace(0, len(columns[0]) - 1, SHOWN).round().astype(int)
-    panels = [to_uint8(column) for column in columns]
-    images.write_image(path, grid([[panel[row] for panel in panels] for row in chosen]))
+    panels = [(255 * column[chosen]).round().byte().permute(0, 2, 3, 1).numpy() for column in columns]
+    images.write_image(path, np.vstack([np.hstack(row) for row in zip(*panels, strict=True)]))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 """Does pretraining help on drawn streets with eight labelled images? Needs no data; `make demo` runs it.
 
-python -m experiments.demo.run --out runs/demo
+python experiments/demo/run.py --out runs/demo
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
-from experiments.paired import SCRATCH, Arm, cells, finetune_all
-from ssl_seg.tracking.record import read_record
-
-ARMS = {SCRATCH: Arm(), "encoder": Arm("pretrained"), "encoder+decoder": Arm("pretrained", "encoder+denoise")}
+SCRATCH = "scratch"
+TRANSFERS = {"encoder": "encoder", "encoder+decoder": "encoder+denoise"}  # of the arms that start from the pretraining
 # Scenes: those to pretrain on, those whose masks may be used, those that are scored. A seed of their own each, so that
 # none is in two.
 SCENES = {"pool": 500, "labelled": 32, "test": 40}
-STEPS = 200  # of fine-tuning
 
 
 def main() -> None:
@@ -42,36 +42,50 @@ def main() -> None:
     for part, name in (("labelled", "labelled"), ("val", "test")):
         data += [f"data.{part}.{kind}={scenes}/{name}/{kind}" for kind in ("images", "masks")]
 
-    def finetune(arms: dict[str, Arm], jobs: int) -> None:
-        wanted = cells(arms, [0], given.seeds, [8], STEPS)
-        words = ["street_labelled", *data, parent]
-        finetune_all(wanted, arms, words, {("pretrained", 0): pretrained}, given.out, jobs)
+    def finetune(arm: str, seed: int) -> None:
+        start = [] if arm == SCRATCH else [f"init={pretrained}", f"transfer={TRANSFERS[arm]}"]
+        seeds = [f"labels.seed={seed}", f"seed={seed}"]
+        make(given.out / f"{arm}_s{seed}", "finetune", "street_labelled", *data, parent, *seeds, *start)
 
     say(f"2 of 4: pretraining by four tasks on {SCENES['pool']} scenes without masks; beside it, runs from scratch")
     with ThreadPoolExecutor(1) as beside:
-        from_scratch = beside.submit(finetune, {SCRATCH: ARMS[SCRATCH]}, jobs=1)
+        from_scratch = [beside.submit(finetune, SCRATCH, seed) for seed in given.seeds]
         seen = [f"data.pool.images={scenes}/pool/images", f"data.val.images={scenes}/test/images"]
         ssl_seg("pretrain", "street", *seen, parent, "--out", pretrained)
-        from_scratch.result()
+        for done in from_scratch:
+            done.result()
     say("3 of 4: fine-tunings of what was pretrained, on the same 8 labelled scenes each, two at a time")
-    finetune(ARMS, jobs=2)  # those from scratch are finished, and not made again
+    with ThreadPoolExecutor(2) as together:
+        for done in [together.submit(finetune, arm, seed) for seed, arm in product(given.seeds, TRANSFERS)]:
+            done.result()
     say("4 of 4: the answer")
     ssl_seg("compare", given.out)
     ssl_seg("report", given.out)
     say(f"{time.monotonic() - started:.0f} seconds. The report is {given.out / 'report.html'}; all runs in MLflow:")
-    print(f"   mlflow ui --backend-store-uri {next(iter(read_record(pretrained).runs), 'URI')}", flush=True)
+    shown = json.loads((pretrained / "tracking" / "mlflow.json").read_text())["runs"]
+    print(f"   mlflow ui --backend-store-uri {next(iter(shown), 'URI')}", flush=True)
 
 
 def draw(part: str, seed: int, folder: Path) -> None:
     ssl_seg("synth", "street", "--count", SCENES[part], "--size", "128x96", "--seed", seed, "--out", folder)
 
 
+def make(folder: Path, *words: object) -> None:
+    """A run of which only the score is shown; a finished one is not made again."""
+    if (folder / "result.json").exists():
+        return
+    scores = ssl_seg(*words, "--out", folder, "--quiet", stdout=subprocess.PIPE).stdout
+    print(f"{folder.name}: {scores.splitlines()[0]}", flush=True)
+    shutil.rmtree(folder / "state")  # checkpoints: half a gigabyte over all runs
+
+
 def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def ssl_seg(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "ssl_seg", *map(str, words)], check=True)
+def ssl_seg(*words: object, stdout: int | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ssl_seg", *map(str, words)]
+    return subprocess.run(command, check=True, text=True, stdout=stdout)
 
 
 if __name__ == "__main__":

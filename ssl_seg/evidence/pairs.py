@@ -126,12 +126,6 @@ def independent(gain: Spread) -> tuple[float, ...]:
     return over_starts(gain) or gain.values
 
 
-def paired(base: Mapping[Any, Sequence[float]], own: Mapping[Any, Sequence[float]]) -> Spread | None:
-    """The differences of the scores that both have under a key, each side by its mean; None where they share none."""
-    differences = [mean(own[key]) - mean(base[key]) for key in own if key in base]
-    return Spread(tuple(differences)) if differences else None
-
-
 class Scored(Protocol):
     """A run as pairs see it."""
 

@@ -42,9 +42,8 @@ def save_state(
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Any],
     keep: Collection[int] = (),
-    newest: int = NUM_NEWEST,
 ) -> None:
-    """Commit the checkpoint of `step` to the run `folder`; then drop all but the `newest` and those of steps `keep`.
+    """Commit the checkpoint of `step` to the run `folder`; then drop all but the newest two and those of steps `keep`.
 
     `data` is JSON: tuples come back as lists, keys as strings, NaN and infinity as they are. Raises UserError, with
     nothing changed, where the disk does not take it.
@@ -54,7 +53,7 @@ def save_state(
     digests = {name: files.sha256(payload) for name, payload in payloads.items()}
     files.commit_folder(state / f"step_{step:08d}", payloads | {MANIFEST: files.json_bytes(digests)})
     with files.naming(state, "an old checkpoint cannot be removed"):
-        _prune(folder, step, keep, newest)
+        _prune(folder, step, keep)
 
 
 def load_state(folder: str | Path, step: int | None = None) -> State | None:
@@ -99,11 +98,11 @@ def _find_damage(place: Path) -> Path | None:
     return next((place / name for name, digest in digests.items() if not files.is_intact(place / name, digest)), None)
 
 
-def _prune(folder: str | Path, step: int, keep: Collection[int], newest: int) -> None:
+def _prune(folder: str | Path, step: int, keep: Collection[int]) -> None:
     known = _checkpoints(folder)
     # Those after `step` were damaged, or the run would have continued from them.
     earlier = sorted(number for number in known if number <= step)
-    wanted = {step, *keep, *earlier[-newest:]}
+    wanted = {step, *keep, *earlier[-NUM_NEWEST:]}
     for number, place in known.items():
         if number not in wanted:
             files.discard(place)

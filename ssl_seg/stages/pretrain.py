@@ -173,7 +173,7 @@ def check(config: PretrainConfig, processes: Processes) -> None:
 
 
 def assemble(
-    config: PretrainConfig, start: Start, processes: Processes, run: Run | None, quiet: bool
+    config: PretrainConfig, start: Start, processes: Processes, run: Run | None = None, quiet: bool = True
 ) -> tuple[Learner, dict[str, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)

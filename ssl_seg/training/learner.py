@@ -125,26 +125,7 @@ def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optim
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     # Fused: a fifth of a small network's step on the CPU is this update otherwise.
-    return AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's, to the bit, for weights in channels_last too without copies.
-
-    Ours because torch's fused update on a CPU (2.14) copies each weight, gradient and moment that is not contiguous,
-    and copies them back, which takes longer than the update. The same memory with its channels seen last is contiguous.
-    """
-
-    def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *rest: list[Tensor]
-    ) -> bool:
-        has_complex = super()._init_group(group, params, grads, *rest)
-        is_last = [_format_of(parameter) is torch.channels_last for parameter in params]
-        averages, squares = rest[:2]
-        for tensors in (params, grads, averages, squares):
-            seen = zip(tensors, is_last, strict=True)
-            tensors[:] = [tensor.permute(0, 2, 3, 1) if last else tensor for tensor, last in seen]
-        return has_complex
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def not_decayed(part: nn.Module) -> set[str]:
@@ -157,12 +138,7 @@ def not_decayed(part: nn.Module) -> set[str]:
 
 
 def _like(value: Tensor, parameter: nn.Parameter, kind: str) -> Tensor:
-    # A fused AdamW wants its step count where the parameter is, as every other moment.
+    """A copy of a moment as the optimizer keeps it: where its parameter is, and in the same memory format."""
     if kind == "step":
         return value.to(parameter.device, copy=True)
-    return value.to(parameter.device, copy=True).contiguous(memory_format=_format_of(parameter))
-
-
-def _format_of(parameter: nn.Parameter) -> torch.memory_format:
-    channels_last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last and not parameter.is_contiguous() else torch.contiguous_format
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

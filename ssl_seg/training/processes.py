@@ -36,8 +36,6 @@ class Processes:
 
     def __init__(self, config: TrainConfig) -> None:
         cpu = config.device == "cpu" or not torch.cuda.is_available()
-        if cpu:
-            keep_freed_memory()
         if config.precision == "fp16" and cpu:
             raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
         # Else a second run in one process keeps the first one's precision and device.
@@ -95,11 +93,12 @@ def leave_group() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to a GiB, for the next step; other C libraries are left as they are.
+    """Let glibc keep what this process frees, up to a GiB, for the next step; other C libraries are left as they are.
 
     By default it hands large pieces back to the kernel at once, which gives them again page by page and wiped, step
     after step: 6,000 to 11,000 page faults a step of a small network, a tenth of the time of two such runs side by side
-    (tests/benchmarks/test_speed.py).
+    (tests/benchmarks/test_speed.py). The commands call it on a CPU; whoever trains from Python may. It cannot be taken
+    back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -40,12 +40,10 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 TORCH_ERRORS = (RuntimeError, ValueError, LookupError, EOFError, OSError, AttributeError, TypeError, pickle.PickleError)
 
 
-def export_encoder(
-    folder: str | Path, encoder: EncoderNet, config: Mapping[str, Any], extra: Mapping[str, Any] | None = None
-) -> Path:
-    """Write the encoder to the run's encoder/, with `config` (a dumped ModelConfig) and `extra` as JSON."""
+def export_encoder(folder: str | Path, encoder: EncoderNet, config: Mapping[str, Any]) -> Path:
+    """Write the encoder to the run's encoder/, with `config` (a dumped ModelConfig) as JSON."""
     info = {"config": config, "channels": encoder.channels, "strides": encoder.strides}
-    return _export(folder, "encoder", encoder, {**info, **(extra or {})})
+    return _export(folder, "encoder", encoder, info)
 
 
 def load_encoder(encoder: EncoderNet, path: str | Path, allow: Sequence[str] = ()) -> Receipt:
@@ -62,16 +60,14 @@ def read_encoder_info(path: str | Path) -> dict[str, Any]:
     return _find_export(path, "encoder", "encoder")[1]
 
 
-def export_decoder(
-    folder: str | Path, task_name: str, module: nn.Module, config: Mapping[str, Any] | None = None
-) -> Path:
+def export_decoder(folder: str | Path, task_name: str, module: nn.Module) -> Path:
     """Write a head's decoder to the run's decoders/, beside those of other tasks; gives the weights' file."""
     if not task_name or Path(task_name).name != task_name:
         raise UserError(f"tasks.{task_name}: cannot be a file name; give the task a plain name")
     target = Path(folder) / "decoders"
     former = files.committed(target)
     others = {entry.name: entry.read_bytes() for entry in former.iterdir()} if former.is_dir() else {}
-    files.commit_folder(target, others | _pair(task_name, module, {"config": config or {}}))
+    files.commit_folder(target, others | _pair(task_name, module, {"config": {}}))
     return target / f"{task_name}.safetensors"
 
 

@@ -22,7 +22,6 @@ from ssl_seg.evidence.pairs import (
     of_differences,
     of_starts,
     over_starts,
-    paired,
     software_in_words,
 )
 from ssl_seg.evidence.statistics import block_bootstrap
@@ -107,8 +106,6 @@ def test_a_run_made_again_changes_no_rule() -> None:
 
 
 def test_several_runs_of_a_key_count_by_their_mean() -> None:
-    assert paired({0: [1.0], 1: [2.0]}, {0: [2.0, 4.0], 2: [9.0]}).values == (2.0,)
-    assert paired({0: [1.0]}, {1: [2.0]}) is None
     base = {0: [Run({MIOU: 0.2})], 1: [Run({MIOU: 0.3})]}
     own = {0: [Run({MIOU: 0.4}), Run({MIOU: 0.6}), Run({})], 1: [Run({"val/accuracy": 1.0})]}
     assert Pairs(base, own).gain(MIOU).values == pytest.approx((0.3,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import math
 import subprocess
@@ -12,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from ssl_seg import rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.norm.layers import SwitchNorm2d
@@ -24,7 +21,7 @@ from ssl_seg.stages.fit import open_streams, pool_tasks
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.start import build_module, find_start
 from ssl_seg.training.config import TrainConfig, due, lr_at
-from ssl_seg.training.learner import AdamW, Learner, build_optimizer, not_decayed, uses_every_weight
+from ssl_seg.training.learner import Learner, build_optimizer, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
 from ssl_seg.training.processes import Processes
 from tests.small import POOL, finetuning, pretraining
@@ -223,28 +220,6 @@ def test_a_restored_state_goes_on_bit_for_bit(changed: dict[str, Any]) -> None:
     for step, (metrics, expected) in zip(run(other, sources, start=3), steps[3:], strict=True):
         assert step.metrics == metrics
         torch.testing.assert_close(weights(other), expected, rtol=0, atol=0)
-
-
-def test_weights_in_channels_last_are_updated_as_torch_does_and_without_copies() -> None:
-    ours = nn.Sequential(nn.Conv2d(5, 7, 3), nn.Conv2d(7, 9, 1), nn.BatchNorm2d(9)).to(
-        memory_format=torch.channels_last
-    )
-    plain = copy.deepcopy(ours)
-    settings = {"lr": 0.1, "weight_decay": 0.05, "fused": True}
-    update, of_torch = AdamW(ours.parameters(), **settings), torch.optim.AdamW(plain.parameters(), **settings)
-    image = rng.uniform(rng.fold_in(rng.as_key(0), torch.arange(4)), (5, 8, 8))
-    for _ in range(3):
-        for module, optimizer in ((ours, update), (plain, of_torch)):
-            optimizer.zero_grad()
-            module(image.contiguous(memory_format=torch.channels_last)).square().sum().backward()
-            with torch.profiler.profile(acc_events=True) as seen:  # torch 2.10 warns of what False would lose
-                optimizer.step()
-            if module is ours:
-                assert "aten::clone" not in {event.key for event in seen.key_averages()}
-    assert len(update.state) == len(of_torch.state) == 6
-    for own, other in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(own, other, rtol=0, atol=0)
-        torch.testing.assert_close(update.state[own], of_torch.state[other], rtol=0, atol=0)
 
 
 def test_restoring_copies_so_that_two_learners_do_not_share_moments() -> None:

@@ -127,7 +127,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("place", ["", "encoder", "encoder/encoder.safetensors"])
 def test_an_encoder_comes_back_with_a_full_receipt(tmp_path, place):
     exported, encoder = make_encoder(0), make_encoder(1)
-    export_encoder(tmp_path, exported, {"norm": "keep"}, {"steps": 7})
+    export_encoder(tmp_path, exported, {"norm": "keep"})
     receipt = load_encoder(encoder, tmp_path / place)
     assert same_weights(encoder, exported)
     assert (receipt.share, receipt.features_equal) == (1.0, True)
@@ -138,7 +138,7 @@ def test_an_encoder_comes_back_with_a_full_receipt(tmp_path, place):
     assert "features equal" in receipt.summary()
     json.dumps(asdict(receipt))
     info = read_encoder_info(tmp_path / place)
-    assert (info["config"], info["channels"], info["steps"]) == ({"norm": "keep"}, [4, 6, 8, 8, 8], 7)
+    assert (info["config"], info["channels"]) == ({"norm": "keep"}, [4, 6, 8, 8, 8])
     assert sorted(entry.name for entry in (tmp_path / "encoder").iterdir()) == ["encoder.json", "encoder.safetensors"]
 
 
@@ -367,7 +367,7 @@ def test_a_place_without_an_export_is_one_line(tmp_path, name):
 def test_decoders_of_several_tasks_lie_side_by_side(tmp_path):
     torch.manual_seed(0)
     first, second, third = Decoder(), Decoder(), Decoder()
-    export_decoder(tmp_path, "denoise", first, {"type": "toy"})
+    export_decoder(tmp_path, "denoise", first)
     export_decoder(tmp_path, "inpaint", second)
     export_decoder(tmp_path, "inpaint", third)
     decoder = Decoder()
