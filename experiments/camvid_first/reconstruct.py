@@ -25,6 +25,7 @@ from ssl_seg import (
     Processes,
     View,
     assemble,
+    find_start,
     images,
     load,
     load_state,
@@ -72,7 +73,7 @@ def main() -> None:
 
 def trained(config: PretrainConfig, run: Path) -> MultiTask:
     """The pretraining network with all its heads, as the run's last checkpoint has it."""
-    learner, _ = assemble(config, Processes(config.train), None, quiet=True)
+    learner, _ = assemble(config, find_start(config), Processes(config.train))
     state = load_state(run)
     learner.restore(state.tensors, state.data["learner"])
     return learner.module
