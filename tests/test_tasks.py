@@ -107,7 +107,7 @@ def test_optional_methods_have_harmless_defaults():
             return losses.regression("l1", prediction, view.target)
 
     task, some = Plain(), batch()
-    view = task.view(some)
+    view = task.view({"pool": some})
     assert task.prepare(some.image) is task
     assert task.metrics(view.input, view) == {}
     assert task.render(view.input, view) is None
@@ -122,7 +122,7 @@ def test_segment_is_cross_entropy_plus_dice():
     some = batch(labelled=True)
     some.label[0, :4] = 255
     logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    view = Segment(num_classes=3).view(some)
+    view = Segment(num_classes=3).view({"labelled": some})
     assert torch.equal(view.input, some.image)
     assert torch.equal(view.target, some.label)
     entropy, dice = losses.cross_entropy(logits, some.label), losses.dice(logits, some.label)
@@ -141,7 +141,7 @@ def test_segment_weights_its_classes():
     task = Segment(num_classes=3, class_weights=(1.0, 5.0, 0.1))
     weights = torch.tensor([1.0, 5.0, 0.1])
     expected = [F.cross_entropy(logits[i : i + 1], some.label[i : i + 1], weight=weights) for i in range(4)]
-    assert torch.allclose(task.loss(logits, task.view(some)), torch.stack(expected))
+    assert torch.allclose(task.loss(logits, task.view({"labelled": some})), torch.stack(expected))
 
 
 def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
@@ -149,7 +149,7 @@ def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
     some = batch(labelled=True)
     some.label[:] = 255
     logits = torch.randn(4, 3, *SIZE).requires_grad_()
-    loss = task.loss(logits, task.view(some))
+    loss = task.loss(logits, task.view({"labelled": some}))
     loss.sum().backward()
     assert torch.equal(loss, torch.zeros(4))
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -182,7 +182,7 @@ def test_median_weights_survive_an_absent_class():
 
 def test_segment_asks_for_labels():
     with pytest.raises(ValueError, match="needs labels"):
-        Segment(num_classes=3).view(batch())
+        Segment(num_classes=3).view({"labelled": batch()})
 
 
 # Views

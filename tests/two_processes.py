@@ -19,7 +19,7 @@ from ssl_seg.runs.checkpoint import save_state
 from ssl_seg.scores import COLUMNS
 from ssl_seg.segment import Segment
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, resolve
-from ssl_seg.stages.fit import open_streams, pool_tasks
+from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions, score_tasks
 from ssl_seg.stages.setup import Options
@@ -44,7 +44,7 @@ def record(views: str, encode: str) -> dict[str, Any]:
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, config.seed)}
-    tasks = pool_tasks(learner.module.tasks)
+    tasks = learner.module.tasks
     backward(learner, {"pool": next(open_streams(samples, config.train, processes, tasks, 0)["pool"])}, last=True)
     finish_gradients(learner)
     gradients = {name: parameter.grad.clone() for name, parameter in learner.module.named_parameters()}
@@ -82,7 +82,7 @@ def jointly(encode: str, **changed: Any) -> list[float]:
     config = resolve(load(FinetuneConfig, values))
     processes = Processes(config.train)
     learner, samples = assemble(config, processes, None, config.labels.choose(config.data.labelled), quiet=True)
-    streams = open_streams(samples, config.train, processes, pool_tasks(learner.module.tasks), 0)
+    streams = open_streams(samples, config.train, processes, learner.module.tasks, 0)
     return [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
 
 
@@ -92,7 +92,7 @@ def meet_nan() -> dict[str, Any]:
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, 0), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, 0)}
-    batches = open_streams(samples, config.train, processes, 2, 0)["pool"]
+    batches = open_streams(samples, config.train, processes, learner.module.tasks, 0)["pool"]
 
     def poisoned() -> Iterator[Packed]:
         for step, packed in enumerate(batches):
