@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 
 from ssl_seg import losses
 from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import Batch, Stream, Task, View
+from ssl_seg.tasks import Batch, Predict, Stream, Task, View
 
 
 class Segment(Task):
     """Supervised segmentation: cross-entropy and Dice against class ids, 255 ignored."""
 
-    stream: ClassVar[Stream] = "labelled"
+    streams: ClassVar[tuple[Stream, ...]] = ("labelled",)
     num_classes: int = Field(default=0, ge=0, le=255)  # 0: as many as the labelled data set has names
     cross_entropy: NonNegativeFloat = 1.0
     dice: NonNegativeFloat = 0.0
@@ -47,7 +48,8 @@ class Segment(Task):
         weights[present] = frequency.quantile(0.5) / frequency
         return self.model_copy(update={"class_weights": tuple(weights.tolist())})
 
-    def view(self, batch: Batch) -> View:
+    def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
+        batch = batches["labelled"]
         if batch.label is None:
             raise ValueError("Segment needs labels; give it batches of a labelled data set")
         return View(batch.image, batch.label)

@@ -7,16 +7,20 @@ and the starting weights. Pretext tasks live one a file in `pretext/`; `segment.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
+import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from ssl_seg.config import Config, Plugin
+from ssl_seg.config import Config, Plugin, UserError
 from ssl_seg.models import EncoderSpec
 
 Stream = Literal["pool", "labelled"]
+Predict = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to a head's prediction, float32, no gradient
+PAIR = 2  # images: what stays together where a task mixes
 
 
 @dataclass
@@ -28,9 +32,10 @@ class Batch:
     label: Tensor | None = None  # (B, H, W) int64, 255 is ignored
     names: list[str] = field(default_factory=list)
 
-    def __getitem__(self, part: slice) -> Batch:
+    def __getitem__(self, part: slice | list[int]) -> Batch:
         label = None if self.label is None else self.label[part]
-        return Batch(self.image[part], self.key[part], label, self.names[part])
+        names = self.names[part] if isinstance(part, slice) else [self.names[place] for place in part]
+        return Batch(self.image[part], self.key[part], label, names)
 
 
 @dataclass
@@ -43,18 +48,31 @@ class View:
 
 
 class Task(Config, ABC):
-    """Something the network learns from a stream of images: a view, a head and a loss per sample. Frozen, stateless."""
+    """Something the network learns from streams of images: a view, a head and a loss per sample. Frozen, stateless."""
 
-    stream: ClassVar[Stream]
+    streams: ClassVar[tuple[Stream, ...]]  # those it reads
+    borrowed_head: ClassVar[str | None] = None  # the task whose head it uses too; None: it has a head of its own
+    asks_teacher: ClassVar[bool] = False  # whether `view` needs the teacher, which `train.ema` gives
+    # Whether the view of an image depends on its partner too (`partners`), as in CutMix. Partners then stay together in
+    # whatever a batch is dealt out to: processes, micro-batches, tasks.
+    mixes: ClassVar[bool] = False
     weight: NonNegativeFloat = 1.0
 
     @abstractmethod
-    def view(self, batch: Batch) -> View:
-        """The network's input and target for a batch; pure per sample, on the batch's device."""
+    def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
+        """The network's input and target for a batch of each of `streams`, on their device.
 
-    @abstractmethod
+        Sample i depends on the i-th image and key of each alone; of a task that `mixes`, on those of its partner too.
+        `teacher` predicts by the averaged weights, in evaluation mode, through the head that this task uses; None for a
+        task that does not ask for it.
+        """
+
     def head(self, encoder: EncoderSpec) -> nn.Module:
-        """A fresh head; its `forward(features, size)` gives the prediction for an input of `size` (H, W)."""
+        """A fresh head; its `forward(features, size)` gives the prediction for an input of `size` (H, W).
+
+        Every task without a `borrowed_head` has one.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: give it a head, or name a borrowed_head")
 
     @abstractmethod
     def loss(self, prediction: Tensor, view: View) -> Tensor:
@@ -73,26 +91,65 @@ class Task(Config, ABC):
         return view.target if view.target.shape == view.input.shape else None
 
 
-class PretextTask(Task, Plugin, ABC):
-    """A task that makes its own answer from unlabelled images: corrupt them, and ask for what was there.
-
-    Three methods are required: `corrupt`, `head` and `loss`. `ssl_seg.testing.check_pretext_task(MyTask())` tests one.
-    """
+class TaskPlugin(Task, Plugin, ABC):
+    """A task that a config names by its `type`, under `tasks`."""
 
     package: ClassVar[str] = "pretext"
     group: ClassVar[str] = "ssl_seg.pretext"
-    stream: ClassVar[Stream] = "pool"
 
     def prepare(self, images: Tensor) -> Self:
         """Measure a fixed sample of the pool once, before step 0; the copy is recorded, a resumed run reads it back."""
         return self
 
+
+class PretextTask(TaskPlugin, ABC):
+    """A task that makes its own answer from unlabelled images: corrupt them, and ask for what was there.
+
+    Three methods are required: `corrupt`, `head` and `loss`. `ssl_seg.testing.check_pretext_task(MyTask())` tests one.
+    """
+
+    streams: ClassVar[tuple[Stream, ...]] = ("pool",)
+
     @abstractmethod
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         """The view of images `(B, 3, H, W)` in [0, 1] under keys `(B,)`; sample i depends on the i-th of each alone.
 
-        It must not synchronise the device (no `.item()`, no boolean indexing).
+        Of a task that `mixes` it depends on those of its partner too. It must not synchronise the device (no `.item()`,
+        no boolean indexing).
         """
 
-    def view(self, batch: Batch) -> View:
-        return self.corrupt(batch.image, batch.key)
+    def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
+        return self.corrupt(batches["pool"].image, batches["pool"].key)
+
+    @abstractmethod
+    def head(self, encoder: EncoderSpec) -> nn.Module:
+        """A fresh head; its `forward(features, size)` gives the prediction for an input of `size` (H, W)."""
+
+
+def partners(rows: Tensor) -> Tensor:
+    """Each row's partner: of `(B, ...)` rows 2i and 2i + 1 change places; the last of an odd number is its own.
+
+    In training the partner of a draw is draw XOR 1: a batch of a task that `mixes` holds whole pairs, the same ones on
+    any number of processes.
+    """
+    places = torch.arange(len(rows), device=rows.device) ^ 1
+    return rows[places.clamp(max=len(rows) - 1)]
+
+
+def readers(tasks: Mapping[str, Task], stream: Stream) -> list[str]:
+    """The names of the tasks that read a stream."""
+    return [name for name, task in tasks.items() if stream in task.streams]
+
+
+def check_tasks(tasks: Mapping[str, Task], streams: Collection[Stream], has_teacher: bool) -> None:
+    """Raise UserError for a task that cannot work beside the others: no such stream, no head to borrow, no teacher."""
+    for name, task in tasks.items():
+        missing = [stream for stream in task.streams if stream not in streams]
+        if missing:
+            raise UserError(f"tasks.{name}: reads {missing[0]} images, and this stage has none; use it in fine-tuning")
+        lender = task.borrowed_head
+        if lender is not None and (lender not in tasks or tasks[lender].borrowed_head is not None):
+            owners = ", ".join(other for other, own in tasks.items() if own.borrowed_head is None) or "none"
+            raise UserError(f"tasks.{name}: uses the head of '{lender}', and the tasks with a head are: {owners}")
+        if task.asks_teacher and not has_teacher:
+            raise UserError(f"tasks.{name}: asks a teacher, and there is none; give train.ema=0.999")

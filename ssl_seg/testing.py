@@ -27,7 +27,7 @@ from ssl_seg.models import (
     ModelConfig,
     evaluating,
 )
-from ssl_seg.tasks import PretextTask, View
+from ssl_seg.tasks import PAIR, PretextTask, View
 
 TOLERANCE = 1e-5  # sums over a batch of another size may round differently
 HALVING = (2, 4, 8, 16, 32)  # the strides of most encoders
@@ -47,8 +47,9 @@ def check_pretext_task(
 
     Takes about a second on a CPU: the network is a tiny one inside. It has five maps at strides 2 to 32, and once four
     at strides 1 to 8. `size` is the images' (H, W); a second, oblong and odd size is made from it. `keyed=False` is for
-    a task that draws nothing at random. The task has to bring its loss on four images under `drop` times the first one
-    in `steps` steps. A task that needs extras is given the `encoder` that has them, in place of the tiny one.
+    a task that draws nothing at random. Of a task that `mixes` a sample may depend on its partner. The task has to
+    bring its loss on four images under `drop` times the first one in `steps` steps. A task that needs extras is given
+    the `encoder` that has them, in place of the tiny one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -115,12 +116,18 @@ def _check_view(task: PretextTask, images: Tensor, keys: Tensor, keyed: bool) ->
     other = task.corrupt(images, rng.fold_in(keys, "other"))
     differs = not _same(_rows(view, count), _rows(other, count))
     assert differs or not keyed, "another key gives the same view; say keyed=False if the task draws nothing at random"
-    for index in range(count):
-        alone = task.corrupt(images[index : index + 1], keys[index : index + 1])
-        assert _same([_rows(view, count)[index]], _rows(alone, 1)), (
-            "corrupt is not per sample: an image's view depends on the images or keys beside it"
-        )
     _check_asynchronous(task, images, keys)
+    at_once = PAIR if task.mixes else 1
+    those = "other images or keys than its partner's" if task.mixes else "the images or keys beside it"
+    hint = "" if task.mixes else "; a task that mixes partners has to say mixes = True"
+    for start in range(0, count, at_once):
+        some = slice(start, start + at_once)
+        alone = task.corrupt(images[some], keys[some])
+        assert _same(_rows(view, count)[some], _rows(alone, len(keys[some]))), (
+            f"corrupt is not per sample: an image's view depends on {those}{hint}"
+        )
+    if count % at_once:
+        return  # turned round, others would be partners
     turned = task.corrupt(images.flip(0), keys.flip(0))
     assert _same(_rows(view, count)[::-1], _rows(turned, count)), (
         "corrupt is not per sample: an image's view depends on its place in the batch"

@@ -5,12 +5,17 @@ Also a plug-in module, so that commands can be tested on the same scenes: `--plu
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ssl_seg import losses, rng
 from ssl_seg.config import use_plugin
 from ssl_seg.datasets import Dataset, Example
+from ssl_seg.tasks import Batch, Predict, Stream, TaskPlugin, View, partners
 
 
 class Textured(Dataset):
@@ -39,6 +44,29 @@ class Textured(Dataset):
 
     def name(self, index: int) -> str:
         return f"textured_{self.seed}_{index}"
+
+
+class Consistent(TaskPlugin):
+    """A semi-supervised toy: what the teacher sees in two images, `segment`'s head is to see in a mixture of them.
+
+    The pool's images darkened, with a half of the partner in each, as in CutMix.
+    """
+
+    streams: ClassVar[tuple[Stream, ...]] = ("pool",)
+    borrowed_head: ClassVar[str | None] = "segment"
+    asks_teacher: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
+
+    def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
+        image, key = batches["pool"].image, batches["pool"].key
+        edge = rng.randint(key, (1, 1, 1), 0, image.shape[-1])
+        own = torch.arange(image.shape[-1], device=image.device) < edge  # (B, 1, 1, W)
+        seen = teacher(image).softmax(dim=1)  # (B, K, H, W)
+        dark = image * rng.uniform(rng.fold_in(key, "light"), (1, 1, 1), 0.3, 1.0)
+        return View(torch.where(own, dark, partners(dark)), torch.where(own, seen, partners(seen)))
+
+    def loss(self, prediction: Tensor, view: View) -> Tensor:
+        return losses.regression("mse", prediction.softmax(dim=1), view.target)
 
 
 POOL = {"type": "textured"}
@@ -77,6 +105,13 @@ def finetuning(**train: Any) -> dict[str, Any]:
         "train": {**TRAIN, **train},
         "tracking": UNTRACKED,
     }
+
+
+def joining(**train: Any) -> dict[str, Any]:
+    """The values of a FinetuneConfig with two more tasks on a pool: a pretext task, and one that asks a teacher."""
+    values = finetuning(**{"ema": 0.9, **train})
+    values["data"]["pool"] = POOL
+    return {**values, "tasks": {"denoise": {}, "consistent": {}}}
 
 
 if "tests" in __name__:  # imported by a test; the commands name the file themselves

@@ -31,7 +31,7 @@ from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import software_of
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
-from ssl_seg.stages.fit import open_streams, pool_tasks
+from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions
 from ssl_seg.stages.setup import Options
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_the_cpu(encode: str, channels_last: bool, exact:
     found = []
     for place in ("cpu", "cuda"):
         learner, sources = make(place, encode=encode, channels_last=channels_last, clip=None)
-        streams = open_streams(sources, learner.config, learner.processes, 4, 0)
+        streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
         backward(learner, {"pool": next(streams["pool"])}, last=True)
         finish_gradients(learner)
         found.append({name: weight.grad.cpu() for name, weight in learner.module.named_parameters()})
@@ -201,7 +201,7 @@ def test_the_same_run_twice_is_nearly_the_same() -> None:
 
 
 def poisoned(learner: Learner, sources: dict[str, Samples], steps: set[int]) -> Iterator[Step]:
-    streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), 0)
+    streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
     return train(learner, {"pool": poison(streams["pool"], steps, learner)}, 0, seed=0)
 
 

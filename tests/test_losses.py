@@ -381,7 +381,7 @@ def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
     levels = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
     images = levels.expand(3, 3, 64, 64).contiguous()
     task = task.prepare(images)
-    view = task.view(Batch(images, rng.fold_in(rng.as_key(name), torch.arange(3))))
+    view = task.view({"pool": Batch(images, rng.fold_in(rng.as_key(name), torch.arange(3)))})
     assert view.input.isfinite().all()
     head = task.head(_spec())
     strides = (2, 4, 8, 16, 32)

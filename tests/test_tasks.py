@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
+from ssl_seg.config import UserError
 from ssl_seg.models import EncoderNet, EncoderSpec, Features, evaluating
 from ssl_seg.rng import seeded
 from ssl_seg.segment import Segment
-from ssl_seg.tasks import Batch, PretextTask, Task, View
+from ssl_seg.tasks import Batch, Predict, PretextTask, Stream, Task, View, check_tasks, partners
 from ssl_seg.training.multitask import MultiTask, make_views, weighted_total
 
 SIZE = (16, 24)
@@ -107,7 +110,7 @@ def test_optional_methods_have_harmless_defaults():
             return losses.regression("l1", prediction, view.target)
 
     task, some = Plain(), batch()
-    view = task.view(some)
+    view = task.view({"pool": some})
     assert task.prepare(some.image) is task
     assert task.metrics(view.input, view) == {}
     assert task.render(view.input, view) is None
@@ -122,7 +125,7 @@ def test_segment_is_cross_entropy_plus_dice():
     some = batch(labelled=True)
     some.label[0, :4] = 255
     logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    view = Segment(num_classes=3).view(some)
+    view = Segment(num_classes=3).view({"labelled": some})
     assert torch.equal(view.input, some.image)
     assert torch.equal(view.target, some.label)
     entropy, dice = losses.cross_entropy(logits, some.label), losses.dice(logits, some.label)
@@ -141,7 +144,7 @@ def test_segment_weights_its_classes():
     task = Segment(num_classes=3, class_weights=(1.0, 5.0, 0.1))
     weights = torch.tensor([1.0, 5.0, 0.1])
     expected = [F.cross_entropy(logits[i : i + 1], some.label[i : i + 1], weight=weights) for i in range(4)]
-    assert torch.allclose(task.loss(logits, task.view(some)), torch.stack(expected))
+    assert torch.allclose(task.loss(logits, task.view({"labelled": some})), torch.stack(expected))
 
 
 def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
@@ -149,7 +152,7 @@ def test_an_all_ignored_batch_has_no_loss_and_a_finite_gradient():
     some = batch(labelled=True)
     some.label[:] = 255
     logits = torch.randn(4, 3, *SIZE).requires_grad_()
-    loss = task.loss(logits, task.view(some))
+    loss = task.loss(logits, task.view({"labelled": some}))
     loss.sum().backward()
     assert torch.equal(loss, torch.zeros(4))
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -182,7 +185,7 @@ def test_median_weights_survive_an_absent_class():
 
 def test_segment_asks_for_labels():
     with pytest.raises(ValueError, match="needs labels"):
-        Segment(num_classes=3).view(batch())
+        Segment(num_classes=3).view({"labelled": batch()})
 
 
 # Views
@@ -211,6 +214,105 @@ def test_split_deals_the_pool_out_and_leaves_the_labels_whole():
     assert torch.equal(views["inpaint"].target, pool.image[1::3])
     assert torch.equal(views["again"].target, pool.image[2::3])
     assert torch.equal(views["segment"].input, labelled.image)
+
+
+def test_split_deals_out_pairs_where_a_task_mixes():
+    class Mixing(Denoise):
+        mixes: ClassVar[bool] = True
+
+        def corrupt(self, image: Tensor, key: Tensor) -> View:
+            return View((image + partners(image)) / 2, image)
+
+    tasks = {"denoise": Denoise(), "mixing": Mixing()}
+    pool = batch(8)
+    views = make_views(tasks, {"pool": pool}, split=True)
+    assert torch.equal(views["denoise"].target, pool.image[[0, 1, 4, 5]])
+    assert torch.equal(views["mixing"].target, pool.image[[2, 3, 6, 7]])
+    assert torch.equal(views["mixing"].input[0], (pool.image[2] + pool.image[3]) / 2)
+    assert batch(8)[[2, 3]].names == ["image 2", "image 3"]
+
+
+def test_partners_change_places_and_a_last_one_alone_stays():
+    assert partners(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert partners(torch.arange(5)).tolist() == [1, 0, 3, 2, 4]
+    rows = torch.rand(4, 3, 2)
+    assert torch.equal(partners(rows)[[1, 0, 3, 2]], rows)
+
+
+class Agree(Task):
+    """Reads both streams and answers through another task's head, which a teacher has to agree with."""
+
+    streams: ClassVar[tuple[Stream, ...]] = ("pool", "labelled")
+    borrowed_head: ClassVar[str | None] = "segment"
+    asks_teacher: ClassVar[bool] = True
+
+    def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
+        image = torch.cat([batches["pool"].image, batches["labelled"].image])
+        return View(image, teacher(image))
+
+    def loss(self, prediction: Tensor, view: View) -> Tensor:
+        return losses.regression("mse", prediction, view.target)
+
+
+def test_a_task_reads_both_streams_and_uses_the_head_of_another():
+    tasks = {"segment": Segment(num_classes=3), "denoise": Denoise(), "agree": Agree()}
+    module = network(tasks)
+    assert set(module.heads) == {"segment", "denoise"}
+    asked = []
+
+    def teach(head: str, image: Tensor) -> Tensor:
+        asked.append((head, len(image)))
+        return torch.zeros(len(image), 3, *SIZE)
+
+    pool, labelled = batch(4), batch(2, labelled=True)
+    views = make_views(tasks, {"pool": pool, "labelled": labelled}, teach=teach)
+    assert asked == [("segment", 6)]
+    assert torch.equal(views["agree"].input, torch.cat([pool.image, labelled.image]))
+    assert len(module(views)["agree"]) == 6
+    assert module.encoder.backbone.batches == [2, 4, 6], "images of other streams are encoded apart"
+    halves = make_views({**tasks, "again": Agree()}, {"pool": pool, "labelled": labelled}, split=True, teach=teach)
+    assert torch.equal(halves["denoise"].target, pool.image[0::3])
+    assert torch.equal(halves["agree"].input, torch.cat([pool.image[1::3], labelled.image])), "the labels stay whole"
+
+
+def test_both_tasks_move_a_head_that_they_share():
+    tasks = {"segment": Segment(num_classes=3), "agree": Agree(weight=0.5)}
+    views = make_views(
+        tasks,
+        {"pool": batch(4), "labelled": batch(2, labelled=True)},
+        teach=lambda head, image: torch.ones(len(image), 3, *SIZE),
+    )
+    found = []
+    for shown in (["segment"], ["agree"], ["segment", "agree"]):
+        module = network(tasks)
+        weighted_total(tasks, module({name: views[name] for name in shown})).backward()
+        found.append(module.heads["segment"].last.weight.grad)
+    assert all(gradient.any() for gradient in found)
+    torch.testing.assert_close(found[0] + found[1], found[2])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "streams", "teacher", "said"),
+    [
+        ({"agree": Agree()}, ("pool", "labelled"), True, "the tasks with a head are: none"),
+        ({"denoise": Denoise(), "agree": Agree()}, ("pool",), True, "reads labelled images, and this stage has none"),
+        ({"segment": Segment(num_classes=2), "agree": Agree()}, ("pool", "labelled"), False, "give train.ema"),
+        ({"segment": Agree(), "agree": Agree()}, ("pool", "labelled"), True, "tasks.segment: uses the head of"),
+    ],
+)
+def test_a_task_that_misses_something_is_refused_in_a_line(tasks, streams, teacher, said):
+    with pytest.raises(UserError, match=said) as caught:
+        check_tasks(tasks, streams, teacher)
+    assert "\n" not in str(caught.value)
+    check_tasks({"segment": Segment(num_classes=2), "agree": Agree()}, ("pool", "labelled"), has_teacher=True)
+
+
+def test_a_task_without_any_head_says_what_to_do():
+    class Headless(Agree):
+        borrowed_head: ClassVar[str | None] = None
+
+    with pytest.raises(NotImplementedError, match="Headless: give it a head, or name a borrowed_head"):
+        network({"headless": Headless()})
 
 
 # MultiTask

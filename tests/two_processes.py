@@ -13,22 +13,24 @@ from unittest import mock
 
 import torch
 
+from ssl_seg import files
 from ssl_seg.config import load
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.models import SegmentationModel
 from ssl_seg.runs import checkpoint
 from ssl_seg.scores import COLUMNS
 from ssl_seg.segment import Segment
-from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, resolve
-from ssl_seg.stages.fit import open_streams, pool_tasks
+from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, finetune, resolve
+from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions, score_tasks
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import backward, finish_gradients, train
+from ssl_seg.training.multitask import make_views
 from ssl_seg.training.processes import Processes
-from tests.small import POOL, Textured, finetuning, pretraining
+from tests.small import POOL, Textured, finetuning, joining, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
 STEPS = 20
@@ -45,7 +47,7 @@ def record(views: str, encode: str) -> dict[str, Any]:
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, config.seed)}
-    tasks = pool_tasks(learner.module.tasks)
+    tasks = learner.module.tasks
     backward(learner, {"pool": next(open_streams(samples, config.train, processes, tasks, 0)["pool"])}, last=True)
     finish_gradients(learner)
     gradients = {name: parameter.grad.clone() for name, parameter in learner.module.named_parameters()}
@@ -84,8 +86,40 @@ def jointly(encode: str, **changed: Any) -> list[float]:
     processes = Processes(config.train)
     labelled = config.labels.choose(config.data.labelled)
     learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
-    streams = open_streams(samples, config.train, processes, pool_tasks(learner.module.tasks), 0)
+    streams = open_streams(samples, config.train, processes, learner.module.tasks, 0)
     return [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
+
+
+def taught(encode: str) -> dict[str, Any]:
+    """A few joint steps with a task that asks the teacher and mixes partners; the encoder learns from the third on.
+
+    Beside the losses: the mixtures of the first batch, the gradients where the encoder learns, and the teacher.
+    """
+    values = {**joining(encode=encode, steps=4, batch_size=8, lr=LR, freeze_encoder=2), "model": MODEL}
+    config = resolve(load(FinetuneConfig, values))
+    processes = Processes(config.train)
+    learner, samples = assemble(config, processes, None, config.labels.choose(config.data.labelled), quiet=True)
+    tasks = learner.module.tasks
+    packed = {stream: next(own) for stream, own in open_streams(samples, config.train, processes, tasks, 0).items()}
+    views = make_views(tasks, {stream: own.to(processes.device) for stream, own in packed.items()}, teach=learner.teach)
+    mixtures = [files.sha256(image.numpy().tobytes()) for image in views["consistent"].input]
+    learner.freeze(False)
+    backward(learner, packed, last=True)
+    finish_gradients(learner)
+    gradients = {name: parameter.grad.clone() for name, parameter in learner.module.named_parameters()}
+    learner.freeze(True)
+    streams = open_streams(samples, config.train, processes, tasks, 0)
+    losses = [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
+    teacher = learner.teacher.module.state_dict()
+    total = sum(value.double().sum().item() for value in teacher.values())
+    return {
+        "mixtures": sorted(processes.gather(mixtures)),
+        "gradients": gradients,
+        "losses": losses,
+        "teacher": teacher,
+        "totals": processes.gather([total]),
+        "uses_ddp": learner.uses_ddp,
+    }
 
 
 def meet_nan() -> dict[str, Any]:
@@ -94,7 +128,7 @@ def meet_nan() -> dict[str, Any]:
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, 0), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, 0)}
-    batches = open_streams(samples, config.train, processes, 2, 0)["pool"]
+    batches = open_streams(samples, config.train, processes, learner.module.tasks, 0)["pool"]
 
     def poisoned() -> Iterator[Packed]:
         for step, packed in enumerate(batches):
@@ -145,6 +179,7 @@ def compare_modes(out: str) -> None:
     seen["confusions"] = [evaluate(count) for count in range(4)]
     seen["one image"] = score_one_image()
     seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}
+    seen["taught"] = {encode: taught(encode) for encode in ("together", "in_turn")}
     seen["nan"] = meet_nan()
     if Processes(load(PretrainConfig, pretraining()).train).is_main:
         torch.save(seen, out)
@@ -153,11 +188,19 @@ def compare_modes(out: str) -> None:
 def resume(folder: str, encode: str, workers: str) -> None:
     config = load(PretrainConfig, pretraining(encode=encode, workers=int(workers)))
     run = partial(pretrain_quietly, config)
-    resume_after_every_step(run, Path(folder), config.train.steps, Processes(config.train))
+    resume_after_every_step(run, Path(folder) / "pretrained", config.train.steps, Processes(config.train))
+    if encode == "together":
+        joint = load(FinetuneConfig, joining(steps=4, freeze_encoder=2))
+        run = partial(finetune_quietly, joint)
+        resume_after_every_step(run, Path(folder) / "joint", joint.train.steps, Processes(joint.train))
 
 
 def pretrain_quietly(config: PretrainConfig, folder: Path) -> None:
     pretrain(config, Options(folder, quiet=True))
+
+
+def finetune_quietly(config: FinetuneConfig, folder: Path) -> None:
+    finetune(config, Options(folder, quiet=True))
 
 
 if __name__ == "__main__":

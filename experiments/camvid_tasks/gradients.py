@@ -38,9 +38,8 @@ def main() -> None:
     roots = [f"data.{part}.root={given.camvid}" for part in ("pool", "val")]
     config = load(PretrainConfig, ["camvid", *roots, f"train.steps={SHOWN[-1]}", *given.words])
     learner, sources = assemble(config, find_start(config), Processes(config.train))
-    tasks = len(config.tasks)
-    streams = open_streams(sources, config.train, learner.processes, tasks, 0)
-    fixed = open_streams(sources, config.train, learner.processes, tasks, 0)
+    streams = open_streams(sources, config.train, learner.processes, learner.module.tasks, 0)
+    fixed = open_streams(sources, config.train, learner.processes, learner.module.tasks, 0)
     device = learner.processes.device
     batches = [{stream: next(source).to(device) for stream, source in fixed.items()} for _ in range(BATCHES)]
     print("step  " + "  ".join(f"{name:>10}" for name in config.tasks) + "   largest / least")

@@ -1,10 +1,17 @@
-"""How an image is varied before a batch takes it: crop, zoom, flip and colour jitter.
+"""How an image is varied before a batch takes it: crop and zoom, flip, colour jitter; one class for each.
 
 Ours, because every draw is a function of the sample's key, so that a resumed run and any number of processes see the
 same crops. torchvision's transforms draw from one generator in the order of calls.
+
+Another augmentation is another class here, with a word of its own, and a key of `Augment`.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -12,6 +19,76 @@ from torch import Tensor
 
 from ssl_seg import images, rng
 from ssl_seg.config import Config
+from ssl_seg.images import Size
+
+Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, 3) uint8 and its mask (H, W) uint8
+
+
+class Augmentation(ABC):
+    """One way to vary an image, and its mask alike, by numbers in [0, 1) that are drawn from the sample's key.
+
+    They are drawn under `word`, which belongs to one augmentation alone: so another one beside it, or none, changes no
+    number. A word is part of what a seed means; it is never changed.
+    """
+
+    word: ClassVar[str]
+    count: ClassVar[int] = 1  # of the numbers drawn under it
+    taken: ClassVar[slice] = slice(None)  # those of them that `apply` gets
+
+    @abstractmethod
+    def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
+        """Another image and mask in place of these, which are left as they are."""
+
+
+class _OfTheFirst(Augmentation):
+    """Those of version 0.1 share a word and its six numbers."""
+
+    word = "augment"
+    count = 6
+
+
+@dataclass(frozen=True)
+class Crop(_OfTheFirst):
+    """A region of random size and place, brought to `size` (H, W)."""
+
+    size: Size
+    zoom: tuple[float, float]
+    taken = slice(0, 3)
+
+    def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
+        zoom, up, left = drawn
+        low, high = self.zoom
+        height, width = region(image.shape[:2], self.size, low * (high / low) ** zoom)
+        top = int(up * (image.shape[0] - height + 1))
+        start = int(left * (image.shape[1] - width + 1))
+        window = np.s_[top : top + height, start : start + width]
+        image = images.resize_image(image[window], self.size)
+        return image, None if label is None else images.resize_mask(label[window], self.size)
+
+
+class Flip(_OfTheFirst):
+    """Left and right change places, of every other image."""
+
+    taken = slice(3, 4)
+
+    def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
+        if drawn[0] >= 0.5:
+            return image, label
+        return image[:, ::-1], None if label is None else label[:, ::-1]
+
+
+@dataclass(frozen=True)
+class Jitter(_OfTheFirst):
+    """Brightness and contrast times factors in 1 -+ `strength`; contrast about the image's own mean."""
+
+    strength: float
+    taken = slice(4, 6)
+
+    def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
+        brightness, contrast = (1 + self.strength * (2 * number - 1) for number in drawn)
+        mean = float(image.mean())
+        changed = ((image.astype(np.float32) - mean) * contrast + mean) * brightness
+        return np.clip(np.rint(changed), 0, 255).astype(np.uint8), label
 
 
 class Augment(Config):
@@ -30,22 +107,23 @@ class Augment(Config):
             raise ValueError(f"zoom: {list(self.zoom)} is empty; write the smaller factor first")
         return self
 
-    def apply(self, image: np.ndarray, label: np.ndarray | None, key: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """A crop of an image `(H, W, 3)` and its mask `(H, W)`; a pure function of the key."""
-        zoom, up, left, flip, bright, contrast = rng.uniform(rng.fold_in(key, "augment"), (6,)).tolist()
-        low, high = self.zoom
-        height, width = region(image.shape[:2], self.crop, low * (high / low) ** zoom)
-        top = int(up * (image.shape[0] - height + 1))
-        start = int(left * (image.shape[1] - width + 1))
-        window = np.s_[top : top + height, start : start + width]
-        image = images.resize_image(image[window], self.crop)
-        if label is not None:
-            label = images.resize_mask(label[window], self.crop)
-        if self.flip and flip < 0.5:
-            image = image[:, ::-1]
-            label = None if label is None else label[:, ::-1]
+    def augmentations(self) -> list[Augmentation]:
+        """Those that are asked for, in the order in which they are applied."""
+        chosen: list[Augmentation] = [Crop(self.crop, self.zoom)]
+        if self.flip:
+            chosen.append(Flip())
         if self.jitter:
-            image = _jitter(image, 1 + self.jitter * (2 * bright - 1), 1 + self.jitter * (2 * contrast - 1))
+            chosen.append(Jitter(self.jitter))
+        return chosen
+
+    def apply(self, image: np.ndarray, label: np.ndarray | None, key: Tensor) -> Pair:
+        """A crop of an image `(H, W, 3)` and its mask `(H, W)`; a pure function of the key."""
+        drawn: dict[str, list[float]] = {}  # once a word: a draw takes longer than many an augmentation
+        for augmentation in self.augmentations():
+            word = augmentation.word
+            if word not in drawn:
+                drawn[word] = rng.uniform(rng.fold_in(key, word), (augmentation.count,)).tolist()
+            image, label = augmentation.apply(image, label, drawn[word][augmentation.taken])
         return image, label
 
     def center(self, image: np.ndarray) -> np.ndarray:
@@ -61,9 +139,3 @@ def region(size: tuple[int, int], crop: tuple[int, int], zoom: float) -> tuple[i
     """The height and width that become `crop` when scaled by `zoom`, made smaller together until they fit `size`."""
     fitting = max(zoom, crop[0] / size[0], crop[1] / size[1])
     return max(1, round(crop[0] / fitting)), max(1, round(crop[1] / fitting))
-
-
-def _jitter(image: np.ndarray, brightness: float, contrast: float) -> np.ndarray:
-    mean = float(image.mean())
-    changed = ((image.astype(np.float32) - mean) * contrast + mean) * brightness
-    return np.clip(np.rint(changed), 0, 255).astype(np.uint8)

@@ -35,8 +35,8 @@ class Draws:
     """The draws of one process, a list per micro-batch, from step `start` on: an iterable without a position.
 
     A step's batch is cut into `accumulate` micro-batches; within one, draws are dealt to the tasks in turn (`deal` of
-    them), and each task's draws to the processes in turn. So neither the world's size nor accumulation changes which
-    task sees which image.
+    them), `at_once` neighbours at a time, and each task's draws to the processes likewise. So neither the world's size
+    nor accumulation changes which task sees which image, nor beside which partner.
     """
 
     batch_size: int
@@ -46,23 +46,28 @@ class Draws:
     world: int = 1
     deal: int = 1
     accumulate: int = 1
+    at_once: int = 1
 
     def __post_init__(self) -> None:
-        check_batch_size(self.batch_size, self.world, self.deal, self.accumulate)
+        check_batch_size(self.batch_size, self.world, self.deal, self.accumulate, self.at_once)
 
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         micro = self.batch_size // self.accumulate
-        mine = [place for place in range(micro) if place // self.deal % self.world == self.rank]
+        turn = self.at_once * self.deal
+        mine = [place for place in range(micro) if place // turn % self.world == self.rank]
         for number in range(self.start * self.accumulate, self.steps * self.accumulate):
             yield [number * micro + place for place in mine]
 
 
-def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int) -> None:
-    """Raise UserError with the nearest sizes unless every process gets the same number of images of every task."""
-    unit = world * deal * accumulate
+def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int, at_once: int = 1) -> None:
+    """Raise UserError with the nearest sizes unless every process gets the same number of images of every task.
+
+    And, of images that stay together `at_once`, no part of them.
+    """
+    unit = world * deal * accumulate * at_once
     if batch_size % unit == 0:
         return
     below = batch_size // unit * unit
@@ -70,6 +75,7 @@ def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int) ->
     parts = [f"{world} process{'es' if world > 1 else ''}"]
     parts += [f"{deal} tasks (views: split)"] if deal > 1 else []
     parts += [f"{accumulate} micro-batches"] if accumulate > 1 else []
+    parts += [f"{at_once} images that are mixed"] if at_once > 1 else []
     raise UserError(f"train.batch_size: {batch_size} cannot be divided by {' x '.join(parts)}; use {nearest}")
 
 

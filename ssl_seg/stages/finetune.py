@@ -34,11 +34,12 @@ from ssl_seg.stages.setup import (
     TaskMapping,
     check_images,
     check_same_images,
-    check_sizes,
+    check_training,
     export_heads,
     open_run,
 )
 from ssl_seg.stages.start import Start, find_start, prepare_tasks, recall, record_tasks, start_module
+from ssl_seg.tasks import readers
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -76,7 +77,7 @@ class FinetuneConfig(Config):
     # What is left out comes from the model of `init`, else it is a U-Net on resnet18.
     model: ModelConfig | None = None
     segment: Segment = Segment()
-    tasks: TaskMapping = Field(default={})  # of joint training, on data.pool
+    tasks: TaskMapping = Field(default={})  # of joint training
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
     init: str | None = None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
@@ -105,9 +106,10 @@ class FinetuneConfig(Config):
     def _fits_together(self) -> FinetuneConfig:
         if self.stop != StopRule() and self.train.eval_every is None:
             raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
-        if self.data.pool is not None and not self.tasks:
+        wants_pool = bool(readers(self.tasks, "pool"))
+        if self.data.pool is not None and not wants_pool:
             raise ValueError("data.pool: would not be looked at; name tasks for joint training, or drop it")
-        if self.tasks and self.data.pool is None:
+        if wants_pool and self.data.pool is None:
             raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
             raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the run whose weights are meant")
@@ -159,9 +161,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             split["sha256_of_labelled"] = sample_digest(labelled)
             run.write_json("split.json", split)
         resize = config.data.resize
-        model = SegmentationModel(
-            learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names
-        )
+        judged = learner.evaluated
+        model = SegmentationModel(judged.encoder, judged.heads[SEGMENT], config.data.labelled.class_names)
 
         def confuse(examples: Examples) -> ImageConfusions:
             return scoring.image_confusions(model, examples, resize, config.train.workers, processes)
@@ -203,8 +204,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             extra = {"resize": resize, "step": selected}
             export_model(run.folder, model, config.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
-            export_encoder(run.folder, learner.module.encoder, config.model.dump())
-            export_heads(run, learner.module)
+            export_encoder(run.folder, judged.encoder, config.model.dump())
+            export_heads(run, judged)
             panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
         processes.barrier()
     scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
@@ -248,7 +249,8 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
 
 def check(config: FinetuneConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
-    check_sizes(config.train, processes, len(config.tasks))
+    streams = ("labelled",) if config.data.pool is None else ("labelled", "pool")
+    check_training(config.train, processes, {SEGMENT: config.segment, **config.tasks}, streams)
     check_data(config)
 
 
@@ -317,7 +319,7 @@ def assemble(
 ) -> tuple[Learner, dict[str, Samples]]:
     """The learner with its starting weights, and the streams as the loaders read them."""
     sources = {"labelled": Samples(labelled, config.augment, config.seed, config.data.resize, with_labels=True)}
-    if config.tasks:
+    if config.data.pool is not None:
         sources["pool"] = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))

@@ -25,6 +25,7 @@ from ssl_seg.tracking import Mirror
 from ssl_seg.training.config import TrainConfig, due
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import backward, finish_gradients, train
+from ssl_seg.training.multitask import dealing
 from ssl_seg.training.processes import Processes, peak_memory
 
 SAVES_PER_RUN = 10
@@ -49,9 +50,7 @@ class DryRun:
 def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
     """One batch forward and backward through every head, twice: the second is timed, the first warms up."""
     module, config = learner.module, learner.config
-    streams = open_streams(
-        sources, config.model_copy(update={"workers": 0}), learner.processes, pool_tasks(module.tasks), 0
-    )
+    streams = open_streams(sources, config.model_copy(update={"workers": 0}), learner.processes, module.tasks, 0)
     packed = {stream: next(batches) for stream, batches in streams.items()}
     shapes: dict[str, str] = {}
     hooks = [
@@ -189,7 +188,7 @@ def fit(job: Job) -> int:
         return job.start  # stopped before, by its own rule
     learner, config = job.learner, job.learner.config
     save_every = config.save_every or max(LEAST_BETWEEN_SAVES, config.steps // SAVES_PER_RUN)
-    streams = open_streams(job.sources, config, learner.processes, pool_tasks(learner.module.tasks), job.start)
+    streams = open_streams(job.sources, config, learner.processes, learner.module.tasks, job.start)
     last = job.start
     if last == 0:
         evaluate(job, [evaluator for evaluator in job.evaluators.values() if evaluator.at_start], last)
@@ -250,17 +249,19 @@ def should_stop(job: Job) -> bool:
     return job.stop.patience is not None and done.evaluations_since >= job.stop.patience
 
 
-def pool_tasks(tasks: Mapping[str, Task]) -> int:
-    return sum(task.stream == "pool" for task in tasks.values())
-
-
 def open_streams(
-    sources: Mapping[Stream, Samples], config: TrainConfig, processes: Processes, num_pool_tasks: int, start: int
+    sources: Mapping[Stream, Samples],
+    config: TrainConfig,
+    processes: Processes,
+    tasks: Mapping[str, Task],
+    start: int,
 ) -> dict[Stream, Iterator[Packed]]:
-    """This process's micro-batches of each stream, from step `start` on."""
+    """This process's micro-batches of each stream, from step `start` on, dealt out as `tasks` want them."""
     streams = {}
     for stream, samples in sources.items():
-        deal = num_pool_tasks if stream == "pool" and config.views == "split" else 1
-        draws = Draws(config.batch_size, start, config.steps, processes.rank, processes.world, deal, config.accumulate)
+        deal, at_once = dealing(tasks, stream, config.views == "split")
+        place = {"rank": processes.rank, "world": processes.world}
+        parts = {"deal": deal, "accumulate": config.accumulate, "at_once": at_once}
+        draws = Draws(config.batch_size, start, config.steps, **place, **parts)
         streams[stream] = loader(samples, draws, config.workers, pin=processes.device.type == "cuda")
     return streams

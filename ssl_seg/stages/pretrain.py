@@ -23,13 +23,13 @@ from ssl_seg.stages.setup import (
     TaskMapping,
     check_images,
     check_same_images,
-    check_sizes,
+    check_training,
     export_heads,
     open_run,
     recalibrate,
 )
 from ssl_seg.stages.start import Start, find_start, prepare_tasks, record_tasks, start_module
-from ssl_seg.tasks import PretextTask
+from ssl_seg.tasks import TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -76,7 +76,7 @@ class PretrainConfig(Config):
 
     @field_validator("tasks")
     @classmethod
-    def _some_task(cls, tasks: dict[str, PretextTask]) -> dict[str, PretextTask]:
+    def _some_task(cls, tasks: dict[str, TaskPlugin]) -> dict[str, TaskPlugin]:
         if not tasks:
             raise ValueError("no task is left to train; name one or more, such as tasks.denoise={}")
         return tasks
@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             if config.data.val is None:
                 return {}
             workers = config.train.workers
-            return scoring.score_tasks(learner.module, **evaluation, workers=workers, processes=processes)
+            return scoring.score_tasks(learner.evaluated, **evaluation, workers=workers, processes=processes)
 
         latest: dict[str, float] = {}
 
@@ -123,7 +123,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
         def pictures() -> dict[str, np.ndarray]:
             shown = {**evaluation, "examples": config.data.val or config.data.pool}
-            return panels.task_pictures(learner.module, **shown)
+            return panels.task_pictures(learner.evaluated, **shown)
 
         every = config.train.eval_every
         job = Job(
@@ -142,8 +142,8 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         if recalibrate(learner, sources["pool"], config.recalibrate):
             say(f"batch statistics of the export are those of {config.recalibrate} clean images", quiet)
         if processes.is_main:
-            export_encoder(run.folder, learner.module.encoder, config.model.dump())
-            export_heads(run, learner.module)
+            export_encoder(run.folder, learner.evaluated.encoder, config.model.dump())
+            export_heads(run, learner.evaluated)
             run.write_json("result.json", {"steps": steps, "val": scores})
         processes.barrier()
     return Pretrained(run.folder, run.folder / "encoder", steps, scores)
@@ -166,7 +166,7 @@ def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[P
 
 def check(config: PretrainConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done."""
-    check_sizes(config.train, processes, len(config.tasks))
+    check_training(config.train, processes, config.tasks, ("pool",))
     check_images("data.pool", config.data.pool)
     if config.data.val is not None:
         check_images("data.val", config.data.val)

@@ -20,8 +20,8 @@ from ssl_seg.images import Size
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import evaluating
 from ssl_seg.scores import ImageConfusions, Row
-from ssl_seg.tasks import Task
-from ssl_seg.training.multitask import MultiTask, make_views
+from ssl_seg.tasks import PretextTask, Task
+from ssl_seg.training.multitask import MultiTask, dealing, make_views
 from ssl_seg.training.processes import Processes
 
 
@@ -83,8 +83,11 @@ def score_tasks(
 ) -> dict[str, float]:
     """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops and fixed noise."""
     tasks = _pretext(module)
+    if not tasks:
+        return {}
     rank, world, device = _place(module, processes)
-    indices = list(range(rank, len(examples), world))
+    _, at_once = dealing(tasks, "pool", split=False)
+    indices = [index for index in range(len(examples)) if index // at_once % world == rank]
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     sums: dict[str, Tensor] = {}
     with evaluating(module):
@@ -106,7 +109,7 @@ def score_tasks(
 
 
 def _pretext(module: MultiTask) -> Mapping[str, Task]:
-    return {name: task for name, task in module.tasks.items() if task.stream == "pool"}
+    return {name: task for name, task in module.tasks.items() if isinstance(task, PretextTask)}
 
 
 def _device(module: nn.Module) -> torch.device:

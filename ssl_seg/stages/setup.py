@@ -21,14 +21,13 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.models import DenseHead
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
-from ssl_seg.stages.fit import pool_tasks
-from ssl_seg.tasks import PretextTask
+from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
 from ssl_seg.terminal import Signals, watch_signals
 from ssl_seg.tracking import Mirror
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import NonFiniteError
-from ssl_seg.training.multitask import MultiTask
+from ssl_seg.training.multitask import MultiTask, dealing
 from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_decoder
 
@@ -82,10 +81,14 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
             raise
 
 
-def check_sizes(config: TrainConfig, processes: Processes, num_pool_tasks: int) -> None:
-    """Refuse a batch size that cannot be shared out, before any work is done."""
-    deal = max(1, num_pool_tasks) if config.views == "split" else 1
-    check_batch_size(config.batch_size, processes.world, deal, config.accumulate)
+def check_training(
+    config: TrainConfig, processes: Processes, tasks: Mapping[str, Task], streams: Sequence[Stream]
+) -> None:
+    """Refuse tasks that cannot be trained, and a batch size that cannot be shared out, before any work is done."""
+    check_tasks(tasks, streams, has_teacher=config.ema is not None)
+    for stream in streams:
+        deal, at_once = dealing(tasks, stream, config.views == "split")
+        check_batch_size(config.batch_size, processes.world, deal, config.accumulate, at_once)
 
 
 def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_changed: Sequence[str]) -> None:
@@ -108,11 +111,14 @@ def check_images(key: str, dataset: Dataset) -> None:
 
 
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
-    """Estimate the batch statistics of encoder and heads on the run's first `count` crops, before any task touches
-    them; every process reads the same ones, so all end with the same. Gives the number of layers that have some."""
-    module, config, processes = learner.module, learner.config, learner.processes
+    """Estimate the batch statistics of what is exported on the run's first `count` crops, before any task touches them.
+
+    Every process reads the same ones, so all end with the same. An encoder that is frozen keeps its own. Gives the
+    number of layers that have some.
+    """
+    module, config, processes = learner.evaluated, learner.config, learner.processes
     # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
-    at_once = max(3, min(CLEAN_BATCH, config.batch_size * pool_tasks(module.tasks)))
+    at_once = max(3, min(CLEAN_BATCH, config.batch_size * len(readers(module.tasks, "pool"))))
     chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
     clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.workers)
     batches = (packed.to(processes.device, config.channels_last).image for packed in clean)
@@ -122,7 +128,7 @@ def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
         for head in module.heads.values():
             head(features, image.shape[-2:])
 
-    return convert.recalibrate(module, batches, show)
+    return convert.recalibrate(module.heads if learner.module.frozen else module, batches, show)
 
 
 def export_heads(run: Run, module: MultiTask) -> None:
@@ -152,4 +158,4 @@ def _name_tasks(value: Any) -> Any:
     return named
 
 
-TaskMapping = Annotated[dict[str, SerializeAsAny[PretextTask]], BeforeValidator(_name_tasks)]
+TaskMapping = Annotated[dict[str, SerializeAsAny[TaskPlugin]], BeforeValidator(_name_tasks)]

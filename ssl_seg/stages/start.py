@@ -18,7 +18,7 @@ from ssl_seg.norm.layers import FrozenNorm
 from ssl_seg.rng import seeded
 from ssl_seg.runs.checkpoint import has_checkpoint
 from ssl_seg.runs.writer import Run, former_config
-from ssl_seg.tasks import PretextTask, Task
+from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.weights.export import read_encoder_info
@@ -136,11 +136,11 @@ def _loaded(module: MultiTask, start: Start, load: Callable[[MultiTask], dict[st
     return receipts
 
 
-def prepare_tasks(tasks: Mapping[str, PretextTask], pool: Samples | None, recorded: Recorded) -> dict[str, PretextTask]:
+def prepare_tasks(tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorded: Recorded) -> dict[str, TaskPlugin]:
     """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the pool."""
     prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
-    if any(type(task).prepare is not PretextTask.prepare for task in new.values()):
+    if pool is not None and any(type(task).prepare is not TaskPlugin.prepare for task in new.values()):
         draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
         sample = next(loader(pool, draws, 0)).to(torch.device("cpu")).image
         new = {name: task.prepare(sample) for name, task in new.items()}

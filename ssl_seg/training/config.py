@@ -6,13 +6,23 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from ssl_seg.config import Config
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
+NEW = ("freeze_encoder", "ema")  # since version 0.1
 
 
 class TrainConfig(Config):
@@ -23,7 +33,9 @@ class TrainConfig(Config):
     accumulate: PositiveInt = 1  # micro-batches a step
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
-    encoder_lr: PositiveFloat = 1.0  # factor on lr for the encoder; below 1 keeps a pretrained one closer to its start
+    # Factor on lr for the encoder: below 1 keeps a pretrained one closer to its start, 0 freezes it.
+    encoder_lr: NonNegativeFloat = 1.0
+    freeze_encoder: NonNegativeInt = 0  # steps at the beginning in which the encoder stays as it is
     # Factor on lr for the shares of switch norm: Adam moves a weight by lr a step at most, and logits have units to go.
     switch_lr: PositiveFloat = 10.0
     # Not of biases, norms and what timm lists beside them. ConvNeXt's value; of sgd 1e-4 (He et al. 2016), whose decay
@@ -37,6 +49,9 @@ class TrainConfig(Config):
     milestones: tuple[Share, ...] = (0.6, 0.9)  # of multistep, as shares of the run
     gamma: PositiveFloat = 0.1  # of multistep: the factor at each milestone
     clip: PositiveFloat | None = 1.0  # largest norm of the whole gradient
+    # Decay of the weights' moving average, which is then what is evaluated and exported; None: there is none. 0.999 is
+    # Tarvainen and Valpola's (2017) after their ramp-up, and FixMatch's (Sohn et al. 2020).
+    ema: Share | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     device: Literal["auto", "cpu"] = "auto"
@@ -55,6 +70,16 @@ class TrainConfig(Config):
         if isinstance(values, Mapping) and values.get("optimizer") == "sgd":
             return {"weight_decay": SGD_DECAY, **values}
         return values
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that version 0.1 had not are written where they are used: else its runs and cells would be others'."""
+        return {name: value for name, value in dump(self).items() if value or name not in NEW}
+
+
+def frozen_at(config: TrainConfig, step: int) -> bool:
+    """Whether the encoder stays as it is in the update that makes step `step` (counted from 0)."""
+    return config.encoder_lr == 0 or step < config.freeze_encoder
 
 
 def lr_at(config: TrainConfig, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The learner: the module, its optimizer and its loss scaler, and what of them a checkpoint holds."""
+"""The learner: the module, its teacher, its optimizer and its loss scaler, and what of them a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ssl_seg.config import UserError
 from ssl_seg.models import in_evaluation_mode
 from ssl_seg.norm.convert import running_statistics
 from ssl_seg.norm.layers import LOGITS
-from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.config import TrainConfig, frozen_at
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
+from ssl_seg.training.teacher import Teacher
 
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}  # what each keeps of a weight
 
 
 class Learner:
-    """The module, its optimizer and the processes: what a step changes, and what a checkpoint holds.
+    """The module, its teacher, its optimizer and the processes: what a step changes, and what a checkpoint holds.
 
     `size` (H, W) is that of the images to come.
     """
@@ -36,16 +37,43 @@ class Learner:
         self.module = module.to(processes.device)
         if config.channels_last:
             self.module = self.module.to(memory_format=torch.channels_last)
+        self.size = size
         self.bad_in_a_row = 0
         self.buffers = list(self.module.buffers())
-        self.statistics = running_statistics(self.module)
-        # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
-        # leave maps of the encoder unused: there the loop averages by itself.
-        together = processes.world > 1 and config.encode == "together"
-        self.uses_ddp = together and uses_every_weight(self.module, size)
+        self.teacher = None if config.ema is None else Teacher(self.module, config.ema)
         optimizer = build_optimizer(self.module, config)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.module.freeze(frozen_at(config, 0))
         self.wrapped = self.module
+        self._wrap()
+
+    @property
+    def evaluated(self) -> MultiTask:
+        """The module that is evaluated and exported: the teacher's, where there is one."""
+        return self.module if self.teacher is None else self.teacher.module
+
+    def teach(self, head: str, image: Tensor) -> Tensor:
+        """What the teacher's head named so makes of images, in the run's precision; float32."""
+        with self.accelerator.autocast():
+            return self.teacher.predict(head, image)
+
+    def freeze(self, frozen: bool) -> None:
+        """Let the encoder stay as it is, or learn (again): from there on DDP waits for other gradients."""
+        if frozen != self.module.frozen:
+            self.module.freeze(frozen)
+            self._wrap()
+
+    def _wrap(self) -> None:
+        """What follows from which weights learn: whose statistics are shared, and what DDP is to wait for."""
+        self.statistics = running_statistics(self.module.heads if self.module.frozen else self.module)
+        if self.wrapped is not self.module:
+            # A former DDP hears of every gradient until it is gone.
+            self.wrapped = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+        # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
+        # leave maps of the encoder unused: there the loop averages by itself.
+        together = self.processes.world > 1 and self.config.encode == "together"
+        self.uses_ddp = together and uses_every_weight(self.module, self.size)
         if self.uses_ddp:
             with warnings.catch_warnings():
                 # torch 2.14 would rather hear `forward_sync_buffers`, which torch 2.10 does not know (2026-11).
@@ -53,8 +81,10 @@ class Learner:
                 self.wrapped = self.accelerator.prepare_model(self.module)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name: weights, buffers and the optimizer's moments."""
+        """Every tensor of the state by name: weights, buffers, the teacher's, and the optimizer's moments."""
         named = {f"model/{name}": value for name, value in self.module.state_dict().items()}
+        if self.teacher is not None:
+            named |= {f"teacher/{name}": value for name, value in self.teacher.module.state_dict().items()}
         for name, parameter in self.module.named_parameters():
             for kind, value in self._moments(parameter).items():
                 named[f"optimizer/{name}/{kind}"] = value
@@ -66,11 +96,12 @@ class Learner:
         return {"bad_in_a_row": self.bad_in_a_row, "scaler": scaler.state_dict() if scaler else None}
 
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        """Put back what `tensors()` and `data()` gave; another optimizer than theirs begins with fresh moments.
+        """Put back what `tensors()` and `data()` gave.
 
-        Raises UserError, with nothing changed, for the weights of another module.
+        Another optimizer than theirs begins with fresh moments, a teacher that they have not with the weights. Raises
+        UserError, with nothing changed, for the weights of another module.
         """
-        weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        weights = _part(tensors, "model/")
         own = self.module.state_dict()
         others = sorted(set(weights) ^ set(own)) or [name for name in own if weights[name].shape != own[name].shape]
         if others:
@@ -78,6 +109,8 @@ class Learner:
                 f"the checkpoint is of other tasks or another model ({others[0]}); start anew with --overwrite"
             )
         self.module.load_state_dict(weights)
+        if self.teacher is not None:
+            self.teacher.module.load_state_dict(_part(tensors, "teacher/") or weights)
         parameters = dict(self.module.named_parameters())
         for key, value in tensors.items():
             part, _, rest = key.partition("/")
@@ -97,6 +130,10 @@ class Learner:
         return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
 
 
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bool:
     """Whether the heads together reach every weight that is trained: tried on two images.
 
@@ -112,14 +149,18 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
 
 
 def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, whose groups know their factor on the rate (the encoder's, switch norm's) and their decay."""
+    """AdamW or SGD, whose groups know their factor on the rate (the encoder's, switch norm's) and their decay.
+
+    An encoder that stays as it is for the whole run is in none; one that begins frozen is, and gets its moments with
+    its first gradient.
+    """
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for part, part_factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
         spared = not_decayed(part)
         for name, parameter in part.named_parameters():
             factor = part_factor * (config.switch_lr if name.endswith(LOGITS) else 1.0)
             decay = 0.0 if name in spared else config.weight_decay
-            if parameter.requires_grad:
+            if parameter.requires_grad and factor > 0:
                 members.setdefault((factor, decay), []).append(parameter)
     groups = [{"params": own, "factor": factor, "weight_decay": decay} for (factor, decay), own in members.items()]
     if config.optimizer == "sgd":

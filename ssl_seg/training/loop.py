@@ -2,7 +2,7 @@
 
 Ours, because exact resume asks that everything which can be a function of the step is one (batch, keys, learning
 rate, dropout), and because the multi-task step must be the same on 1 and N processes in both ways of encoding. What is
-left over is the state (`learner`): weights, optimizer moments, loss scaler, count of bad steps.
+left over is the state (`learner`): weights, their average, optimizer moments, loss scaler, count of bad steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ssl_seg import rng
 from ssl_seg.config import UserError
 from ssl_seg.data.loading import Packed
 from ssl_seg.tasks import Stream
-from ssl_seg.training.config import lr_at
+from ssl_seg.training.config import frozen_at, lr_at
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.multitask import make_views, weighted_total
 from ssl_seg.training.processes import Processes
@@ -63,6 +63,7 @@ def train(
     config = learner.config
     key = rng.fold_in(rng.as_key(seed), "dropout")
     for step in range(start, config.steps):
+        learner.freeze(frozen_at(config, step))
         learner.module.train()
         rate = lr_at(config, step)
         for group in learner.optimizer.param_groups:
@@ -84,6 +85,8 @@ def train(
             learner.optimizer.step()
             learner.bad_in_a_row = 0
             learner.processes.average(learner.statistics)
+            if learner.teacher is not None:
+                learner.teacher.update(learner.module, step + 1)
         else:
             learner.bad_in_a_row += 1
             for buffer, old in zip(learner.buffers, before, strict=True):
@@ -101,7 +104,7 @@ def backward(learner: Learner, packed: Mapping[Stream, Packed], last: bool) -> d
     """Add one micro-batch's gradients; gives each task's mean loss over this process's samples, detached."""
     config, accelerator = learner.config, learner.accelerator
     batches = {stream: batch.to(learner.processes.device, config.channels_last) for stream, batch in packed.items()}
-    views = make_views(learner.module.tasks, batches, split=config.views == "split")
+    views = make_views(learner.module.tasks, batches, config.views == "split", learner.teach)
     passes = [views] if config.encode == "together" else [{name: view} for name, view in views.items()]
     waits = learner.uses_ddp and not last  # DDP averages at the last micro-batch only
     means: dict[str, Tensor] = {}

@@ -6,8 +6,10 @@ tasks there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +17,49 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.models import EncoderNet, EncoderSpec, Features
 from ssl_seg.rng import seeded
-from ssl_seg.tasks import Batch, Stream, Task, View
+from ssl_seg.tasks import PAIR, Batch, Stream, Task, View, readers
+
+Teach = Callable[[str, Tensor], Tensor]  # a head's name and images to the teacher's prediction
 
 
 class MultiTask(nn.Module):
-    """One encoder, a head per task; `forward` is the whole of a step up to the losses, so DDP sees a single call."""
+    """One encoder, a head per task that borrows none; `forward` is the whole of a step up to the losses.
+
+    So DDP sees a single call.
+    """
 
     def __init__(self, encoder: EncoderNet, spec: EncoderSpec, tasks: Mapping[str, Task], seed: int = 0) -> None:
         super().__init__()
         self.tasks = dict(tasks)
         self.encoder = encoder
+        self.frozen = False  # whether the encoder stays as it is
+        self._held: list[nn.Parameter] = []  # what of it will learn again
         self.heads = nn.ModuleDict()
         for name, task in tasks.items():
+            if task.borrowed_head is not None:
+                continue
             # By name, so that a head starts from the same weights whichever other tasks there are.
             with seeded(rng.fold_in(rng.fold_in(rng.as_key(seed), "head"), name)):
                 self.heads[name] = task.head(spec)
+
+    def freeze(self, frozen: bool) -> None:
+        """Let the encoder stay as it is, or learn (again).
+
+        A frozen one is in evaluation mode whatever the module's mode is: its norms take their running statistics and
+        leave them alone, dropout and drop path are off; no gradient is computed for it.
+        """
+        if frozen and not self.frozen:
+            self._held = [weight for weight in self.encoder.parameters() if weight.requires_grad]
+        for weight in self._held:
+            weight.requires_grad_(not frozen)
+        self.frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
 
     def forward(self, views: Mapping[str, View]) -> dict[str, Tensor]:
         """Per task its losses, `(B,)` float32."""
@@ -51,12 +81,12 @@ class MultiTask(nn.Module):
         """
         groups: dict[tuple, list[str]] = {}
         for name, view in views.items():
-            groups.setdefault((self.tasks[name].stream, *view.input.shape[-2:]), []).append(name)
+            groups.setdefault((self.tasks[name].streams, *view.input.shape[-2:]), []).append(name)
         predictions: dict[str, Tensor] = {}
         for (_, height, width), names in groups.items():
             features = self._encode([views[name].input for name in names])
             for name, own in zip(names, features, strict=True):
-                predictions[name] = self.heads[name](own, (height, width))
+                predictions[name] = self.heads[head_of(self.tasks, name)](own, (height, width))
         return predictions
 
     def _encode(self, inputs: list[Tensor]) -> list[Features]:
@@ -66,19 +96,42 @@ class MultiTask(nn.Module):
         return self.encoder(torch.cat(inputs)).split([len(image) for image in inputs])
 
 
-def make_views(tasks: Mapping[str, Task], batches: Mapping[Stream, Batch], split: bool = False) -> dict[str, View]:
-    """Each task's view of its stream's batch; with `split` the pool's images are dealt out, one task after the other.
+def head_of(tasks: Mapping[str, Task], name: str) -> str:
+    """The name of the head that a task uses."""
+    return tasks[name].borrowed_head or name
+
+
+def make_views(
+    tasks: Mapping[str, Task], batches: Mapping[Stream, Batch], split: bool = False, teach: Teach | None = None
+) -> dict[str, View]:
+    """Each task's view of its streams' batches; with `split` the pool's images are dealt out to the tasks in turn.
 
     A sample's key is folded with the task's name, so two tasks corrupt one image independently.
     """
     views = {}
-    dealt = [name for name, task in tasks.items() if task.stream == "pool"]
+    deal, at_once = dealing(tasks, "pool", split)
     for name, task in tasks.items():
-        batch = batches[task.stream]
-        if split and task.stream == "pool":
-            batch = batch[dealt.index(name) :: len(dealt)]
-        views[name] = task.view(replace(batch, key=rng.fold_in(batch.key, name)))
+        own = {stream: batches[stream] for stream in task.streams}
+        if deal > 1 and "pool" in own:
+            own["pool"] = share_of(own["pool"], readers(tasks, "pool").index(name), deal, at_once)
+        own = {stream: replace(batch, key=rng.fold_in(batch.key, name)) for stream, batch in own.items()}
+        teacher = partial(teach, head_of(tasks, name)) if teach is not None and task.asks_teacher else None
+        views[name] = task.view(own, teacher)
     return views
+
+
+def dealing(tasks: Mapping[str, Task], stream: Stream, split: bool) -> tuple[int, int]:
+    """To how many tasks a stream's images are dealt out, and how many neighbours at a time: 2 where a task mixes."""
+    reading = readers(tasks, stream)
+    at_once = PAIR if any(tasks[name].mixes for name in reading) else 1
+    return (len(reading) if split and stream == "pool" else 1), at_once
+
+
+def share_of(batch: Batch, turn: int, count: int, at_once: int) -> Batch:
+    """The images of one of `count` in turn, each of whom gets `at_once` neighbours at a time."""
+    if at_once == 1:
+        return batch[turn::count]
+    return batch[[place for place in range(len(batch.image)) if place // at_once % count == turn]]
 
 
 def weighted_total(tasks: Mapping[str, Task], sample_losses: Mapping[str, Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ def test_a_step_against_a_bare_loop() -> None:
         optimizer.step()
 
     samples = {"pool": Samples(config.data.pool, config.augment, 0, config.data.resize)}
-    streams = open_streams(samples, config.train, learner.processes, 2, 0)
+    streams = open_streams(samples, config.train, learner.processes, learner.module.tasks, 0)
     steps = train(learner, streams, 0, seed=0)
     ours = seconds(lambda: next(steps), STEPS - 2)
     plain = seconds(bare, STEPS - 2)
@@ -98,7 +98,7 @@ values = {"data": {"pool": pool}, "model": model, "augment": {"crop": [96, 96]},
 config = load(PretrainConfig, values)
 learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
 samples = {"pool": Samples(config.data.pool, config.augment, 0)}
-steps = train(learner, open_streams(samples, config.train, learner.processes, 1, 0), 0, seed=0)
+steps = train(learner, open_streams(samples, config.train, learner.processes, learner.module.tasks, 0), 0, seed=0)
 taken = []
 for _ in range(60):
     started = time.perf_counter()

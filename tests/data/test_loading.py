@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ssl_seg import rng
 from ssl_seg.config import UserError
-from ssl_seg.data.augment import Augment, region
+from ssl_seg.data.augment import Augment, Augmentation, Pair, region
 from ssl_seg.data.loading import CenterCrops, Draws, Kept, Samples, Whole, check_batch_size, loader
 from ssl_seg.data.splits import Examples, Labels, Subset, covering_order, hold_out, manifest, pixel_counts
 from ssl_seg.datasets import Dataset, Example
@@ -73,6 +73,25 @@ def test_a_task_sees_the_same_images_on_any_number_of_processes(world: int, deal
     assert all(of_task(task, world) == of_task(task, 1) for task in range(deal))
 
 
+@given(world=WORLDS, deal=st.integers(1, 3), accumulate=st.integers(1, 3), rounds=st.integers(1, 2))
+def test_partners_stay_together_in_all_that_a_batch_is_dealt_to(
+    world: int, deal: int, accumulate: int, rounds: int
+) -> None:
+    size = 2 * world * deal * accumulate * rounds
+    ranks = [list(Draws(size, 1, 3, rank, world, deal, accumulate, at_once=2)) for rank in range(world)]
+    assert sorted(draw for rank in ranks for batch in rank for draw in batch) == list(range(size, 3 * size))
+
+    def of_task(task: int, batches: list[list[int]]) -> list[int]:
+        return [draw for batch in batches for place, draw in enumerate(batch) if place // 2 % deal == task]
+
+    alone = list(Draws(size, 1, 3, 0, 1, deal, accumulate, at_once=2))
+    for task in range(deal):
+        shares = [of_task(task, rank) for rank in ranks]
+        for share in shares:
+            assert [draw ^ 1 for draw in share[::2]] == share[1::2]
+        assert sorted(draw for share in shares for draw in share) == sorted(of_task(task, alone))
+
+
 def test_resuming_draws_gives_the_rest() -> None:
     assert list(Draws(6, 3, 7)) == list(Draws(6, 0, 7))[3:]
 
@@ -86,6 +105,12 @@ def test_a_batch_that_cannot_be_shared_names_the_nearest(
 ) -> None:
     with pytest.raises(UserError, match=nearest):
         check_batch_size(size, world, deal, accumulate)
+
+
+def test_a_pair_is_not_parted() -> None:
+    check_batch_size(12, 3, 2, 1, at_once=2)
+    with pytest.raises(UserError, match=r"6 cannot be divided by 2 processes x 2 images that are mixed; use 4 or 8$"):
+        check_batch_size(6, 2, 1, 1, at_once=2)
 
 
 def test_every_epoch_visits_every_image_once() -> None:
@@ -133,6 +158,57 @@ def test_examples_are_kept_where_all_fit_and_change_no_sample(room: int, kept_on
         samples[draw]
     assert len(reads) == 12 - kept_ones
     assert kept.size == 2400 * kept_ones
+
+
+class Grain(Augmentation):
+    """A toy: one number is added to every pixel, and noted."""
+
+    word = "grain"
+    count = 3
+
+    def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
+        assert len(drawn) == 3
+        return image + np.uint8(1 + 9 * drawn[0]), label
+
+
+class Grainy(Augment):
+    """Today's augmentations with another one at `place` among them."""
+
+    place: int = 0
+
+    def augmentations(self) -> list[Augmentation]:
+        chosen = super().augmentations()
+        return [*chosen[: self.place], Grain(), *chosen[self.place :]]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_more_augmentation_changes_no_draw_of_the_others(place: int) -> None:
+    """Wherever it stands: before the jitter, which rounds, and after what only moves pixels."""
+    example, known = Striped().read(2), {"crop": (24, 24), "zoom": (0.5, 1.5)}
+    added = set()
+    for key in rng.fold_in(rng.as_key(5), torch.arange(8)):
+        plain, label = Augment(**known).apply(example.image, example.label, key)
+        grainy, same_label = Grainy(**known, place=place).apply(example.image, example.label, key)
+        grain = int(1 + 9 * rng.uniform(rng.fold_in(key, "grain"), (3,))[0])
+        np.testing.assert_array_equal(grainy[..., 0], plain[..., 0] + grain)  # the colour that is the same everywhere
+        np.testing.assert_array_equal(same_label, label)
+        added.add(grain)
+    assert len(added) > 2
+
+
+def test_the_augmentations_of_version_0_1_keep_their_six_numbers() -> None:
+    """A single pixel a cell and no zoom: the crop's corner, the flip and the factors can be read off the pixels."""
+    example, key = Striped().read(2), rng.as_key(11)
+    _, up, left, flip, bright, contrast = rng.uniform(rng.fold_in(key, "augment"), (6,)).tolist()
+    image, _ = Augment(crop=(8, 8), zoom=(1.0, 1.0)).apply(example.image, None, key)
+    top, start = int(up * (40 - 8 + 1)), int(left * (60 - 8 + 1))
+    window = example.image[top : top + 8, start : start + 8]
+    expected = window[:, ::-1] if flip < 0.5 else window
+    np.testing.assert_array_equal(image, expected)
+    jittered, _ = Augment(crop=(8, 8), zoom=(1.0, 1.0), jitter=0.2).apply(example.image, None, key)
+    factors = [1 + 0.2 * (2 * number - 1) for number in (bright, contrast)]
+    exact = ((expected.astype(float) - expected.mean()) * factors[1] + expected.mean()) * factors[0]
+    np.testing.assert_allclose(jittered, exact.clip(0, 255), atol=0.51)
 
 
 @given(seed=st.integers(0, 10_000), low=st.floats(0.3, 1.0), high=st.floats(1.0, 3.0))

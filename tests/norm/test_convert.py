@@ -739,7 +739,7 @@ def _learn(kind: str) -> dict[str, Any]:
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, config.seed)}
-    streams = open_streams(samples, config.train, processes, 2, 0)
+    streams = open_streams(samples, config.train, processes, learner.module.tasks, 0)
     losses = [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
     assert recalibrate(learner, samples["pool"], 8) == NUM_ENCODER + NUM_DECODER
     state = learner.module.state_dict()

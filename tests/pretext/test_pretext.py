@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
 from ssl_seg.models import EncoderSpec, Features
-from ssl_seg.tasks import PretextTask, View
+from ssl_seg.tasks import PretextTask, View, partners
 from ssl_seg.testing import check_pretext_task
 
 NOISES = ("gaussian", "poisson", "speckle", "salt_and_pepper")
@@ -109,6 +110,32 @@ class Twice(Invert):
 
 def test_a_task_may_show_several_inputs_a_sample():
     check_pretext_task(Twice())
+
+
+class Mixed(Invert):
+    """The left half of the partner, as its own key darkens it."""
+
+    mixes: ClassVar[bool] = True
+
+    def corrupt(self, image: Tensor, key: Tensor) -> View:
+        dark = image * rng.uniform(key, (1, 1, 1), 0.5, 1.0)
+        left = torch.arange(image.shape[-1], device=image.device) < image.shape[-1] // 2
+        return View(torch.where(left, partners(dark), dark), torch.where(left, partners(image), image))
+
+
+def test_a_task_may_mix_an_image_with_its_partner_if_it_says_so():
+    check_pretext_task(Mixed())
+
+    class Silent(Mixed):
+        mixes: ClassVar[bool] = False
+
+    with pytest.raises(AssertionError, match="has to say mixes = True"):
+        check_pretext_task(Silent())
+
+
+class MixedWithTheNext(Mixed):
+    def corrupt(self, image: Tensor, key: Tensor) -> View:
+        return View((image + image.roll(1, 0)) / 2 * rng.uniform(key, (1, 1, 1)), image)
 
 
 class Unpure(Invert):
@@ -215,6 +242,7 @@ class LoadsAsAnother(Invert):
         (Unpure, "corrupt is not pure"),
         (LooksAtTheBatch, "an image's view depends on the images or keys beside it"),
         (LooksAtThePlace, "corrupt is not per sample"),
+        (MixedWithTheNext, "an image's view depends on other images or keys than its partner's"),
         (ChangesItsArgument, "corrupt changes the images it is given"),
         (Detached, "the loss does not depend on the network"),
         (IgnoresTheEncoder, "no gradient reaches the encoder"),

@@ -34,7 +34,7 @@ from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
 from ssl_seg.weights.export import load_model
 from ssl_seg.weights.receipt import Receipt
-from tests.small import MODEL, POOL, Textured, finetuning, pretraining
+from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining
 
 
 def run(folder: Path, changed: dict[str, Any] | None = None, **train: Any) -> Finetuned:
@@ -47,6 +47,24 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(folder, quiet=True))
     return folder
+
+
+def test_the_average_is_what_is_scored_chosen_and_exported(tmp_path: Path) -> None:
+    done = finetune(load(FinetuneConfig, joining(eval_every=2)), Options(tmp_path, quiet=True))
+    state = load_state(tmp_path, done.selected_step).tensors
+    averaged = {name.removeprefix("teacher/"): state[name] for name in state if name.startswith("teacher/")}
+    encoder = {name.removeprefix("encoder."): averaged[name] for name in averaged if name.startswith("encoder.")}
+    torch.testing.assert_close(load_file(tmp_path / "encoder" / "encoder.safetensors"), encoder, rtol=0, atol=0)
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    for name, value in exported.items():
+        own = name.replace("head.", f"heads.{SEGMENT}.", 1) if name.startswith("head.") else name
+        torch.testing.assert_close(value, averaged[own], rtol=0, atol=0)
+    decoder = load_file(tmp_path / "decoders" / f"{SEGMENT}.safetensors")
+    assert all(torch.equal(value, exported[f"head.decoder.{name}"]) for name, value in decoder.items())
+    assert not torch.equal(exported["head.last.weight"], state[f"model/heads.{SEGMENT}.last.weight"])
+    model, _ = load_model(tmp_path)  # which compares its features with those of the export
+    assert image_confusions(model, Textured(count=3, seed=6)).scores().miou == done.val.miou
+    assert not (tmp_path / "decoders" / "consistent.safetensors").exists()
 
 
 def started(init: Path | None, transfer: str = "encoder") -> dict[str, torch.Tensor]:

@@ -25,12 +25,16 @@ from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
 from tests import ROOT
-from tests.small import finetuning, pretraining
+from tests.small import finetuning, joining, pretraining
 from tests.training.test_ddp import torchrun
 from tests.two_processes import cut_after, resume_after_every_step, without_dropout
 
 SMALL = ROOT / "tests" / "small.py"
-STAGES = {"pretrain": (pretraining, PretrainConfig, pretrain), "finetune": (finetuning, FinetuneConfig, finetune)}
+STAGES = {
+    "pretrain": (pretraining, PretrainConfig, pretrain),
+    "finetune": (finetuning, FinetuneConfig, finetune),
+    "joint": (joining, FinetuneConfig, finetune),
+}
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -50,7 +54,12 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "workers", "changed"),
-    [("pretrain", 0, {}), ("pretrain", 2, {"encode": "in_turn"}), ("finetune", 0, {"eval_every": 2})],
+    [
+        ("pretrain", 0, {}),
+        ("pretrain", 2, {"encode": "in_turn"}),
+        ("finetune", 0, {"eval_every": 2}),
+        ("joint", 0, {"eval_every": 2, "freeze_encoder": 3}),
+    ],
 )
 def test_resuming_after_every_step_gives_the_same_bits(
     stage: str, workers: int, changed: dict[str, Any], tmp_path: Path
@@ -66,14 +75,15 @@ def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) 
         folder = tmp_path / encode
         done = torchrun("-m", "tests.two_processes", "resume", str(folder), encode, str(workers))
         assert done.returncode == 0, done.stderr
-        assert_all_the_same(folder)
+        assert_all_the_same(folder / "pretrained")
+    assert_all_the_same(tmp_path / "together" / "joint", 3)
 
 
-def assert_all_the_same(folder: Path) -> None:
+def assert_all_the_same(folder: Path, count: int = 5) -> None:
     """The whole run and those resumed after each of its steps, as `resume_after_every_step` leaves them."""
     whole = folder / "whole"
     parts = sorted(folder.glob("after_*"))
-    assert len(parts) == 5
+    assert len(parts) == count
     for part in parts:
         assert figures(whole) == figures(part)
         torch.testing.assert_close(last_state(part), last_state(whole), rtol=0, atol=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import ROOT
-from tests.two_processes import MODES, evaluate, jointly, record, score_one_image
+from tests.two_processes import MODES, evaluate, jointly, record, score_one_image, taught
 
 
 def torchrun(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -54,6 +54,22 @@ def test_a_process_without_an_image_does_no_harm(two: dict[str, Any]) -> None:
 @pytest.mark.parametrize("encode", ["together", "in_turn"])
 def test_joint_training_deals_out_both_streams(two: dict[str, Any], encode: str) -> None:
     assert two["jointly"][encode] == pytest.approx(jointly(encode), rel=1e-3)
+
+
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_a_teacher_pairs_and_an_encoder_that_begins_frozen(two: dict[str, Any], encode: str) -> None:
+    """The same mixtures, to the bit; the same gradients after DDP has been wrapped anew; one teacher on both."""
+    alone, both = taught(encode), two["taught"][encode]
+    assert both["uses_ddp"] == (encode == "together")
+    assert both["mixtures"] == alone["mixtures"]
+    assert len(set(both["mixtures"])) == 8
+    for name, gradient in alone["gradients"].items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(both["gradients"][name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    assert both["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    torch.testing.assert_close(both["teacher"], alone["teacher"], rtol=0, atol=4e-4)  # AdamW's first steps are signs
+    first, second = both["totals"]
+    assert first == second
 
 
 def test_nan_on_one_process_is_skipped_by_all(two: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.norm.layers import SwitchNorm2d
 from ssl_seg.stages import finetune, pretrain
 from ssl_seg.stages.finetune import FinetuneConfig
-from ssl_seg.stages.fit import open_streams, pool_tasks
+from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.start import build_module, find_start
 from ssl_seg.training.config import TrainConfig, due, lr_at
@@ -36,7 +36,7 @@ def make(**changed: Any) -> tuple[Learner, dict[str, Samples]]:
 
 
 def run(learner: Learner, sources: dict[str, Samples], start: int = 0) -> Iterator[Step]:
-    streams = open_streams(sources, learner.config, learner.processes, pool_tasks(learner.module.tasks), start)
+    streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, start)
     return train(learner, streams, start, seed=0)
 
 
@@ -133,7 +133,7 @@ def test_in_turn_gives_the_gradients_of_together(views: str) -> None:
     for encode in ("together", "in_turn"):
         learner, sources = make(encode=encode, views=views, clip=None)
         learner.module.eval()  # dropout draws differ between one pass and two
-        streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+        streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
         backward(learner, {"pool": next(streams["pool"])}, last=True)
         gradients.append({name: p.grad for name, p in learner.module.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -146,7 +146,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
     for accumulate in (1, 2):
         learner, sources = make(accumulate=accumulate, clip=None)
         learner.module.eval()
-        streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+        streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
         for _ in range(accumulate):
             backward(learner, {"pool": next(streams["pool"])}, last=True)
         gradients.append({name: p.grad for name, p in learner.module.named_parameters()})
@@ -158,7 +158,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
 def test_clipping_bounds_the_norm_and_reports_the_norm_before() -> None:
     learner, sources = make(clip=0.01)
     learner.optimizer.zero_grad()
-    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
     backward(learner, {"pool": next(streams["pool"])}, last=True)
     before = math.sqrt(sum(p.grad.square().sum().item() for p in learner.module.parameters()))
     assert finish_gradients(learner) == pytest.approx(before, rel=1e-4)
@@ -180,7 +180,7 @@ def test_a_step_that_is_not_finite_changes_nothing(norm: str) -> None:
     config = load(PretrainConfig, values)
     learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
     samples = {"pool": Samples(config.data.pool, config.augment, 0)}
-    streams = open_streams(samples, config.train, learner.processes, 2, 0)
+    streams = open_streams(samples, config.train, learner.processes, learner.module.tasks, 0)
     seen = []
     for step in train(learner, {"pool": poison(streams["pool"], {1, 2}, learner)}, 0, seed=0):
         learner.module.encoder.std.fill_(0.25)
@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_changes_nothing(norm: str) -> None:
 
 def test_ten_bad_steps_in_a_row_end_the_run_with_the_names() -> None:
     learner, sources = make(steps=30)
-    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
     poisoned = poison(streams["pool"], set(range(3, 30)), learner)
     done = []
     with pytest.raises(NonFiniteError, match=r"10 times in a row; lower train.lr") as caught:
@@ -279,7 +279,7 @@ def test_the_look_at_the_weights_takes_images_of_the_run_s_size(stage: str) -> N
 
 def test_all_images_of_an_accumulated_bad_step_are_named() -> None:
     learner, sources = make(steps=30, accumulate=2)
-    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
     with pytest.raises(NonFiniteError) as caught:
         list(train(learner, {"pool": poison(streams["pool"], set(range(99)), learner)}, 0, seed=0))
     assert len(caught.value.names) == learner.config.batch_size
@@ -315,7 +315,7 @@ def test_fp16_without_a_gpu_is_refused() -> None:
 
 def test_a_wish_to_stop_is_told_by_the_step() -> None:
     learner, sources = make()
-    streams = open_streams(sources, learner.config, learner.processes, 2, 0)
+    streams = open_streams(sources, learner.config, learner.processes, learner.module.tasks, 0)
     stops = [step.stop for step in train(learner, streams, 0, seed=0, wants_stop=iter([False, True] * 3).__next__)]
     assert stops == [False, True] * 3
 
