@@ -96,9 +96,10 @@ def taught(encode: str) -> dict[str, Any]:
     Beside the losses: the mixtures of the first batch, the gradients where the encoder learns, and the teacher.
     """
     values = {**joining(encode=encode, steps=4, batch_size=8, lr=LR, freeze_encoder=2), "model": MODEL}
-    config = resolve(load(FinetuneConfig, values))
+    config, start = resolve(load(FinetuneConfig, values))
     processes = Processes(config.train)
-    learner, samples = assemble(config, processes, None, config.labels.choose(config.data.labelled), quiet=True)
+    labelled = config.labels.choose(config.data.labelled)
+    learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
     tasks = learner.module.tasks
     packed = {stream: next(own) for stream, own in open_streams(samples, config.train, processes, tasks, 0).items()}
     views = make_views(tasks, {stream: own.to(processes.device) for stream, own in packed.items()}, teach=learner.teach)

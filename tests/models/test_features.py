@@ -59,7 +59,7 @@ def learner_of(config: PretrainConfig) -> Learner:
 
 def streams_of(config: PretrainConfig, learner: Learner) -> dict[str, Any]:
     samples = {"pool": Samples(config.data.pool, config.augment, config.seed)}
-    return open_streams(samples, config.train, learner.processes, len(config.tasks), 0)
+    return open_streams(samples, config.train, learner.processes, config.tasks, 0)
 
 
 # The class

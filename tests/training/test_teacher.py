@@ -142,9 +142,9 @@ def test_the_supervised_task_keeps_its_bits_beside_one_that_asks_it() -> None:
         values = {**joining(), "tasks": tasks}
         if not tasks:
             del values["data"]["pool"]
-        config = finetune.resolve(load(FinetuneConfig, values))
+        config, start = finetune.resolve(load(FinetuneConfig, values))
         labelled, _ = finetune.choose_images(config)
-        learner, sources = finetune.assemble(config, Processes(config.train), None, labelled, quiet=True)
+        learner, sources = finetune.assemble(config, start, Processes(config.train), None, labelled, quiet=True)
         losses.append([step.metrics[f"train/{SEGMENT}/loss"] for step in run(learner, sources)])
     assert losses[0] == losses[1]
 
@@ -161,7 +161,7 @@ def test_the_supervised_task_keeps_its_bits_beside_one_that_asks_it() -> None:
 def test_what_a_task_cannot_do_without_is_told_in_a_line(changed: dict[str, Any], message: str) -> None:
     config = load(FinetuneConfig, joining(**changed["train"]))
     with pytest.raises(UserError, match=message) as caught:
-        finetune.check(finetune.resolve(config), Processes(config.train))
+        finetune.check(finetune.resolve(config)[0], Processes(config.train))
     assert "\n" not in str(caught.value)
 
 
