@@ -29,7 +29,7 @@ _HOMES = {
     "studies.config": ("StudyConfig",),
     "studies.study": ("StudyOptions", "study"),
     "segment": ("Segment",),
-    "tasks": ("Batch", "PretextTask", "Task", "View"),
+    "tasks": ("Batch", "PretextTask", "Task", "TaskPlugin", "View", "partners"),
     "training.config": ("TrainConfig",),
     "training.multitask": ("MultiTask",),
     "weights.export": ("load_encoder", "load_model"),
