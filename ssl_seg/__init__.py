@@ -33,7 +33,7 @@ _HOMES = {
     "studies.config": ("StudyConfig",),
     "studies.study": ("StudyOptions", "study"),
     "segment": ("Segment",),
-    "tasks": ("Batch", "PretextTask", "Task", "View"),
+    "tasks": ("Batch", "PretextTask", "Task", "TaskPlugin", "View", "partners"),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
     "training.multitask": ("MultiTask", "make_views"),

@@ -32,6 +32,7 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm.convert import Kind
+from ssl_seg.stages import finetune
 from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.predict import PredictConfig
@@ -41,6 +42,7 @@ from ssl_seg.studies.plan import make_plan
 from ssl_seg.tracking import Tracking
 from ssl_seg.weights.export import build_model, export_encoder, export_model
 from tests import ROOT
+from tests.small import joining
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / "experiments").rglob("README.md"))]
@@ -189,6 +191,13 @@ def test_the_examples_of_plugins_pass_their_checks(reader: Path) -> None:
         assert functions, f"{name} holds no test"
         for function in functions:
             function(**({"tmp_path": reader} if inspect.signature(function).parameters else {}))
+
+
+def test_the_example_of_a_semi_supervised_task_trains(reader: Path) -> None:
+    use_plugin("consistency.py")
+    use_plugin("tests.small")
+    tried = finetune.try_out(load(FinetuneConfig, {**joining(), "tasks": {"consistency": {}}}))
+    assert set(tried.parameters) == {"encoder", finetune.SEGMENT}
 
 
 def test_a_wrong_example_does_not_pass(reader: Path) -> None:

@@ -22,7 +22,7 @@ from ssl_seg.config import Config
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
-NEW = ("freeze_encoder", "ema")  # since version 0.1
+SINCE_0_1 = ("freeze_encoder", "ema")  # keys that version 0.1 did not know
 
 
 class TrainConfig(Config):
@@ -73,8 +73,11 @@ class TrainConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys that version 0.1 had not are written where they are used: else its runs and cells would be others'."""
-        return {name: value for name, value in dump(self).items() if value or name not in NEW}
+        """Keys that version 0.1 did not know are written where they are used alone.
+
+        So a run without them is described as then, and is of one group, and of one cell of a study, with runs of then.
+        """
+        return {name: value for name, value in dump(self).items() if value or name not in SINCE_0_1}
 
 
 def frozen_at(config: TrainConfig, step: int) -> bool:

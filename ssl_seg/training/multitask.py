@@ -74,14 +74,15 @@ class MultiTask(nn.Module):
         return by_task
 
     def predict(self, views: Mapping[str, View]) -> dict[str, Tensor]:
-        """Per task its head's output. Views of one stream and one size share an encoder pass.
+        """Per task its head's output. Views of the pool and of one size share an encoder pass.
 
-        Streams are encoded apart, one after the other: labelled images then give the same bits with and without
-        unlabelled ones beside them.
+        Each task that reads labelled images is encoded apart: the supervised one then gives the same bits with and
+        without others beside it.
         """
         groups: dict[tuple, list[str]] = {}
         for name, view in views.items():
-            groups.setdefault((self.tasks[name].streams, *view.input.shape[-2:]), []).append(name)
+            apart = name if "labelled" in self.tasks[name].streams else ""
+            groups.setdefault((apart, *view.input.shape[-2:]), []).append(name)
         predictions: dict[str, Tensor] = {}
         for (_, height, width), names in groups.items():
             features = self._encode([views[name].input for name in names])
