@@ -25,6 +25,7 @@ test-lowest:
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_imports.py
 
 format: $(READY)

@@ -34,7 +34,7 @@ def _say_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-ClickError = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
+ClickError: Any = typer.BadParameter.__mro__[2]  # typer has click inside, by a path that changes with its version
 
 
 Words = Annotated[
@@ -169,7 +169,8 @@ def compare_command(
     plugin: Plugins = None,
 ) -> None:
     """Print the scores of runs, those that differ in seeds alone as one, beside only the config keys that differ."""
-    if bool(runs) == bool(experiment):
+    folders = runs or []
+    if bool(folders) == bool(experiment):
         raise UserError("compare: name run folders, or --experiment NAME for runs of MLflow")
     if experiment and (verify or drawn):
         raise UserError("compare: --verify and --pictures read run folders; name these in place of --experiment")
@@ -181,12 +182,12 @@ def compare_command(
     from ssl_seg.tracking.experiments import compare_experiment
 
     if verify:
-        for run, verified in verify_all(runs):
+        for run, verified in verify_all(folders):
             said = f"{verified.figures} figures follow from the confusion matrices"
             without = ", ".join(verified.without_passport)
             more = f"; no passport of {without}, so not by which definition and on which images" if without else ""
             print_lines([f"{run}: {said} (largest difference {verified.largest:.1g}){more}"])
-    found = compare.compare(runs) if runs else compare_experiment(experiment, uri)
+    found = compare_experiment(experiment, uri) if experiment else compare.compare(folders)
     print_comparison(found)
     if drawn is not None:
         written = draw_changed(found, drawn)

@@ -181,7 +181,7 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         merged = merge(merged, _read_override(override))
     try:
-        return OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        return _plain(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {_first_line(error)}; interpolations may name keys of the config only") from error
 
@@ -264,7 +264,8 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     spec = importlib.util.find_spec(RECIPES)
-    folders = [Path(folder) for folder in spec.submodule_search_locations] if spec else []
+    places = spec.submodule_search_locations if spec else None
+    folders = [Path(folder) for folder in places or ()]
     for folder in folders:
         shipped = folder / f"{name}.yaml"
         if NAME.fullmatch(name) and shipped.is_file():
@@ -273,9 +274,14 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"{name}: no such file or recipe; give a YAML file, key=value, or one of: {', '.join(known)}")
 
 
+def _plain(config: object, resolve: bool = False) -> Any:
+    """What OmegaConf has read as plain dicts, lists and numbers: a dict where it is a mapping."""
+    return OmegaConf.to_container(config, resolve=resolve)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        values = _plain(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from error
     if not isinstance(values, dict):
@@ -288,7 +294,7 @@ def _read_override(word: str) -> dict[str, Any]:
     if not re.fullmatch(r"\w+(\.[\w-]+)*", key):
         raise UserError(f"{word}: not a key=value word; write it as train.lr=1e-3")
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
+        return _plain(OmegaConf.from_dotlist([word]))
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{word}: the value is not YAML: {_first_line(error)}") from error
 
@@ -304,6 +310,8 @@ def _import_file(path: Path) -> ModuleType:
     name = f"plugin_{path.stem}_{digest[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None  # the file's name ends in .py
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # before it runs: pydantic looks annotations up there
         try:

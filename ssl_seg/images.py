@@ -21,6 +21,7 @@ from uuid import uuid4
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from ssl_seg.config import UserError
 
@@ -97,7 +98,9 @@ def write_image(path: str | Path, array: np.ndarray, noisy: bool = False) -> Non
         _write_png(Path(path), _encoded(Image.fromarray(array)))
 
 
-def write_mask(path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | None = None) -> None:
+def write_mask(
+    path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | np.ndarray | None = None
+) -> None:
     """Write ids `(H, W)` uint8 or uint16 as PNG, whole or not at all; `palette` gives an RGB colour an id (uint8 only).
 
     The ids are stored either way: a palette only changes what a viewer shows. Masks are small however little zlib
@@ -133,7 +136,7 @@ def show_path(path: str | Path) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _decode(path: Path, convert: Callable[[Image.Image, str], np.ndarray]) -> np.ndarray:
+def _decode(path: Path, convert: Callable[[ImageFile, str], np.ndarray]) -> np.ndarray:
     shown = show_path(path)
     _check_file(path, shown)
     try:
@@ -181,7 +184,7 @@ def _too_large(shown: str) -> str:
     return f"{shown}: more than {MAX_PIXELS} pixels by its header; cut it into tiles or remove it"
 
 
-def _to_rgb(image: Image.Image, shown: str) -> np.ndarray:
+def _to_rgb(image: ImageFile, shown: str) -> np.ndarray:
     upright = _upright(image)
     if upright.mode.startswith("I"):
         grey = (_sixteen_bits(upright, shown) + 128) // 257  # 65535 / 255 = 257; the half rounds
@@ -196,7 +199,7 @@ def _to_rgb(image: Image.Image, shown: str) -> np.ndarray:
     return np.array(upright.convert("RGB"))
 
 
-def _to_stored(image: Image.Image, shown: str) -> np.ndarray:
+def _to_stored(image: ImageFile, shown: str) -> np.ndarray:
     if image.format not in MASK_FORMATS:
         known = ", ".join(MASK_FORMATS)
         raise UserError(f"{shown}: {image.format} does not keep class ids exactly; save masks as one of: {known}")
@@ -220,7 +223,7 @@ def _to_stored(image: Image.Image, shown: str) -> np.ndarray:
     return array
 
 
-def _layout(image: Image.Image) -> str:
+def _layout(image: ImageFile) -> str:
     """How pixels lie in the file, after Pillow's `;`: '16B', '4', 'I' (inverted); '' where it says nothing."""
     if not image.tile:
         return ""

@@ -20,13 +20,14 @@ import cv2
 import numpy as np
 
 from ssl_seg.config import load
-from ssl_seg.data.splits import Examples, Subset
+from ssl_seg.data.splits import Subset
 from ssl_seg.datasets import Example
 from ssl_seg.datasets.camvid import Camvid
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.leaks.guard import Leaks, compare
-from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, fingerprint
+from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, Images, fingerprint
+from ssl_seg.leaks.record import Leak
 
 T = TypeVar("T")
 DRIVES = ("0001TP", "0006R0", "0016E5")
@@ -42,6 +43,12 @@ def finished(work: Generator[None, None, T]) -> T:
             next(work)
         except StopIteration as end:
             return end.value
+
+
+def alike(leak: Leak) -> float:
+    """What two pictures have in common: every leak has it where names are not looked at."""
+    assert leak.alike is not None
+    return leak.alike
 
 
 # ---- copies ----
@@ -103,7 +110,7 @@ COPIES: dict[str, tuple[Change, tuple[str, list[int]]]] = {
 }
 
 
-def plant(examples: Examples, chosen: Sequence[int], kind: str, folder: Path, seed: int) -> Folder:
+def plant(examples: Images, chosen: Sequence[int], kind: str, folder: Path, seed: int) -> Folder:
     """Copies of the chosen images as files, named by their numbers."""
     change, (suffix, options) = COPIES[kind]
     folder.mkdir()
@@ -114,7 +121,7 @@ def plant(examples: Examples, chosen: Sequence[int], kind: str, folder: Path, se
     return Folder(images=str(folder))
 
 
-def recall(name: str, examples: Examples, count: int, config: Leaks) -> None:
+def recall(name: str, examples: Images, count: int, config: Leaks) -> None:
     """Print how many copies of each kind are found, and found for the image that they were made of."""
     scored = finished(fingerprint(examples))
     for seed, kind in enumerate(COPIES):
@@ -125,7 +132,7 @@ def recall(name: str, examples: Examples, count: int, config: Leaks) -> None:
         found = finished(compare("pool", copies, "val", scored, config))
         right = sum(scored.names.index(leak.scored) == int(Path(leak.name).stem) for leak in found)
         missed = sorted(set(copies.names) - {leak.name for leak in found})
-        lowest = min((leak.alike for leak in found), default=0.0)
+        lowest = min((alike(leak) for leak in found), default=0.0)
         print(f"{name:15} {kind:26} {len(found):4} of {len(chosen)}, right {right}, lowest {lowest:.2f} {missed[:5]}")
 
 
@@ -173,7 +180,7 @@ FRAMES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Framed:
     """Other examples, each within the same frame."""
 
-    examples: Examples
+    examples: Images
     frame: Callable[[np.ndarray], np.ndarray]
 
     def __len__(self) -> int:
@@ -194,8 +201,8 @@ def flagged(name: str, trained: Fingerprints, scored: Fingerprints, config: Leak
     started = time.monotonic()
     low = finished(compare("pool", trained, "val", scored, config.model_copy(update={"alike": 0.3})))
     seconds = time.monotonic() - started
-    found = [leak for leak in low if leak.alike >= config.alike]
-    best = sorted((leak.alike for leak in low), reverse=True)[:3]
+    found = [leak for leak in low if alike(leak) >= config.alike]
+    best = sorted((alike(leak) for leak in low), reverse=True)[:3]
     print(f"{name:36} {len(found)} of {len(trained)} (against {len(scored)}), best {best}, {seconds:.1f} s")
     for leak in found[:5]:
         print(f"    {leak.name} ~ {leak.scored}: {leak.alike} {leak.detail}")
@@ -212,7 +219,7 @@ def drawn(kind: str, size: tuple[int, int], seed: int, count: int) -> Fingerprin
 
 
 def half(prints: Fingerprints, start: int) -> Fingerprints:
-    return Fingerprints(prints.names[start::2], prints.digests[start::2], prints.thumbs[start::2])
+    return Fingerprints(prints.names[start::2], prints.digests[start::2], prints.pictures[start::2])
 
 
 # ---- size ----

@@ -105,16 +105,23 @@ def sheet(dataset: Synthetic, extras: Sequence[str] = ()) -> np.ndarray:
 def _panels(scene: Scene, colours: np.ndarray, extras: Sequence[str]) -> list[np.ndarray]:
     shown = [scene.image, colours[scene.label]]
     if "depth" in extras:
-        near, far = int(scene.depth.min()), int(scene.depth.max())
-        grey = (scene.depth.astype(np.int32) - near) * 255 // max(1, far - near)
+        depth = _map(scene, "depth")
+        near, far = int(depth.min()), int(depth.max())
+        grey = (depth.astype(np.int32) - near) * 255 // max(1, far - near)
         shown.append(_as_rgb(255 - grey))  # near is bright
     if "instances" in extras:
         table = palette(256)
         table[0] = 0  # where no object stands
-        shown.append(table[np.minimum(scene.instances, scene.instances % 255 + 1)])
+        ids = _map(scene, "instances")
+        shown.append(table[np.minimum(ids, ids % 255 + 1)])
     if "edges" in extras:
-        shown.append(_as_rgb(edges(scene) * 255))
+        shown.append(_as_rgb(_map(scene, "edges")))
     return shown
+
+
+def _map(scene: Scene, extra: str) -> np.ndarray:
+    """One of EXTRAS as it is written: the world draws it, else `synth` would have refused."""
+    return edges(scene).astype(np.uint8) * 255 if extra == "edges" else getattr(scene, extra)
 
 
 def _as_rgb(grey: np.ndarray) -> np.ndarray:
@@ -199,12 +206,8 @@ def _write(dataset: Synthetic, folder: Path, extras: Sequence[str], index: int) 
     name = Path(dataset.sequence(index)) / f"{dataset.name(index)}.png"
     images.write_image(folder / "images" / name, scene.image, noisy=True)
     images.write_mask(folder / "masks" / name, scene.label, palette(len(dataset.class_names)))
-    if "depth" in extras:
-        images.write_mask(folder / "depth" / name, scene.depth)
-    if "instances" in extras:
-        images.write_mask(folder / "instances" / name, scene.instances)
-    if "edges" in extras:
-        images.write_mask(folder / "edges" / name, edges(scene).astype(np.uint8) * 255)
+    for extra in extras:
+        images.write_mask(folder / extra / name, _map(scene, extra))
 
 
 def _cores() -> int:

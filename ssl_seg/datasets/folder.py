@@ -102,15 +102,15 @@ class Folder(Dataset):
 
     def image(self, index: int) -> Example:
         image_name = self.name(index)
-        return Example(read_image(Path(self.images).expanduser() / image_name), None, image_name)
+        return Example(read_image(self._image_folder / image_name), None, image_name)
 
     def read(self, index: int) -> Example:
         if self.masks is None:
             return self.image(index)
         image_name, mask_name = self._files[index]
-        image_path = Path(self.images).expanduser() / image_name
+        image_path = self._image_folder / image_name
         image = read_image(image_path)
-        mask_path = Path(self.masks).expanduser() / mask_name
+        mask_path = self._mask_folder / mask_name
         stored = read_mask(mask_path)
         if stored.shape[:2] != image.shape[:2]:
             raise UserError(
@@ -130,10 +130,19 @@ class Folder(Dataset):
         parent = str(PurePosixPath(self.name(index)).parent)
         return "" if parent == "." else parent
 
+    @property
+    def _image_folder(self) -> Path:
+        return Path(self.images).expanduser()
+
+    @property
+    def _mask_folder(self) -> Path:
+        assert self.masks is not None  # nobody asks before it is known that there are masks
+        return Path(self.masks).expanduser()
+
     @cached_property
     def _names_beside(self) -> tuple[str, ...]:
         """The names in dataset.json. Raises UserError that says what the masks hold where there are none."""
-        path = Path(self.masks).expanduser().parent / "dataset.json"
+        path = self._mask_folder.parent / "dataset.json"
         names = read_json(path).get("class_names") if path.is_file() else None
         if not isinstance(names, list) or not names:
             raise UserError(self._ask_for_classes(self._scan()))
@@ -147,8 +156,8 @@ class Folder(Dataset):
         return self._scan()
 
     def _scan(self) -> tuple[tuple[str, str], ...]:
-        folder = Path(self.images).expanduser()
-        masks = None if self.masks is None else Path(self.masks).expanduser()
+        folder = self._image_folder
+        masks = None if self.masks is None else self._mask_folder
         found = _without_aliases(folder, find_files(folder, IMAGE_SUFFIXES))
         if masks is None:
             _refuse_empty(folder, found)
@@ -211,7 +220,7 @@ class Folder(Dataset):
         )
 
     def _ask_for_classes(self, files: Sequence[tuple[str, str]]) -> str:
-        folder = Path(self.masks).expanduser()
+        folder = self._mask_folder
         probed = files[:: max(1, len(files) // PROBED_MASKS)][:PROBED_MASKS]
         ids: set[int] = set()
         colours: set[str] = set()

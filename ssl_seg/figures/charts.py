@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,6 +41,7 @@ NUMBERED = 16  # classes up to which a confusion matrix has its numbers
 NAMED = 48  # and up to which each class has its name
 POINTS = 80  # of a line; more cannot be told apart in a panel
 WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
+Numbers = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def curves(name: str, lines: Sequence[Curve], about: str, by_logarithm: bool = F
         for steps, values in curve.runs if len(curve.runs) > 1 else ():
             panel.plot(*thin(steps, values), color=curve.style.hex, linewidth=0.7, alpha=0.38)
         steps, values = thin(*mean_line(curve.runs))
-        alone = {"marker": curve.style.marker, "markersize": 4} if len(steps) < 8 else {}
+        alone: dict[str, Any] = {"marker": curve.style.marker, "markersize": 4} if len(steps) < 8 else {}
         panel.plot(steps, values, color=curve.style.hex, linewidth=1.7, linestyle=curve.style.dash, **alone)
     values = [value for curve in lines for _, own in curve.runs for value in own if np.isfinite(value)]
     if by_logarithm and values and min(values) > 0 and max(values) > WIDE_RANGE * min(values):
@@ -201,7 +202,7 @@ def bands(
     length = float(np.ptp(to_axis(places))) or 1.0
     for lane, line in enumerate(lines):
         aside = 0.016 * length * (lane - (len(lines) - 1) / 2)
-        means = [np.mean(values) if values else np.nan for values in line.values]
+        means = [float(np.mean(values)) if values else np.nan for values in line.values]
         low, high = np.array([own or (np.nan, np.nan) for own in line.intervals]).reshape(-1, 2).T
         panel.fill_between(line.places, low, high, color=line.style.hex, alpha=0.15, linewidth=0)
         panel.plot(line.places, means, color=line.style.hex, linewidth=1.7, linestyle=line.style.dash)
@@ -351,7 +352,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def thin(steps: Numbers, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """At most POINTS points of a line: means of neighbours, nan where none of them is a number."""
     chunks = min(POINTS, len(steps))
     if chunks == 0:
@@ -389,7 +390,8 @@ def norm_shares(parts: Mapping[str, Sequence[Shares]], kinds: Sequence[str]) -> 
     for part, row in zip(parts, heads, strict=True):
         of_mean.text(0.0, row, part, fontsize=8, fontweight="bold", va="center", color=light("ink"))
     of_mean.text(-0.01, heads[0], "layer  (channels)", fontsize=7, ha="right", va="center", color=light("muted"))
-    legend = figure.legend(bars, kinds, loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
+    handles: Any = bars  # matplotlib draws a legend of bars too; its annotation knows single shapes alone
+    legend = figure.legend(handles, kinds, loc="outside upper center", ncols=len(kinds), fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_color(light("ink"))
     return figure
@@ -441,7 +443,7 @@ def _plain_axes(panel: Axes) -> None:
     panel.set_axisbelow(True)
 
 
-def _dot(style: Style, size: float) -> dict[str, object]:
+def _dot(style: Style, size: float) -> dict[str, Any]:
     return {
         "color": style.hex,
         "marker": style.marker,
@@ -452,7 +454,7 @@ def _dot(style: Style, size: float) -> dict[str, object]:
     }
 
 
-def _beside(panel: Axes, x: float, y: float, text: str, side: str, colour: str, **more: str) -> None:
+def _beside(panel: Axes, x: float, y: float, text: str, side: str, colour: str, **more: Any) -> None:
     """Text at `x` of the axes' width and `y` of its data."""
     place = panel.get_yaxis_transform()
     panel.text(x, y, text, transform=place, ha=side, va="center", fontsize=TEXT, color=light(colour), **more)

@@ -74,7 +74,7 @@ def to_svg(figure: Figure, name: str, about: str | None) -> str:
     wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', file.getvalue()))
     for element in root.iter():
         _settle_in(element, name, wanted)
-    box = root.get("viewBox")
+    box = root.attrib["viewBox"]
     root.attrib.clear()
     root.attrib.update({"viewBox": box, "style": "stroke-linejoin: round"})
     root.attrib.update({"aria-hidden": "true"} if about is None else {"role": "img", "aria-label": plain(about)})
@@ -101,14 +101,14 @@ def _settle_in(element: ElementTree.Element, name: str, wanted: set[str]) -> Non
     if link is not None:
         element.set("href", f"#{name}-{link[1:]}" if link.startswith("#") else link)
     if "clip-path" in element.attrib:
-        element.set("clip-path", element.get("clip-path").replace("url(#", f"url(#{name}-"))
+        element.set("clip-path", element.attrib["clip-path"].replace("url(#", f"url(#{name}-"))
     if "style" in element.attrib:
-        unfonted = re.sub(r"font-family:[^;]*;? ?", "", element.get("style"))
+        unfonted = re.sub(r"font-family:[^;]*;? ?", "", element.attrib["style"])
         element.set("style", VARIABLE.sub(lambda found: VARIABLES[found[0]], unfonted))
     if element.get("transform", "").startswith("rotate(-0 "):
         del element.attrib["transform"]
     if "d" in element.attrib:
-        element.set("d", " ".join(element.get("d").split()))
+        element.set("d", " ".join(element.attrib["d"].split()))
     if not (element.text or "").strip():
         element.text = None
     element.tail = None  # letters stand in elements without others inside, so this is white space
@@ -120,8 +120,10 @@ def _foreign_text(figure: Figure, salt: str = "") -> Iterator[None]:
         text.set_parse_math(False)
     # Those of ticks come into being while it is drawn. Text stays text in SVG: whether a letter can be shown is up to
     # the reader's fonts, not to matplotlib's.
-    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
-    with matplotlib.rc_context(options), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 

@@ -116,6 +116,7 @@ def guard(
     else:
         while outcome is None:
             outcome = processes.from_first(None)
+    assert outcome is not None  # as `_work` ends
     return outcome.record_or_refusal(run.folder)
 
 
@@ -125,6 +126,7 @@ def check(place: Place, question: Question, workers: int = 0, quiet: bool = Fals
     Raises LeakError, with leaks.json and leaks.png written, for a leak that is not allowed.
     """
     *_, outcome = _work(place, question, workers, quiet)
+    assert outcome is not None  # as `_work` ends
     return outcome.record_or_refusal(place.folder)
 
 
@@ -262,7 +264,7 @@ def compare(
         return list(found.values())
     near = {pair.index: pair for pair in (neighbours(trained, scored, config.frames) if config.frames else ())}
     open_ = [index for index in range(len(trained)) if index not in found]
-    for match in altered(trained.thumbs, open_, scored.thumbs, config.alike, config.turns):
+    for match in altered(trained.thumbs, open_, scored.pictures, config.alike, config.turns):
         if match is not None:
             index = open_[match.index]
             beside = near.get(index)

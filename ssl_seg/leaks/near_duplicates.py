@@ -16,7 +16,7 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ from ssl_seg.config import UserError
 from ssl_seg.images import resize_image
 
 if TYPE_CHECKING:
-    from ssl_seg.data.splits import Examples
+    from ssl_seg.datasets import Example
 
 # Pixels of a fingerprint, 4 kB an image. In a trial, before strong edges were evened out, the best clean pair shared
 # 0.54 of its fine structure at 64, 0.62 at 48 and 0.86 at 32; the worst of 500 altered copies 0.78, 0.86 and 0.93.
@@ -80,15 +80,29 @@ class Fingerprints:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def pictures(self) -> np.ndarray:
+        """`thumbs` of images that were read just now: only those that another run has stored may be without."""
+        assert self.thumbs is not None
+        return self.thumbs
+
 
 # ---- what is kept of an image ----
+
+
+class Images(Protocol):
+    """What is looked at of a data set."""
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Example: ...
+    def name(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
 class _Seen:
     """A map from indices to digest and fingerprint, as a loader's workers run it."""
 
-    examples: Examples
+    examples: Images
 
     def __getitem__(self, index: int) -> tuple[str, np.ndarray]:
         from ssl_seg.data.splits import digest_of
@@ -97,7 +111,7 @@ class _Seen:
         return digest_of(example), thumb(example.image)
 
 
-def fingerprint(examples: Examples, workers: int = 0) -> Generator[None, None, Fingerprints]:
+def fingerprint(examples: Images, workers: int = 0) -> Generator[None, None, Fingerprints]:
     """Read every image once, by `workers` processes, pausing after each; returns `Fingerprints`.
 
     Raises UserError for an image that cannot be read.
@@ -110,7 +124,9 @@ def fingerprint(examples: Examples, workers: int = 0) -> Generator[None, None, F
     thumbs = np.empty((count, SIDE, SIDE), dtype=np.uint8)
     digests = []
     options = {"num_workers": workers, "worker_init_fn": outlive_signals, "collate_fn": _as_is}
-    loading = DataLoader(Caught(_Seen(examples)), batch_size=None, sampler=range(count), **options)
+    # Torch's annotation asks for a `Dataset`; its manual for a map from indices, as this is.
+    caught: Any = Caught(_Seen(examples))
+    loading = DataLoader(caught, batch_size=None, sampler=range(count), **options)
     for index, read in enumerate(loading):
         if isinstance(read, UserError):
             raise read
@@ -150,7 +166,7 @@ def equal(trained: Fingerprints, scored: Fingerprints) -> Iterator[tuple[int, in
     """Pairs of equal pixels. Pictures of one grey are left out: they show nothing, and tiles without data are many."""
     first: dict[str, int] = {}
     for index, value in enumerate(scored.digests):
-        if np.ptp(scored.thumbs[index]) > 0:
+        if np.ptp(scored.pictures[index]) > 0:
             first.setdefault(value, index)
     for index, value in enumerate(trained.digests):
         if value in first:
@@ -400,8 +416,9 @@ def _aligned(small: _Picture, large: _Picture, window: Window) -> tuple[float, f
         dtype=np.float32,
     )
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGNMENT_STEPS, 1e-3)
+    no_mask: Any = None  # OpenCV takes it, its annotation does not
     try:
-        _, warp = cv2.findTransformECC(small.grey, large.grey, warp, cv2.MOTION_AFFINE, stop, None, BLUR)
+        _, warp = cv2.findTransformECC(small.grey, large.grey, warp, cv2.MOTION_AFFINE, stop, no_mask, BLUR)
     except cv2.error:  # it did not converge
         return None
     scales, shear = warp[[0, 1], [0, 1]], np.abs(warp[[0, 1], [1, 0]]).max()

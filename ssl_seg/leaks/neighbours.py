@@ -67,7 +67,7 @@ def neighbours(trained: Fingerprints, scored: Fingerprints, frames: int) -> list
     """
     if how_judged(trained, scored) == TOO_FEW:
         return []
-    pictures = _Pictures(trained.thumbs, scored.thumbs)
+    pictures = _Pictures(trained.pictures, scored.pictures)
     groups = [_numbered(*members, frames) for members in _shared_numberings(trained.names, scored.names)]
     groups = _small_ones_together([group for group in groups if group.across])
     if not groups:

@@ -181,12 +181,16 @@ def _explained(error: ErrorDetails, values: Any) -> tuple[list[str], str]:
     """The keys to the place of an error, without the types that pydantic puts between them, and what is wrong."""
     keys = []
     for part in error["loc"]:
-        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+        if _holds(values, part):
             values = values[part]
             keys.append(str(part))
     if error["type"] == "missing":
         keys.append(str(error["loc"][-1]))
     return keys, error["msg"].removeprefix("Value error, ")
+
+
+def _holds(values: Any, part: int | str) -> bool:
+    return part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)
 
 
 def _depth(explained: tuple[list[str], str]) -> int:

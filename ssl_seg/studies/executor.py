@@ -293,7 +293,7 @@ class Submission:
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         if self.is_asked:  # between the two
-            self._stop()
+            self._stop(self.process.pid)
         code = self.process.wait()
         _signal_group(self.process.pid, signal.SIGKILL)  # what a crashed run has left
         return code
@@ -310,11 +310,10 @@ class Submission:
             return  # a cluster may say it several times
         self.is_asked = True
         if self.process is not None:
-            self._stop()
+            self._stop(self.process.pid)
 
-    def _stop(self) -> None:
+    def _stop(self, pid: int) -> None:
         """Runs inside of a signal handler, so amid `process.wait`, which cannot be called once more there."""
-        pid = self.process.pid
         _signal_group(pid, signal.SIGTERM)
         until = time.monotonic() + GRACE
         while _is_running(pid) and time.monotonic() < until:

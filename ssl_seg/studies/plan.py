@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from ssl_seg import files
-from ssl_seg.config import Config, UserError, find_recipe, flatten, load, merge, read_words, unflatten
+from ssl_seg.config import C, Config, UserError, find_recipe, flatten, load, merge, read_words, unflatten
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED
 from ssl_seg.runs.folder import WATCHING, WHOLE
 from ssl_seg.stages.finetune import FinetuneConfig, check_data
@@ -28,14 +28,17 @@ SEARCH_SEEDS = 1000  # the first seed of the search, or above the study's own, s
 NUM_HEX = 8  # of a cell's digest: among 10,000 cells two share one with a chance of 1 %, and then names differ too
 
 
+Stage = TypeVar("Stage", bound=PretrainConfig | FinetuneConfig)
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Generic[Stage]):
     """One run of a study: a fine-tuning, or a pretraining that some of them start from."""
 
     stage: Literal["pretrain", "finetune"]
     place: str  # CELLS, PRETRAINED or SEARCHED: the folder in the study's that its own lies in
     id: str  # its folder's name
-    config: Config
+    config: Stage
     arm: str  # of a pretraining its name
     condition: Mapping[str, Any]
     seed: int
@@ -54,7 +57,7 @@ class Trial:
 
     key: str  # which choice it is for
     found: Mapping[str, Any]  # the keys it tries
-    cell: Cell
+    cell: Cell[FinetuneConfig]
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class Plan:
     arms: tuple[PlannedArm, ...]
     baseline: str
     axes: Mapping[str, Sequence[Any]]  # the grid without what makes arms
-    pretrainings: tuple[Cell, ...]
+    pretrainings: tuple[Cell[PretrainConfig], ...]
     trials: tuple[Trial, ...]  # none without a search
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell[FinetuneConfig], ...]
 
     def from_scratch(self, arm: str) -> bool:
         return next(cell for cell in self.cells if cell.arm == arm).from_scratch
@@ -118,7 +121,7 @@ def check_images_of(plan: Plan) -> None:
     """What a run refuses before its work, for all of them: an empty folder, too few labelled images, other classes."""
     for cell in plan.pretrainings:
         check_images(f"pretrain.{cell.arm}.data.pool", cell.config.data.pool)
-    different: dict[str, Cell] = {}
+    different: dict[str, Cell[FinetuneConfig]] = {}
     for cell in (*plan.cells, *(trial.cell for trial in plan.trials)):
         asked = [cell.config.data.dump(), cell.config.labels.dump()]
         different.setdefault(json.dumps(asked, sort_keys=True), cell)
@@ -146,7 +149,7 @@ class _Maker:
         self.common = self._common(arms)
         self._digests: dict[tuple[str | None, str], str | None] = {}
 
-    def _pretraining(self, name: str, seed: int) -> Cell:
+    def _pretraining(self, name: str, seed: int) -> Cell[PretrainConfig]:
         given = base(self.config.pretrain[name], f"pretrain.{name}")
         if "seed" in self.config.pretrain[name]:
             raise UserError(f"pretrain.{name}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
@@ -178,7 +181,7 @@ class _Maker:
 
     def cell(
         self, arm: PlannedArm, condition: Mapping[str, Any], seed: int, keys: Mapping[str, Any], searching: bool = False
-    ) -> Cell:
+    ) -> Cell[FinetuneConfig]:
         """One fine-tuning; `keys` are those of its condition and of its search."""
         values = merge(self.common, unflatten(arm.changes))
         values = merge(values, unflatten(keys))
@@ -197,7 +200,7 @@ class _Maker:
         folder = SEARCHED if searching else CELLS
         return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
 
-    def _start(self, arm: PlannedArm, seed: int) -> Cell | None:
+    def _start(self, arm: PlannedArm, seed: int) -> Cell[PretrainConfig] | None:
         if arm.pretraining is None:
             return None
         place = self.config.seeds.index(seed) if seed in self.config.seeds else seed
@@ -233,7 +236,7 @@ def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return merge(read_words([given["recipe"]]), own)
 
 
-def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell) -> None:
+def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell[PretrainConfig]) -> None:
     """Whether a cell can start from a pretraining of the study, before that is made."""
     models = [own.model for own in (config, start.config) if own.model is not None]
     encoders = [model.encoder.dump() for model in models]
@@ -248,7 +251,7 @@ def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell) -> None:
         raise UserError(f"arm {arm.name}: transfer: pretrain.{start.arm} has no task {task}; it has: {known}")
 
 
-def _checked(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
+def _checked(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     try:
         return load(cls, values)
     except UserError as error:
@@ -298,13 +301,13 @@ def choose(trials: Sequence[Trial], scores: Mapping[str, float]) -> dict[str, Ma
 
     Only keys whose runs have all finished count: one that crashes for some seeds must not win by the others.
     """
-    found: dict[str, dict[str, list[float | None]]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for trial in trials:
-        tried = found.setdefault(trial.key, {}).setdefault(json.dumps(trial.found), [])
-        tried.append(scores.get(trial.cell.id))
+        runs = found.setdefault(trial.key, {}).setdefault(json.dumps(trial.found), [])
+        runs.append(trial.cell.id)
     best = {}
     for key, tried in found.items():
-        means = {text: mean(values) for text, values in tried.items() if None not in values}
+        means = {text: mean(scores[run] for run in runs) for text, runs in tried.items() if scores.keys() >= {*runs}}
         if means:
             best[key] = json.loads(max(means, key=means.__getitem__))
     return best

@@ -31,7 +31,7 @@ from ssl_seg.reports.changed import draw_changed_of_study
 from ssl_seg.runs.folder import Records, RunFolder
 from ssl_seg.runs.lock import LOCK, hold, is_held
 from ssl_seg.runs.writer import provenance, timestamp
-from ssl_seg.stages.finetune import candidates
+from ssl_seg.stages.finetune import FinetuneConfig, candidates
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, execute
 from ssl_seg.studies.plan import Cell, Plan, check_images_of, choose, make_plan
@@ -188,7 +188,7 @@ class _Ledger:
             if _is_finished(_folder(self.out, cell)):
                 self._tidy(cell)
                 self.note(cell, "finished")
-            elif cell.start is not None and not self._has_start(cell):
+            elif cell.start is not None and not self._has_finished(cell.start):
                 self.note(cell, "waiting", f"its pretraining {cell.start} has not finished")
             else:
                 self.note(cell, "waiting")
@@ -274,8 +274,8 @@ class _Ledger:
             for name in DOUBLE:
                 shutil.rmtree(_folder(self.out, cell) / name, ignore_errors=True)
 
-    def _has_start(self, cell: Cell) -> bool:
-        return self.states.get(cell.start, {}).get("status") == "finished"
+    def _has_finished(self, run: str) -> bool:
+        return self.states.get(run, {}).get("status") == "finished"
 
     def note(self, cell: Cell, status: str, message: str = "", seconds: float | None = None) -> None:
         former = self.states.get(cell.id, {})
@@ -381,7 +381,7 @@ def leak_question(plan: Plan) -> guard.Question | None:
     return guard.Question(trained, scored, settings, inits, frozenset(own_cuts)) if settings.check else None
 
 
-def _of_different_data(cells: Iterable[Cell]) -> list[Cell]:
+def _of_different_data(cells: Iterable[Cell[FinetuneConfig]]) -> list[Cell[FinetuneConfig]]:
     """A cell for each choice of data sets: nearly always one for all."""
     return list({json.dumps(cell.config.data.dump(), sort_keys=True): cell for cell in cells}.values())
 

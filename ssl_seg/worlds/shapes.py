@@ -201,8 +201,8 @@ def _place(
     dice: Dice, zone: tuple[range, range], radius: int, size: tuple[int, int], others: Sequence[Thing]
 ) -> tuple[int, int]:
     """A centre in the zone, away from the border by the radius where there is room, and from the other objects."""
-    spans = [_inner(span, radius, side) for span, side in zip(zone, size, strict=True)]
-    places = [tuple(dice.roll(low, high) for low, high in spans) for _ in range(CANDIDATES)]
+    rows, columns = (_inner(span, radius, side) for span, side in zip(zone, size, strict=True))
+    places = [(dice.roll(*rows), dice.roll(*columns)) for _ in range(CANDIDATES)]
     return max(places, key=lambda place: min((_gap(*place, radius, other) for other in others), default=0))
 
 

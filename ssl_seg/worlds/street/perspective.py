@@ -9,7 +9,7 @@ street); the street may bend and rise, and the camera sees that as parabolas abo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ TRANSPARENT = 255  # as a texture's class
 TOP, FRONT, LEFT, RIGHT = range(4)  # where a face looks: up, to the camera, to its left, to its right
 CURVE = 24  # bits of fraction in `bend` and `rise`
 Colour = tuple[int, int, int]
-Place = int | np.ndarray
+Place = TypeVar("Place", int, np.ndarray)  # one coordinate: of a point, or of many
 Part = tuple[slice, slice]  # rows and columns of a texture
 Ends = tuple[tuple[int, int], tuple[int, int]]
 
@@ -47,7 +47,12 @@ def channels(packed: np.ndarray) -> np.ndarray:
     return packed.view(np.uint8).reshape(*packed.shape, 4)
 
 
-def centre(place: int) -> int:
+def split(pixels: np.ndarray) -> Sequence[np.ndarray]:
+    """Each channel of `(H, W, C)` copied to an array of its own; OpenCV's annotation would allow floats too."""
+    return cv2.split(pixels)
+
+
+def centre(place: Place) -> Place:
     """The first pixel whose middle lies at or after a place in sixteenths."""
     return place + PIXEL // 2 - 1 >> SHIFT
 
@@ -60,7 +65,7 @@ class Camera(NamedTuple):
     bend: int = 0  # x per s^2, in 2^-24 / cm
     rise: int = 0
 
-    def offset(self, x: Place, y: Place, s: Place) -> tuple[Place, Place, Place]:
+    def offset(self, x: Place, y: Place | int, s: Place) -> tuple[Place, Place, Place]:
         """A place as the camera's (right, up, away): numbers, or arrays of them."""
         away = s - self.at[2]
         return (
@@ -83,7 +88,7 @@ class Solid:
         self.points = np.ascontiguousarray(np.concatenate(turned).T)
         self.parts = [part for _, part, _ in faces]
         ends = np.cumsum([len(face) for face in turned])
-        self.firsts = ends - [len(face) for face in turned]
+        self.firsts: np.ndarray = ends - [len(face) for face in turned]
         self.runs = [slice(first, end) for first, end in zip(self.firsts.tolist(), ends.tolist(), strict=True)]
         self.normals = np.ascontiguousarray(np.array([_normal(face) for face in turned]).T)
 
@@ -310,17 +315,17 @@ class Picture:
         side = len(planes)
         rows = (np.arange(above, below) - top) * side // (bottom - top) * side
         columns = (np.arange(first, last) - left) * side // (right - left)
-        cover, level, reach, _ = cv2.split(channels(planes.ravel().take(rows[:, None] + columns)))
+        cover, level, reach, _ = split(channels(planes.ravel().take(rows[:, None] + columns)))
         if solid:
             np.copyto(self.packed[above:below, first:last], colours.take(level), where=cover > 127)
             return
         behind = self.rgba[above:below, first:last]
-        *seen, label = cv2.split(behind)
+        *seen, label = split(behind)
         # At 256 for 1, a product with a byte fits 16 bits.
         share = cover + (cover > 127).astype(np.uint16)
         rest = 256 - share
         for plane, tones in zip(seen, channels(colours).T, strict=False):
-            mixed = share * cv2.LUT(level, np.ascontiguousarray(tones))
+            mixed: np.ndarray = share * cv2.LUT(level, np.ascontiguousarray(tones))
             mixed += rest * plane
             plane[:] = mixed >> 8
         label[reach > 40] = colours[0] >> 24

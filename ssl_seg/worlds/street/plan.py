@@ -18,6 +18,9 @@ WEATHERS = ("sunny", "sunny", "sunny", "overcast", "overcast", "overcast", "over
 PLACES = ("town", "town", "town", "town", "town", "avenue", "suburb", "suburb", "park", "junction", "junction", "open")
 
 
+Sky = tuple[Colour, Colour, Colour, Colour]  # above, at the horizon, clouds in light and in shade
+
+
 class Side(NamedTuple):
     """One side of the street, outwards from the kerb; lengths in cm."""
 
@@ -41,7 +44,7 @@ class Plan(NamedTuple):
     lanes: int
     air: Air
     sun: tuple[int, int] | None  # how far a shadow reaches per height: x, s, of 256
-    sky: tuple[Colour, Colour, Colour, Colour]  # above, at the horizon, clouds in light and in shade
+    sky: Sky
     clouds: tuple[int, int]  # how many of 256, how hard
     focal: int  # of 256, in half the sum of the sides
     horizon: int  # of 1024 of the height
@@ -185,13 +188,13 @@ def _side(dice: Dice, kind: str, lanes: int, winter: bool, side: int) -> Side:
     )
 
 
-def _light(dice: Dice, weather: str) -> tuple[Air, tuple[int, int] | None, tuple[Colour, ...], tuple[int, int]]:
+def _light(dice: Dice, weather: str) -> tuple[Air, tuple[int, int] | None, Sky, tuple[int, int]]:
     if weather == "sunny":
         across, along = dice.roll(-330, 331), dice.roll(-240, 241)
         ambient, direct = dice.roll(112, 160), dice.roll(120, 180)
         # A face is lit where its normal looks at the sun, and shadows fall the other way: to x - across, s - along.
-        facing = [ambient + direct * max(0, part) // 400 for part in (-along, -across, across)]
-        air = Air(ambient + direct, *facing, (206, 214, 222), 60000)
+        front, left, right = (ambient + direct * max(0, part) // 400 for part in (-along, -across, across))
+        air = Air(ambient + direct, front, left, right, (206, 214, 222), 60000)
         haze = dice.roll(196, 236)
         sky = ((104, 146, 200), (haze, haze + 8, 248), (250, 250, 250), (206, 210, 218))
         if dice.chance(65):  # exposed for the street
@@ -231,11 +234,15 @@ def _light(dice: Dice, weather: str) -> tuple[Air, tuple[int, int] | None, tuple
     return air, None, sky, (dice.roll(80, 230), dice.roll(1, 4))
 
 
-def _covered(bright: int, above: Colour, shade: Colour) -> tuple[Colour, Colour, Colour, Colour]:
-    """A grey sky as `Plan` holds it: how much darker it is above and on the clouds' undersides."""
+def _covered(bright: int, above: Colour, shade: Colour) -> Sky:
+    """A grey sky: how much darker it is above and on the clouds' undersides."""
     grey = (bright, bright, bright)
-    dark_above, dark_shade = (tuple(bright - part for part in darker) for darker in (above, shade))
-    return dark_above, grey, grey, dark_shade
+    return _less(bright, above), grey, grey, _less(bright, shade)
+
+
+def _less(bright: int, darker: Colour) -> Colour:
+    red, green, blue = darker
+    return bright - red, bright - green, bright - blue
 
 
 def camera(plan: Plan, size: tuple[int, int], frame: int) -> Camera:

@@ -8,7 +8,7 @@ import numpy as np
 from ssl_seg.worlds.drawing import Dice
 from ssl_seg.worlds.street import materials
 from ssl_seg.worlds.street.materials import PAVEMENT, ROAD, SKY, TREE
-from ssl_seg.worlds.street.perspective import PIXEL, SHIFT, Colour, Picture
+from ssl_seg.worlds.street.perspective import PIXEL, SHIFT, Colour, Picture, split
 from ssl_seg.worlds.street.plan import FAR, LANE, Plan, Side
 from ssl_seg.worlds.street.things import Scenery, rectangle
 
@@ -50,9 +50,7 @@ class Surface:
         left, right = plan.sides
         for side, spec in ((-1, left), (1, right)):
             green = spec.style in ("park", "houses")
-            colour = (
-                tuple((dark + light) // 2 for dark, light in zip(*plan.grass, strict=True)) if green else plan.paving
-            )
+            colour = _midway(*plan.grass) if green else plan.paving
             label = TREE if green else PAVEMENT
             if spec.style == "open":
                 colour, label = plan.asphalt, ROAD
@@ -65,8 +63,8 @@ class Surface:
                 [self.scenery.band(kerb, kerb + side * 16)], air.tone((150, 148, 142), air.top, 1500), PAVEMENT
             )
         self.scenery.flat([self.scenery.band(-left.kerb, right.kerb)], air.tone(plan.asphalt, air.top, 1500), ROAD)
-        dirt = air.tone(tuple(part * 3 // 4 for part in plan.asphalt), air.top, 1500)
-        tracks = air.tone(tuple(part * 31 // 32 for part in plan.asphalt), air.top, 1500)
+        dirt = air.tone(materials.times(plan.asphalt, 192), air.top, 1500)
+        tracks = air.tone(materials.times(plan.asphalt, 248), air.top, 1500)
         middles = [lane * LANE + at for lane in range(-plan.lanes, plan.lanes) for at in (75, 235)]
         self.scenery.flat([self.scenery.band(x - 30, x + 30) for x in middles], tracks, ROAD)
         self.scenery.flat([self.scenery.band(-left.kerb, -left.kerb + 14)], dirt, ROAD)
@@ -74,7 +72,7 @@ class Surface:
         self._lines()
 
     def _slabs(self, side: int, spec: Side) -> None:
-        joint = self.air.tone(tuple(part * 13 // 16 for part in self.plan.paving), self.air.top, 1000)
+        joint = self.air.tone(materials.times(self.plan.paving, 208), self.air.top, 1000)
         first = (self.scenery.here // 75 + 1) * 75
         kerb, edge = side * spec.kerb, side * (spec.kerb + spec.pavement)
         seams = [rectangle(kerb, s, edge, s + 3) for s in range(first, first + 1500, 75)]
@@ -153,7 +151,7 @@ class Surface:
         share = share * (256 - veil).astype(np.uint16)[:, None] >> 8
         # A plane after the other: numpy is five times as fast on long rows as on threes.
         ground = picture.rgba[top:]
-        planes = cv2.split(ground)
+        planes = split(ground)
         for plane, far in zip(planes[:3], self.air.haze, strict=True):
             lit = plane * share
             lit >>= 7
@@ -177,6 +175,11 @@ class Surface:
         share = (self.plan.wet * np.clip(puddles * 2 - 90, 20, 256) >> 8)[..., None]
         mixed = ground[..., :3] + ((seen - ground[..., :3]) * share >> 8)
         np.copyto(ground[..., :3], np.clip(mixed, 0, 255).astype(np.uint8), where=wet)
+
+
+def _midway(dark: Colour, light: Colour) -> Colour:
+    red, green, blue = ((low + high) // 2 for low, high in zip(dark, light, strict=True))
+    return red, green, blue
 
 
 def _log2(numbers: np.ndarray) -> np.ndarray:

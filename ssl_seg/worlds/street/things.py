@@ -427,12 +427,11 @@ class Scenery:
         light = light * (air.left + air.right + air.top + air.front) // 4 >> 8
         if kind == "bare":
             bark = self.plan.bark
-            dark = tuple(part * 5 // 8 for part in bark)
-            colours = self.greens(light, away, (dark, tuple(part * 11 // 8 for part in bark)))
+            colours = self.greens(light, away, (materials.times(bark, 160), materials.times(bark, 352)))
         else:
             (red, green, blue), bright = self.plan.leaves
             if kind == "conifer":
-                bright = tuple(part * 3 // 4 for part in bright)
+                bright = materials.times(bright, 192)
             bright = (bright[0] + tint, bright[1] + tint // 2, bright[2])
             colours = self.greens(light, away, ((red, green, blue), bright))
         half = tall // 2 if kind in ("bare", "leafy") else tall // 3
