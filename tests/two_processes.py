@@ -1,9 +1,8 @@
-"""What tests start under torchrun: the same as they do alone, written down by rank 0."""
+"""What tests start in two processes: the same as they do alone, written down by rank 0."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -152,16 +151,11 @@ def compare_modes(out: str) -> None:
         torch.save(seen, out)
 
 
-def resume(folder: str, encode: str, workers: str) -> None:
-    config = load(PretrainConfig, pretraining(encode=encode, workers=int(workers)))
+def resume(folder: str, encode: str, workers: int) -> None:
+    config = load(PretrainConfig, pretraining(encode=encode, workers=workers))
     run = partial(pretrain_quietly, config)
     resume_after_every_step(run, Path(folder), config.train.steps, Processes(config.train))
 
 
 def pretrain_quietly(config: PretrainConfig, folder: Path) -> None:
     pretrain(config, Options(folder, quiet=True))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"compare_modes": compare_modes, "resume": resume}[sys.argv[1]](*sys.argv[2:])
