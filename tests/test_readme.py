@@ -18,10 +18,11 @@ from tests.test_docs import calls
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-# What the reader's own commands would take hours for: two steps of small crops, by the same commands. How runs come to
-# MLflow has tests of its own.
+# What the reader's own commands would take hours for: two steps of small crops by a small network (the blocks of Python
+# have the default one), by the same commands. How runs come to MLflow has tests of its own.
 TRAIN = ("train.steps=2", "train.batch_size=4", "train.workers=0", "train.eval_every=2")
-SHORT = (*TRAIN, "augment.crop=[64,64]", "tracking=none")
+MODEL = ("model.encoder.name=mobilenetv2_035", "model.decoder.channels=[32,16,16,8,8]")
+SHORT = (*TRAIN, *MODEL, "augment.crop=[64,64]", "tracking=none")
 FEW = "data.pool.count=40"  # of the 400 squares, each of which is drawn for the guard against leaks
 STUDY = (*(f"finetune.{word}" for word in SHORT), "--dry-run")  # its cells tests/studies/test_study.py makes
 TORCHRUN = 'torchrun() { ssl-seg torchrun "$@"; }\n'
