@@ -104,6 +104,7 @@ def _run(
     for number, end in enumerate(ends, start=1):
         os.dup2(end.fileno(), number)
         end.close()
+    multiprocessing.set_start_method(None, force=True)  # of its own children: Python's own, not the one it came by
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
