@@ -39,7 +39,7 @@ MODEL = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 1
 def record(views: str, encode: str) -> dict[str, Any]:
     """The first step's gradients, and the losses of twenty AdamW steps; no dropout, which differs between processes."""
     values = pretraining(views=views, encode=encode, steps=STEPS, batch_size=8, lr=LR)
-    config = load(PretrainConfig, {**values, "model": MODEL})
+    config = load(PretrainConfig, {**values, "model": MODEL, "augment": {"crop": [32, 32]}})
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, config.seed)}
