@@ -114,6 +114,7 @@ def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
 
 def cut_after(step: int, finished: Path, folder: Path) -> None:
     """The folder as a kill right after the checkpoint of `step` leaves it: no later checkpoint and no export."""
+    assert (finished / "state" / f"step_{step:08}").is_dir(), "a run that is cut there needs a checkpoint: save_every"
     shutil.copytree(finished, folder)
     for place in (folder / "state").iterdir():
         if int(place.name.removeprefix("step_")) > step:
@@ -152,7 +153,7 @@ def compare_modes(out: str) -> None:
 
 
 def resume(folder: str, encode: str, workers: int) -> None:
-    config = load(PretrainConfig, pretraining(encode=encode, workers=workers))
+    config = load(PretrainConfig, pretraining(encode=encode, workers=workers, save_every=1))
     run = partial(pretrain_quietly, config)
     resume_after_every_step(run, Path(folder), config.train.steps, Processes(config.train))
 

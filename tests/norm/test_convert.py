@@ -685,7 +685,8 @@ def test_an_init_that_has_nothing_to_convert_is_named(tmp_path: Path) -> None:
 
 
 def test_a_converted_run_is_taken_up_again(runs: dict[str, Path], tmp_path: Path) -> None:
-    values = {**finetuning(steps=4), "init": str(runs["batch"]), "model": {"norm": "switch"}, "select": "last"}
+    train = finetuning(steps=4, save_every=3)
+    values = {**train, "init": str(runs["batch"]), "model": {"norm": "switch"}, "select": "last"}
     config = load(FinetuneConfig, values)
     whole = finetune(config, Options(tmp_path / "whole", quiet=True))
     cut_after(3, tmp_path / "whole", tmp_path / "cut")

@@ -56,7 +56,7 @@ def test_resuming_after_every_step_gives_the_same_bits(
     stage: str, workers: int, changed: dict[str, Any], tmp_path: Path
 ) -> None:
     values, config_class, run = STAGES[stage]
-    config = load(config_class, values(workers=workers, **changed))
+    config = load(config_class, values(workers=workers, save_every=1, **changed))
     resume_after_every_step(lambda folder: run(config, Options(folder, quiet=True)), tmp_path, config.train.steps)
     assert_all_the_same(tmp_path)
 
@@ -268,7 +268,7 @@ def test_other_images_than_the_run_began_with_are_refused(tmp_path: Path) -> Non
 def test_a_run_goes_on_without_what_it_started_from(tmp_path: Path) -> None:
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "pre", quiet=True))
     decoder = {"type": "unet", "channels": [32, 16, 16, 8, 8]}  # the rest of the model is that of init
-    values = {**finetuning(steps=3), "model": {"decoder": decoder}}
+    values = {**finetuning(steps=3, save_every=1), "model": {"decoder": decoder}}
     config = load(FinetuneConfig, {**values, "init": str(tmp_path / "pre")})
     whole = finetune(config, Options(tmp_path / "fine", quiet=True))
     cut_after(2, whole.folder, tmp_path / "cut")
@@ -312,7 +312,7 @@ def test_an_empty_data_set_is_one_line(part: str, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load(PretrainConfig, pretraining(steps=4))
+    config = load(PretrainConfig, pretraining(steps=4, save_every=1))
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     pretrain(config, Options(whole, quiet=True))
     shutil.copytree(whole, damaged)
