@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -13,10 +12,8 @@ from pathlib import Path
 import pytest
 
 from ssl_seg.config import UserError
+from tests.processes import PROCESSES
 
-# Children start from a server that has imported torch once and runs no threads, so that starting one takes little.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ssl_seg.runs.writer", "ssl_seg.weights.export", "hypothesis", "pytest"])
 SYSTEM_CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "ftruncate")
 
 

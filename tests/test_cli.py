@@ -19,6 +19,7 @@ from ssl_seg.config import UserError, flatten, read_words
 from ssl_seg.stages.pretrain import try_out
 from ssl_seg.training import processes
 from tests import ROOT
+from tests.processes import command
 from tests.small import finetuning, pretraining
 
 SMALL = str(ROOT / "tests" / "small.py")
@@ -96,8 +97,8 @@ def test_a_command_on_a_cpu_keeps_freed_memory_and_python_does_not(monkeypatch: 
     monkeypatch.setattr(processes, "keep_freed_memory", lambda: told.append("kept"))
     try_out(load(PretrainConfig, pretraining()))
     assert told == []
-    for command, values in (("pretrain", pretraining()), ("finetune", finetuning())):
-        assert run(command, *as_words(values), "--dry-run") == 0
+    for stage, values in (("pretrain", pretraining()), ("finetune", finetuning())):
+        assert run(stage, *as_words(values), "--dry-run") == 0
     assert told == ["kept", "kept"]
 
 
@@ -316,26 +317,17 @@ def test_folders_of_others_are_never_touched(tmp_path: Path, capsys: pytest.Capt
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(OmegaConf.to_yaml(OmegaConf.create(pretraining(steps=500))))
-    command = [
-        sys.executable,
-        "-m",
-        "ssl_seg",
-        "pretrain",
-        str(config),
-        "--plugin",
-        SMALL,
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    words = ["pretrain", config, "--plugin", SMALL, "--out", tmp_path / "run"]
+    first = command(*words)
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.05)
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        second = command(*words)
+        _, said = second.communicate()
         assert second.returncode == 2
-        assert str(first.pid) in second.stderr
-        assert second.stderr.count("\n") == 1
+        assert str(first.pid) in said
+        assert said.count("\n") == 1
         assert first.poll() is None, "the first goes on"
     finally:
         first.kill()
@@ -373,11 +365,9 @@ def test_errors_become_one_line_whatever_they_hold(capsys: pytest.CaptureFixture
 
 
 def test_accelerate_launch_starts_the_same_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "ssl_seg"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "-m", "ssl_seg"]
     words = ["pretrain", "squares", "train.batch_size=2", "--dry-run"]
     environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*launch, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "denoise: 2x64x32x32" in done.stdout

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from ssl_seg import files
 from ssl_seg.config import UserError
-from tests.faults import PROCESSES, FullDisk, crash_everywhere, leftovers, message_of, run_in_child
+from tests.faults import FullDisk, crash_everywhere, leftovers, message_of, run_in_child
+from tests.processes import PROCESSES
 
 FORMER = {"a.txt": b"former a", "b.txt": b"former b"}
 LATER = {"a.txt": b"later a", "c.txt": b"later c"}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,36 +13,39 @@ import pytest
 from ssl_seg import PretrainConfig, images, load
 from ssl_seg.datasets.synthetic import Synthetic
 from tests import ROOT
+from tests.processes import Child, command, start_torchrun
+from tests.test_docs import calls
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
-# What the reader's own commands would take hours for: two steps of small crops, by the same commands. How runs come to
-# MLflow has tests of its own.
-SHORT = "tracking=none train.steps=2 train.batch_size=4 train.workers=0 augment.crop=[64,64] train.eval_every=2"
-FEW = "--dry-run"  # of a study, whose cells tests/studies/test_study.py makes
-SHELL = f"""
-set -euo pipefail
-ssl-seg() {{
-    case "$1" in
-        pretrain|finetune) {sys.executable} -m ssl_seg "$@" {SHORT} ;;
-        study) {sys.executable} -m ssl_seg "$@" {" ".join(f"finetune.{word}" for word in SHORT.split())} {FEW} ;;
-        *) {sys.executable} -m ssl_seg "$@" ;;
-    esac
-}}
-torchrun() {{ {sys.executable} -m torch.distributed.run --standalone "$@" {SHORT}; }}
-"""
+# What the reader's own commands would take hours for: two steps of small crops by a small network (the blocks of Python
+# have the default one), by the same commands. How runs come to MLflow has tests of its own.
+TRAIN = ("train.steps=2", "train.batch_size=4", "train.workers=0", "train.eval_every=2")
+MODEL = ("model.encoder.name=mobilenetv2_035", "model.decoder.channels=[32,16,16,8,8]")
+SHORT = (*TRAIN, *MODEL, "augment.crop=[64,64]", "tracking=none")
+FEW = "data.pool.count=40"  # of the 400 squares, each of which is drawn for the guard against leaks
+STUDY = (*(f"finetune.{word}" for word in SHORT), "--dry-run")  # its cells tests/studies/test_study.py makes
+TORCHRUN = 'torchrun() { ssl-seg torchrun "$@"; }\n'
 
 
 def blocks(language: str) -> list[str]:
     return [text for kind, text in BLOCKS if kind == language]
 
 
-def run_all(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def shortened(words: list[str]) -> list[str]:
+    """A call of ssl-seg or torchrun, with less to do."""
+    few = (FEW,) if "squares" in words else ()
+    added = {"pretrain": (*SHORT, *few), "torchrun": (*SHORT, *few), "finetune": SHORT, "study": STUDY}
+    return [*words, *added.get(words[0], ())]
+
+
+def check(child: Child | subprocess.Popen[str]) -> None:
+    said = child.communicate()
+    assert child.returncode == 0, said
+
+
+def execute(text: str) -> None:
+    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def after_python(folder: Path) -> Path:
     task = next(text for text in blocks_of_python if "class Pixelate" in text)
     (folder / "pixelate.py").write_text(task)
     for text in blocks_of_python:
-        run_all([sys.executable, "-c", text], folder)
+        check(Child(execute, text, folder=folder))
     return folder
 
 
@@ -83,7 +85,10 @@ def test_every_python_block_runs_and_the_task_is_short(after_python: Path) -> No
 
 def test_every_command_runs(after_python: Path) -> None:
     assert len(blocks("bash")) == 5
-    run_all(["bash", "-c", SHELL + "\n".join(blocks("bash"))], after_python)
+    for words in calls(TORCHRUN + "\n".join(blocks("bash")), after_python):
+        first, *rest = shortened(words)
+        start = start_torchrun if first == "torchrun" else partial(command, first)
+        check(start(*rest, folder=after_python))
     assert images.read_mask(after_python / "predicted" / "masks" / "0.png").shape == (96, 96)
     assert np.isin(images.read_mask(after_python / "predicted" / "masks" / "0.png"), (0, 1)).all()
     assert (after_python / "scores" / "result.json").is_file()
@@ -100,6 +105,6 @@ def test_the_config_is_valid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_two_commands_are_makes() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for command in ("demo", "test"):
-        assert f"make {command}" in TEXT
-        assert f"\n{command}: " in makefile
+    for target in ("demo", "test"):
+        assert f"make {target}" in TEXT
+        assert f"\n{target}: " in makefile

@@ -1,9 +1,8 @@
-"""What tests start under torchrun: the same as they do alone, written down by rank 0."""
+"""What tests start in two processes: the same as they do alone, written down by rank 0."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -43,7 +42,7 @@ MODEL = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 1
 def record(views: str, encode: str) -> dict[str, Any]:
     """The first step's gradients, and the losses of twenty AdamW steps; no dropout, which differs between processes."""
     values = pretraining(views=views, encode=encode, steps=STEPS, batch_size=8, lr=LR)
-    config = load(PretrainConfig, {**values, "model": MODEL})
+    config = load(PretrainConfig, {**values, "model": MODEL, "augment": {"crop": [32, 32]}})
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
     samples = {"pool": Samples(config.data.pool, config.augment, config.seed)}
@@ -152,6 +151,7 @@ def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
 
 def cut_after(step: int, finished: Path, folder: Path) -> None:
     """The folder as a kill right after the checkpoint of `step` leaves it: no later checkpoint and no export."""
+    assert (finished / "state" / f"step_{step:08}").is_dir(), "a run that is cut there needs a checkpoint: save_every"
     shutil.copytree(finished, folder)
     for place in (folder / "state").iterdir():
         if int(place.name.removeprefix("step_")) > step:
@@ -186,12 +186,12 @@ def compare_modes(out: str) -> None:
         torch.save(seen, out)
 
 
-def resume(folder: str, encode: str, workers: str) -> None:
-    config = load(PretrainConfig, pretraining(encode=encode, workers=int(workers)))
+def resume(folder: str, encode: str, workers: int) -> None:
+    config = load(PretrainConfig, pretraining(encode=encode, workers=workers, save_every=1))
     run = partial(pretrain_quietly, config)
     resume_after_every_step(run, Path(folder) / "pretrained", config.train.steps, Processes(config.train))
     if encode == "together":
-        joint = load(FinetuneConfig, joining(steps=4, freeze_encoder=2))
+        joint = load(FinetuneConfig, joining(steps=4, freeze_encoder=2, save_every=1))
         run = partial(finetune_quietly, joint)
         resume_after_every_step(run, Path(folder) / "joint", joint.train.steps, Processes(joint.train))
 
@@ -202,8 +202,3 @@ def pretrain_quietly(config: PretrainConfig, folder: Path) -> None:
 
 def finetune_quietly(config: FinetuneConfig, folder: Path) -> None:
     finetune(config, Options(folder, quiet=True))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"compare_modes": compare_modes, "resume": resume}[sys.argv[1]](*sys.argv[2:])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from hashlib import sha256
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from torch import Tensor
@@ -22,7 +21,7 @@ from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.figures import panels
 from ssl_seg.worlds import Scene, World, edges
-from tests import ROOT
+from tests.processes import Child, command
 
 
 class Sliding(World):
@@ -105,14 +104,16 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_it_draws_after_this_process_has_drawn_with_threads(tmp_path: Path) -> None:
-    script = (
-        "import cv2, sys; from ssl_seg.datasets.synthetic import Synthetic; from ssl_seg.data.synth import synth; "
-        "cv2.setNumThreads(2); data = Synthetic(kind='shapes', count=3, size=(500, 700)); data.scene(0); "
-        "synth(data, sys.argv[1], jobs=2); print(cv2.getNumThreads())"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.strip() == "2", done.stderr
+    stdout, stderr = Child(draw_with_threads, tmp_path / "out").communicate()
+    assert stdout.strip() == "2", stderr
+
+
+def draw_with_threads(out: Path) -> None:
+    cv2.setNumThreads(2)
+    dataset = Synthetic(kind="shapes", count=3, size=(500, 700))
+    dataset.scene(0)
+    synth(dataset, out, jobs=2)
+    print(cv2.getNumThreads())
 
 
 def test_frames_lie_in_a_subfolder_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +164,12 @@ def test_what_a_kill_has_left_is_cleared_by_the_next_start(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_ends_every_process_and_leaves_no_folder(tmp_path: Path, signum: int, code: int) -> None:
-    words = ["synth", "shapes", "--count", "100000", "--jobs", "2", "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "ssl_seg", *words]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = command("synth", "shapes", "--count", "100000", "--jobs", "2", "--out", tmp_path / "out")
     while not list(tmp_path.rglob("masks/*.png")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signum)
-    said = process.communicate(timeout=60)[1].splitlines()  # comes when the last worker has closed its stderr too
+    said = process.communicate()[1].splitlines()  # comes when the last worker has closed its stderr too
     assert process.returncode == code
     assert not (tmp_path / "out").exists()
     if signum != signal.SIGKILL:

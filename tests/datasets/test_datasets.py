@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +23,7 @@ from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.images import write_image, write_mask
 from ssl_seg.testing import check_dataset
 from ssl_seg.worlds import World
+from tests.processes import Child
 
 SIZE = (6, 8)
 GENERATOR = np.random.default_rng(0)
@@ -464,16 +463,18 @@ def test_the_box_is_inside_whatever_the_size(height, width, seed):
 
 
 def test_squares_are_the_same_in_another_process_and_differ_by_seed_and_number():
-    script = (
-        "from hashlib import sha256; from ssl_seg.datasets.synthetic import Synthetic; "
-        "print(sha256(Synthetic(seed=3).read(7).image.tobytes()).hexdigest())"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    digests = [
-        sha256(Synthetic(seed=seed).read(index).image.tobytes()).hexdigest() for seed in (3, 4) for index in (7, 8)
-    ]
-    assert result.stdout.strip() == digests[0]
+    stdout, stderr = Child(print_digest, Synthetic(seed=3), 7).communicate()
+    digests = [digest(Synthetic(seed=seed), index) for seed in (3, 4) for index in (7, 8)]
+    assert stdout.strip() == digests[0], stderr
     assert len(set(digests)) == 4
+
+
+def digest(dataset: Synthetic, index: int) -> str:
+    return sha256(dataset.read(index).image.tobytes()).hexdigest()
+
+
+def print_digest(dataset: Synthetic, index: int) -> None:
+    print(digest(dataset, index))
 
 
 def test_a_picture_does_not_depend_on_how_many_there_are():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +33,8 @@ from ssl_seg.stages.start import build_module
 from ssl_seg.training.learner import Learner, not_decayed
 from ssl_seg.training.loop import train
 from ssl_seg.training.processes import Processes
+from tests.processes import in_pair
 from tests.small import finetuning, pretraining
-from tests.training.test_ddp import torchrun
 from tests.two_processes import cut_after
 
 KINDS = ("sync", "group", "instance", "layer", "switch", "switch_sync", "frozen")
@@ -688,7 +687,8 @@ def test_an_init_that_has_nothing_to_convert_is_named(tmp_path: Path) -> None:
 
 
 def test_a_converted_run_is_taken_up_again(runs: dict[str, Path], tmp_path: Path) -> None:
-    values = {**finetuning(steps=4), "init": str(runs["batch"]), "model": {"norm": "switch"}, "select": "last"}
+    train = finetuning(steps=4, save_every=3)
+    values = {**train, "init": str(runs["batch"]), "model": {"norm": "switch"}, "select": "last"}
     config = load(FinetuneConfig, values)
     whole = finetune(config, Options(tmp_path / "whole", quiet=True))
     cut_after(3, tmp_path / "whole", tmp_path / "cut")
@@ -751,8 +751,7 @@ def _learn(kind: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("norm_ddp") / "seen.pt"
-    done = torchrun("-m", "tests.norm.test_convert", str(out))
-    assert done.returncode == 0, done.stderr
+    in_pair(_in_each_process, str(out))
     return torch.load(out, weights_only=True)
 
 
@@ -791,8 +790,3 @@ def _in_each_process(out: str) -> None:
     layers = processes.gather([_one_layer(x[mine], _direction(x)[mine], sync=True)])
     if processes.is_main:
         torch.save({"learnt": learnt, "apart": apart, "layer": layers}, out)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    _in_each_process(sys.argv[1])

@@ -24,7 +24,8 @@ from ssl_seg.config import Config
 from ssl_seg.runs.checkpoint import State, load_state, save_state
 from ssl_seg.runs.folder import TIME, read_metrics
 from ssl_seg.runs.writer import EXPORTS, Run
-from tests.faults import PROCESSES, FullDisk, crash_everywhere, leftovers, message_of
+from tests.faults import FullDisk, crash_everywhere, leftovers, message_of
+from tests.processes import PROCESSES
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int64, torch.int32, torch.uint8, torch.bool]

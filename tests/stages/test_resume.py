@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from ssl_seg import cli
 from ssl_seg.config import UserError, load
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics, software_of
@@ -25,9 +25,9 @@ from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
 from tests import ROOT
+from tests.processes import Child, command, in_pair, start_torchrun
 from tests.small import finetuning, joining, pretraining
-from tests.training.test_ddp import torchrun
-from tests.two_processes import cut_after, resume_after_every_step, without_dropout
+from tests.two_processes import cut_after, resume, resume_after_every_step, without_dropout
 
 SMALL = ROOT / "tests" / "small.py"
 STAGES = {
@@ -65,7 +65,7 @@ def test_resuming_after_every_step_gives_the_same_bits(
     stage: str, workers: int, changed: dict[str, Any], tmp_path: Path
 ) -> None:
     values, config_class, run = STAGES[stage]
-    config = load(config_class, values(workers=workers, **changed))
+    config = load(config_class, values(workers=workers, save_every=1, **changed))
     resume_after_every_step(lambda folder: run(config, Options(folder, quiet=True)), tmp_path, config.train.steps)
     assert_all_the_same(tmp_path)
 
@@ -73,8 +73,7 @@ def test_resuming_after_every_step_gives_the_same_bits(
 def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) -> None:
     for encode, workers in (("together", 0), ("in_turn", 2)):
         folder = tmp_path / encode
-        done = torchrun("-m", "tests.two_processes", "resume", str(folder), encode, str(workers))
-        assert done.returncode == 0, done.stderr
+        in_pair(resume, str(folder), encode, workers)
         assert_all_the_same(folder / "pretrained")
     assert_all_the_same(tmp_path / "together" / "joint", 3)
 
@@ -99,23 +98,12 @@ def words(values: dict[str, Any], folder: Path) -> list[str]:
     return [str(path), "--plugin", str(SMALL)]
 
 
-def finish(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=120)
+def finish(process: Child) -> int:
+    process.communicate()
     return process.returncode
 
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
-
-def start(stage: str, config: list[str], out: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """The run as the first of a process group of its own."""
-    command = [sys.executable, *launcher, "-m", "ssl_seg", stage, *config, "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
-
-
-def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+def wait_for_step(process: Child | subprocess.Popen[str], out: Path, step: int) -> None:
     """Until metrics.jsonl has the step (or the run is over)."""
     path = out / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= step):
@@ -125,18 +113,18 @@ def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
 def test_kills_at_random_steps_leave_no_trace(tmp_path: Path) -> None:
     config = words(pretraining(steps=14, save_every=3, eval_every=5), tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finish(start("pretrain", config, whole)) == 0
+    assert finish(command("pretrain", *config, "--out", whole)) == 0
     random.seed(1)
     kills = 0
     for step in (2, 4, 7, 9, 12):
-        process = start("pretrain", config, killed)
+        process = command("pretrain", *config, "--out", killed)
         wait_for_step(process, killed, step)
         time.sleep(random.uniform(0, 0.1))  # anywhere in the step, also inside a save
         process.kill()
         kills += finish(process) == -signal.SIGKILL
     assert kills == 5, "each must hit a running process"
     assert json.loads((killed / "run.json").read_text())["status"] == "running"
-    assert finish(start("pretrain", config, killed)) == 0
+    assert finish(command("pretrain", *config, "--out", killed)) == 0
     assert_same_run(whole, killed)
     assert [line["step"] for line in figures(killed)] == list(range(1, 15))
     assert json.loads((killed / "run.json").read_text())["status"] == "finished"
@@ -148,7 +136,7 @@ def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, workers: int, 
     """To the process alone; or, with loader workers, to all of its group, as a terminal and a scheduler send it."""
     config = words(pretraining(steps=400, save_every=400, workers=workers), tmp_path)
     out = tmp_path / "run"
-    process = start("pretrain", config, out)
+    process = command("pretrain", *config, "--out", out)
     wait_for_step(process, out, 3)
     os.killpg(process.pid, signum) if workers else process.send_signal(signum)
     _, said = process.communicate(timeout=60)
@@ -161,7 +149,8 @@ def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, workers: int, 
 def test_a_signal_to_every_process_under_torchrun_saves_the_step(tmp_path: Path) -> None:
     """Each gets it twice: from the group, and passed on by torchrun, whose own exit code is not ours."""
     out = tmp_path / "run"
-    process = start("pretrain", words(pretraining(steps=400, save_every=400, workers=2), tmp_path), out, TWO)
+    config = words(pretraining(steps=400, save_every=400, workers=2), tmp_path)
+    process = start_torchrun("-m", "ssl_seg", "pretrain", *config, "--out", out)
     wait_for_step(process, out, 3)
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
@@ -179,8 +168,7 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
     values = pretraining(steps=6, save_every=3, lr=1e-4)
     values["model"] = without_dropout(values["model"])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = torchrun("-m", "ssl_seg", "pretrain", *words(values, tmp_path), "--out", str(whole))
-    assert done.returncode == 0, done.stderr
+    in_pair(cli.main, ["pretrain", *words(values, tmp_path), "--out", str(whole)])
     cut_after(3, whole, cut)
     pretrain(load(PretrainConfig, values), Options(cut, quiet=True))
     for alone, both in zip(figures(cut), figures(whole), strict=True):
@@ -290,7 +278,7 @@ def test_other_images_than_the_run_began_with_are_refused(tmp_path: Path) -> Non
 def test_a_run_goes_on_without_what_it_started_from(tmp_path: Path) -> None:
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "pre", quiet=True))
     decoder = {"type": "unet", "channels": [32, 16, 16, 8, 8]}  # the rest of the model is that of init
-    values = {**finetuning(steps=3), "model": {"decoder": decoder}}
+    values = {**finetuning(steps=3, save_every=1), "model": {"decoder": decoder}}
     config = load(FinetuneConfig, {**values, "init": str(tmp_path / "pre")})
     whole = finetune(config, Options(tmp_path / "fine", quiet=True))
     cut_after(2, whole.folder, tmp_path / "cut")
@@ -334,7 +322,7 @@ def test_an_empty_data_set_is_one_line(part: str, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load(PretrainConfig, pretraining(steps=4))
+    config = load(PretrainConfig, pretraining(steps=4, save_every=1))
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     pretrain(config, Options(whole, quiet=True))
     shutil.copytree(whole, damaged)

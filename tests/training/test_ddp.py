@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import ROOT
+from ssl_seg import cli
+from tests.processes import in_pair, start_pair, start_torchrun
 from tests.training.test_loop import ROUNDING
-from tests.two_processes import MODES, evaluate, jointly, record, score_one_image, taught
-
-
-def torchrun(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+from tests.two_processes import MODES, compare_modes, evaluate, jointly, record, score_one_image, taught
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes saw; all modes in one start, which is what takes the time."""
+    """What two processes saw in all modes."""
     out = tmp_path_factory.mktemp("ddp") / "seen.pt"
-    done = torchrun("-m", "tests.two_processes", "compare_modes", str(out))
-    assert done.returncode == 0, done.stderr
+    in_pair(compare_modes, str(out))
     return torch.load(out, weights_only=True)
 
 
@@ -85,21 +76,23 @@ def test_nan_on_one_process_is_skipped_by_all(two: dict[str, Any]) -> None:
 
 def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("not a run")
-    done = torchrun("-m", "ssl_seg", "pretrain", "squares", "--out", str(tmp_path))
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("ssl-seg: ")]
-    assert len(said) == 1, done.stderr
+    pair = start_pair(cli.main, ["pretrain", "squares", "--out", str(tmp_path)])
+    stderr = "".join(child.communicate()[1] for child in pair)
+    assert [child.returncode for child in pair] == [2, 2]
+    said = [line for line in stderr.splitlines() if line.startswith("ssl-seg: ")]
+    assert len(said) == 1, stderr
     assert "letter.txt" in said[0]
-    assert "ssl_seg/stage.py" not in done.stderr, "no traceback of ours; torchrun prints its own"
+    assert "Traceback" not in stderr
 
 
 def test_a_leak_that_only_the_first_process_looks_for_ends_all_and_is_told_once(tmp_path: Path) -> None:
     same = ("data.pool.seed=5", "data.val.seed=5")  # the first images of one drawn world
-    done = torchrun("-m", "ssl_seg", "pretrain", "squares", *same, "--out", str(tmp_path / "run"))
-    assert "exitcode  : 3" in done.stderr, "the first to end says why; torchrun itself exits with 1"
-    said = [line for line in done.stderr.splitlines() if line.startswith("ssl-seg: ")]
-    assert len(said) == 1, done.stderr
+    started = start_torchrun("-m", "ssl_seg", "pretrain", "squares", *same, "--out", tmp_path / "run")
+    _, stderr = started.communicate(timeout=240)
+    assert "exitcode  : 3" in stderr, "the first to end says why; torchrun itself exits with 1"
+    said = [line for line in stderr.splitlines() if line.startswith("ssl-seg: ")]
+    assert len(said) == 1, stderr
     assert "leaks.allow" in said[0]
-    assert "ssl_seg/leaks.py" not in done.stderr, "no traceback of ours; torchrun prints its own"
+    assert "ssl_seg/leaks.py" not in stderr, "no traceback of ours; torchrun prints its own"
     assert (tmp_path / "run" / "leaks.png").is_file()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
-import sys
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,8 @@ from ssl_seg.stages.start import build_module, find_start
 from ssl_seg.training.config import TrainConfig, due, lr_at
 from ssl_seg.training.learner import Learner, build_optimizer, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
-from ssl_seg.training.processes import Processes
+from ssl_seg.training.processes import Processes, keep_freed_memory
+from tests.processes import Child
 from tests.small import POOL, finetuning, pretraining
 
 ROUNDING = 1e-4  # of a tensor's largest gradient; the stem's sums over few large maps round to 2e-5 in float32
@@ -323,19 +323,21 @@ def test_a_wish_to_stop_is_told_by_the_step() -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     # In a process of its own: what glibc was told cannot be taken back.
-    code = (
-        "import resource, sys, torch\n"
-        "from ssl_seg.training.processes import keep_freed_memory\n"
-        "if sys.argv[1] == 'kept': keep_freed_memory()\n"
-        "def step():\n"
-        "    pieces = [torch.ones(2**23) for _ in range(4)]\n"  # of 32 MiB: beyond what malloc learns to keep by itself
-        "for _ in range(8): step()\n"  # the heap finds its size: in two steps not always
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(5): step()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    kept, plain = (
-        int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
-        for word in ("kept", "plain")
-    )
+    kept, plain = (int(Child(print_page_faults, keep).communicate()[0]) for keep in (True, False))
     assert kept < plain / 10
+
+
+def print_page_faults(keep: bool) -> None:
+    """Those of five steps that need 128 MiB."""
+    if keep:
+        keep_freed_memory()
+
+    def step() -> None:
+        _ = [torch.ones(2**23) for _ in range(4)]  # of 32 MiB: beyond what malloc learns to keep by itself
+
+    for _ in range(8):  # the heap finds its size: in two steps not always
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

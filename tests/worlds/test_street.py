@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -35,6 +33,7 @@ from ssl_seg.worlds.street.plan import BLOCK, STEP, WEATHERS, Plan, camera, draw
 from ssl_seg.worlds.street.plants import hedge
 from ssl_seg.worlds.street.things import Scenery
 from tests import GOLDEN
+from tests.processes import Child
 
 KEPT = GOLDEN / "worlds_street.json"
 SIZE = (90, 120)
@@ -77,15 +76,14 @@ def test_the_pixels_are_those_that_were_kept() -> None:
 
 def test_the_pixels_are_the_same_in_another_process_that_starts_elsewhere() -> None:
     """Tables are filled by whatever scene comes first, and must not depend on it."""
-    script = (
-        "from tests.worlds.test_street import digest, Synthetic\n"
-        "world = Synthetic(kind='street', count=9, size=(40, 56))\n"
-        "print(*[digest(world.scene(index)) for index in (8, 3, 0)])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     world = Synthetic(kind="street", count=9, size=(40, 56))
-    assert done.stdout.split() == [digest(world.scene(index)) for index in (8, 3, 0)]
+    here = [digest(world.scene(index)) for index in (0, 3, 8)]
+    stdout, stderr = Child(print_backwards, world).communicate()
+    assert stdout.split() == here[::-1], stderr
+
+
+def print_backwards(world: Synthetic) -> None:
+    print(*[digest(world.scene(index)) for index in (8, 3, 0)])
 
 
 class Digests(Dataset):
