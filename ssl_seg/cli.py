@@ -253,9 +253,10 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
-    from ssl_seg.reports import runs, study
+    from ssl_seg.reports import runs as of_runs
+    from ssl_seg.reports import study as of_study
 
-    page = study if any(study.is_study(run) for run in runs) else runs
+    page = of_study if any(of_study.is_study(run) for run in runs) else of_runs
     written = page.report(runs, out)
     print_lines([written.headline, f"report: {written.path}"])
 
