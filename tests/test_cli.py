@@ -69,6 +69,11 @@ def test_evaluate_gives_the_score_of_the_run(runs: Path, tmp_path: Path) -> None
     assert run("compare", runs / "fine", out) == 0, "a score on other images can be laid beside the run's"
 
 
+def test_report_says_where_the_page_is(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("report", runs / "fine", "--out", tmp_path / "page.html") == 0
+    assert f"report: {tmp_path / 'page.html'}" in capsys.readouterr().out
+
+
 def test_predict_writes_a_mask_for_every_image_at_its_own_size(runs: Path, tmp_path: Path) -> None:
     for name, size in (("a", (50, 70)), ("deep/b", (33, 20))):
         images.write_image(tmp_path / "photos" / f"{name}.png", np.full((*size, 3), 90, dtype=np.uint8))
