@@ -1,11 +1,11 @@
 """Files and folders that are on the disk whole or not at all, whatever a kill, a full disk or a power cut interrupts.
 
 safetensors and JSON hold everything, so reading a file runs no code. Ours is what the two and the standard library
-lack: a folder that replaces another so that a kill at any instant leaves one of them whole (a rename cannot replace a
-folder that holds files), writes that are synced before they count, digests (a flipped bit loads silently from a
-safetensors file), and errors of one line that name the file.
+lack. A folder replaces another so that a kill at any instant leaves one of them whole: a rename cannot replace a folder
+that holds files. Writes are synced before they count. Digests tell a flipped bit, which safetensors loads in silence.
+Errors are one line that names the file.
 
-Every function here is for one writing process; where there are several, the caller lets the main one write and puts
+Every function here is for one writing process. Where there are several, the main one writes, and the caller puts
 barriers around it.
 """
 

@@ -1,8 +1,8 @@
-"""Which images show the same picture, unchanged, mirrored, cropped, resized or saved anew, by what is kept of each.
+"""Which images show the same picture: unchanged, mirrored, cropped, resized or saved anew.
 
-Kept are a digest of the pixels and a small grey fingerprint. Equal digests are the same picture. Fingerprints are
-compared in two steps: a wide search by low frequencies (matrix products), then an alignment of the best few, judged by
-their fine structure, which two different scenes never share.
+Two things are kept of each image: a digest of its pixels and a small grey fingerprint. Equal digests are the same
+picture. Fingerprints are compared in two steps. A wide search by low frequencies (matrix products) finds the best few;
+these are aligned and judged by their fine structure, which two different scenes never share.
 
 Ours is the search and the judgement; OpenCV aligns (Evangelidis and Psarakis, "Parametric image alignment using
 enhanced correlation coefficient maximization", TPAMI 30, 2008). Perceptual hashes (imagehash, pHash) give one number

@@ -1,4 +1,7 @@
-"""Which weights a run starts from: its own checkpoint, else `init`, else published weights, else random ones."""
+"""Which weights a run starts from: its own checkpoint, else `init`, else published weights, else random ones.
+
+The answer is one `Start`. It is found before the run's folder is opened, and whoever needs to know is handed it.
+"""
 
 from __future__ import annotations
 
