@@ -44,16 +44,16 @@ def run(folder: Path, changed: dict[str, Any] | None = None, **train: Any) -> Fi
 
 
 @pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+    """From scratch, by the small set-up; a test that changes its files copies them."""
+    return run(tmp_path_factory.mktemp("finetuned") / "run")
+
+
+@pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(folder, quiet=True))
     return folder
-
-
-@pytest.fixture(scope="module")
-def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
-    """From scratch, by the small set-up; a test that changes its files copies them."""
-    return run(tmp_path_factory.mktemp("finetuned") / "run")
 
 
 def started(init: Path | None, transfer: str = "encoder") -> dict[str, torch.Tensor]:
