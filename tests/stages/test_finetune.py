@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining
 def run(folder: Path, changed: dict[str, Any] | None = None, **train: Any) -> Finetuned:
     values = {**finetuning(**train), **(changed or {})}
     return finetune(load(FinetuneConfig, values), Options(folder, quiet=True))
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+    """From scratch, by the small set-up; a test that changes its files copies them."""
+    return run(tmp_path_factory.mktemp("finetuned") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -96,36 +103,36 @@ def test_the_decoder_of_a_task_may_come_along_all_but_its_last_layer(pretrained:
     assert torch.equal(both[f"heads.{SEGMENT}.last.weight"], scratch[f"heads.{SEGMENT}.last.weight"])
 
 
-def test_a_fine_tuned_run_is_a_start_too_so_that_masks_of_a_drawn_world_can_pretrain(tmp_path: Path) -> None:
-    supervised = run(tmp_path / "supervised", steps=2)
-    state = started(supervised.folder, f"encoder+{SEGMENT}")
-    model = load_file(supervised.model / "model.safetensors")
+def test_a_fine_tuned_run_is_a_start_too_so_that_masks_of_a_drawn_world_can_pretrain(finetuned: Finetuned) -> None:
+    state = started(finetuned.folder, f"encoder+{SEGMENT}")
+    model = load_file(finetuned.model / "model.safetensors")
     encoder = {name: value for name, value in model.items() if name.startswith("encoder.")}
     assert encoder
     assert all(torch.equal(state[name], value) for name, value in encoder.items())
-    decoder = load_file(supervised.folder / "decoders" / f"{SEGMENT}.safetensors")
+    decoder = load_file(finetuned.folder / "decoders" / f"{SEGMENT}.safetensors")
     assert decoder
     assert all(torch.equal(state[f"heads.{SEGMENT}.decoder.{name}"], value) for name, value in decoder.items())
 
 
-def test_a_whole_model_may_be_the_start_of_another_fine_tuning(tmp_path: Path) -> None:
-    supervised = run(tmp_path / "supervised", steps=2)
-    model = load_file(supervised.model / "model.safetensors")
-    state = started(supervised.folder, "model")
+def test_a_whole_model_may_be_the_start_of_another_fine_tuning(finetuned: Finetuned, tmp_path: Path) -> None:
+    model = load_file(finetuned.model / "model.safetensors")
+    state = started(finetuned.folder, "model")
     own = {name.replace("head.", f"heads.{SEGMENT}.", 1): value for name, value in model.items()}
     assert own.keys() == state.keys()
     assert all(torch.equal(state[name], value) for name, value in own.items())
-    done = run(tmp_path / "again", {"init": str(supervised.folder), "transfer": "model"}, steps=1)
+    done = run(tmp_path / "again", {"init": str(finetuned.folder), "transfer": "model"}, steps=1)
     (receipt,) = json.loads((done.folder / "receipts.json").read_text()).values()
     assert (receipt["share"], receipt["features_equal"]) == (1.0, True)
 
 
-def test_a_whole_model_of_other_classes_or_of_no_classes_is_one_line(pretrained: Path, tmp_path: Path) -> None:
-    supervised = run(tmp_path / "supervised", steps=1)
-    info = json.loads((supervised.model / "model.json").read_text())
-    (supervised.model / "model.json").write_text(json.dumps({**info, "class_names": ["sky", "road"]}))
+def test_a_whole_model_of_other_classes_or_of_no_classes_is_one_line(
+    pretrained: Path, finetuned: Finetuned, tmp_path: Path
+) -> None:
+    supervised = shutil.copytree(finetuned.folder, tmp_path / "supervised")
+    about = supervised / "model" / "model.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "class_names": ["sky", "road"]}))
     for init, said in (
-        (supervised.folder, r"takes all but the last layer"),
+        (supervised, r"takes all but the last layer"),
         (pretrained, r"no model/model\.safetensors"),
     ):
         with pytest.raises(UserError, match=said) as caught:
@@ -210,10 +217,9 @@ def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(
         assert "train/denoise/loss" in other
 
 
-def test_joint_training_with_weight_changes_the_encoder(tmp_path: Path) -> None:
-    alone = run(tmp_path / "alone")
+def test_joint_training_with_weight_changes_the_encoder(finetuned: Finetuned, tmp_path: Path) -> None:
     joint = run(tmp_path / "joint", {"data": {**finetuning()["data"], "pool": POOL}, "tasks": {"denoise": {}}})
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (finetuned.folder, joint.folder))
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
@@ -226,31 +232,29 @@ def test_it_learns_to_find_the_disc(tmp_path: Path) -> None:
     assert min(recorded["class_weights"]) < 1 < max(recorded["class_weights"])
 
 
-def test_the_exported_model_gives_the_scores_of_the_run(tmp_path: Path) -> None:
-    done = run(tmp_path / "run")
-    model, resize = load_model(done.folder)
+def test_the_exported_model_gives_the_scores_of_the_run(finetuned: Finetuned) -> None:
+    model, resize = load_model(finetuned.folder)
     config = load(FinetuneConfig, finetuning())
     again = image_confusions(model, config.data.test, resize).scores()
-    assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(done.test.confusion))
+    assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(finetuned.test.confusion))
     image = torch.rand(1, 3, 37, 51)
     assert model(image).shape == (1, 2, 37, 51)
 
 
-def test_every_image_s_confusion_adds_up_to_the_run_s(tmp_path: Path) -> None:
-    done = run(tmp_path / "run")
-    kept = json.loads((done.folder / "confusion.json").read_text())
-    found = read_image_confusion(done.folder)
+def test_every_image_s_confusion_adds_up_to_the_run_s(finetuned: Finetuned) -> None:
+    kept = json.loads((finetuned.folder / "confusion.json").read_text())
+    found = read_image_confusion(finetuned.folder)
     assert {part: confusions.total().tolist() for part, confusions in found.items()} == {
         part: kept[part] for part in ("val", "test")
     }
     for part, seed in (("val", 6), ("test", 7)):
         assert found[part].names == tuple(f"textured_{seed}_{index}" for index in range(3))
         assert found[part].class_names == ("ground", "disc")
-    assert {path.name for path in done.folder.iterdir()} <= {*RUN_FILES, LOCK}, "--overwrite would leave the rest"
-    assert verify(done.folder).largest <= 1e-9
-    said = json.loads((done.folder / "result.json").read_text())["passport"]
+    assert {path.name for path in finetuned.folder.iterdir()} <= {*RUN_FILES, LOCK}, "--overwrite would leave the rest"
+    assert verify(finetuned.folder).largest <= 1e-9
+    said = json.loads((finetuned.folder / "result.json").read_text())["passport"]
     assert said["val"]["split"] == found["val"].digest != said["test"]["split"]
-    split = json.loads((done.folder / "split.json").read_text())
+    split = json.loads((finetuned.folder / "split.json").read_text())
     labelled = Textured(count=4, seed=5)
     assert split["sha256_of_labelled"] == sample_digest(labelled) != sample_digest(Textured(count=4, seed=6))
 
