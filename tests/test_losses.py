@@ -279,11 +279,11 @@ def calls_of(name: str, function: Callable[..., Tensor]) -> dict[str, tuple[str,
         if "weights" in parameters:
             calls[f"{name} weighted"] = ("label", lambda logits, label: function(logits, label, weights=WEIGHTS))
         return calls
-    if {"kind", "prediction", "target", "where"} <= set(parameters):
+    if {"kind", "prediction", "target", "loss_mask"} <= set(parameters):
         return {f"{name} {kind}": ("region", _dense(function, kind)) for kind in KINDS}
-    if {"prediction", "target", "where"} <= set(parameters):
+    if {"prediction", "target", "loss_mask"} <= set(parameters):
         return {name: ("region", _dense(function))}
-    if list(parameters) == ["values", "where"]:
+    if list(parameters) == ["values", "loss_mask"]:
         return {name: ("region", function)}
     raise AssertionError(f"losses.{name}: name its parameters as its neighbours', or say here how it is called")
 
