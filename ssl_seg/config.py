@@ -113,7 +113,8 @@ class Plugin(Config, ABC):
         package = importlib.import_module(cls.package)
         files = [f"{cls.package}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
         modules = [importlib.import_module(file) for file in files] + cls.extra_modules
-        found = {plugin.plugin_name() for module in modules for plugin in _plugins_in(module, cls)}
+        plugins = [plugin for module in modules for plugin in _plugins_in(module, cls)]
+        found = {plugin.plugin_name() for plugin in plugins if issubclass(plugin, cls) or not inspect.isabstract(cls)}
         return sorted(found | {point.name for point in _points(cls.group, tuple(sys.path)) if _fits(point, cls)})
 
     @classmethod

@@ -378,6 +378,15 @@ def test_labelled_images_give_the_same_bits_with_and_without_a_pool():
     assert torch.equal(module({"segment": views["segment"]})["segment"], both)
 
 
+def test_labelled_images_give_the_same_bits_beside_another_task_that_reads_them():
+    tasks = {"segment": Segment(num_classes=3), "again": Segment(num_classes=3)}
+    module = network(tasks)
+    views = make_views(tasks, {"labelled": batch(2, labelled=True)})
+    both = module(views)["segment"]
+    assert module.encoder.backbone.batches == [2, 2]
+    assert torch.equal(module({"segment": views["segment"]})["segment"], both)
+
+
 def test_a_head_starts_the_same_whichever_other_tasks_there_are():
     few = network({"rotate": Rotate()})
     many = network({"denoise": Denoise(), "rotate": Rotate()})

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 from ssl_seg import rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Samples
+from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.stages import finetune
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig
 from ssl_seg.stages.fit import open_streams
-from ssl_seg.stages.pretrain import PretrainConfig, check
+from ssl_seg.stages.pretrain import PretrainConfig, check, pretrain
+from ssl_seg.stages.scoring import score_tasks
+from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import train
@@ -111,6 +116,18 @@ def test_one_that_a_checkpoint_has_not_begins_with_its_weights() -> None:
     back.restore(other.tensors(), other.data())
     assert back.teacher is None
     torch.testing.assert_close(weights(back), weights(without), rtol=0, atol=0)
+
+
+def test_pretraining_scores_and_exports_the_average(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(ema=0.5, steps=2))
+    done = pretrain(config, Options(tmp_path, quiet=True))
+    state = load_state(tmp_path).tensors
+    for name, value in load_file(tmp_path / "encoder" / "encoder.safetensors").items():
+        assert torch.equal(value, state[f"teacher/encoder.{name}"]), name
+    module = build_module(config.model, config.tasks, config.seed)
+    for part, same in (("teacher/", True), ("model/", False)):
+        module.load_state_dict({name.removeprefix(part): state[name] for name in state if name.startswith(part)})
+        assert (score_tasks(module, config.data.val, config.augment) == done.scores) == same
 
 
 def test_it_changes_no_bit_of_the_student() -> None:
