@@ -444,7 +444,7 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
 def _receipt_in_words(receipt: Mapping[str, Any]) -> str:
     lengths = {name: len(receipt.get(name) or ()) for name in ("matched", "missing", "left_over", "mismatched")}
     counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
-    same = {True: "; gives the exporter's features", False: "; features differ from the exporter's"}
+    same: dict[bool | None, str] = {True: "; gives the exporter's features", False: "; features differ from the exporter's"}
     tail = same.get(receipt.get("features_equal"), "")
     return f"{receipt.get('share', 0):.0%} of the parameters ({counted} tensors) from {receipt.get('path', '')}{tail}"
 
