@@ -117,7 +117,7 @@ def _of_pools(study: Study) -> list[str]:
     """A word where the pretrainings of an arm did not read the same images."""
     pools = {
         arm.label: {
-            (cell.run.record["origin"] or {}).get("pool", "")
+            (cell.run.record.get("origin") or {}).get("pool", "")
             for cell in arm.outcomes
             if cell.run is not None and cell.scores
         }

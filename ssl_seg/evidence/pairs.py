@@ -216,7 +216,7 @@ class Pairs(Generic[R]):
         if not pairs:
             return ()
         changes = np.average(rows, axis=0, weights=weights)  # (N,); nan for an image without a counted pixel
-        order = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
+        order: list[int] = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
         nearest = np.argmin(np.abs(rows - changes), axis=0)  # of the pairs, (N,)
         found = (Changed(index, names[index], float(changes[index]), pairs[nearest[index]]) for index in order)
         return tuple(one for one in found if abs(one.difference) > 0)

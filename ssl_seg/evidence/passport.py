@@ -171,10 +171,7 @@ def _differences(
     found = []
     for name, value in recomputed.items():
         said = written.get(name)
-        if said is None or value is None:
-            difference = 0.0 if said is value else math.inf
-        else:
-            difference = abs(said - value)
+        difference = _distance(said, value)
         if not difference <= EXACT:
             raise UserError(
                 f"{folder}: result.json says {part}/{name} = {_shown(said)}, its confusion matrices say "
@@ -182,6 +179,13 @@ def _differences(
             )
         found.append(difference)
     return found
+
+
+def _distance(said: float | None, value: float | None) -> float:
+    """Infinite where one of them says nothing."""
+    if said is None or value is None:
+        return 0.0 if said is value else math.inf
+    return abs(said - value)
 
 
 def _refuse_more(

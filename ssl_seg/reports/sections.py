@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,8 @@ def dots(page: Page) -> tuple[Panel, ...]:
 
     scores = [
         row(condition, arm, spread.values, percent(spread))
-        for condition, arm in product(found.conditions, page.scored)
+        for condition in found.conditions
+        for arm in page.scored
         if (spread := arm.spread(found.main_score, condition)) is not None
     ]
     gains = [row(gain.condition, gain.arm, gain.values, gain_text(gain)) for gain in found.gains]

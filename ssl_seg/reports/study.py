@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from ssl_seg.config import UserError
 from ssl_seg.evidence import results
 from ssl_seg.evidence.cautions import of_shared_starts
 from ssl_seg.evidence.claims import MIN_PAIRS, OF_CONDITIONS, answer, rules, state_of, states
-from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
+from ssl_seg.evidence.comparison import Arm, Condition, PairedGain, condition_text
 from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, p_as_number, percent
 from ssl_seg.evidence.pairs import Spread
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
@@ -68,6 +70,7 @@ OF_GAINS = (
     "and the runs as they are."
 )
 Values = tuple[tuple[float, ...], Interval | None]  # what is drawn as dots, and the interval of their mean
+Kind = tuple[str, Markup | None, Sequence[RunFolder]]  # runs of one kind, with its label and its arm's mark
 
 
 def is_study(folder: str | Path) -> bool:
@@ -138,8 +141,9 @@ def _gain_row(page: Page[Study], gain: PairedGain) -> TableRow:
     cells = [condition.get(key, NOTHING) for key in study.axes]
     cells += [percent(gain.base), percent(gain.own), str(gain.n), sections.gain_text(gain)]
     cells += [between(interval) for interval in (gain.over_seeds, gain.bootstrap, _over_images(study, gain))]
-    has_p = gain.p is not None and gain.p_holm is not None
-    cells += [f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})" if has_p else NOTHING]
+    cells += [
+        NOTHING if gain.p is None or gain.p_holm is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"
+    ]
     cells += [NOTHING if gain.arm.from_scratch else str(gain.num_weights)]
     cells += [between(gain.over_starts)] * _has_starts(study)
     return TableRow(gain.arm.label, tuple(cells), page.marks[gain.arm])
@@ -368,7 +372,8 @@ def _missing(page: Page[Study]) -> Iterator[Section]:
 def _costs(page: Page[Study]) -> Iterator[Section]:
     study = page.found
     noted = {own["id"]: own["seconds"] for own in (*study.record["cells"], *study.pretrained)}
-    kinds = [(f"pretraining {name}", None, runs) for name, runs in _pretrained(page).items()]
+    pretrained = _pretrained(page).items()
+    kinds: list[Kind] = [(f"pretraining {name}", None, runs) for name, runs in pretrained]
     for arm in study.arms:
         runs = [cell.run for cell in arm.outcomes if cell.run is not None and cell.scores]
         kinds.append((arm.label, page.marks[arm], runs))
@@ -450,7 +455,8 @@ def _link(page: Page[Study], place: str, name: str) -> str | None:
 def _mlflow(run: RunFolder) -> str:
     """Its id at the tracking servers; '' where it was not tracked."""
     with suppress(UserError):
-        return ", ".join(dict.fromkeys(read_record(run.folder).runs.values()))
+        record = read_record(run.folder)
+        return "" if record is None else ", ".join(dict.fromkeys(record.runs.values()))
     return ""
 
 
