@@ -42,7 +42,7 @@ _HOMES = {
     "worlds": ("Scene", "World"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]  # _HOMES is the one list
 
 
 def __getattr__(name: str) -> Any:

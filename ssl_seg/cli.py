@@ -12,13 +12,16 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
 from ssl_seg.terminal import print_lines, tells
+
+if TYPE_CHECKING:
+    from ssl_seg.training.processes import DeviceName
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -358,7 +361,7 @@ def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any
     return read_words(words or [])
 
 
-def _keep_memory_on_cpu(device: str) -> None:
+def _keep_memory_on_cpu(device: DeviceName) -> None:
     """A training on a CPU has this process for itself, so it may change its allocator."""
     from ssl_seg.training.processes import choose_device, keep_freed_memory
 

@@ -90,8 +90,8 @@ class ImageConfusions:
     image: np.ndarray  # (E,) int32 in [0, N)
     cell: np.ndarray  # (E,) int32 in [0, K * K): truth * K + prediction
     count: np.ndarray  # (E,) int32 pixels, at least 1
-    band: np.ndarray | None = None  # (E,) int32 of them near a class boundary, 0 to count; None: not looked at
-    digest: str = ""  # of names, images and labels, in their order; '' in files of the first version
+    band: np.ndarray  # (E,) int32 of them near a class boundary, 0 to count
+    digest: str  # of names, images and labels, in their order
 
     @classmethod
     def from_rows(cls, class_names: Sequence[str], rows: Sequence[Row]) -> Self:
@@ -124,10 +124,8 @@ class ImageConfusions:
         """The scores of all images together, or of those at `indices` (a resample may name one many times)."""
         return SegmentationScores.from_confusion(self.total(indices))
 
-    def at_boundaries(self) -> Self | None:
-        """The same images with only their pixels near class boundaries; None where these were not looked at."""
-        if self.band is None:
-            return None
+    def at_boundaries(self) -> Self:
+        """The same images with only their pixels near class boundaries."""
         near = self.band > 0
         band = self.band[near]
         return replace(self, image=self.image[near], cell=self.cell[near], count=band, band=band)
@@ -135,10 +133,7 @@ class ImageConfusions:
     def named(self) -> dict[str, float | None]:
         """The figures of a result.json: `named_scores`, and `band/miou` of the pixels near class boundaries."""
         named = named_scores(self.scores(), self.class_names)
-        near = self.at_boundaries()
-        if near is None:
-            return named
-        miou = near.scores().miou
+        miou = self.at_boundaries().scores().miou
         return {**named, f"{BAND}/miou": None if math.isnan(miou) else miou}
 
     def per_image_miou(self) -> np.ndarray:
@@ -209,8 +204,7 @@ def image_confusion_bytes(parts: Mapping[str, ImageConfusions]) -> bytes:
     JSON in ASCII (names may be no valid text): `classes`, the `names` and the `digests` of each part's images, and a
     `sha256` of all that.
     """
-    columns = {f"{part}/{column}": getattr(found, column) for part, found in parts.items() for column in COLUMNS}
-    arrays = {name: column for name, column in columns.items() if column is not None}
+    arrays = {f"{part}/{column}": getattr(found, column) for part, found in parts.items() for column in COLUMNS}
     about = {
         "classes": next(iter(parts.values())).class_names,
         "names": {part: found.names for part, found in parts.items()},
@@ -239,11 +233,13 @@ def read_image_confusion(folder: str | Path) -> dict[str, ImageConfusions]:
     if not _is_about(about) or about.pop("sha256", None) != _digest(arrays, about):
         raise UserError(_damaged(path))
     classes = tuple(about["classes"])
-    digests = about.get("digests", {})  # files of the first version have none, and no band
     found = {}
     for part, names in about["names"].items():
-        columns = (arrays.get(f"{part}/{column}") for column in COLUMNS)
-        found[part] = ImageConfusions(classes, tuple(names), *columns, digests.get(part, ""))
+        try:
+            columns = {column: arrays[f"{part}/{column}"] for column in COLUMNS}
+            found[part] = ImageConfusions(classes, tuple(names), **columns, digest=about["digests"][part])
+        except KeyError as error:
+            raise UserError(_damaged(path)) from error
         if not _is_whole(found[part]):
             raise UserError(_damaged(path))
     return found
@@ -253,7 +249,7 @@ def _is_about(about: Any) -> bool:
     """Whether a header has the keys that a run writes, each of its kind; names may be no valid text."""
     if not isinstance(about, dict):
         return False
-    names, digests = about.get("names"), about.get("digests", {})
+    names, digests = about.get("names"), about.get("digests")
     if not isinstance(names, dict) or not isinstance(digests, dict):
         return False
     lists = [about.get("classes"), list(digests.values()), *names.values()]
@@ -262,16 +258,15 @@ def _is_about(about: Any) -> bool:
 
 def _is_whole(found: ImageConfusions) -> bool:
     """Whether the columns fit each other: a stranger's file may have the right digest and no sense."""
-    band = found.count if found.band is None else found.band
-    columns = (found.image, found.cell, found.count, band)
-    if any(column is None or column.ndim != 1 or column.dtype != np.int32 for column in columns):
+    columns = (found.image, found.cell, found.count, found.band)
+    if any(column.ndim != 1 or column.dtype != np.int32 for column in columns):
         return False
     if len({len(column) for column in columns}) > 1:
         return False
     if any(column.min(initial=0) < 0 for column in columns):
         return False
     in_range = found.image.max(initial=-1) < len(found) and found.cell.max(initial=-1) < len(found.class_names) ** 2
-    return in_range and bool((band <= found.count).all())
+    return in_range and bool((found.band <= found.count).all())
 
 
 def _digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:

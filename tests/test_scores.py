@@ -111,7 +111,6 @@ def test_the_named_figures_are_those_of_the_matrices() -> None:
     assert named["band/miou"] == found.at_boundaries().scores().miou != scores.miou
     nothing = of_matrices([np.zeros((3, 3), dtype=int)]).named()
     assert nothing == dict.fromkeys(nothing, None) | {"averaged_classes": 0}
-    assert "band/miou" not in replace(found, band=None).named(), "a file of the first version knows none"
 
 
 def test_other_images_labels_names_or_another_order_have_another_digest() -> None:
@@ -171,15 +170,6 @@ def test_the_file_gives_back_what_was_written_whatever_the_names(tmp_path: Path)
     assert read["val"].names == AWKWARD
     for part, found in parts.items():
         assert_equal(read[part], found)
-
-
-def test_a_file_of_the_first_version_has_no_band_and_no_digest(tmp_path: Path) -> None:
-    found = replace(of_matrices(drawn(3)), band=None, digest="")
-    read = kept(tmp_path, {"val": found})["val"]
-    assert read.band is None
-    assert read.at_boundaries() is None
-    assert read.digest == ""
-    np.testing.assert_array_equal(read.total(), found.total())
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,11 @@ def _of_seeds(study: Study) -> list[str]:
 def _of_pools(study: Study) -> list[str]:
     """A word where the pretrainings of an arm did not read the same images."""
     pools = {
-        arm.label: {(cell.run.record.get("origin") or {}).get("pool", "") for cell in arm.outcomes if cell.scores}
+        arm.label: {
+            (cell.run.record.get("origin") or {}).get("pool", "")
+            for cell in arm.outcomes
+            if cell.run is not None and cell.scores
+        }
         for arm in study.arms
     }
     arms = " and ".join(arm for arm, own in pools.items() if len(own - {""}) > 1)
@@ -133,7 +137,7 @@ def _of_passports(done: list[Outcome]) -> list[str]:
 
 def _of_software(study: Study) -> list[str]:
     """A word where the two cells of a pair were not made with the same."""
-    pairs = [study.pairs(gain.arm, *gain.conditions).other_software(gain.score) for gain in study.gains]
+    pairs = [study.pairs(gain.arm, gain.condition).other_software(gain.score) for gain in study.gains]
     told = software_in_words(pairs)
     if not told:
         return []
@@ -144,5 +148,6 @@ def _of_apart(study: Study) -> list[str]:
     """A word on the cells that are no pair."""
     if not study.apart:
         return []
-    more = f", and {len(study.apart) - 1} more" if len(study.apart) > 1 else ""
-    return [f"CAUTION: cells that are no pair are left out of every gain: {study.apart[0]}{more}."]
+    first, *others = study.apart
+    more = f", and {len(others)} more" if others else ""
+    return [f"CAUTION: cells that are no pair are left out of every gain: {first}{more}."]

@@ -7,7 +7,7 @@ and of several comparisons none is picked out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
 from typing import Literal
@@ -31,7 +31,7 @@ from ssl_seg.evidence.formatting import (
     spoken,
     state,
 )
-from ssl_seg.evidence.pairs import MIN_STARTS, Shared
+from ssl_seg.evidence.pairs import MIN_STARTS, Shared, Spread
 from ssl_seg.evidence.results import Study
 from ssl_seg.evidence.statistics import LEVEL, MAX_NEEDED, detectable, holm, pairs_needed, t_test_p
 from ssl_seg.runs.folder import RunFolder
@@ -103,12 +103,13 @@ def answer(found: Comparison) -> Answer:
 
 def verdict(gain: Gain) -> Verdict:
     """By `rules` at the gain's own level."""
-    if gain.n < MIN_PAIRS:
+    interval = gain.interval
+    if gain.n < MIN_PAIRS or interval is None:
         return "few"
     written = round(100 * gain.mean, 1)
-    if written > 0 and gain.interval.low > 0:
+    if written > 0 and interval.low > 0:
         return "gain"
-    if written < 0 and gain.interval.high < 0:
+    if written < 0 and interval.high < 0:
         return "loss"
     return "none"
 
@@ -119,7 +120,8 @@ def left_open(gains: Iterable[Gain]) -> tuple[str, ...]:
     if not untold:
         return ()
     # Nothing is ever told of fewer pairs, or of a mean that is written as 0.0.
-    seen = [max(LEAST_TOLD, 100 * detectable(gain.independent, gain.level)) for gain in untold]
+    found = [detectable(gain.independent, gain.level) for gain in untold]
+    seen = [max(LEAST_TOLD, 100 * difference) for difference in found if difference is not None]
     needed = [max(MIN_PAIRS, pairs_needed(stdev(gain.independent), 0.01, gain.level) or MAX_NEEDED) for gain in untold]
     shares = [gain.over_starts is not None for gain in untold]
     words = ["pretrainings with as many pairs each"] * any(shares) + ["independent pairs"] * (not all(shares))
@@ -158,12 +160,13 @@ def certainty(gain: Gain) -> str:
 
 def _told_by(gain: Gain) -> str:
     """The interval of the verdict: `95 % interval +0.4 to +2.8 over 4 pretrainings`."""
-    shared = gain.differences
+    shared, interval = gain.differences, gain.interval
+    assert interval is not None  # of 2 pairs there is one
     over = ""
     if isinstance(shared, Shared) and not shared.is_of_few:
         number = f"{shared.num_starts} pretrainings"
         over = f" over {number}" if shared.by_start else f" over pairs, wider than over their {number}"
-    return f"{span(gain.interval)}{over}"
+    return f"{span(interval)}{over}"
 
 
 def _from_these(gain: Gain) -> str:
@@ -264,9 +267,10 @@ def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
 
 def stand(gains: Sequence[Gain]) -> list[bool]:
     """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
-    compared = [index for index, gain in enumerate(gains) if gain.n >= MIN_PAIRS]
-    adjusted = holm([t_test_p(gains[index].independent) for index in compared])
-    small = {index for index, p in zip(compared, adjusted, strict=True) if p <= 1 - gains[index].level}
+    compared = {index: t_test_p(gain.independent) for index, gain in enumerate(gains) if gain.n >= MIN_PAIRS}
+    p_values = {index: p for index, p in compared.items() if p is not None}
+    adjusted = holm([*p_values.values()])
+    small = {index for index, p in zip(p_values, adjusted, strict=True) if p <= 1 - gains[index].level}
     return [index in small and verdict(gain) in TOLD for index, gain in enumerate(gains)]
 
 
@@ -295,7 +299,7 @@ def _below(found: Comparison) -> tuple[str, ...]:
     told = [_measured_on(found.part, scored)] if scored else []
     bases = {found.baselines[gain.arm] for gain in found.gains} or set(found.bases)
     if len(bases) == len(found.conditions) == 1:
-        reached = bases.pop().spread(found.main_score or "", *found.conditions)
+        reached = bases.pop().spread(found.main_score, *found.conditions)
         name = found.over if isinstance(found, Study) else f"From {found.over}"
         told += [f"{name}: {percent(reached)} % mIoU."] if reached is not None else []
     told += _corrected_in_each(found)
@@ -390,14 +394,22 @@ def _unfinished_in_words(found: Comparison) -> str:
 
 
 def _best_and_worst(arm: Arm, part: str) -> str:
-    names = [name for outcome in arm.outcomes for name in outcome.scores if name.startswith(f"{part}/iou/")]
-    means = {name.removeprefix(f"{part}/iou/"): arm.spread(name).mean for name in dict.fromkeys(names)}
+    prefix = f"{part}/iou/"
+    names = dict.fromkeys(name for outcome in arm.outcomes for name in outcome.scores if name.startswith(prefix))
+    means = {name.removeprefix(prefix): spread.mean for name, spread in _spreads(arm, names)}
     if len(means) < 2:
         return ""
-    best, worst = max(means, key=means.get), min(means, key=means.get)
+    best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
     at_zero = sum(value == 0 for value in means.values())
     others = f" (like {count_of(at_zero - 1, 'other')})" if at_zero > 1 else ""
     return f": best class {best} with {100 * means[best]:.1f}, worst {worst} with {100 * means[worst]:.1f}{others}"
+
+
+def _spreads(arm: Arm, names: Iterable[str]) -> Iterator[tuple[str, Spread]]:
+    for name in names:
+        spread = arm.spread(name)
+        if spread is not None:
+            yield name, spread
 
 
 def _of_pretrainings(found: Comparison) -> Answer:
@@ -407,7 +419,7 @@ def _of_pretrainings(found: Comparison) -> Answer:
         return Answer("Nothing was scored: the runs had no labelled or held-out images (data.val).")
     runs = [run for arm in found.arms for run in arm.runs]
     counts = sorted({images_of(run)["val"] for run in runs if "val" in images_of(run)})
-    steps = sorted({run.result.get("steps") for run in runs if run.result and run.result.get("steps")})
+    steps = sorted({number for run in runs if (number := (run.result or {}).get("steps"))})
     after = f" after {steps[0]:,} steps" if len(steps) == 1 else ""
     held_out = f"{counts[0]:,} held-out images" if len(counts) == 1 else "held-out images"
     if len(told) == 1:
@@ -419,7 +431,7 @@ def _of_pretrainings(found: Comparison) -> Answer:
 def _reached(arm: Arm) -> str:
     """`denoise PSNR 23.7 dB, ...`: of each task the foremost figure."""
     names = dict.fromkeys(name for outcome in arm.outcomes for name in outcome.scores)
-    means = {name: arm.spread(name).mean for name in foremost(names)}
+    means = {name: spread.mean for name, spread in _spreads(arm, foremost(names))}
     words = [f"{spoken(name.removeprefix('val/'))} {in_unit(name, value)}" for name, value in means.items()]
     number = f" (means of {len(arm.outcomes)} runs)" if len(arm.outcomes) > 1 and words else ""
     return ", ".join(words) + number

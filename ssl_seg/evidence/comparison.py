@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from ssl_seg.config import UserError
 from ssl_seg.evidence.pairs import Changed, Pairs, Spread, independent, of_starts, over_starts
@@ -50,7 +51,12 @@ class Outcome:
     def folder(self) -> Path | None:
         return None if self.run is None else self.run.folder
 
-    @cached_property
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Of its run; empty where it is not known."""
+        return {} if self.run is None else self.run.config
+
+    @property
     def software(self) -> Mapping[str, str]:
         """What it was made with; empty where it is not known."""
         return {} if self.run is None else software_of(self.run.record)
@@ -83,8 +89,10 @@ class Arm:
     def at(self, condition: Condition) -> tuple[Outcome, ...]:
         return tuple(outcome for outcome in self.outcomes if outcome.condition == condition)
 
-    def spread(self, score: str, condition: Condition = ()) -> Spread | None:
-        """Of the runs under a condition that have the score; None where none has it."""
+    def spread(self, score: str | None, condition: Condition = ()) -> Spread | None:
+        """Of the runs under a condition that have the score; None where none has it, or no score is to be looked at."""
+        if score is None:
+            return None
         values = [outcome.scores[score] for outcome in self.at(condition) if score in outcome.scores]
         return Spread(tuple(values)) if values else None
 
@@ -93,18 +101,11 @@ class Arm:
 class Gain:
     """The paired differences of an arm to its baseline in one score, and how sure their mean is."""
 
+    arm: Arm
+    score: str
     differences: Spread  # one for each choice of seeds; `Shared` where some pairs start from one pretraining
-    level: float = LEVEL
-    arm: Arm | None = None
-    score: str = ""
     conditions: tuple[Condition, ...] = ((),)  # those that each difference is the mean over
-    # Of the pairs; none of these for a mean over several conditions.
-    base: Spread | None = None  # what the baseline reaches
-    own: Spread | None = None  # what the arm reaches
-    keys: tuple[Hashable, ...] = ()  # what the runs of a pair have in common
-    starts: tuple[str, ...] = ()  # the weights behind it, on either side; its key where all is from scratch
-    num_weights: int = 0  # different ones that the arm starts from; 0 from scratch
-    p_holm: float | None = None  # `p` adjusted for all comparisons that have one
+    level: float = LEVEL
 
     @property
     def n(self) -> int:
@@ -148,6 +149,22 @@ class Gain:
     def p(self) -> float | None:
         """Exact, by sign flips of what counts as independent; None below 8 of them."""
         return sign_flip_p(self.independent)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairedGain(Gain):
+    """A gain under one condition, with what is known of its pairs."""
+
+    base: Spread  # what the baseline reaches
+    own: Spread  # what the arm reaches
+    keys: tuple[Hashable, ...]  # what the runs of a pair have in common
+    starts: tuple[str, ...]  # the weights behind it, on either side; its key where all is from scratch
+    num_weights: int  # different ones that the arm starts from; 0 from scratch
+    p_holm: float | None = None  # `p` adjusted for all comparisons that have one
+
+    @property
+    def condition(self) -> Condition:
+        return self.conditions[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,51 +211,54 @@ class Comparison:
         """Whether its gain is one of pretraining; over a pretrained baseline it is one of something else."""
         return not arm.from_scratch and self.baselines[arm].from_scratch
 
-    def pairs(self, arm: Arm, condition: Condition = ()) -> Pairs[Outcome] | None:
-        """The runs of an arm and of its baseline by what a pair has in common; None for an arm without a baseline."""
+    def pairs(self, arm: Arm, condition: Condition = ()) -> Pairs[Outcome]:
+        """The runs of an arm and of its baseline by what a pair has in common; none for an arm without a baseline."""
         return self._pairs(arm, condition)
 
-    def gain(self, arm: Arm, score: str, condition: Condition = ()) -> Gain | None:
+    def gain(self, arm: Arm, score: str, condition: Condition = ()) -> PairedGain | None:
         """Of the pairs that have the score on both sides; None where there are none.
 
         Several runs of the same seeds count by their mean.
         """
         pairs = self.pairs(arm, condition)
-        sides = {} if pairs is None else pairs.sides(score)
-        if not sides:
+        sides, differences = pairs.sides(score), pairs.gain(score)
+        if differences is None:
             return None
         starts = [dict.fromkeys(pairs.start_of(key, base, run) for run in own) for key, (base, own) in sides.items()]
         base, own = (
             Spread(tuple(mean(run.scores[score] for run in of[side]) for of in sides.values())) for side in (0, 1)
         )
-        return Gain(
-            pairs.gain(score),
-            self.level,
+        return PairedGain(
             arm,
             score,
+            differences,
             (condition,),
-            base,
-            own,
+            self.level,
+            base=base,
+            own=own,
             keys=tuple(sides),
             starts=tuple(map(" ".join, starts)),
             num_weights=len({run.weights for _, runs in sides.values() for run in runs} - {None}),
         )
 
     @cached_property
-    def gains(self) -> tuple[Gain, ...]:
+    def gains(self) -> tuple[PairedGain, ...]:
         """In the main score, of every arm under every condition that has one."""
-        pairs = [(arm, condition) for condition in self.conditions for arm in self.arms if self.main_score]
-        found = [gain for arm, condition in pairs if (gain := self.gain(arm, self.main_score, condition)) is not None]
-        told = [index for index, gain in enumerate(found) if gain.p is not None]
-        for index, adjusted in zip(told, holm([found[index].p for index in told]), strict=True):
+        score = self.main_score
+        if score is None:
+            return ()
+        pairs = [(arm, condition) for condition in self.conditions for arm in self.arms]
+        found = [gain for arm, condition in pairs if (gain := self.gain(arm, score, condition)) is not None]
+        told = {index: gain.p for index, gain in enumerate(found) if gain.p is not None}
+        for index, adjusted in zip(told, holm([*told.values()]), strict=True):
             found[index] = replace(found[index], p_holm=adjusted)
         return tuple(found)
 
     @cached_property
-    def class_gains(self) -> tuple[Gain, ...]:
+    def class_gains(self) -> tuple[PairedGain, ...]:
         """Those in each class's IoU, for each of `gains`."""
         names = [name for name in self.scores if name.startswith(f"{self.part}/iou/")]
-        every = [self.gain(gain.arm, name, *gain.conditions) for gain in self.gains for name in names]
+        every = [self.gain(gain.arm, name, gain.condition) for gain in self.gains for name in names]
         return tuple(gain for gain in every if gain is not None)
 
     def over_conditions(self, arm: Arm) -> Gain | None:
@@ -255,8 +275,8 @@ class Comparison:
             return None
         values = [mean(row[key][0] for row in rows) for key in common]
         starts = [" ".join(row[key][1] for row in rows) for key in common]
-        conditions = tuple(condition for gain in gains for condition in gain.conditions)
-        return Gain(of_starts(values, starts, self.level), self.level, arm, gains[0].score, conditions)
+        conditions = tuple(gain.condition for gain in gains)
+        return Gain(arm, gains[0].score, of_starts(values, starts, self.level), conditions, self.level)
 
     def over_images(self, arm: Arm, score: str, condition: Condition = ()) -> Interval | None:
         """Where the gain in a mIoU lies for other images of the same kind: `Pairs.over_images`.
@@ -269,8 +289,7 @@ class Comparison:
         self, arm: Arm, score: str, condition: Condition = (), most: int | None = None
     ) -> tuple[Changed[Outcome], ...]:
         """The images that differ most from the baseline come first: `Pairs.changed`."""
-        pairs = self.pairs(arm, condition)
-        return () if pairs is None else pairs.changed(score, most)
+        return self.pairs(arm, condition).changed(score, most)
 
     @cached_property
     def faults(self) -> list[str]:
@@ -278,14 +297,14 @@ class Comparison:
         return []
 
     @cached_property
-    def _pairs(self) -> Callable[[Arm, Condition], Pairs[Outcome] | None]:
+    def _pairs(self) -> Callable[[Arm, Condition], Pairs[Outcome]]:
         """Makes each once: they are asked for again for every score."""
         return cache(self._make_pairs)
 
-    def _make_pairs(self, arm: Arm, condition: Condition) -> Pairs[Outcome] | None:
+    def _make_pairs(self, arm: Arm, condition: Condition) -> Pairs[Outcome]:
         baseline = self.baselines.get(arm)
         if baseline is None:
-            return None
+            return Pairs({}, {})
         pretrained = [not side.from_scratch for side in (baseline, arm)]
 
         def start(base: Outcome, own: Outcome) -> str | None:
@@ -293,8 +312,7 @@ class Comparison:
             weights = [run.weights or "" for run, starts in zip((base, own), pretrained, strict=True) if starts]
             return " ".join(weights) if weights else None
 
-        sides = (_by_pair(side.at(condition)) for side in (baseline, arm))
-        return Pairs(*sides, start, self._read, self.level)
+        return Pairs(_by_pair(baseline.at(condition)), _by_pair(arm.at(condition)), start, self._read, self.level)
 
     @cached_property
     def _over_images(self) -> Callable[[Arm, str, Condition], Interval | None]:
@@ -302,9 +320,8 @@ class Comparison:
         return cache(self._resample)
 
     def _resample(self, arm: Arm, score: str, condition: Condition) -> Interval | None:
-        pairs = self.pairs(arm, condition)
         try:
-            return None if pairs is None else pairs.over_images(score, self.resamples)
+            return self.pairs(arm, condition).over_images(score, self.resamples)
         except UserError as error:
             self.faults.append(str(error))
             return None

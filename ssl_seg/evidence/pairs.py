@@ -6,13 +6,15 @@ order and crops. Their differences spread less than the scores do, and so tell w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -85,7 +87,7 @@ class Shared(Spread):
         if self.is_of_few:
             return False
         pairs, starts = (t_interval(own, self.level) for own in (self.values, self.means))
-        return not self.crossed or (pairs is not None and _width(starts) >= _width(pairs))
+        return not self.crossed or _width(starts) >= _width(pairs)
 
     @property
     def units(self) -> tuple[float, ...]:
@@ -187,9 +189,9 @@ class Pairs(Generic[R]):
         kept no images, and for too few images (`evidence.block_bootstrap`).
         """
         found = self._images(score)
-        if not found or any(None in (*lower, *upper) for lower, upper in found):
+        lower, upper = ([images for sides in found for images in sides[which]] for which in (0, 1))
+        if not found or not _are_kept(lower) or not _are_kept(upper):
             return None
-        lower, upper = ([images for side in found for images in side[which]] for which in (0, 1))
         weights = tuple(zip(*self._weights(score), strict=True))
         lower_weights, upper_weights = ([weight for of_key in side for weight in of_key] for side in weights)
         return block_bootstrap(
@@ -205,16 +207,16 @@ class Pairs(Generic[R]):
         rows, weights = [], []
         names: tuple[str, ...] = ()
         for sides, images in zip(self.sides(score).values(), self._images(score), strict=True):
-            kept = [_kept(*side) for side in zip(sides, images, strict=True)]
-            for (base, lower), (own, upper) in product(*kept):
+            bases, others = (_kept(*side) for side in zip(sides, images, strict=True))
+            for (base, lower), (own, upper) in product(bases, others):
                 names = lower.names
                 pairs.append((base, own))
                 rows.append(upper.per_image_miou() - lower.per_image_miou())
-                weights.append(1 / (len(kept[0]) * len(kept[1])))
+                weights.append(1 / (len(bases) * len(others)))
         if not pairs:
             return ()
         changes = np.average(rows, axis=0, weights=weights)  # (N,); nan for an image without a counted pixel
-        order = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
+        order: list[int] = np.argsort(-np.abs(changes), kind="stable")[:most].tolist()  # nan comes last
         nearest = np.argmin(np.abs(rows - changes), axis=0)  # of the pairs, (N,)
         found = (Changed(index, names[index], float(changes[index]), pairs[nearest[index]]) for index in order)
         return tuple(one for one in found if abs(one.difference) > 0)
@@ -227,10 +229,10 @@ class Pairs(Generic[R]):
         found: dict[str, dict[str, None]] = {}
         for base, own in self.sides(score).values():
             for lower, upper in product(base, own):
-                both = [name for name in lower.software if name in upper.software]
-                for name in both:
-                    if lower.software[name] != upper.software[name]:
-                        found.setdefault(name, {}).update(dict.fromkeys((lower.software[name], upper.software[name])))
+                one, other = lower.software, upper.software
+                for name in one:
+                    if name in other and one[name] != other[name]:
+                        found.setdefault(name, {}).update(dict.fromkeys((one[name], other[name])))
         return {name: tuple(values) for name, values in found.items()}
 
     def start_of(self, key: Any, base: Sequence[R], own: R) -> str:
@@ -241,23 +243,24 @@ class Pairs(Generic[R]):
     def _weights(self, score: str) -> Iterator[tuple[list[float], list[float]]]:
         """For each key, how much the runs of either side count in the mean of the gain."""
         gain = self.gain(score)
+        by_start = gain is not None and over_starts(gain) is not None
         starts = {key: [self.start_of(key, base, run) for run in own] for key, (base, own) in self.sides(score).items()}
         keys_of = Counter(start for own in starts.values() for start in set(own))
         for key, (base, own) in self.sides(score).items():
             reruns = Counter(starts[key])
-            shared_by = [keys_of[start] for start in starts[key]] if over_starts(gain) else [len(reruns)] * len(own)
+            shared_by = [keys_of[start] for start in starts[key]] if by_start else [len(reruns)] * len(own)
             upper = [1 / (many * reruns[start]) for many, start in zip(shared_by, starts[key], strict=True)]
             yield [sum(upper) / len(base)] * len(base), upper
 
     def _images(self, score: str) -> list[tuple[Images, Images]]:
         """For each key that `sides` has, the images of the baseline's runs and of the others."""
-        sides = self.sides(score).values()
-        found = [tuple([self._images_of(run, score) for run in side] for side in of) for of in sides]
+        read = partial(self._images_of, score=score)
+        found = [([*map(read, base)], [*map(read, own)]) for base, own in self.sides(score).values()]
         sets = Counter(_identity(images) for of in found for side in of for images in side if images is not None)
         if not sets:
             return found
         usual = max(sets, key=sets.__getitem__)  # the first of equals
-        return [tuple(_of_set(side, usual) for side in of) for of in found]
+        return [(_of_set(lower, usual), _of_set(upper, usual)) for lower, upper in found]
 
     def _images_of(self, run: R, score: str) -> ImageConfusions | None:
         part, _, figure = score.partition("/")
@@ -276,8 +279,9 @@ def software_in_words(found: Iterable[Mapping[str, Sequence[str]]]) -> str:
     return "; ".join(f"{name} {', '.join(values)}" for name, values in every.items())
 
 
-def _width(interval: Interval) -> float:
-    return interval.high - interval.low
+def _width(interval: Interval | None) -> float:
+    """Infinite where there are too few values for an interval."""
+    return math.inf if interval is None else interval.high - interval.low
 
 
 def _having(runs: Iterable[R], score: str) -> list[R]:
@@ -288,18 +292,15 @@ def _kept(runs: Sequence[R], images: Images) -> list[tuple[R, ImageConfusions]]:
     return [(run, own) for run, own in zip(runs, images, strict=True) if own is not None]
 
 
+def _are_kept(images: Images) -> TypeGuard[list[ImageConfusions]]:
+    return all(own is not None for own in images)
+
+
 def _identity(images: ImageConfusions) -> tuple[Any, ...]:
     """What tells one set of scored images from another: masks may have been corrected under the same names."""
     return images.class_names, images.names, images.digest
 
 
 def _of_set(side: Images, wanted: tuple[Any, ...]) -> Images:
-    """Those of the wanted set; runs of the first versions have no digest, and are known by their names."""
-
-    def fits(images: ImageConfusions | None) -> bool:
-        if images is None:
-            return False
-        *own, digest = _identity(images)
-        return own == [*wanted[:-1]] and (digest == wanted[-1] or not digest or not wanted[-1])
-
-    return [images if fits(images) else None for images in side]
+    """Those of the wanted set."""
+    return [images if images is not None and _identity(images) == wanted else None for images in side]

@@ -34,7 +34,7 @@ class Passport:
     classes: tuple[str, ...]  # that are averaged, in the order of their ids
     images: int
     split: str  # sha256 of names, decoded images and labels, in the data set's order
-    resize: tuple[int, int] | None  # (H, W) that the network is given; None: as the images are
+    resize: tuple[int, ...] | None  # (H, W) that the network is given; None: as the images are
     definition: int = DEFINITION
     averaging: str = "mean over classes of the IoU of the matrix summed over all images"
     absent: str = "in neither truth nor prediction: left out; predicted only: 0"
@@ -171,7 +171,7 @@ def _differences(
     found = []
     for name, value in recomputed.items():
         said = written.get(name)
-        difference = 0.0 if said is value is None else math.inf if None in (said, value) else abs(said - value)
+        difference = _distance(said, value)
         if not difference <= EXACT:
             raise UserError(
                 f"{folder}: result.json says {part}/{name} = {_shown(said)}, its confusion matrices say "
@@ -179,6 +179,13 @@ def _differences(
             )
         found.append(difference)
     return found
+
+
+def _distance(said: float | None, value: float | None) -> float:
+    """Infinite where one of them says nothing."""
+    if said is None or value is None:
+        return 0.0 if said is value else math.inf
+    return abs(said - value)
 
 
 def _refuse_more(

@@ -135,7 +135,7 @@ def _apart(cell: Outcome, base: Outcome | None) -> str:
     fields = differing(base.passports, cell.passports)
     if fields:
         return f"no pair with {base.name}: their scores differ in {'; '.join(fields)}"
-    asked = [(own.run.config.get("labels"), own.run.config.get("data", {}).get("labelled")) for own in (base, cell)]
+    asked = [(own.config.get("labels"), own.config.get("data", {}).get("labelled")) for own in (base, cell)]
     others = asked[0] == asked[1] and base.labelled != cell.labelled
     return f"no pair with {base.name}: their labelled images differ" if others else ""
 
@@ -242,9 +242,9 @@ def gain_rows(study: Study) -> list[dict[str, Any]]:
     """Shares in [0, 1]; nothing where there are too few pairs for a figure."""
     rows = []
     for gain in (*study.gains, *study.class_gains):
-        (condition,) = gain.conditions
-        images = study.over_images(gain.arm, gain.score, condition) if gain.score == study.main_score else None
-        row = {"score": gain.score, "arm": gain.arm.label, **dict(condition), "n": gain.n}
+        is_main = gain.score == study.main_score
+        images = study.over_images(gain.arm, gain.score, gain.condition) if is_main else None
+        row: dict[str, Any] = {"score": gain.score, "arm": gain.arm.label, **dict(gain.condition), "n": gain.n}
         row |= {"baseline_mean": gain.base.mean, "baseline_sd": gain.base.sd}
         row |= {"mean": gain.own.mean, "sd": gain.own.sd, "gain": gain.mean, "gain_sd": gain.differences.sd}
         for prefix, interval in (("", gain.over_seeds), ("bootstrap_", gain.bootstrap), ("images_", images)):

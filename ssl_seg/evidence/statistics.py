@@ -282,7 +282,7 @@ def _counted(stem: str) -> tuple[str, int]:
 def _refuse_others(runs: Sequence[ImageConfusions]) -> None:
     if len({run.class_names for run in runs}) > 1:
         raise UserError("block bootstrap: the runs were scored on different classes; compare runs of one data set")
-    digests = {run.digest for run in runs if run.digest}  # those of the first version have none
+    digests = {run.digest for run in runs}
     if len({run.names for run in runs}) > 1 or len(digests) > 1:
         raise UserError("block bootstrap: the runs were scored on different images; score both on one data set")
 

@@ -61,7 +61,7 @@ class Compared:
 
 
 def sentence(record: Mapping[str, Any] | None) -> str:
-    """What leaks.json says, in one sentence; None is a run from before there was one."""
+    """What leaks.json says, in one sentence; None is a run that stopped before the check."""
     if record is None:
         return "Whether training images are among the scored ones was not checked."
     if not record["checked"]:

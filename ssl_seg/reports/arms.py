@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -52,9 +53,10 @@ class Page(Generic[C]):
 
         The first where there is no score.
         """
-        score = self.found.main_score
-        scored = sorted((own for own in arm.outcomes if score in own.scores), key=lambda own: own.scores[score])
-        return scored[(len(scored) - 1) // 2].run if scored else arm.runs[0]
+        score = self.found.main_score or ""
+        scored = [(own.scores[score], own.run) for own in arm.outcomes if own.run is not None and score in own.scores]
+        runs = [run for _, run in sorted(scored, key=itemgetter(0))] or arm.runs[:1]
+        return runs[(len(runs) - 1) // 2]
 
     def which(self, arm: Arm) -> str:
         """That run by its name: `fine_2, the median run of 3`."""

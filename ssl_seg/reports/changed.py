@@ -37,7 +37,9 @@ def draw_changed(found: Comparison, out: str | Path, most: int = NUM_CHANGED) ->
 
     for number, arm in enumerate(found.arms, start=1):
         score = main_score_of([arm])
-        changed = () if score is None else found.changed(arm, score, most=most)
+        if score is None:
+            continue
+        changed = found.changed(arm, score, most=most)
         pictures = pictures_of(changed, score.partition("/")[0]) if changed else []
         for rank, (image, picture) in enumerate(zip(changed, pictures, strict=True), start=1):
             path = folder / f"group{number}_{rank}.png"
@@ -62,11 +64,12 @@ def pictures_of(changed: Sequence[Changed], part: str) -> list[np.ndarray]:
 
     by_pair: dict[tuple[Path, Path], list[Changed]] = {}
     for one in changed:
-        by_pair.setdefault(tuple(run.folder for run in one.pair), []).append(one)
+        baseline, other = one.pair
+        by_pair.setdefault((baseline.folder, other.folder), []).append(one)
     drawn: dict[int, np.ndarray] = {}
-    for folders, ones in by_pair.items():
-        runs = [RunFolder.open(folder) for folder in folders]
-        found = changed_pictures(*runs, part, [one.name for one in ones])
+    for (baseline, other), ones in by_pair.items():
+        names = [one.name for one in ones]
+        found = changed_pictures(RunFolder.open(baseline), RunFolder.open(other), part, names)
         drawn |= {one.index: picture for one, picture in zip(ones, found, strict=True)}
     return [drawn[one.index] for one in changed]
 
@@ -75,7 +78,10 @@ def draw_changed_of_study(study: Study) -> None:
     """Pictures of the images that changed most under the last condition, for each arm, by their most usual pair."""
     folder = study.folder / CHANGED
     shutil.rmtree(folder, ignore_errors=True)
+    score = study.main_score
+    if score is None:
+        return
     for number, arm in enumerate(study.arms[1:], start=1):
-        changed = study.changed(arm, study.main_score, study.conditions[-1], NUM_CHANGED_OF_STUDY)
+        changed = study.changed(arm, score, study.conditions[-1], NUM_CHANGED_OF_STUDY)
         for rank, picture in enumerate(pictures_of(changed, study.part), start=1):
             images.write_image(folder / f"{number}_{files.slug(arm.label)}_{rank}.png", picture)

@@ -95,7 +95,7 @@ def _rows_of_study(study: Study) -> tuple[list[str], Cells]:
     """Scores in per cent, gains in points."""
     from ssl_seg.evidence.formatting import NOTHING, between, level_text, p_as_number, percent, points
 
-    gains = {(gain.arm, *gain.conditions): gain for gain in study.gains}
+    gains = {(gain.arm, gain.condition): gain for gain in study.gains}
     shares = any(gain.over_starts for gain in study.gains)  # pretrainings, enough for an interval of their own
     intervals = ["seeds", *["pretrainings"] * shares, "images"]
     heads = [*study.axes, "arm", "n", f"{study.part} mIoU, %", f"gain over {study.over}, points"]

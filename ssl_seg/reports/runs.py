@@ -226,7 +226,7 @@ def _leaks(page: Page) -> Iterator[Section]:
 def _curves(page: Page) -> Iterator[Section]:
     blocks: list[Any] = []
     metrics = {arm: [run.metrics() for run in arm.runs] for arm in page.found.arms}
-    stages = list(dict.fromkeys(arm.stage for arm in metrics))
+    stages: list[str] = list(dict.fromkeys(arm.stage for arm in metrics))
     for stage in stages:
         arms = [arm for arm in metrics if arm.stage == stage]
         first, more = _curve_panels(page, {arm: metrics[arm] for arm in arms}, stage)
@@ -444,7 +444,10 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
 def _receipt_in_words(receipt: Mapping[str, Any]) -> str:
     lengths = {name: len(receipt.get(name) or ()) for name in ("matched", "missing", "left_over", "mismatched")}
     counted = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in lengths.items())
-    same = {True: "; gives the exporter's features", False: "; features differ from the exporter's"}
+    same: dict[bool | None, str] = {
+        True: "; gives the exporter's features",
+        False: "; features differ from the exporter's",
+    }
     tail = same.get(receipt.get("features_equal"), "")
     return f"{receipt.get('share', 0):.0%} of the parameters ({counted} tensors) from {receipt.get('path', '')}{tail}"
 

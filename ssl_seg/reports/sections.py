@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ def hundredths(values: Iterable[float]) -> tuple[float, ...]:
 def dots(page: Page) -> tuple[Panel, ...]:
     """Every run, and every pair, as a dot; a row an arm under each condition."""
     found = page.found
-    at = list(product(found.conditions, page.scored))
 
     def panel(name: str, rows: Sequence[charts.Row], axis: str, what: str, caption: str, **options: bool) -> Panel:
         about = f"{what}: " + "; ".join(f"{row.label} {row.note}" for row in rows)
@@ -67,9 +65,13 @@ def dots(page: Page) -> tuple[Panel, ...]:
         under = f" ({condition_text(condition)})" if len(found.conditions) > 1 else ""
         return charts.Row(f"{arm.label}{under}", hundredths(values), page.styles[arm], note)
 
-    spreads = [(*own, spread) for own in at if (spread := own[1].spread(found.main_score, own[0])) is not None]
-    scores = [row(*own, spread.values, percent(spread)) for *own, spread in spreads]
-    gains = [row(*gain.conditions, gain.arm, gain.values, gain_text(gain)) for gain in found.gains]
+    scores = [
+        row(condition, arm, spread.values, percent(spread))
+        for condition in found.conditions
+        for arm in page.scored
+        if (spread := arm.spread(found.main_score, condition)) is not None
+    ]
+    gains = [row(gain.condition, gain.arm, gain.values, gain_text(gain)) for gain in found.gains]
     panels = []
     if scores:
         about = f"{found.part} mIoU of every run"
@@ -177,13 +179,15 @@ def _ends(gain: Gain | None) -> tuple[float, ...]:
     """The ends of an interval, whose middle is the mean; that alone of pairs too few for one that is of use."""
     if gain is None:
         return ()
-    return hundredths((gain.mean,) if gain.n < MIN_PAIRS else (gain.interval.low, gain.interval.high))
+    interval = gain.interval
+    return hundredths((gain.mean,) if gain.n < MIN_PAIRS or interval is None else (interval.low, interval.high))
 
 
 def _change(gain: Gain | None) -> charts.Change | None:
     if gain is None:
         return None
-    is_sure = gain.n >= MIN_PAIRS and not gain.interval.low <= 0 <= gain.interval.high
+    interval = gain.interval
+    is_sure = gain.n >= MIN_PAIRS and interval is not None and not interval.low <= 0 <= interval.high
     return charts.Change(100 * gain.mean, is_sure)
 
 

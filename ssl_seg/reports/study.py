@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from ssl_seg.config import UserError
 from ssl_seg.evidence import results
 from ssl_seg.evidence.cautions import of_shared_starts
 from ssl_seg.evidence.claims import MIN_PAIRS, OF_CONDITIONS, answer, rules, state_of, states
-from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
+from ssl_seg.evidence.comparison import Arm, Condition, PairedGain, condition_text
 from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, p_as_number, percent
 from ssl_seg.evidence.pairs import Spread
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
@@ -68,6 +70,7 @@ OF_GAINS = (
     "and the runs as they are."
 )
 Values = tuple[tuple[float, ...], Interval | None]  # what is drawn as dots, and the interval of their mean
+Kind = tuple[str, Markup | None, Sequence[RunFolder]]  # runs of one kind, with its label and its arm's mark
 
 
 def is_study(folder: str | Path) -> bool:
@@ -132,20 +135,22 @@ def _gains(page: Page[Study]) -> Iterator[Section]:
     yield Section("gains", "Gains", (table, Text(" ".join(_on_gains(study)))))
 
 
-def _gain_row(page: Page[Study], gain: Gain) -> TableRow:
+def _gain_row(page: Page[Study], gain: PairedGain) -> TableRow:
     study = page.found
-    condition = dict(*gain.conditions)
+    condition = dict(gain.condition)
     cells = [condition.get(key, NOTHING) for key in study.axes]
     cells += [percent(gain.base), percent(gain.own), str(gain.n), sections.gain_text(gain)]
     cells += [between(interval) for interval in (gain.over_seeds, gain.bootstrap, _over_images(study, gain))]
-    cells += [NOTHING if gain.p is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"]
+    cells += [
+        NOTHING if gain.p is None or gain.p_holm is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"
+    ]
     cells += [NOTHING if gain.arm.from_scratch else str(gain.num_weights)]
     cells += [between(gain.over_starts)] * _has_starts(study)
     return TableRow(gain.arm.label, tuple(cells), page.marks[gain.arm])
 
 
-def _over_images(study: Study, gain: Gain) -> Interval | None:
-    return study.over_images(gain.arm, gain.score, *gain.conditions)
+def _over_images(study: Study, gain: PairedGain) -> Interval | None:
+    return study.over_images(gain.arm, gain.score, gain.condition)
 
 
 def _has_starts(study: Study) -> bool:
@@ -187,10 +192,12 @@ def _learning(page: Page[Study]) -> Iterator[Section]:
         if panels := sections.dots(page):
             yield Section("scores", "Scores", (Panels(panels, shape="wide"),))
         return
-    places = list(product(study.arms, study.conditions))
-    spreads = {own: spread for own in places if (spread := own[0].spread(study.main_score, own[1])) is not None}
-    scored = {own: (spread.values, t_interval(spread.values, study.level)) for own, spread in spreads.items()}
-    gained = {(gain.arm, *gain.conditions): (gain.values, gain.interval) for gain in study.gains}
+    scored = {
+        (arm, condition): (spread.values, t_interval(spread.values, study.level))
+        for arm, condition in product(study.arms, study.conditions)
+        if (spread := arm.spread(study.main_score, condition)) is not None
+    }
+    gained = {(gain.arm, gain.condition): (gain.values, gain.interval) for gain in study.gains}
     scores = _learning_panels(page, axis, study.arms, scored, f"{study.part} mIoU, %")
     gains = _learning_panels(page, axis, study.arms[1:], gained, f"{page.over}, points of mIoU", zero=True)
     if scores:
@@ -235,7 +242,8 @@ def _learning_panels(
     for values in product(*others.values()):
         held = tuple(zip(others, values, strict=True))
         own = [condition for condition in page.found.conditions if {*held} <= {*condition} and axis in dict(condition)]
-        at = sorted((_number(dict(condition)[axis]), condition) for condition in own)
+        numbers = [(_number(dict(condition)[axis]), condition) for condition in own]
+        at = sorted((number, condition) for number, condition in numbers if number is not None)
         bands = [
             _band(page.styles[arm], [(place, *drawn_at.get((arm, own), ((), None))) for place, own in at])
             for arm in arms
@@ -258,10 +266,14 @@ def _band(style: charts.Style, at: Sequence[tuple[float, tuple[float, ...], Inte
     return charts.Band(
         tuple(place for place, *_ in at),
         tuple(sections.hundredths(values) for _, values, _ in at),
-        # Of two values it would reach so far that nothing else could be seen.
-        tuple(sections.hundredths((own.low, own.high)) if len(values) >= MIN_PAIRS else None for _, values, own in at),
+        tuple(_ends(values, interval) for _, values, interval in at),
         style,
     )
+
+
+def _ends(values: Sequence[float], interval: Interval | None) -> tuple[float, float] | None:
+    """In hundredths; none of two values, where it would reach so far that nothing else could be seen."""
+    return None if interval is None or len(values) < MIN_PAIRS else (100 * interval.low, 100 * interval.high)
 
 
 def _numbers(band: charts.Band) -> Iterator[float]:
@@ -360,8 +372,11 @@ def _missing(page: Page[Study]) -> Iterator[Section]:
 def _costs(page: Page[Study]) -> Iterator[Section]:
     study = page.found
     noted = {own["id"]: own["seconds"] for own in (*study.record["cells"], *study.pretrained)}
-    kinds = [(f"pretraining {name}", None, runs) for name, runs in _pretrained(page).items()]
-    kinds += [(arm.label, page.marks[arm], [cell.run for cell in arm.outcomes if cell.scores]) for arm in study.arms]
+    pretrained = _pretrained(page).items()
+    kinds: list[Kind] = [(f"pretraining {name}", None, runs) for name, runs in pretrained]
+    for arm in study.arms:
+        runs = [cell.run for cell in arm.outcomes if cell.run is not None and cell.scores]
+        kinds.append((arm.label, page.marks[arm], runs))
     rows, every = [], []
     for label, mark, runs in kinds:
         costs = [cost_of(run) for run in runs]
@@ -412,15 +427,15 @@ def _cells(page: Page[Study]) -> Iterator[Section]:
 
 def _cell_table(page: Page[Study]) -> Table:
     study = page.found
-    ids = {cell.name: _mlflow(cell.run) for cell in study.cells}
+    ids = {cell.name: _mlflow(cell.run) for cell in study.cells if cell.run is not None}
     tracked = any(ids.values())
     rows = []
     for cell, own in zip(study.cells, study.record["cells"], strict=True):
-        score, seconds = cell.scores.get(study.main_score), own["seconds"]
+        score, seconds = cell.scores.get(study.main_score or ""), own["seconds"]
         values = dict(cell.condition)
         cells = [own["arm"], *(values.get(key, NOTHING) for key in study.axes), str(own["seed"]), state_of(cell)]
         cells += [NOTHING if score is None else f"{100 * score:.1f}", NOTHING if seconds is None else duration(seconds)]
-        cells += [ids[cell.name] or NOTHING] * tracked
+        cells += [ids.get(cell.name) or NOTHING] * tracked
         rows.append(TableRow(cell.name, tuple(cells), link=_link(page, CELLS, cell.name)))
     columns = ["Cell", "Arm", *study.axes, "Seed", "State", f"{study.part} mIoU, %", "Time"]
     columns += ["MLflow run"] * tracked
@@ -440,7 +455,8 @@ def _link(page: Page[Study], place: str, name: str) -> str | None:
 def _mlflow(run: RunFolder) -> str:
     """Its id at the tracking servers; '' where it was not tracked."""
     with suppress(UserError):
-        return ", ".join(dict.fromkeys(read_record(run.folder).runs.values()))
+        record = read_record(run.folder)
+        return "" if record is None else ", ".join(dict.fromkeys(record.runs.values()))
     return ""
 
 

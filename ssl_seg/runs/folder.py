@@ -183,8 +183,7 @@ def description_of(record: Mapping[str, Any]) -> dict[str, str]:
     """`described` of a run.json. An evaluation is described as the run whose model it scores, with its own test set."""
     config = record["config"]
     evaluates = record["stage"] == "evaluate" and isinstance(config.get("model"), str)
-    # Runs of the first versions do not say where they came from.
-    start = record["origin"] if "origin" in record else origin(config.get("model" if evaluates else "init"))
+    start = record.get("origin")
     if not evaluates or start is None:
         return described(config, start)
     data = {**start["config"].get("data", {}), "test": config.get("data", {}).get("test")}
@@ -230,7 +229,7 @@ def _is_figure(value: Any) -> bool:
 def labelled_digest(split: Mapping[str, Any] | None) -> str:
     """What tells the labelled images of one run from those of another, by its split.json: names, and pixels of some.
 
-    '' for a run that wrote none. Runs of the first versions noted the names alone.
+    '' for a run that wrote none.
     """
     if not split or "labelled" not in split:
         return ""
@@ -242,7 +241,7 @@ def leak_word(record: Mapping[str, Any] | None) -> str:
     """A leaks.json in a word: `clean`, `allowed`, `cut`, `found` (not allowed), `unchecked`, `unknown` or `none`.
 
     `cut` has none but frames beside the cut that the run made itself, `unknown` is clean as far as it could be looked
-    at, `none` had nothing to compare or is from before there was one.
+    at, `none` had nothing to compare or stopped before it was checked.
     """
     if record is None:
         return "none"

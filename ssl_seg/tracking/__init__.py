@@ -155,7 +155,8 @@ class Mirror:
         path = self.folder / FOLDER / RECORD
         with suppress(OSError, UserError):
             if path.stat().st_mtime >= self.started:
-                return read_record(self.folder).error
+                record = read_record(self.folder)
+                return None if record is None else record.error
         return None
 
 

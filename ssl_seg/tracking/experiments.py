@@ -77,7 +77,7 @@ def _fetched(run: Run) -> Fetched:
     scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
     tags = run.data.tags
     passports = from_tags(tags, scores)
-    settings, name = _shown_settings(run), run.info.run_name
+    settings, name = _shown_settings(run), run.info.run_name or run.info.run_id
     return Fetched(name, tags["stage"], settings, scores, passports, tags.get(LABELLED, ""), tags.get(LEAKS, "none"))
 
 

@@ -22,19 +22,19 @@ Key = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # it goes into queries
 
 
 class Record(Config):
-    """mlflow.json; the first versions wrote `runs` and `error` alone."""
+    """mlflow.json."""
 
     runs: dict[str, str] = Field(default={})  # the run's id at each server
     error: str | None = None  # of the last message
-    key: Key | None = None
-    folder: str | None = None  # where it lay when the key was its own
+    key: Key
+    folder: str  # where it lay when the key was its own
 
 
-def read_record(folder: Path) -> Record:
-    """Raises UserError for one that is not as it was written."""
+def read_record(folder: Path) -> Record | None:
+    """None where the folder was never mirrored. Raises UserError for a record that is not as it was written."""
     path = folder / FOLDER / RECORD
     if not path.is_file():
-        return Record()
+        return None
     try:
         return load(Record, files.read_json(path))
     except UserError as error:
@@ -54,8 +54,8 @@ def claim(folder: Path) -> Record:
     original still lies where the record says. Call it under the folder's lock.
     """
     record, here = read_record(folder), str(folder.resolve())
-    if record.key is None:
-        record = record.model_copy(update={"key": _new_key(), "folder": here})
+    if record is None:
+        record = Record(key=_new_key(), folder=here)
     elif record.folder != here:
         copied = _key_at(record.folder) == record.key
         fresh: dict[str, Any] = {"key": _new_key(), "runs": {}} if copied else {}
@@ -64,9 +64,10 @@ def claim(folder: Path) -> Record:
     return record
 
 
-def _key_at(place: str | None) -> str | None:
+def _key_at(place: str) -> str | None:
     with suppress(OSError, UserError, ValueError):  # gone, not ours to read, or no path at all
-        return None if place is None else read_record(Path(place)).key
+        record = read_record(Path(place))
+        return None if record is None else record.key
     return None
 
 

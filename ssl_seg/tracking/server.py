@@ -101,7 +101,7 @@ class MirroredRun:
             self.started = _milliseconds(run.record.get("started")) or epoch_ms()
         self.num_lines = 0
         self.num_pictures = 0
-        self.client: MlflowClient | None = None
+        self.opened: MlflowClient | None = None
         self.tails = [_Tail(run.folder / "metrics.jsonl"), _Tail(run.folder / FOLDER / SYSTEM)]
         self.results: dict[str, float] = {}  # the figures of a result that are there
         self.present: set[tuple[str, int]] = set()  # points that were there before: (name, step)
@@ -114,13 +114,19 @@ class MirroredRun:
         for tail in self.tails:
             tail.close()
 
+    @property
+    def client(self) -> MlflowClient:
+        """What reaches the run, once it is open."""
+        assert self.opened is not None
+        return self.opened
+
     def open(self) -> None:
         """Find the run in MLflow, or make it; once.
 
         MLflow deletes no point, and draws two of one step both. So a run that goes on from a checkpoint with other
         settings, and makes steps again that are there already, goes on as a run of its own; each names the other.
         """
-        if self.client is not None:
+        if self.opened is not None:
             return
         place = place_of(self.uri, self.run.folder)
         record = claim(self.run.folder)
@@ -139,7 +145,7 @@ class MirroredRun:
             self._learn_what_is_there(client, found, points)
         self._set_parent(client, found, parent)
         self._describe(client, found, record)
-        self.client = client
+        self.opened = client
 
     def send(self) -> None:
         """The points and pictures that are new."""
@@ -181,12 +187,12 @@ class MirroredRun:
     def abandon(self) -> None:
         """The folder is gone or another run's: what was sent is all there is."""
         with suppress(UserError), explained(self.uri):
-            if self.client is not None:
-                self.client.set_terminated(self.run_id, STATUSES["killed"])
+            if self.opened is not None:
+                self.opened.set_terminated(self.run_id, STATUSES["killed"])
 
     def note(self, error: str | None) -> None:
         """Write into the folder which run this is, for those who go on with it, and what is wrong, for who waits."""
-        known = read_record(self.run.folder)
+        known = claim(self.run.folder)
         runs = known.runs | ({self.uri: self.run_id} if self.run_id else {})
         write_record(self.run.folder, known.model_copy(update={"runs": runs, "error": error}))
 
@@ -233,7 +239,8 @@ class MirroredRun:
 
     def _makes_again(self, points: Sequence[Metric]) -> bool:
         """Whether some points belong to steps that the run has dropped since, and makes again or has."""
-        lines = [(line["step"], line.get(TIME, self.started), line) for line in self.run.metrics()]
+        with _reading(self.run.folder / "metrics.jsonl"):
+            lines = [(line["step"], line[TIME], line) for line in self.run.metrics()]
         kept = {(mlflow_name(key), step, at) for step, at, line in lines for key in line}
         own = [point for point in points if not point.key.startswith((RESULT, SYSTEM_METRIC))]
         return any((point.key, point.step, point.timestamp) not in kept for point in own)
@@ -251,7 +258,7 @@ class MirroredRun:
             client.log_batch(self.run_id, params=batch)
         for batch in batches(tags, PARAMS_AT_ONCE):
             client.log_batch(self.run_id, tags=batch)
-        if found is None or not found.inputs.dataset_inputs:
+        if found is None or found.inputs is None or not found.inputs.dataset_inputs:
             self._describe_data(client)
         self._send_files(("config.yaml", "run.json"), client)
 
@@ -270,7 +277,9 @@ class MirroredRun:
         }
         init = self.run.config.get("init")
         for place in [] if init is None else [Path(init), Path(init).parent]:
-            tags["init.run_id"] = tags.get("init.run_id") or read_record(place).runs.get(self.uri)
+            started = read_record(place)
+            known = None if started is None else started.runs.get(self.uri)
+            tags["init.run_id"] = tags.get("init.run_id") or known
         return {mlflow_name(key): text for key, text in tags.items() if text is not None}
 
     def _describe_data(self, client: MlflowClient) -> None:
@@ -326,7 +335,7 @@ class MirroredRun:
         return points, len(lines)
 
     def _points(self, line: Mapping[str, Any]) -> list[Metric]:
-        step, at = line["step"], line.get(TIME, self.started)  # runs of the first versions have no times
+        step, at = line["step"], line[TIME]
         named = {mlflow_name(key): value for key, value in line.items() if key not in ("step", TIME)}
         return [
             Metric(name, math.nan if value is None else value, at, step)
@@ -391,7 +400,7 @@ class _Tail:
         for line in lines:
             with suppress(ValueError):  # a line that a kill has torn, with another after it
                 record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                if isinstance(record, dict) and all(isinstance(record.get(name), int) for name in ("step", TIME)):
                     self.waiting.append(record)
 
     def close(self) -> None:

@@ -262,11 +262,13 @@ def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
     assert found.arms[0].spread("val/iou/x") is None
 
 
-def test_the_start_of_an_older_run_is_looked_up(tmp_path: Path) -> None:
+def test_a_start_is_the_same_by_its_folder_and_by_its_encoder(tmp_path: Path) -> None:
     written(tmp_path / "pre", PRETRAINING, {}, stage="pretrain")
     (tmp_path / "pre" / "encoder").mkdir()
     for init in (tmp_path / "pre", tmp_path / "pre" / "encoder"):
-        folder = written(tmp_path / init.name / "fine", laid(CONFIG, {"init": str(init)}), {"val": {"miou": 0.1}})
+        config = laid(CONFIG, {"init": str(init)})
+        start = run_folder.origin(str(init))
+        folder = written(tmp_path / init.name / "fine", config, {"val": {"miou": 0.1}}, origin=start)
         (own,) = compare.compare([folder]).arms
         assert own.outcomes[0].start == "pre"
         assert own.settings["init.tasks.denoise.weight"] == "3.0"

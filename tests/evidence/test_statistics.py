@@ -323,6 +323,8 @@ def of_matrices(matrices: np.ndarray, first: int = 0) -> ImageConfusions:
         image=image.astype(np.int32),
         cell=cell.astype(np.int32),
         count=cells[image, cell].astype(np.int32),
+        band=np.zeros(len(cell), dtype=np.int32),
+        digest="",
     )
 
 

@@ -26,7 +26,7 @@ from ssl_seg import cli, images
 from ssl_seg.config import UserError
 from ssl_seg.evidence.claims import Answer, answer, left_open, rules, sentence, verdict
 from ssl_seg.evidence.compare import compare
-from ssl_seg.evidence.comparison import Gain
+from ssl_seg.evidence.comparison import Arm, Gain
 from ssl_seg.evidence.formatting import NOTHING, p_in_words, percent, points
 from ssl_seg.evidence.pairs import Spread
 from ssl_seg.reports import runs
@@ -120,6 +120,10 @@ def answer_of(folder: Path) -> Answer:
 
 def headline_of(folder: Path) -> str:
     return answer_of(folder).headline
+
+
+def gain_of(differences: Sequence[float]) -> Gain:
+    return Gain(Arm("x", ()), "val/miou", Spread(tuple(differences)))
 
 
 # ---- reading a page as a stranger would ----
@@ -220,7 +224,7 @@ def test_a_run_made_again_and_killed_has_no_answer_yet(tmp_path: Path) -> None:
     ],
 )
 def test_a_gain_is_told_by_the_rules_alone(differences: tuple[float, ...], expected: str) -> None:
-    gain = Gain(Spread(differences))
+    gain = gain_of(differences)
     assert verdict(gain) == expected
     opening = {"gain": "Pretraining (x) gave +", "loss": "Pretraining (x) lost ", "none": "No gain can be told: "}
     assert sentence(gain, "x").startswith(opening.get(expected, f"Too few runs to tell (n = {gain.n}): "))
@@ -229,7 +233,7 @@ def test_a_gain_is_told_by_the_rules_alone(differences: tuple[float, ...], expec
 @pytest.mark.parametrize("pairs", [3, 5, 8])
 def test_where_nothing_is_to_be_found_something_is_told_in_5_of_100(pairs: int) -> None:
     drawn = np.random.default_rng(pairs).normal(0, 0.02, (2000, pairs))
-    told = [verdict(Gain(Spread(tuple(differences.tolist())))) in ("gain", "loss") for differences in drawn]
+    told = [verdict(gain_of(differences.tolist())) in ("gain", "loss") for differences in drawn]
     assert np.mean(told) == pytest.approx(0.05, abs=0.015)
 
 
@@ -296,11 +300,11 @@ def test_a_null_result_says_what_it_leaves_open(tmp_path: Path) -> None:
     write_pairs(tmp_path / "same", [0.0, 0.0, 0.0])
     for name in ("gain", "few", "same"):
         assert "8 times in 10" not in " ".join(answer_of(tmp_path / name).below)
-    (tiny,) = left_open([Gain(Spread((0.0002, -0.0002, 0.0001)))])
+    (tiny,) = left_open([gain_of((0.0002, -0.0002, 0.0001))])
     assert tiny.startswith("A true gain of 0.1 points"), "one that is written as 0.0 is never told"
     assert tiny.endswith("takes about 3 of them."), "nor is anything of two pairs"
-    spreads = [Spread((-0.01, 0.02, 0.01)), Spread((-0.2, 0.3, 0.1)), Spread((0.01, 0.012, 0.014))]
-    (words,) = left_open(map(Gain, spreads))
+    several = [(-0.01, 0.02, 0.01), (-0.2, 0.3, 0.1), (0.01, 0.012, 0.014)]
+    (words,) = left_open(map(gain_of, several))
     assert words.startswith("Where nothing can be told, a true gain of 5.0 to 82.1 points would have been told 8 times")
     assert words.endswith("takes about 21 to 1,000 or more of them.")
 
@@ -450,7 +454,7 @@ def test_leaks_are_told_with_their_pairs_and_picture(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     shown = re.search(r'<section id="leaks".*?</section>', page, re.S)[0]
     assert "2 runs: LEAK: 30 exact among" in shown
-    assert shown.count("was not checked") == 2, "by leaks.check=false, and by a run of an earlier version"
+    assert shown.count("was not checked") == 2, "by leaks.check=false, and by a run without a leaks.json"
     assert cells_of(shown, f"pool: {HOSTILE[0]}") == ["val: b", "exact", "the same pixels", "yes"]
     assert shown.count("the same pixels") == 20
     assert shown.count("<img") == 1
