@@ -26,6 +26,7 @@ from ssl_seg.runs.folder import (
     TIME,
     Picture,
     RunFolder,
+    beside,
     description_of,
     epoch_ms,
     labelled_digest,
@@ -276,10 +277,9 @@ class MirroredRun:
             **self.tracking.tags,
         }
         init = self.run.config.get("init")
-        for place in [] if init is None else [Path(init), Path(init).parent]:
-            started = read_record(place)
-            known = None if started is None else started.runs.get(self.uri)
-            tags["init.run_id"] = tags.get("init.run_id") or known
+        run = None if init is None else beside(init, "run.json")  # of the weights that it started from
+        started = None if run is None else read_record(run.parent)
+        tags["init.run_id"] = None if started is None else started.runs.get(self.uri)
         return {mlflow_name(key): text for key, text in tags.items() if text is not None}
 
     def _describe_data(self, client: MlflowClient) -> None:
