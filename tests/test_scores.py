@@ -189,8 +189,13 @@ def test_a_file_without_sense_is_refused_though_its_digest_is_right(column: str,
 @pytest.mark.parametrize(
     "about",
     [
-        *([], 5, {}, {"classes": ["a"]}, {"classes": ["a"], "names": []}, {"classes": [1], "names": {"val": []}}),
-        *({"classes": ["a"], "names": {"val": 3}}, {"classes": ["a"], "names": {}, "digests": {"val": 1}}),
+        *([], 5, {}, {"classes": ["a"]}, {"classes": ["a"], "names": {}}),
+        {"classes": ["a"], "names": [], "digests": {}},
+        {"classes": [1], "names": {"val": []}, "digests": {"val": ""}},
+        {"classes": ["a"], "names": {"val": 3}, "digests": {"val": ""}},
+        {"classes": ["a"], "names": {}, "digests": {"val": 1}},
+        {"classes": ["a"], "names": {"val": []}, "digests": {}},
+        {"classes": ["a"], "names": {"val": []}, "digests": {"val": ""}},  # and the columns are not all there
     ],
 )
 def test_a_header_without_sense_is_refused_though_its_digest_is_right(about: Any, tmp_path: Path) -> None:

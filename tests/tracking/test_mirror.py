@@ -691,7 +691,7 @@ def test_a_file_that_no_run_wrote_is_one_line(tmp_path: Path, name: str, text: s
 def test_lines_that_no_run_wrote_are_passed_over(tmp_path: Path) -> None:
     folder = written(tmp_path / "runs" / "a")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n5\n{"step": "x"}\ntorn')
+        file.write('[1]\n5\n{"step": "x", "time": 1}\n{"step": 9}\ntorn')
     assert mirror.track(folder).lines == 3
 
 
