@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 SHARES = ("instance", "layer", "batch")  # the order of the logits of a SwitchNorm2d
 LOGITS = ("mean_logits", "var_logits")
+# All that `convert_norm` replaces; timm's layers are subclasses.
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 MAX_GROUPS = 32  # the default of Wu and He, "Group Normalization", ECCV 2018
 MIN_GROUP_CHANNELS = 4  # the same paper's table 3: fewer channels a group are worse, one (instance norm) the worst

@@ -35,9 +35,9 @@ CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch'
 
 
 class StageConfig(Config):
-    """What pretraining and fine-tuning are both told.
+    """What the configs of pretraining and fine-tuning have in common.
 
-    Their keys, for the type checker alone: as fields of this class they would come first wherever a config is written.
+    The keys are named for the type checker alone: as fields they would come first wherever a config is written.
     """
 
     if TYPE_CHECKING:
