@@ -487,7 +487,7 @@ def _check_encoder_gradients(encoder: EncoderNet, images: Tensor) -> None:
     encoder.train()
     outputs = [output for output in _tensors(encoder(images)) if output.is_floating_point()]
     used = [output.square().mean() for output in outputs if output.numel()]
-    torch.autograd.backward(used)
+    torch.stack(used).sum().backward()
     _check_gradients("encoder", encoder, every=True)
     encoder.zero_grad(set_to_none=True)
 

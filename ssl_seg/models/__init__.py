@@ -199,7 +199,8 @@ def _of_type(default: str, word: str = "type") -> BeforeValidator:
 class ModelConfig(Config):
     """The network that pretraining and fine-tuning share."""
 
-    # A word alone is a name of timm: `encoder: resnet50`.
+    # A word alone is a name of timm: `encoder: resnet50`. `validate_default`, which every Config has, is said again for
+    # the type checker.
     encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm", word="name")] = Field(
         default={}, validate_default=True
     )

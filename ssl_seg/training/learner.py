@@ -141,7 +141,7 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
     with in_evaluation_mode(module):
         features = module.encoder(image)
         totals = [head(features, size).sum() for head in module.heads.values()]
-        gradients = torch.autograd.grad(totals, trained, allow_unused=True)
+        gradients = torch.autograd.grad(torch.stack(totals).sum(), trained, allow_unused=True)
     return all(gradient is not None for gradient in gradients)
 
 
