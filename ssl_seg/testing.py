@@ -247,7 +247,7 @@ def _network(task: PretextTask, strides: Sequence[int], own: Encoder | None) -> 
     channels = (*[16] * (len(strides) - 1), 32)
     encoder = own.build() if own else EncoderNet(_TinyBackbone(channels, strides), channels, strides)
 
-    def dense(out_channels: int, stride: int = 1) -> nn.Module:
+    def dense(out_channels: int, stride: int = 1) -> DenseHead:
         return DenseHead(_TinyDecoder(encoder.channels, encoder.strides[0]), out_channels, stride)
 
     return encoder, task.head(EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras))
@@ -487,7 +487,7 @@ def _check_encoder_gradients(encoder: EncoderNet, images: Tensor) -> None:
     encoder.train()
     outputs = [output for output in _tensors(encoder(images)) if output.is_floating_point()]
     used = [output.square().mean() for output in outputs if output.numel()]
-    sum(used).backward()
+    torch.stack(used).sum().backward()
     _check_gradients("encoder", encoder, every=True)
     encoder.zero_grad(set_to_none=True)
 

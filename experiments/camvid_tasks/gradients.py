@@ -8,7 +8,7 @@ The figures stand beside the tasks' `weight` defaults: with them, no task's pull
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def main() -> None:
             print(f"{step.number:4}  {row}   {max(norms.values()) / min(norms.values()):.1f}", flush=True)
 
 
-def encoder_gradients(module: MultiTask, batches: list[Mapping[str, Batch]]) -> dict[str, float]:
+def encoder_gradients(module: MultiTask, batches: Sequence[Mapping[str, Batch]]) -> dict[str, float]:
     """Per task the norm of its weighted loss's gradient with respect to the encoder, the mean over the batches."""
     weights = [weight for weight in module.encoder.parameters() if weight.requires_grad]
     norms = dict.fromkeys(module.tasks, 0.0)

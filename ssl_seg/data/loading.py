@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ssl_seg import images, rng
 from ssl_seg.config import UserError
@@ -104,6 +104,15 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Sample:
+    image: np.ndarray  # (H, W, 3) uint8
+    label: np.ndarray | None  # (H, W) uint8
+    key: int
+    name: str
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Samples:
     """A map from draws to cropped `uint8` samples, as a loader's workers run it."""
 
@@ -160,7 +169,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Caught:
+class Caught(Dataset[Sample | UserError]):
     """Another map whose UserErrors come back as values: torch wraps what a worker raises in a page of traceback."""
 
     samples: Any
@@ -170,15 +179,6 @@ class Caught:
             return self.samples[index]
         except UserError as error:
             return error
-
-
-@dataclass(frozen=True)
-class Sample:
-    image: np.ndarray  # (H, W, 3) uint8
-    label: np.ndarray | None  # (H, W) uint8
-    key: int
-    name: str
-    digest: str = ""
 
 
 @dataclass
@@ -206,7 +206,7 @@ class Packed:
 
 def loader(samples: Any, batches: Any, workers: int, pin: bool = False) -> Iterator[Packed]:
     """Batches in the order asked for. A file that cannot be read ends them with its UserError, in this process."""
-    options = {"collate_fn": pack, "pin_memory": pin, "worker_init_fn": outlive_signals}
+    options = {"collate_fn": _pack_or_error, "pin_memory": pin, "worker_init_fn": outlive_signals}
     loading = DataLoader(Caught(samples), batch_sampler=batches, num_workers=workers, **options)
     for packed in loading:
         if isinstance(packed, UserError):
@@ -224,11 +224,8 @@ def outlive_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def pack(samples: Sequence[Sample | UserError]) -> Packed | UserError:
-    """Samples of one size as one batch, or the first error among them."""
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
-    if errors:
-        return errors[0]
+def pack(samples: Sequence[Sample]) -> Packed:
+    """Samples of one size as one batch."""
     image = torch.stack([_channels_first(sample.image) for sample in samples])  # B of (H, W, 3) -> (B, 3, H, W)
     label = None
     if samples[0].label is not None:
@@ -236,6 +233,16 @@ def pack(samples: Sequence[Sample | UserError]) -> Packed | UserError:
     key = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
     names = [sample.name for sample in samples]
     return Packed(image, key, label, names, [sample.digest for sample in samples])
+
+
+def _pack_or_error(samples: Sequence[Sample | UserError]) -> Packed | UserError:
+    """One batch, or the first error among the samples."""
+    whole: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        whole.append(sample)
+    return pack(whole)
 
 
 def resized(example: Example, size: tuple[int, int] | None) -> Example:

@@ -109,7 +109,7 @@ class Labels(Config):
         wanted = self.number(available)
         if wanted == available:
             return Subset(dataset, tuple(range(available)))
-        classes = [set(np.unique(dataset.read(index).label)) - {IGNORE} for index in range(available)]
+        classes = [set(np.unique(_mask(dataset, index))) - {IGNORE} for index in range(available)]
         return Subset(dataset, tuple(covering_order(classes, self.seed)[:wanted]))
 
 
@@ -127,7 +127,7 @@ def digest_of(example: Example) -> str:
     for pixels in (example.image, example.label):
         if pixels is not None:
             hashed.update(f"{pixels.dtype}{pixels.shape}".encode())
-            hashed.update(np.ascontiguousarray(pixels))
+            hashed.update(np.ascontiguousarray(pixels).data)
     return hashed.hexdigest()
 
 
@@ -140,10 +140,17 @@ def pixel_counts(examples: Examples) -> tuple[Tensor, Tensor]:
     pixels = torch.zeros(num_classes, dtype=torch.int64)
     beside = torch.zeros(num_classes, dtype=torch.int64)
     for index in range(len(examples)):
-        counts = np.bincount(examples.read(index).label.ravel(), minlength=256)[:num_classes]
+        counts = np.bincount(_mask(examples, index).ravel(), minlength=256)[:num_classes]
         pixels += torch.from_numpy(counts)
         beside += torch.from_numpy((counts > 0) * counts.sum())
     return pixels, beside
+
+
+def _mask(examples: Examples, index: int) -> np.ndarray:
+    example = examples.read(index)
+    if example.label is None:
+        raise UserError(f"{example.name}: has no mask; name a data set whose images all have one")
+    return example.label
 
 
 def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:

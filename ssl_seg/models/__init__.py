@@ -65,6 +65,9 @@ class EncoderNet(nn.Module):
     and so does 4, the stride at which some heads answer.
     """
 
+    mean: Tensor  # (1, 3, 1, 1), as is std
+    std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -117,18 +120,20 @@ class DenseHead(nn.Module):
         self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
         # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
         nn.init.normal_(self.last.weight, std=0.01)
+        assert self.last.bias is not None, "a convolution has one unless it is told otherwise"
         nn.init.zeros_(self.last.bias)
         self.stride = stride
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """`(B, out_channels, ceil(H / stride), ceil(W / stride))` for an input of `size` (H, W)."""
         decoded = self.decoder(features)  # (B, C, h, w) of the padded input
-        at_stride = [side // self.stride for side in features.size]
+        height, width = features.size
+        at_stride = (height // self.stride, width // self.stride)
         if decoded.shape[-1] > at_stride[-1]:
             # Before the last layer: with hundreds of channels it would be most of the step at the full resolution.
             decoded = F.adaptive_avg_pool2d(decoded, at_stride)
         decoded = self.last(decoded)
-        if list(decoded.shape[-2:]) != at_stride:
+        if tuple(decoded.shape[-2:]) != at_stride:
             decoded = F.interpolate(decoded, size=at_stride, mode="bilinear", align_corners=False)
         height, width = (-(-side // self.stride) for side in size)
         return decoded[..., :height, :width]
@@ -140,7 +145,7 @@ class EncoderSpec:
 
     channels: tuple[int, ...]  # of the maps, fine to coarse; 0 where there is no such map
     strides: tuple[int, ...]
-    dense: Callable[..., nn.Module]  # dense(out_channels, stride=1): the segmentation model's decoder, fresh weights
+    dense: Callable[..., DenseHead]  # dense(out_channels, stride=1): the segmentation model's decoder, fresh weights
     extras: tuple[str, ...] = ()  # names of the outputs beside the maps
 
 
@@ -194,9 +199,12 @@ def _of_type(default: str, word: str = "type") -> BeforeValidator:
 class ModelConfig(Config):
     """The network that pretraining and fine-tuning share."""
 
-    # A word alone is a name of timm: `encoder: resnet50`.
-    encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm", word="name")] = Field(default={})
-    decoder: Annotated[SerializeAsAny[Decoder], _of_type("unet")] = Field(default={})
+    # A word alone is a name of timm: `encoder: resnet50`. `validate_default`, which every Config has, is said again for
+    # the type checker.
+    encoder: Annotated[SerializeAsAny[Encoder], _of_type("timm", word="name")] = Field(
+        default={}, validate_default=True
+    )
+    decoder: Annotated[SerializeAsAny[Decoder], _of_type("unet")] = Field(default={}, validate_default=True)
     # keep: the layers as the architecture has them. Any other word converts every batch norm layer of encoder and
     # decoders (swin + unet: the decoder's; swin has layer norm only). With group, instance and layer a result does not
     # depend on the batch; switch learns which statistics each layer takes. frozen is for an encoder that comes with
@@ -223,7 +231,7 @@ class ModelConfig(Config):
     def spec(self, encoder: EncoderNet) -> EncoderSpec:
         """What heads may know of `encoder`; `dense` builds this config's decoder with fresh weights."""
 
-        def dense(out_channels: int, stride: int = 1) -> nn.Module:
+        def dense(out_channels: int, stride: int = 1) -> DenseHead:
             decoder = self._build_decoder(encoder)
             if has_batch_norm(decoder) and self.norm != "frozen":  # fpn has none, whatever the encoder has
                 convert_norm(decoder, self.norm)

@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from segmentation_models_pytorch.base.initialization import initialize_decoder
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
-from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+from segmentation_models_pytorch.decoders.fpn.decoder import Conv3x3GNReLU, FPNDecoder
 from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
@@ -87,7 +87,7 @@ class Unet(Decoder):
             )
         _require_wide(self, self.channels, self.attention)
         decoder = UnetDecoder(
-            encoder_channels=(IMAGE_CHANNELS, *channels),
+            encoder_channels=[IMAGE_CHANNELS, *channels],
             decoder_channels=self.channels,
             n_blocks=steps,
             attention_type=self.attention,
@@ -111,7 +111,7 @@ class UnetPlusPlus(Decoder):
         _require_strides(self, HALVING, strides, strides)
         _require_wide(self, [*channels, *self.channels], self.attention)
         decoder = UnetPlusPlusDecoder(
-            encoder_channels=(IMAGE_CHANNELS, *channels),
+            encoder_channels=[IMAGE_CHANNELS, *channels],
             decoder_channels=self.channels,
             attention_type=self.attention,
             interpolation_mode=self.interpolation,
@@ -136,7 +136,7 @@ class FPN(Decoder):
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
         _require_strides(self, HALVING[1:], strides, strides[-4:])
         decoder = FPNDecoder(
-            encoder_channels=(IMAGE_CHANNELS, *channels),
+            encoder_channels=[IMAGE_CHANNELS, *channels],
             pyramid_channels=self.pyramid_channels,
             segmentation_channels=self.channels,
             merge_policy=self.merge,
@@ -144,7 +144,7 @@ class FPN(Decoder):
             interpolation_mode=self.interpolation,
         )
         for layer in list(decoder.modules()):
-            if getattr(layer, "upsample", False):
+            if isinstance(layer, Conv3x3GNReLU) and layer.upsample:
                 # smp aligns corners here, which moves the coarse maps by an amount that depends on the image's size.
                 layer.upsample = False
                 layer.block.append(nn.Upsample(scale_factor=2, mode="bilinear"))
@@ -175,8 +175,8 @@ class DeepLabV3Plus(Decoder):
                 f"last, not {tuple(strides)}; set encoder_stride, or use unet or segformer"
             )
         decoder = DeepLabV3PlusDecoder(
-            encoder_channels=(IMAGE_CHANNELS, *channels),
-            encoder_depth=len(channels),
+            encoder_channels=[IMAGE_CHANNELS, *channels],
+            encoder_depth=len(channels),  # pyright: ignore[reportArgumentType]  # it takes any number from 3 on
             out_channels=self.channels,
             atrous_rates=self.atrous_rates,
             output_stride=16,
@@ -195,7 +195,7 @@ class UPerNet(Decoder):
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
         _require_strides(self, HALVING[:2], strides, strides[:2])
-        decoder = UPerNetDecoder(encoder_channels=(IMAGE_CHANNELS, *channels), decoder_channels=self.channels)
+        decoder = UPerNetDecoder(encoder_channels=[IMAGE_CHANNELS, *channels], decoder_channels=self.channels)
         initialize_decoder(decoder)
         return PoolingNet(decoder, self.channels)
 
@@ -206,7 +206,7 @@ class Segformer(Decoder):
     channels: PositiveInt = 256  # the paper's for its small networks
 
     def build(self, channels: Sequence[int], strides: Sequence[int]) -> DecoderNet:
-        decoder = SegformerDecoder(encoder_channels=(IMAGE_CHANNELS, *channels), segmentation_channels=self.channels)
+        decoder = SegformerDecoder(encoder_channels=[IMAGE_CHANNELS, *channels], segmentation_channels=self.channels)
         initialize_decoder(decoder)
         return SmpNet(decoder, self.channels)
 

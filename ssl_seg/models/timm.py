@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -20,7 +20,8 @@ import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import Field, JsonValue, field_validator, model_validator
-from timm.layers import Format, LayerNorm2d
+from timm.layers.format import Format
+from timm.layers.norm import LayerNorm2d
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,8 +83,9 @@ class Timm(Encoder):
 
     @property
     def _weights_file(self) -> Path | None:
-        is_file = isinstance(self.pretrained, str) and Path(self.pretrained).suffix in WEIGHT_FILES
-        return Path(self.pretrained) if is_file else None
+        if isinstance(self.pretrained, str) and Path(self.pretrained).suffix in WEIGHT_FILES:
+            return Path(self.pretrained)
+        return None
 
     @property
     def _full_name(self) -> str:
@@ -110,7 +112,7 @@ class Timm(Encoder):
             if output_stride < 32:
                 raise self._not_dilated(output_stride, found)
             raise UserError(f"encoder {self.name}: {found}; choose another")
-        cfg = network.pretrained_cfg
+        cfg = cast("dict[str, Any]", network.pretrained_cfg)  # to torch all attributes are tensors or modules
         return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], MULTIPLE)
 
     def _create(self, output_stride: int) -> tuple[nn.Module, list[MapShape]]:
@@ -163,7 +165,9 @@ class Timm(Encoder):
             return {}
         file = self._weights_file
         if file is None:
-            return self._hub_weights(get_pretrained_cfg(self._full_name))
+            cfg = get_pretrained_cfg(self._full_name)
+            assert cfg is not None, "a name without weights has been refused"
+            return self._hub_weights(cfg)
         if not file.is_file():
             raise UserError(
                 f"encoder {self.name}: pretrained: {file}: no such file; give a weights file or a tag of timm"

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_seg.config import UserError
-from ssl_seg.norm.layers import LOGITS, SHARES, FrozenNorm, GroupNorm, SwitchNorm2d, SyncNorm, num_groups
+from ssl_seg.norm.layers import LOGITS, SHARES, BatchNorm, FrozenNorm, GroupNorm, SwitchNorm2d, SyncNorm, num_groups
 
 Kind = Literal["keep", "batch", "sync", "group", "instance", "layer", "switch", "switch_sync", "frozen"]
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Layers of the kinds of a row hold the same tensors under the same names, and evaluate alike.
 BATCH_KINDS = ("keep", "batch", "sync", "frozen")
 SWITCH_KINDS = ("switch", "switch_sync")
@@ -58,7 +57,7 @@ def convert_norm(module: nn.Module, kind: Kind, gap: float = GAP) -> int:
         return 0
     if not has_batch_norm(module):
         raise UserError(f"norm: {kind}: LayerNorm networks have nothing to convert; use norm: keep")
-    makers: dict[str, Callable[[nn.Module], nn.Module]] = {
+    makers: dict[str, Callable[[BatchNorm], nn.Module]] = {
         "sync": _sync,
         "group": partial(_group, groups_of=num_groups),
         "instance": partial(_group, groups_of=int),
@@ -72,7 +71,7 @@ def convert_norm(module: nn.Module, kind: Kind, gap: float = GAP) -> int:
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether there is something to convert: a layer that cannot train on one image of one pixel."""
-    return any(isinstance(layer, BATCH_NORMS) for layer in module.modules())
+    return any(isinstance(layer, BatchNorm) for layer in module.modules())
 
 
 def are_one(a: Kind, b: Kind) -> bool:
@@ -88,26 +87,27 @@ def loads_as(exported: Kind, wanted: Kind) -> Kind:
     return "keep" if exported in BATCH_KINDS and wanted not in BATCH_KINDS else wanted
 
 
-def is_fresh(layer: nn.Module) -> bool:
+def is_fresh(layer: BatchNorm | FrozenNorm) -> bool:
     """Whether a norm layer's running statistics are still those it was built with, or absent.
 
     Their own values say it: published weights often come with a count of 0 batches.
     """
-    if layer.running_mean is None or layer.running_mean.is_meta:
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None or mean.is_meta:
         return True
-    return not layer.running_mean.any() and bool((layer.running_var == 1).all())
+    return not mean.any() and bool((var == 1).all())
 
 
-def _group(layer: nn.Module, groups_of: Callable[[int], int]) -> nn.Module:
+def _group(layer: BatchNorm, groups_of: Callable[[int], int]) -> nn.Module:
     channels = layer.num_features
     return _with_weights(GroupNorm(groups_of(channels), channels, layer.eps, layer.affine), layer)
 
 
-def _sync(layer: nn.Module) -> nn.Module:
+def _sync(layer: BatchNorm) -> nn.Module:
     return _with_statistics(_with_weights(SyncNorm(layer), layer), layer)
 
 
-def _switch(layer: nn.Module, gap: float, sync: bool) -> nn.Module:
+def _switch(layer: BatchNorm, gap: float, sync: bool) -> nn.Module:
     new = SwitchNorm2d(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, sync)
     if not is_fresh(layer):
         for logits in (new.mean_logits, new.var_logits):
@@ -119,31 +119,30 @@ def _switch(layer: nn.Module, gap: float, sync: bool) -> nn.Module:
     return _with_statistics(_with_weights(new, layer), layer)
 
 
-def _frozen(layer: nn.Module) -> nn.Module:
+def _frozen(layer: BatchNorm) -> nn.Module:
     if layer.running_mean is None:
         raise UserError("norm: frozen: a batch norm layer here keeps no running statistics; use another norm")
     return FrozenNorm(layer)
 
 
-def _with_weights(new: nn.Module, old: nn.Module) -> nn.Module:
+def _with_weights(new: nn.Module, old: BatchNorm) -> nn.Module:
     # The same Parameter objects: an optimizer or a requires_grad flag that was set before still holds.
     new.weight = old.weight
     new.bias = old.bias
     return new
 
 
-def _with_statistics(new: nn.Module, old: nn.Module) -> nn.Module:
-    new.running_mean = old.running_mean
-    new.running_var = old.running_var
-    new.num_batches_tracked = old.num_batches_tracked
+def _with_statistics(new: nn.Module, old: BatchNorm) -> nn.Module:
+    for name in (*STATISTICS, "num_batches_tracked"):
+        setattr(new, name, getattr(old, name))
     return new
 
 
-def _replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> int:
+def _replace(module: nn.Module, make: Callable[[BatchNorm], nn.Module]) -> int:
     made: dict[nn.Module, nn.Module] = {}  # a layer that two parents share stays shared
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, BATCH_NORMS):
+            if isinstance(layer, BatchNorm):
                 if layer not in made:
                     made[layer] = _finish(make(layer), layer)
                 setattr(parent, name, made[layer])
@@ -206,8 +205,8 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor], forward: Callable[
 
     torch's `swa_utils.update_bn` does so for batch norm alone, and with dropout on.
     """
-    kinds = (*BATCH_NORMS, SwitchNorm2d)
-    layers = [layer for layer in module.modules() if isinstance(layer, kinds) and layer.running_mean is not None]
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm | SwitchNorm2d)]
+    layers = [layer for layer in layers if layer.running_mean is not None]
     if not layers:
         return 0
     show = forward or module
@@ -215,14 +214,15 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor], forward: Callable[
     with _averaging(module, layers), torch.no_grad():
         for batch in batches:
             if seen == 0:
-                _forget(layers)
+                for layer in layers:
+                    layer.reset_running_stats()
             show(batch)
             seen += 1
     return len(layers) if seen else 0
 
 
 @contextmanager
-def _averaging(module: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+def _averaging(module: nn.Module, layers: Sequence[BatchNorm | SwitchNorm2d]) -> Iterator[None]:
     """Evaluation mode, but for `layers`: those take in each batch with equal weight."""
     modes = [(part, part.training) for part in module.modules()]
     momenta = [layer.momentum for layer in layers]
@@ -230,7 +230,7 @@ def _averaging(module: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]
     for layer in layers:
         layer.training = True  # not `train()`: the dropout inside a BatchNormAct2d stays off
         layer.momentum = None  # a cumulative average
-    shared = [layer for layer in layers if getattr(layer, "sync", False)]
+    shared = [layer for layer in layers if isinstance(layer, SwitchNorm2d) and layer.sync]
     for layer in shared:
         layer.sync = False  # every process sees the same images; together they would count each several times
     try:
@@ -242,10 +242,3 @@ def _averaging(module: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]
             layer.sync = True
         for part, training in modes:
             part.training = training
-
-
-def _forget(layers: Sequence[nn.Module]) -> None:
-    for layer in layers:
-        layer.running_mean.zero_()
-        layer.running_var.fill_(1.0)
-        layer.num_batches_tracked.zero_()

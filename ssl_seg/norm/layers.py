@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 SHARES = ("instance", "layer", "batch")  # the order of the logits of a SwitchNorm2d
 LOGITS = ("mean_logits", "var_logits")
+# All that `convert_norm` replaces; timm's layers are subclasses.
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 MAX_GROUPS = 32  # the default of Wu and He, "Group Normalization", ECCV 2018
 MIN_GROUP_CHANNELS = 4  # the same paper's table 3: fewer channels a group are worse, one (instance norm) the worst
 
@@ -36,6 +38,11 @@ class SwitchNorm2d(nn.Module):
     leaves them as they are; the layer share is what normalizes it. With `sync` the batch statistics are those of all
     processes together, on CPUs too.
     """
+
+    # Buffers: all three, or none of them. `running_mean` is the one to ask.
+    running_mean: Tensor | None
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -93,15 +100,24 @@ class SwitchNorm2d(nn.Module):
             var = var_in.mean(dim=0) + mean_in.var(dim=0, correction=0)
             images = len(mean_in)
         count = images * pixels
-        if self.training and self.running_mean is not None and (shared or count > 1):
+        if self.training and (shared or count > 1):
             self._follow(mean.detach(), var.detach() * (count / (count - 1)))
         return mean, var
 
     def _follow(self, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None:
+            return
         self.num_batches_tracked.add_(1)
         rate = 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
         self.running_var.lerp_(var.to(self.running_var.dtype), rate)
+
+    def reset_running_stats(self) -> None:
+        """Begin the running statistics anew, if there are any; the name is torch's."""
+        if self.running_mean is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1.0)
+            self.num_batches_tracked.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, sync={self.sync}"
@@ -194,7 +210,12 @@ class FrozenNorm(nn.Module):
     activation, and leaves the half precision of autocast.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, layer: BatchNorm) -> None:
         super().__init__()
         self.eps = layer.eps
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
@@ -214,7 +235,7 @@ class FrozenNorm(nn.Module):
 class SyncNorm(nn.SyncBatchNorm):
     """torch's synchronised batch norm; where that refuses to run, on the CPU, plain batch norm after one warning."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: BatchNorm) -> None:
         super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
@@ -222,7 +243,7 @@ class SyncNorm(nn.SyncBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.device.type == "cpu":
             _warn_of_cpu()
-            normal = nn.BatchNorm2d.forward(self, x)
+            normal = super(nn.SyncBatchNorm, self).forward(x)
         else:
             normal = super().forward(x)
         return self.act(self.drop(normal))

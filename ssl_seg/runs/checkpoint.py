@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import safetensors.torch
 from torch import Tensor
@@ -56,6 +56,10 @@ def save_state(
         _prune(folder, step, keep)
 
 
+@overload
+def load_state(folder: str | Path, step: int) -> State: ...
+@overload
+def load_state(folder: str | Path, step: None = None) -> State | None: ...
 def load_state(folder: str | Path, step: int | None = None) -> State | None:
     """The newest whole checkpoint of a run, None where there is none; or that of `step`.
 

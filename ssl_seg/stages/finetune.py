@@ -21,7 +21,7 @@ from ssl_seg.data.loading import Samples
 from ssl_seg.data.splits import Examples, Labels, Subset, hold_out, pixel_counts, sample_digest, subset_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.leaks.guard import Leaks, Question, guard
-from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
@@ -31,6 +31,7 @@ from ssl_seg.stages import panels, scoring
 from ssl_seg.stages.fit import DryRun, Evaluator, Job, StopRule, drawing, dry_run, fit
 from ssl_seg.stages.setup import (
     Options,
+    StageConfig,
     TaskMapping,
     check_images,
     check_same_images,
@@ -39,7 +40,7 @@ from ssl_seg.stages.setup import (
     open_run,
 )
 from ssl_seg.stages.start import Start, find_start, prepare_tasks, recall, record_tasks, start_module
-from ssl_seg.tasks import readers
+from ssl_seg.tasks import Stream, readers
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -69,7 +70,7 @@ class FinetuneData(Config):
     resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image; scores stay at the label's own size
 
 
-class FinetuneConfig(Config):
+class FinetuneConfig(StageConfig):
     """`ssl-seg finetune`: what its YAML may hold."""
 
     data: FinetuneData
@@ -202,9 +203,9 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             found["test"] = (config.data.test, confuse(config.data.test))
         if processes.is_main:
             extra = {"resize": resize, "step": selected}
-            export_model(run.folder, model, config.model.dump(), extra)
+            export_model(run.folder, model, start.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
-            export_encoder(run.folder, judged.encoder, config.model.dump())
+            export_encoder(run.folder, judged.encoder, start.model.dump())
             export_heads(run, judged)
             panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
         processes.barrier()
@@ -316,11 +317,14 @@ def names_of(examples: Examples) -> tuple[str, ...]:
 
 def assemble(
     config: FinetuneConfig, start: Start, processes: Processes, run: Run | None, labelled: Subset, quiet: bool
-) -> tuple[Learner, dict[str, Samples]]:
+) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the streams as the loaders read them."""
-    sources = {"labelled": Samples(labelled, config.augment, config.seed, config.data.resize, with_labels=True)}
+    resize = config.data.resize
+    sources: dict[Stream, Samples] = {
+        "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True)
+    }
     if config.data.pool is not None:
-        sources["pool"] = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
+        sources["pool"] = Samples(config.data.pool, config.augment, config.seed, resize)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":
@@ -336,6 +340,7 @@ def assemble(
 
 def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, Receipt]:
     """Put what `init` and `transfer` name into the module; a receipt for each part."""
+    assert config.init is not None, "else the run starts otherwise"
     if config.transfer == WHOLE:
         names = config.data.labelled.class_names
         theirs = tuple(read_model_info(config.init)["class_names"])
@@ -349,6 +354,7 @@ def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, Receipt
     receipts = {"encoder": load_encoder(module.encoder, config.init, config.init_allow)}
     _, _, task = config.transfer.partition("+")
     if task:
-        decoder = module.heads[SEGMENT].decoder
-        receipts["decoder"] = load_decoder(decoder, config.init, task, config.init_allow)
+        head = module.heads[SEGMENT]
+        assert isinstance(head, DenseHead), "segmentation has no other"
+        receipts["decoder"] = load_decoder(head.decoder, config.init, task, config.init_allow)
     return receipts

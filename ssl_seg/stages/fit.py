@@ -51,7 +51,7 @@ def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
     """One batch forward and backward through every head, twice: the second is timed, the first warms up."""
     module, config = learner.module, learner.config
     streams = open_streams(sources, config.model_copy(update={"workers": 0}), learner.processes, module.tasks, 0)
-    packed = {stream: next(batches) for stream, batches in streams.items()}
+    packed: dict[Stream, Packed] = {stream: next(batches) for stream, batches in streams.items()}
     shapes: dict[str, str] = {}
     hooks = [
         head.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: _shapes(inputs, output)}))

@@ -22,7 +22,7 @@ from ssl_seg.leaks.record import Place
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
-from ssl_seg.stages.scoring import _device, _pretext, predict_ids
+from ssl_seg.stages.scoring import _device, _pretext, masks_of, predict_ids
 from ssl_seg.training.multitask import MultiTask, make_views
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
@@ -63,7 +63,7 @@ def prediction_panel(
         for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
             image = panels.to_uint8(packed.image.float() / 255)[0]
             ids = predict_ids(model, packed.to(_device(model)).image, image.shape[:2])[0]
-            truth = images.resize_mask(packed.label[0].numpy(), image.shape[:2])
+            truth = images.resize_mask(masks_of(packed)[0].numpy(), image.shape[:2])
             rows.append([image, colours[ids.cpu().numpy()], colours[truth]])
     sheet = panels.grid(rows)
     return np.vstack([sheet, panels.legend(examples.class_names, colours, sheet.shape[1])])
@@ -119,11 +119,9 @@ def write_scores(
 
 def error_picture(model: nn.Module, examples: Examples, index: int, resize: Size | None = None) -> np.ndarray:
     """One example as image | prediction | truth | errors, with the colours of its classes below, uint8 `(H, W, 3)`."""
-    packed = pack([Whole(examples, resize)[index]])
-    with evaluating(model):
-        ids = predict_ids(model, packed.to(_device(model)).image, packed.label.shape[-2:])
+    ids, truth = _predicted(model, examples, index, resize)
     photograph = examples.image(index).image  # as it is on disk: what the network has seen may be too coarse to look at
-    return panels.error_row(photograph, packed.label[0].numpy(), ids[0].byte().cpu().numpy(), examples.class_names)
+    return panels.error_row(photograph, truth, ids, examples.class_names)
 
 
 def changed_pictures(
@@ -141,15 +139,13 @@ def changed_pictures(
         raise UserError(f"{other.folder}: its data.{part} has no image {gone[0]} any more; put the images back")
     models = [load_model(_model_of(run)) for run in (baseline, other)]
     place = choose_device(device)
+    for model, _ in models:
+        model.to(place)
     for name in names:
         index = index_of[name]
-        ids = []
-        for model, resize in models:
-            packed = pack([Whole(examples, resize)[index]])
-            with evaluating(model.to(place)):
-                ids.append(predict_ids(model, packed.to(place).image, packed.label.shape[-2:])[0].byte().cpu().numpy())
+        (before, truth), (after, _) = (_predicted(model, examples, index, resize) for model, resize in models)
         photograph = examples.image(index).image
-        yield panels.change_row(photograph, packed.label[0].numpy(), *ids, examples.class_names)
+        yield panels.change_row(photograph, truth, before, after, examples.class_names)
 
 
 def examples_of(run: RunFolder, part: str) -> Examples:
@@ -162,6 +158,15 @@ def examples_of(run: RunFolder, part: str) -> Examples:
     labelled = load(Dataset, data["labelled"])
     recorded = (run.read("split.json") or {}).get("val")
     return hold_out(labelled)[1] if recorded is None else subset_of(labelled, recorded)
+
+
+def _predicted(model: nn.Module, examples: Examples, index: int, resize: Size | None) -> tuple[np.ndarray, np.ndarray]:
+    """What a model takes one example for, and its mask: class ids `(H, W)` uint8 each, at the mask's resolution."""
+    packed = pack([Whole(examples, resize)[index]])
+    truth = masks_of(packed)[0]
+    with evaluating(model):
+        ids = predict_ids(model, packed.to(_device(model)).image, truth.shape)
+    return ids[0].byte().cpu().numpy(), truth.numpy()
 
 
 def _model_of(run: RunFolder) -> str | Path:

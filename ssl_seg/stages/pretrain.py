@@ -20,6 +20,7 @@ from ssl_seg.stages import panels, scoring
 from ssl_seg.stages.fit import DryRun, Evaluator, Job, drawing, dry_run, fit
 from ssl_seg.stages.setup import (
     Options,
+    StageConfig,
     TaskMapping,
     check_images,
     check_same_images,
@@ -29,7 +30,7 @@ from ssl_seg.stages.setup import (
     recalibrate,
 )
 from ssl_seg.stages.start import Start, find_start, prepare_tasks, record_tasks, start_module
-from ssl_seg.tasks import TaskPlugin
+from ssl_seg.tasks import Stream, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -48,7 +49,7 @@ class PretrainData(Config):
     resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image before the crop
 
 
-class PretrainConfig(Config):
+class PretrainConfig(StageConfig):
     """`ssl-seg pretrain`: what its YAML may hold."""
 
     data: PretrainData
@@ -174,7 +175,7 @@ def check(config: PretrainConfig, processes: Processes) -> None:
 
 def assemble(
     config: PretrainConfig, start: Start, processes: Processes, run: Run | None = None, quiet: bool = True
-) -> tuple[Learner, dict[str, Samples]]:
+) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
     recorded = (run and run.read_json("tasks.json")) or {}
@@ -189,4 +190,5 @@ def assemble(
 
 def load_weights(config: PretrainConfig, module: MultiTask) -> dict[str, Receipt]:
     """Put what `init` names into the module; a receipt for it."""
+    assert config.init is not None, "else the run starts otherwise"
     return {"encoder": load_encoder(module.encoder, config.init, config.init_allow)}

@@ -6,7 +6,7 @@ once at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,29 +43,34 @@ def image_confusions(
     rows: list[Row] = []
     with evaluating(model):
         for (index,), packed in zip(mine, loader(Whole(examples, resize), mine, workers), strict=True):
-            name = packed.names[0]
-            if packed.label is None:
-                raise UserError(f"{name}: has no mask, so it cannot be scored; name a labelled data set")
-            ids = predict_ids(model, packed.to(device).image, packed.label.shape[-2:])
+            ids = predict_ids(model, packed.to(device).image, masks_of(packed).shape[-2:])
             rows.append(count_image(index, packed, ids.cpu(), num_classes))
     if processes is not None:
         rows = processes.gather(rows)
     return ImageConfusions.from_rows(examples.class_names, rows)
 
 
+def masks_of(packed: Packed) -> Tensor:
+    """The masks `(B, H, W)` uint8 of a batch. Raises UserError for images without."""
+    if packed.label is None:
+        raise UserError(f"{packed.names[0]}: has no mask, so it cannot be scored; name a labelled data set")
+    return packed.label
+
+
 def count_image(index: int, packed: Packed, ids: Tensor, num_classes: int) -> Row:
     """The confusion matrix of one example's class ids `(1, H, W)`, with how much of it lies near class boundaries."""
     whole, near = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
-    whole.update(packed.label, ids)
-    where = torch.from_numpy(near_boundaries(packed.label[0].numpy()))
-    near.update(packed.label[0, where], ids[0, where])
+    masks = masks_of(packed)
+    whole.update(masks, ids)
+    where = torch.from_numpy(near_boundaries(masks[0].numpy()))
+    near.update(masks[0, where], ids[0, where])
     pixels = whole.counts.flatten().numpy()
     cells = pixels.nonzero()[0]
     return Row(index, packed.names[0], cells, pixels[cells], near.counts.flatten().numpy()[cells], packed.digests[0])
 
 
-def predict_ids(model: nn.Module, image: Tensor, size: Size) -> Tensor:
-    """Class ids `(B, *size)` int64 for images `(B, 3, H, W)` in [0, 1]."""
+def predict_ids(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
+    """Class ids `(B, *size)` int64, of `size` (H, W), for images `(B, 3, H, W)` in [0, 1]."""
     logits = model(image)
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

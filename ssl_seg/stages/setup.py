@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from ssl_seg.config import NAME, Config, Interrupted, UserError
 from ssl_seg.data.loading import Samples, check_batch_size, loader
 from ssl_seg.data.splits import Examples, manifest
 from ssl_seg.datasets import Dataset
-from ssl_seg.models import DenseHead
+from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
 from ssl_seg.terminal import Signals, watch_signals
-from ssl_seg.tracking import Mirror
+from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import NonFiniteError
@@ -32,6 +32,20 @@ from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_decoder
 
 CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
+
+
+class StageConfig(Config):
+    """What the configs of pretraining and fine-tuning have in common.
+
+    The keys are named for the type checker alone: as fields they would come first wherever a config is written.
+    """
+
+    if TYPE_CHECKING:
+        model: ModelConfig | None
+        init: str | None
+        init_allow: tuple[str, ...]
+        seed: int
+        tracking: TrackingField
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def open_run(stage: str, config: Config, options: Options, processes: Processes) -> Iterator[Opened]:
+def open_run(stage: str, config: StageConfig, options: Options, processes: Processes) -> Iterator[Opened]:
     """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
     tracking.check(config.tracking)
     out = Path(options.out)
@@ -61,13 +75,13 @@ def open_run(stage: str, config: Config, options: Options, processes: Processes)
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
-    refusal = None
+    run, refusal = None, None
     try:
         run = Run.open(out, stage, config, **flags, **place)
     except UserError as error:
         refusal = str(error)
     refusal = processes.from_first(refusal)  # so that no process waits for one that has given up
-    if refusal:
+    if run is None or refusal:
         raise UserError(refusal)
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
     with mirror, watch_signals() as signals, run:

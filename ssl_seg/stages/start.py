@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ssl_seg import rng
-from ssl_seg.config import Config, UserError, load
+from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Samples, loader
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm.convert import Kind, are_one, convert_norm, has_batch_norm, is_fresh, loads_as
@@ -21,6 +21,7 @@ from ssl_seg.norm.layers import FrozenNorm
 from ssl_seg.rng import seeded
 from ssl_seg.runs.checkpoint import has_checkpoint
 from ssl_seg.runs.writer import Run, former_config
+from ssl_seg.stages.setup import StageConfig
 from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.multitask import MultiTask
@@ -43,7 +44,7 @@ class Start:
     exported_norm: Kind  # the norm that `init` was trained with
 
 
-def find_start(config: Config, folder: str | Path | None = None) -> Start:
+def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
     """The start of a run with this config; `folder` is its own, where an earlier start may have left something.
 
     The weights are those of the folder's checkpoint, else of `init`, else published ones, else random. The parts of
@@ -73,7 +74,7 @@ def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
     return base.model_copy(update={name: getattr(model, name) for name in model.model_fields_set})
 
 
-def _inherit(exported: ModelConfig, given: ModelConfig, config: Config) -> ModelConfig:
+def _inherit(exported: ModelConfig, given: ModelConfig, config: StageConfig) -> ModelConfig:
     """What the config has given of the model laid on the model of `init`; another encoder than that is refused."""
     whole = _lay_on(exported, given)
     names = [encoder.dump().get("name") for encoder in (exported.encoder, whole.encoder)]

@@ -41,8 +41,8 @@ class Learner:
         self.bad_in_a_row = 0
         self.buffers = list(self.module.buffers())
         self.teacher = None if config.ema is None else Teacher(self.module, config.ema)
-        optimizer = build_optimizer(self.module, config)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self._inner = build_optimizer(self.module, config)
+        self.optimizer = self.accelerator.prepare_optimizer(self._inner)
         self.module.freeze(frozen_at(config, 0))
         self.wrapped = self.module
         self._wrap()
@@ -54,6 +54,7 @@ class Learner:
 
     def teach(self, head: str, image: Tensor) -> Tensor:
         """What the teacher's head named so makes of images, in the run's precision; float32."""
+        assert self.teacher is not None, "check_tasks refuses a task that asks for one which is not there"
         with self.accelerator.autocast():
             return self.teacher.predict(head, image)
 
@@ -121,10 +122,6 @@ class Learner:
         if self.accelerator.scaler and data["scaler"]:
             self.accelerator.scaler.load_state_dict(data["scaler"])
 
-    @property
-    def _inner(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer
-
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self._inner.state.get(parameter, {})
         return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}
@@ -143,8 +140,8 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with in_evaluation_mode(module):
         features = module.encoder(image)
-        total = sum(head(features, size).sum() for head in module.heads.values())
-        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+        totals = [head(features, size).sum() for head in module.heads.values()]
+        gradients = torch.autograd.grad(torch.stack(totals).sum(), trained, allow_unused=True)
     return all(gradient is not None for gradient in gradients)
 
 

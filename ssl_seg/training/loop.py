@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import UserError
 from ssl_seg.data.loading import Packed
-from ssl_seg.tasks import Stream
+from ssl_seg.tasks import Batch, Stream
 from ssl_seg.training.config import frozen_at, lr_at
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.multitask import make_views, weighted_total
@@ -73,7 +73,7 @@ def train(
         totals: dict[str, Tensor] = {}
         names: list[str] = []
         for micro in range(config.accumulate):
-            packed = {stream: next(batches) for stream, batches in streams.items()}
+            packed: dict[Stream, Packed] = {stream: next(batches) for stream, batches in streams.items()}
             names += [name for batch in packed.values() for name in batch.names]
             seed_torch(rng.fold_in(rng.fold_in(rng.fold_in(key, step), micro), learner.processes.rank))
             for name, loss in backward(learner, packed, last=micro == config.accumulate - 1).items():
@@ -103,7 +103,8 @@ def train(
 def backward(learner: Learner, packed: Mapping[Stream, Packed], last: bool) -> dict[str, Tensor]:
     """Add one micro-batch's gradients; gives each task's mean loss over this process's samples, detached."""
     config, accelerator = learner.config, learner.accelerator
-    batches = {stream: batch.to(learner.processes.device, config.channels_last) for stream, batch in packed.items()}
+    device = learner.processes.device
+    batches: dict[Stream, Batch] = {stream: batch.to(device, config.channels_last) for stream, batch in packed.items()}
     views = make_views(learner.module.tasks, batches, config.views == "split", learner.teach)
     passes = [views] if config.encode == "together" else [{name: view} for name, view in views.items()]
     waits = learner.uses_ddp and not last  # DDP averages at the last micro-batch only

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Self
 
 import torch
@@ -112,7 +112,7 @@ def make_views(
     views = {}
     deal, at_once = dealing(tasks, "pool", split)
     for name, task in tasks.items():
-        own = {stream: batches[stream] for stream in task.streams}
+        own: dict[Stream, Batch] = {stream: batches[stream] for stream in task.streams}
         if deal > 1 and "pool" in own:
             own["pool"] = share_of(own["pool"], readers(tasks, "pool").index(name), deal, at_once)
         own = {stream: replace(batch, key=rng.fold_in(batch.key, name)) for stream, batch in own.items()}
@@ -137,4 +137,4 @@ def share_of(batch: Batch, turn: int, count: int, at_once: int) -> Batch:
 
 def weighted_total(tasks: Mapping[str, Task], sample_losses: Mapping[str, Tensor]) -> Tensor:
     """The number that is minimized: the weighted sum of each task's mean over its samples."""
-    return sum(tasks[name].weight * values.mean() for name, values in sample_losses.items())
+    return reduce(torch.add, (tasks[name].weight * values.mean() for name, values in sample_losses.items()))

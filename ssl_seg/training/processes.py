@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import resource
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +52,9 @@ class Processes:
             atexit.register(leave_group)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
+        if self.world == 1:
+            return tensor
+        return cast(Tensor, self.accelerator.reduce(tensor, "sum"))  # of a nest of tensors it gives a nest
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the processes, in one message."""
