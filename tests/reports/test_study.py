@@ -522,7 +522,8 @@ def test_cost_adds_up(tmp_path: Path) -> None:
 def test_every_link_leads_to_something_wherever_the_page_is(tmp_path: Path) -> None:
     study = write_study(tmp_path / "a b#c", {"four": [GAIN]}, {})
     (study / "cells" / "four-0-0-1" / "report.html").write_text("")
-    write_json(study / "cells" / "four-0-0-2" / "tracking" / "mlflow.json", {"runs": {"sqlite:///x": "ab12"}})
+    record = {"runs": {"sqlite:///x": "ab12"}, "key": "0" * 32, "folder": str(study / "cells" / "four-0-0-2")}
+    write_json(study / "cells" / "four-0-0-2" / "tracking" / "mlflow.json", record)
     change(study, "four-0-0-3", id="not begun", status="waiting")
     for out in (None, tmp_path / "elsewhere" / "page.html"):
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
