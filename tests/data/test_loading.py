@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -308,6 +309,22 @@ def test_label_subsets_follow_their_seed() -> None:
     chosen = {Labels(count=3, seed=seed).choose(Striped()).indices for seed in range(8)}
     assert len(chosen) > 3
     assert Labels(fraction=0.25).choose(Striped()).indices == Labels(count=3).choose(Striped()).indices
+
+
+class Unmasked(Striped):
+    """One whose masks are missing, though it names classes."""
+
+    def read(self, index: int) -> Example:
+        return self.image(index)
+
+    def image(self, index: int) -> Example:
+        return replace(super().read(index), label=None)
+
+
+@pytest.mark.parametrize("use", [Labels(count=3).choose, pixel_counts])
+def test_a_missing_mask_is_one_line_with_the_image_s_name(use: Callable[[Examples], object]) -> None:
+    with pytest.raises(UserError, match=r"^striped_0: has no mask.*$"):
+        use(Unmasked())
 
 
 def test_more_labels_than_there_are_is_one_line() -> None:
