@@ -21,7 +21,7 @@ _HOMES = {
     "models": ("Decoder", "DecoderNet", "DenseHead", "Encoder", "EncoderNet", "EncoderSpec", "Features", "ModelConfig"),
     "norm.convert": ("convert_norm", "norm_shares", "recalibrate"),
     "norm.layers": ("SwitchNorm2d",),
-    "reports.runs": ("report",),
+    "reports": ("report",),
     "runs.checkpoint": ("load_state",),
     "stages.evaluate": ("EvaluateConfig", "evaluate"),
     "stages.finetune": ("FinetuneConfig", "finetune"),

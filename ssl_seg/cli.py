@@ -257,11 +257,9 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
-    from ssl_seg.reports import runs as page_of_runs
-    from ssl_seg.reports import study as page_of_study
+    from ssl_seg.reports import report
 
-    page = page_of_study if any(map(page_of_study.is_study, runs)) else page_of_runs
-    written = page.report(runs, out)
+    written = report(runs, out)
     print_lines([written.headline, f"report: {written.path}"])
 
 
