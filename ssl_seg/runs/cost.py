@@ -23,7 +23,7 @@ class Cost:
 
 
 def cost_of(run: RunFolder) -> Cost:
-    """What a run has noted; of the first versions, which noted none, from start to end."""
+    """What a run has noted; of one that ended before it could, from start to end."""
     noted = run.record.get("cost") or {}
     seconds = noted.get("seconds", _from_start_to_end(run))
     number = noted.get("images")

@@ -122,7 +122,7 @@ def _end_of(run: RunFolder) -> str:
 
 
 def _tracking_of(run: RunFolder) -> Tracking:
-    """As the run was started; the folders of older runs know no tracking, and some were not to be tracked then."""
+    """As the run was started; an evaluation knows no tracking, and some runs were not to be tracked then."""
     given = run.config.get("tracking")
     try:
         return load(Tracking, {**(given if isinstance(given, Mapping) else {}), "type": "mlflow"})
