@@ -34,6 +34,12 @@ def test_imports_point_up(name: str) -> None:
     assert not down, f"{name} imports {sorted(down)}, which stand below it"
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name])
+def test_private_names_stay_in_their_file(name: str) -> None:
+    own = [used for used in imported(FILES[name]) if used.startswith("ssl_seg.")]
+    assert not [used for used in own if used.rpartition(".")[2].startswith("_")]
+
+
 def test_no_imports_go_in_a_circle() -> None:
     left = {name: set(used) for name, used in ARROWS.items()}
     while free := [name for name, used in left.items() if not used & left.keys()]:

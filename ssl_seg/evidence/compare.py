@@ -139,6 +139,8 @@ def _kind(outcome: Outcome) -> tuple[str, ...]:
 
 
 # ---- what is compared with what ----
+
+
 def _baselines(arms: Sequence[Arm]) -> dict[Arm, Arm]:
     """For fine-tuned arms that have one: the arm from scratch with the same settings otherwise and the same images."""
     scratch: dict[tuple[str, ...], list[Arm]] = {}
@@ -195,6 +197,8 @@ def _apart(arms: Sequence[Arm], tables: Sequence[Sequence[Arm]]) -> tuple[str, .
 
 
 # ---- what differs ----
+
+
 def _differing(kinds: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, tuple[str | None, ...]]:
     """Only keys that tell arms of the same stage apart: those of another stage are other keys."""
     found: dict[str, tuple[str | None, ...]] = {}
@@ -235,6 +239,8 @@ def _tree(flat: Mapping[str, str]) -> dict[str, Any]:
 
 
 # ---- names ----
+
+
 def _labels(kinds: Sequence[Sequence[Outcome]], differing: Mapping[str, Sequence[str | None]]) -> list[str]:
     """What an arm starts from, then the keys in which it differs from the others."""
     labels = []

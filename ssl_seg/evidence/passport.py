@@ -91,6 +91,8 @@ def _differing_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | 
 
 
 # ---- whether a score follows from its matrices ----
+
+
 @dataclass(frozen=True)
 class Verified:
     """What `verify` has found to follow from the stored matrices."""

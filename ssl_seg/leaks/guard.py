@@ -248,6 +248,8 @@ def is_allowed(leak: Leak, allow: Sequence[str]) -> bool:
 
 
 # ---- comparing ----
+
+
 def compare(
     part: str, trained: Fingerprints, scored_part: str, scored: Fingerprints, config: Leaks
 ) -> Generator[None, None, list[Leak]]:
@@ -283,6 +285,8 @@ def compare(
 
 
 # ---- the picture of the worst ----
+
+
 def sheet(found: Sequence[Leak], given: Mapping[str, Examples], seen: Mapping[str, Fingerprints]) -> np.ndarray:
     """Rows of what is trained on | what is scored, the pairs in the order given, RGB uint8 `(H, W, 3)`."""
     from ssl_seg.figures.panels import grid

@@ -33,6 +33,8 @@ GAP = 5.0
 
 
 # ---- conversion ----
+
+
 def convert_norm(module: nn.Module, kind: Kind, gap: float = GAP) -> int:
     """Change the batch norm layers inside `module`, in place, and return how many were replaced.
 
@@ -157,6 +159,8 @@ def _finish(new: nn.Module, old: nn.Module) -> nn.Module:
 
 
 # ---- what a network has learnt ----
+
+
 @dataclass(frozen=True)
 class Shares:
     """What a switch norm layer mixes: shares of instance, layer and batch statistics, each three summing to 1."""
@@ -189,6 +193,8 @@ def switch_layers(model: nn.Module) -> list[str]:
 
 
 # ---- running statistics ----
+
+
 def running_statistics(module: nn.Module) -> list[Tensor]:
     """The buffers that each process fills from its own share of a batch; frozen layers fill none."""
     layers = [layer for layer in module.modules() if not isinstance(layer, FrozenNorm)]

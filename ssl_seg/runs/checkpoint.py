@@ -23,7 +23,7 @@ NUM_NEWEST = 2  # one to resume from, one more for when a disk has damaged it
 
 def has_checkpoint(folder: str | Path) -> bool:
     """Whether a run has weights to go on from, so that those it once started from are no longer needed."""
-    return bool(_checkpoints(Path(folder)))
+    return bool(checkpoints_in(Path(folder)))
 
 
 @dataclass
@@ -66,7 +66,7 @@ def load_state(folder: str | Path, step: int | None = None) -> State | None:
     Raises UserError where every checkpoint is damaged, or that of `step` is damaged or absent.
     """
     skipped: list[str] = []
-    for number, place in sorted(_checkpoints(folder).items(), reverse=True):
+    for number, place in sorted(checkpoints_in(folder).items(), reverse=True):
         if step not in (None, number):
             continue
         damaged = _find_damage(place)
@@ -82,7 +82,7 @@ def load_state(folder: str | Path, step: int | None = None) -> State | None:
     return None
 
 
-def _checkpoints(folder: str | Path) -> dict[int, Path]:
+def checkpoints_in(folder: str | Path) -> dict[int, Path]:
     """Every step of which a run has a committed checkpoint, and where that lies."""
     state = Path(folder) / "state"
     names = [name for name in files.committed_names(state) if re.fullmatch(r"step_\d{8,}", name)]
@@ -103,7 +103,7 @@ def _find_damage(place: Path) -> Path | None:
 
 
 def _prune(folder: str | Path, step: int, keep: Collection[int]) -> None:
-    known = _checkpoints(folder)
+    known = checkpoints_in(folder)
     # Those after `step` were damaged, or the run would have continued from them.
     earlier = sorted(number for number in known if number <= step)
     wanted = {step, *keep, *earlier[-NUM_NEWEST:]}

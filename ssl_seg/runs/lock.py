@@ -34,8 +34,8 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _take_lock(folder: Path) -> int:
-    """Hold the folder until `_free_lock` or the end of this process, however it ends."""
+def take_lock(folder: Path) -> int:
+    """Hold the folder until `free_lock` or the end of this process, however it ends."""
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -61,19 +61,21 @@ def hold(folder: Path) -> Iterator[None]:
     """Keep other processes of ours out of a folder that is made where it is missing. Raises UserError if one has it."""
     with files.naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _take_lock(folder)
+        lock = take_lock(folder)
     try:
         yield
     finally:
-        _free_lock(lock)
+        free_lock(lock)
 
 
-def _free_lock(lock: int) -> None:
+def free_lock(lock: int) -> None:
+    """Let go of what `take_lock` gave."""
     if lock in _locks:
         _locks.remove(lock)
         os.close(lock)
 
 
-def _drop_inherited_locks() -> None:
+def drop_inherited_locks() -> None:
+    """In a forked child: its parent alone holds the folders."""
     for lock in list(_locks):
-        _free_lock(lock)
+        free_lock(lock)

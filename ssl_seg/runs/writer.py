@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ssl_seg import files
 from ssl_seg.config import Config, UserError, diff
-from ssl_seg.runs.checkpoint import State, _checkpoints, has_checkpoint, load_state, save_state
+from ssl_seg.runs.checkpoint import State, checkpoints_in, has_checkpoint, load_state, save_state
 from ssl_seg.runs.folder import TIME, epoch_ms, metric_lines, origin
-from ssl_seg.runs.lock import LOCK, _drop_inherited_locks, _free_lock, _take_lock
+from ssl_seg.runs.lock import LOCK, drop_inherited_locks, free_lock, take_lock
 
 Status = Literal["running", "finished", "failed", "killed"]
 EXPORTS = ("encoder", "decoders", "model")
@@ -103,13 +103,13 @@ class Run:
         with ExitStack() as undo, files.naming(folder, "cannot be used as a run folder"):
             _refuse_stranger(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(folder)
-            undo.callback(_free_lock, lock)
+            lock = take_lock(folder)
+            undo.callback(free_lock, lock)
             record = _new_record(stage, config, device, seed)
             former = _start(folder, record, overwrite, allow_changed)
             run = cls(folder, record if former is None else {**former, "status": "running", "ended": None}, lock)
             if former is not None:
-                run._awaited = _going_on(former, record, max(_checkpoints(folder)))
+                run._awaited = _going_on(former, record, max(checkpoints_in(folder)))
             files.write_atomic(folder / "run.json", files.json_bytes(run._record))
             run._write_or_hold("config.yaml", config.to_yaml().encode())
             undo.pop_all()
@@ -200,7 +200,7 @@ class Run:
         try:
             files.write_atomic(self.folder / "run.json", files.json_bytes(record))
         finally:
-            _free_lock(lock)
+            free_lock(lock)
 
     def __enter__(self) -> Self:
         return self
@@ -253,7 +253,7 @@ def _start(
         former = None
     if former is not None:
         _check_continues(folder, former, record, allow_changed)
-    if former is not None and _checkpoints(folder):
+    if former is not None and checkpoints_in(folder):
         return former
     _clear(folder)
     return None
@@ -278,7 +278,7 @@ def _check_ours(folder: Path, former: Mapping[str, Any], stage: str) -> None:
 def _check_continues(
     folder: Path, former: Mapping[str, Any], record: Mapping[str, Any], allow_changed: Sequence[str]
 ) -> None:
-    if not _checkpoints(folder):
+    if not checkpoints_in(folder):
         # Weights whose checkpoints a person has deleted are still a result, even of a run that was killed right then.
         if former["status"] == "finished" or any((folder / name).exists() for name in EXPORTS):
             raise UserError(f"{folder}: holds a finished run; choose another folder or --overwrite")
@@ -347,4 +347,4 @@ def timestamp() -> str:
 
 
 # A forked loader worker shares the lock and outlives a killed run for seconds, so the same command would be refused.
-os.register_at_fork(after_in_child=_drop_inherited_locks)
+os.register_at_fork(after_in_child=drop_inherited_locks)

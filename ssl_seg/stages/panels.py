@@ -22,7 +22,7 @@ from ssl_seg.leaks.record import Place
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
-from ssl_seg.stages.scoring import _device, _pretext, masks_of, predict_ids
+from ssl_seg.stages.scoring import device_of, masks_of, predict_ids, pretext_tasks
 from ssl_seg.training.multitask import MultiTask, make_views
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
@@ -36,12 +36,12 @@ def task_pictures(
     module: MultiTask, examples: Examples, augment: Augment, resize: Size | None = None, count: int = NUM_PICTURES
 ) -> dict[str, np.ndarray]:
     """A sheet per task that can be drawn, uint8 `(H, W, 3)`: a row per image of input | prediction | target."""
-    tasks = _pretext(module)
+    tasks = pretext_tasks(module)
     chosen = _spread(examples, count)
     sheets = {}
     with evaluating(module):
         packed = next(loader(CenterCrops(examples, augment, resize), [chosen], 0))
-        views = make_views(tasks, {"pool": packed.to(_device(module))})
+        views = make_views(tasks, {"pool": packed.to(device_of(module))})
         predictions = module.predict(views)
         for name, view in views.items():
             drawn = tasks[name].render(predictions[name].float(), view)
@@ -62,7 +62,7 @@ def prediction_panel(
     with evaluating(model):
         for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
             image = panels.to_uint8(packed.image.float() / 255)[0]
-            ids = predict_ids(model, packed.to(_device(model)).image, image.shape[:2])[0]
+            ids = predict_ids(model, packed.to(device_of(model)).image, image.shape[:2])[0]
             truth = images.resize_mask(masks_of(packed)[0].numpy(), image.shape[:2])
             rows.append([image, colours[ids.cpu().numpy()], colours[truth]])
     sheet = panels.grid(rows)
@@ -165,7 +165,7 @@ def _predicted(model: nn.Module, examples: Examples, index: int, resize: Size | 
     packed = pack([Whole(examples, resize)[index]])
     truth = masks_of(packed)[0]
     with evaluating(model):
-        ids = predict_ids(model, packed.to(_device(model)).image, truth.shape)
+        ids = predict_ids(model, packed.to(device_of(model)).image, truth.shape)
     return ids[0].byte().cpu().numpy(), truth.numpy()
 
 

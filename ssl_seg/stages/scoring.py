@@ -87,7 +87,7 @@ def score_tasks(
     processes: Processes | None = None,
 ) -> dict[str, float]:
     """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops and fixed noise."""
-    tasks = _pretext(module)
+    tasks = pretext_tasks(module)
     if not tasks:
         return {}
     rank, world, device = _place(module, processes)
@@ -113,17 +113,19 @@ def score_tasks(
     return {key: (total / count).item() for key, (total, count) in sums.items()}
 
 
-def _pretext(module: MultiTask) -> Mapping[str, Task]:
+def pretext_tasks(module: MultiTask) -> Mapping[str, Task]:
+    """The tasks by which held-out images are scored and drawn."""
     return {name: task for name, task in module.tasks.items() if isinstance(task, PretextTask)}
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where its weights are."""
     return next(module.parameters()).device
 
 
 def _place(module: nn.Module, processes: Processes | None) -> tuple[int, int, torch.device]:
     if processes is None:
-        return 0, 1, _device(module)
+        return 0, 1, device_of(module)
     return processes.rank, processes.world, processes.device
 
 

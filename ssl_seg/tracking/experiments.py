@@ -14,7 +14,7 @@ from ssl_seg.evidence.compare import group, outcome
 from ssl_seg.evidence.comparison import Comparison
 from ssl_seg.tracking import prepare
 from ssl_seg.tracking.client import STATUSES, connect, database, explained, is_open, resolved
-from ssl_seg.tracking.server import HOST, LABELLED, LEAKS, RESULT, _score_name, _shown_settings, from_tags
+from ssl_seg.tracking.server import HOST, LABELLED, LEAKS, RESULT, from_tags, score_name, shown_settings
 
 
 def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
@@ -34,6 +34,8 @@ def compare_experiment(experiment: str, uri: str | None = None) -> Comparison:
 
 
 # ---- experiments that others have filled ----
+
+
 @dataclass(frozen=True)
 class Fetched:
     """A run as MLflow knows it, in the words of the folder that it mirrors."""
@@ -74,10 +76,10 @@ def fetch(experiment: str, uri: str | None = None) -> list[Fetched]:
 
 def _fetched(run: Run) -> Fetched:
     done = run.info.status == STATUSES["finished"]  # one that goes on holds the result of what it was before
-    scores = {_score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
+    scores = {score_name(name): value for name, value in run.data.metrics.items() if name.startswith(RESULT) and done}
     tags = run.data.tags
     passports = from_tags(tags, scores)
-    settings, name = _shown_settings(run), run.info.run_name or run.info.run_id
+    settings, name = shown_settings(run), run.info.run_name or run.info.run_id
     return Fetched(name, tags["stage"], settings, scores, passports, tags.get(LABELLED, ""), tags.get(LEAKS, "none"))
 
 

@@ -235,7 +235,7 @@ class MirroredRun:
 
     def _has_changed(self, found: Run) -> bool:
         """Whether the settings are others than MLflow shows for a run."""
-        shown, wanted = _shown_settings(found), self._settings()
+        shown, wanted = shown_settings(found), self._settings()
         return any(shown.get(key, ABSENT) != wanted.get(key, ABSENT) for key in shown.keys() | wanted.keys())
 
     def _makes_again(self, points: Sequence[Metric]) -> bool:
@@ -249,7 +249,7 @@ class MirroredRun:
     def _describe(self, client: MlflowClient, found: Run | None, record: Record) -> None:
         """Parameters, tags and data sets. A parameter cannot change: of one that has, a tag says what it is now."""
         there = {} if found is None else found.data.params
-        shown = {} if found is None else _shown_settings(found)
+        shown = {} if found is None else shown_settings(found)
         wanted = {**dict.fromkeys(there, ABSENT), **self._settings()}
         params = [Param(key, text) for key, text in wanted.items() if key not in there]
         changed = {f"{CHANGED}{key}": text for key, text in wanted.items() if shown.get(key, text) != text}
@@ -413,13 +413,15 @@ def _result_name(score: str) -> str:
     return mlflow_name(f"{RESULT}{score.replace('/', '.', 2)}")
 
 
-def _score_name(name: str) -> str:
+def score_name(name: str) -> str:
     """The other way round."""
     return name.removeprefix(RESULT).replace(".", "/", 2)
 
 
 # ---- parts ----
-def _shown_settings(run: Run) -> dict[str, str]:
+
+
+def shown_settings(run: Run) -> dict[str, str]:
     """What MLflow shows of a run's config: parameters, and the tags of those that have changed."""
     tags = run.data.tags.items()
     changed = {name.removeprefix(CHANGED): text for name, text in tags if name.startswith(CHANGED)}
@@ -445,6 +447,8 @@ def _milliseconds(moment: str | None) -> int | None:
 
 
 # ---- as MLflow keeps them ----
+
+
 def to_tags(result: Mapping[str, Any]) -> dict[str, str]:
     """A tag for each part of a result.json that has a passport."""
     passports = passports_in(result)

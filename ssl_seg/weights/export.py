@@ -28,12 +28,12 @@ from ssl_seg.norm.convert import switch_layers
 from ssl_seg.weights.fingerprint import fingerprint, mark_of, marks_of
 from ssl_seg.weights.receipt import (
     Receipt,
-    _compare_features,
-    _first_names,
-    _is_changed,
-    _known_marks,
-    _refuse_misfits,
+    compare_features,
+    first_names,
+    is_changed,
+    known_marks,
     match_tensors,
+    refuse_misfits,
 )
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
@@ -155,13 +155,13 @@ def _fill(module: nn.Module, path: Path, info: Mapping[str, Any], allow: Sequenc
     given = _read_tensors(path, info)
     receipt = match_tensors(path, module, given)
     tensors = {own: given[name] for own, name in receipt.matched.items()}
-    receipt.changed = [own for own in tensors if _is_changed(tensors[own], _known_marks(own, receipt, info))]
+    receipt.changed = [own for own in tensors if is_changed(tensors[own], known_marks(own, receipt, info))]
     receipt.not_finite = [own for own, tensor in tensors.items() if not tensor.float().isfinite().all()]
-    _refuse_misfits(receipt, allow, foreign=not info)
+    refuse_misfits(receipt, allow, foreign=not info)
     if "fingerprint" in info:
         trial = copy.deepcopy(module)
         trial.load_state_dict(tensors, strict=False)
-        _compare_features(receipt, trial, given, info, allow)
+        compare_features(receipt, trial, given, info, allow)
     module.load_state_dict(tensors, strict=False)
     return receipt
 
@@ -179,7 +179,7 @@ def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
     if "sha256" in info and not files.is_intact(path, info["sha256"]):
         marks = info.get("tensors", {})
         others = [name for name, tensor in tensors.items() if marks and mark_of(tensor) not in marks.get(name, "")]
-        named = f"; other tensors: {_first_names(others)}" if others else ""
+        named = f"; other tensors: {first_names(others)}" if others else ""
         raise UserError(
             f"{path}: is not the file that its .json was written for (sha256 differs{named}); export it again, or take "
             "it out of its folder to load it by names and shapes alone"

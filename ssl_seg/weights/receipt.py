@@ -144,18 +144,20 @@ def _prefixes(names: Iterable[str], least: int) -> list[str]:
     return [prefix for prefix, count in counts.items() if count >= least]
 
 
-def _is_changed(tensor: Tensor, marks: str) -> bool:
+def is_changed(tensor: Tensor, marks: str) -> bool:
     """Whether a tensor is another one than was exported; in a precision that has no mark its features alone judge."""
     known = marks.split(", ")
     return any(mark.startswith(f"{dtype_name(tensor)} ") for mark in known) and mark_of(tensor) not in known
 
 
-def _known_marks(own: str, receipt: Receipt, info: Mapping[str, Any]) -> str:
+def known_marks(own: str, receipt: Receipt, info: Mapping[str, Any]) -> str:
+    """By what the exporter knew a tensor; '' where it noted nothing."""
     marks = info.get("tensors", {})
     return marks.get(receipt.matched[own]) or marks.get(own, "")
 
 
-def _refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> None:
+def refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> None:
+    """Raise UserError, with the globs that would accept them, for tensors that do not fit unless `allow` names them."""
     # A wrong file often shares a buffer or two (mean, std), so the parameters decide whether anything arrived.
     if not receipt.matched or receipt.share == 0:
         names = ", ".join(receipt.left_over[:3]) or "no tensors"
@@ -174,14 +176,14 @@ def _refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> No
         return
     if len(suggested) > MAX_SUGGESTED:
         del suggested[1:]
-    texts = [f"{len(names)} {kind}: {_first_names(names, receipt)}" for kind, names in refused.items() if names]
+    texts = [f"{len(names)} {kind}: {first_names(names, receipt)}" for kind, names in refused.items() if names]
     raise UserError(
         f"{receipt.path}: does not fit this network ({'; '.join(texts)}); "
         f"name the right file, or accept these by globs: init_allow=[{','.join(suggested)}]"
     )
 
 
-def _compare_features(
+def compare_features(
     receipt: Receipt, net: nn.Module, given: Mapping[str, Tensor], info: Mapping[str, Any], allow: Sequence[str]
 ) -> None:
     """Fill in the receipt's `features_equal`, or refuse other features than the exporter's."""
@@ -190,7 +192,7 @@ def _compare_features(
         return  # the encoder out of a whole model: that one's map is another thing
     for own, name in receipt.matched.items():
         tensor = given[name]
-        if not _known_marks(own, receipt, info).startswith(dtype_name(tensor)):
+        if not known_marks(own, receipt, info).startswith(dtype_name(tensor)):
             receipt.tolerance = max(receipt.tolerance, ROUNDED_TOLERANCES.get(tensor.dtype, 0.0))
     distance = feature_distance(info["fingerprint"], figures)
     receipt.features_equal = distance <= receipt.tolerance
@@ -211,7 +213,8 @@ def _compare_features(
     )
 
 
-def _first_names(names: Collection[str], receipt: Receipt | None = None) -> str:
+def first_names(names: Collection[str], receipt: Receipt | None = None) -> str:
+    """Three of them, with the shapes that differ, and how many more there are."""
     shapes = {} if receipt is None else receipt.mismatched
     shown = [f"{name} {shapes.get(name, '')}".rstrip() for name in list(names)[:3]]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
