@@ -40,7 +40,7 @@ class Augmentation(ABC):
         """Another image and mask in place of these, which are left as they are."""
 
 
-class _OfTheFirst(Augmentation):
+class _SharedDraws(Augmentation):
     """Those of version 0.1 share a word and its six numbers."""
 
     word = "augment"
@@ -48,7 +48,7 @@ class _OfTheFirst(Augmentation):
 
 
 @dataclass(frozen=True)
-class Crop(_OfTheFirst):
+class Crop(_SharedDraws):
     """A region of random size and place, brought to `size` (H, W)."""
 
     size: Size
@@ -66,7 +66,7 @@ class Crop(_OfTheFirst):
         return image, None if label is None else images.resize_mask(label[window], self.size)
 
 
-class Flip(_OfTheFirst):
+class Flip(_SharedDraws):
     """Left and right change places, of every other image."""
 
     taken = slice(3, 4)
@@ -78,7 +78,7 @@ class Flip(_OfTheFirst):
 
 
 @dataclass(frozen=True)
-class Jitter(_OfTheFirst):
+class Jitter(_SharedDraws):
     """Brightness and contrast times factors in 1 -+ `strength`; contrast about the image's own mean."""
 
     strength: float
