@@ -76,6 +76,7 @@ class Fingerprints:
     names: tuple[str, ...]
     digests: tuple[str, ...]  # sha256 of size and RGB pixels: equal files have equal ones, and so has a PNG saved anew
     thumbs: np.ndarray | None  # (N, SIDE, SIDE) uint8; None where the run had too many to store
+    doubts: tuple[str, ...] = ()  # what `Dataset.doubt` says of each; () where another run has read them
 
     def __len__(self) -> int:
         return len(self.names)
@@ -95,20 +96,21 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Example: ...
+    def doubt(self, index: int) -> str: ...
     def name(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A map from indices to digest and fingerprint, as a loader's workers run it."""
+    """A map from indices to digest, fingerprint and doubt, as a loader's workers run it."""
 
     examples: Images
 
-    def __getitem__(self, index: int) -> tuple[str, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[str, np.ndarray, str]:
         from ssl_seg.data.splits import digest_of
 
         example = self.examples.image(index)
-        return digest_of(example), thumb(example.image)
+        return digest_of(example), thumb(example.image), self.examples.doubt(index)
 
 
 def fingerprint(examples: Images, workers: int = 0) -> Generator[None, None, Fingerprints]:
@@ -122,7 +124,7 @@ def fingerprint(examples: Images, workers: int = 0) -> Generator[None, None, Fin
 
     count = len(examples)
     thumbs = np.empty((count, SIDE, SIDE), dtype=np.uint8)
-    digests = []
+    digests, doubts = [], []
     options = {"num_workers": workers, "worker_init_fn": outlive_signals, "collate_fn": _as_is}
     # Torch's annotation asks for a `Dataset`; its manual for a map from indices, as this is.
     caught: Any = Caught(_Seen(examples))
@@ -132,9 +134,10 @@ def fingerprint(examples: Images, workers: int = 0) -> Generator[None, None, Fin
             raise read
         digests.append(read[0])
         thumbs[index] = read[1]
+        doubts.append(read[2])
         yield
     names = tuple(examples.name(index) for index in range(count))
-    return Fingerprints(names, tuple(digests), thumbs)
+    return Fingerprints(names, tuple(digests), thumbs, tuple(doubts))
 
 
 def _as_is(read: Any) -> Any:

@@ -50,6 +50,9 @@ class Pictures:
     def image(self, index: int) -> Example:
         return Example(self.images[index], None, self.names[index])
 
+    def doubt(self, index: int) -> str:
+        return ""
+
     def name(self, index: int) -> str:
         return self.names[index]
 
