@@ -480,7 +480,7 @@ def _deep_colours(path: Path, upright: Image.Image) -> np.ndarray:
     """Colours of 16 bits `(H, W, 3)` uint16, by OpenCV: Pillow keeps the upper byte, by which the two are compared."""
     found = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if found is not None and found.dtype == np.uint16 and found.ndim == 3:
-        values = np.ascontiguousarray(found[..., 2::-1])  # blue, green, red, anything -> red, green, blue
+        values = np.array(found[..., 2::-1], dtype=np.uint16)  # blue, green, red, anything -> red, green, blue
         if np.array_equal(values >> 8, np.asarray(upright)):
             return values
     raise UserError(f"{show_path(path)}: 16-bit colours of this layout are not scaled by range; save it as PNG")
