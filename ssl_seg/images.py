@@ -9,6 +9,7 @@ its first picture, limits checked before decoding, and errors of one line that n
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -252,7 +253,7 @@ def _check_parts(file: _Pieces, shown: str) -> None:
     if start == PNG_SIGNATURE:
         _check_chunks(file, shown)
     elif start.startswith(tuple(TIFF_STARTS)):
-        _check_pages(file, shown)
+        _check_tiff(file, shown)
     elif start[:2] in TEXT_PNMS:
         comments = file.read().count(b"#")
         if comments > MAX_COMMENTS:
@@ -297,26 +298,45 @@ def _too_large(shown: str) -> str:
 # ---- what TIFF alone has: pages, bands, and values of any kind ----
 
 
-def _check_pages(file: _Pieces, shown: str) -> None:
-    """Refuse what holds more than one picture, another one than its first page, or a layout that Pillow misreads."""
+def _check_tiff(file: _Pieces, shown: str) -> None:
+    """Refuse what holds more than one picture, or another one than Pillow would read."""
     tags = _tags_at_start(file)
     if not _is_picture(tags):
         raise UserError(f"{shown}: its first page is a smaller copy of the picture; save the picture alone")
-    if max(len(_all(tags, tag)) for tag in (ExifTags.Base.StripOffsets, ExifTags.Base.TileOffsets)) > MAX_PIECES:
-        raise UserError(_too_many_pieces(shown))
-    pages = max(_said_pages(tags), _count_pages(file, tags))
-    if pages > 1:
-        raise UserError(f"{shown}: a TIFF of {pages} pages, which are not read; save each as a file of its own")
+    _check_strips(tags, shown)
     bands = _number(tags, ExifTags.Base.SamplesPerPixel)
     if bands == 2 and _all(tags, ExifTags.Base.ExtraSamples) == (0,):  # Pillow leaves the second out
         raise UserError(f"{shown}: {_not_read(tags)}")
     is_raw = _number(tags, ExifTags.Base.Compression) == 1
-    if bands > 2 and _bits(tags) > 8 and _number(tags, ExifTags.Base.PlanarConfiguration) == 2 and is_raw:
+    has_colours = _number(tags, ExifTags.Base.PhotometricInterpretation) == 2
+    if has_colours and _bits(tags) > 8 and _is_planar(tags) and is_raw:
         # Pillow 13 takes each byte of a plane for a pixel: stripes.
         raise UserError(
             f"{shown}: uncompressed 16-bit colours, plane by plane, are not read; save them pixel by pixel "
             "(gdal_translate -co INTERLEAVE=PIXEL)"
         )
+    pages = max(_said_pages(tags), _count_pages(file, tags))  # last: the tags become those of the last page
+    if pages > 1:
+        raise UserError(f"{shown}: a TIFF of {pages} pages, which are not read; save each as a file of its own")
+
+
+def _check_strips(tags: ImageFileDirectory_v2, shown: str) -> None:
+    """Refuse a picture with holes, where Pillow reads black, or the header as pixels."""
+    height, width = _number(tags, ExifTags.Base.ImageLength), _number(tags, ExifTags.Base.ImageWidth)
+    _check_pixels(height * width, shown)
+    if ExifTags.Base.TileOffsets in tags:
+        places = _all(tags, ExifTags.Base.TileOffsets)
+        down = height / max(1, _number(tags, ExifTags.Base.TileLength))
+        wanted = math.ceil(down) * math.ceil(width / max(1, _number(tags, ExifTags.Base.TileWidth)))
+    else:
+        places = _all(tags, ExifTags.Base.StripOffsets)
+        wanted = math.ceil(height / max(1, _number(tags, ExifTags.Base.RowsPerStrip, height)))
+    if len(places) > MAX_PIECES:
+        raise UserError(_too_many_pieces(shown))
+    if _is_planar(tags):
+        wanted *= _number(tags, ExifTags.Base.SamplesPerPixel)
+    if len(places) < wanted or 0 in places:
+        raise OSError("a part of the picture was never written")
 
 
 def _is_picture(tags: ImageFileDirectory_v2) -> bool:
@@ -376,6 +396,10 @@ def _number(tags: ImageFileDirectory_v2, tag: int, default: int = 1) -> int:
 
 def _bits(tags: ImageFileDirectory_v2) -> int:
     return _number(tags, ExifTags.Base.BitsPerSample)
+
+
+def _is_planar(tags: ImageFileDirectory_v2) -> bool:
+    return _number(tags, ExifTags.Base.PlanarConfiguration) == 2
 
 
 def _is_signed(tags: ImageFileDirectory_v2) -> bool:

@@ -88,6 +88,19 @@ def tiff(tags: dict[int, int | tuple[int, ...] | bytes], data: bytes, pages: int
     return bytes(file)
 
 
+def behind(first: bytes, second: bytes) -> bytes:
+    """The pages of two such TIFFs in one. Of the second the places of directories are moved, not those of data."""
+    joined = bytearray(first + second)
+    (start,) = struct.unpack_from("<I", second, 4)
+    link = len(first) - 4
+    while start:
+        place = len(first) + start
+        joined[link : link + 4] = struct.pack("<I", place)
+        link = place + 2 + 12 * struct.unpack_from("<H", joined, place)[0]
+        (start,) = struct.unpack_from("<I", joined, link)
+    return bytes(joined)
+
+
 def put(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -284,22 +297,30 @@ def test_pages_are_counted_and_refused(tmp_path, function):
 
 @pytest.mark.parametrize("kind", [{254: 1}, {254: 4}, {255: 2}, {254: 5}])
 def test_smaller_copies_and_transparency_masks_are_no_pages(tmp_path, kind):
-    first, second = tiff({}, IDS.tobytes()), tiff(kind, IDS.tobytes(), pages=2)
-    joined = bytearray(first + second)
-    for place in (4,):  # the directories of the second are moved behind the first
-        (start,) = struct.unpack_from("<I", second, place)
-    shift, at = len(first), len(first) - 4
-    while start:
-        joined[at : at + 4] = struct.pack("<I", start + shift)
-        at = shift + start + 2 + 12 * struct.unpack_from("<H", second, start)[0]
-        (start,) = struct.unpack_from("<I", second, at - shift)
-    path = put(tmp_path / "pyramid.tif", bytes(joined))
+    path = put(tmp_path / "pyramid.tif", behind(tiff({}, IDS.tobytes()), tiff(kind, IDS.tobytes(), pages=2)))
     with Image.open(path) as image:
         assert image.n_frames == 3
     np.testing.assert_array_equal(read_mask(path), IDS)
     np.testing.assert_array_equal(read_image(path)[..., 0], IDS)
     alone = put(tmp_path / "alone.tif", tiff(kind, IDS.tobytes()))
     assert "a smaller copy" in refusal(read_image, alone)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{278: 4}, {273: 0}, {278: 6, 273: (8, 0), 279: (96, 96)}, {322: 16, 323: 8, 324: 8, 325: 128}],
+    ids=["two strips missing", "no place", "a strip without a place", "a tile missing"],
+)
+def test_a_tiff_with_holes_is_refused(tmp_path, tags):
+    assert "never written" in refusal(read_image, put(tmp_path / "holes.tif", tiff(tags, IDS.tobytes())))
+    rows = put(tmp_path / "rows.tif", tiff({278: 6, 273: (8, 104), 279: (96, 96)}, IDS.tobytes()))
+    np.testing.assert_array_equal(read_mask(rows), IDS)
+
+
+def test_the_first_page_is_judged_whatever_follows(tmp_path):
+    deep = planes(np.stack([WIDE, WIDE[::-1], WIDE[:, ::-1]]), 16)
+    small = tiff({254: 1}, IDS.tobytes())
+    assert "plane by plane" in refusal(read_image, put(tmp_path / "pyramid.tif", behind(deep, small)))
 
 
 def test_a_ring_of_pages_ends(tmp_path):
