@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from ssl_seg import files
 from ssl_seg.config import UserError
 
 POLL = 0.1  # seconds between two looks at processes here
@@ -52,7 +53,7 @@ class Call:
     def last_words(self) -> str:
         """The last line of its log, for a message; the log of another machine may be late."""
         with suppress(OSError):
-            lines = self.log.read_text(errors="replace").split("\n")
+            lines = files.read_bytes(self.log).decode(errors="replace").split("\n")
             return next((line.strip() for line in reversed(lines) if line.strip()), "")
         return ""
 
@@ -177,7 +178,7 @@ class Here(Executor):
 
     def start(self, call: Call, slot: int) -> Handle:
         call.log.parent.mkdir(parents=True, exist_ok=True)
-        with call.log.open("w") as log:
+        with open(files.open_regular(call.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
             process = subprocess.Popen(
                 _command(call),
                 stdin=subprocess.DEVNULL,
@@ -288,7 +289,7 @@ class Submission:
         # submitit leaves SIGTERM aside, and its jobs on this machine are stopped by SIGINT.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)
-        with self.log.open("a") as log:
+        with open(files.open_regular(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

@@ -29,7 +29,7 @@ from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
 from ssl_seg.reports.changed import draw_changed_of_study
 from ssl_seg.runs.folder import Records, RunFolder
-from ssl_seg.runs.lock import LOCK, hold, is_held
+from ssl_seg.runs.lock import LOCK, hold, holder_of, is_held
 from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import FinetuneConfig, candidates
 from ssl_seg.studies.config import StudyConfig
@@ -224,7 +224,7 @@ class _Ledger:
                 self._tidy(cell)
                 self.note(cell, "finished")
         for cell in hung:
-            holder = (_folder(self.out, cell) / LOCK).read_text(errors="replace")
+            holder = holder_of(_folder(self.out, cell))
             self.note(cell, "stalled", f"process {holder} holds it and shows no sign of life; end that one")
         self.write("running")
 
