@@ -1,9 +1,10 @@
 """Files and folders that are on the disk whole or not at all, whatever a kill, a full disk or a power cut interrupts.
 
 safetensors and JSON hold everything, so reading a file runs no code. Ours is what the two and the standard library
-lack. Only regular files are opened, since a pipe in the place of one would be waited for without end. A folder replaces another so that a kill at any instant leaves one of them whole: a rename cannot replace a folder
+lack. A folder replaces another so that a kill at any instant leaves one of them whole: a rename cannot replace a folder
 that holds files. Writes are synced before they count. Digests tell a flipped bit, which safetensors loads in silence.
-Errors are one line that names the file.
+Nothing but a regular file is opened, since a pipe in its place would be waited for without end. Errors are one line
+that names the file.
 
 Every function here is for one writing process. Where there are several, the main one writes, and the caller puts
 barriers around it.
@@ -135,13 +136,13 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 def read_bytes(path: Path) -> bytes:
     """All of a regular file. Raises OSError as `open_regular`."""
-    with open(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return file.read()
 
 
 def append(path: Path, text: str) -> None:
     """Add to a regular file, which is made where there is none. Raises OSError as `open_regular`, also for a link."""
-    with open(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
         file.write(text.encode())
 
 
@@ -197,7 +198,7 @@ def sha256(payload: bytes) -> str:
 def is_intact(path: Path, digest: str) -> bool:
     """Whether the file can be read and is the one whose `sha256` was taken."""
     try:
-        with open(open_regular(path), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest
     except OSError:
         return False

@@ -92,9 +92,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "baseline"
-        raise UserError(
-            f"{path}: not as ssl-seg study writes it ({place}: {first['msg']}); {_AGAIN}"
-        ) from error
+        raise UserError(f"{path}: not as ssl-seg study writes it ({place}: {first['msg']}); {_AGAIN}") from error
     except UserError as error:
         raise UserError(f"{path}: damaged; {_AGAIN}") from error
     return record

@@ -119,7 +119,7 @@ class RunFolder:
 
     def pictures(self) -> list[Picture]:
         """All that were made while training, by name and step."""
-        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in self.files_in("pictures") if entry.suffix == ".png"]
+        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in self.files_in("pictures")]
         found = [Picture(match[2], int(match[1]), entry) for match, entry in matched if match]
         return sorted(found, key=lambda picture: (picture.name, picture.step))
 

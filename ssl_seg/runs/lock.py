@@ -33,7 +33,7 @@ def holder_of(folder: Path) -> str | None:
     The kernel frees a lock when its process ends, so this tells the end of a run whoever bears its number by now.
     """
     try:
-        with open(files.open_regular(folder / LOCK), "rb") as lock:
+        with os.fdopen(files.open_regular(folder / LOCK), "rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

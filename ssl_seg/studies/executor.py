@@ -212,7 +212,7 @@ class Here(Executor):
 
     def start(self, call: Call, slot: int) -> Handle:
         call.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(files.open_regular(call.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
+        with os.fdopen(files.open_regular(call.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
             process = subprocess.Popen(
                 _command(call),
                 stdin=subprocess.DEVNULL,
@@ -323,7 +323,7 @@ class Submission:
         # submitit leaves SIGTERM aside, and its jobs on this machine are stopped by SIGINT.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)
-        with open(files.open_regular(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
+        with os.fdopen(files.open_regular(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

@@ -111,7 +111,7 @@ class Mirror:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]
         with files.naming(self.folder / FOLDER):
             (self.folder / FOLDER).mkdir(exist_ok=True)
-            log = open(files.open_regular(self.folder / FOLDER / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
+            log = os.fdopen(files.open_regular(self.folder / FOLDER / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
         # -P: nothing that lies in the working directory is imported.
         command = [sys.executable, "-P", "-m", "ssl_seg", "track", str(self.folder), "--follow", str(os.getpid())]
         paths = [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])]

@@ -85,7 +85,7 @@ def first_use(uri: str, place: Path | None) -> Iterator[None]:
     name = DATABASE if place else f"ssl_seg-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
     with files.naming(folder, "cannot hold MLflow's files"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(files.open_regular(folder / f".{name}.lock", os.O_CREAT), "rb")
+        lock = os.fdopen(files.open_regular(folder / f".{name}.lock", os.O_CREAT), "rb")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if uri.startswith("sqlite:///"):

@@ -154,7 +154,7 @@ def alone(folder: Path, patience: float) -> Iterator[BinaryIO]:
     """
     with files.naming(folder / FOLDER):
         (folder / FOLDER).mkdir(exist_ok=True)
-        lock = open(files.open_regular(folder / FOLDER / LOCK, os.O_CREAT), "rb")
+        lock = os.fdopen(files.open_regular(folder / FOLDER / LOCK, os.O_CREAT), "rb")
     with lock:
         until = time.monotonic() + patience
         while not _taken(lock):

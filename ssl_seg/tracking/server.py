@@ -409,7 +409,7 @@ class _Tail:
     def read(self) -> None:
         # Held open: a run that goes on replaces the file, and what belongs to the former one must not be mixed in.
         if self.file is None and lies_in(self.path, self.folder):
-            self.file = open(open_regular(self.path), encoding="utf-8", errors="replace")
+            self.file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
         if self.file is None:
             return
         *lines, self.rest = (self.rest + self.file.read()).split("\n")

@@ -30,7 +30,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
-
 from PIL import Image
 
 from ssl_seg import images, tracking
@@ -1152,7 +1151,10 @@ def half_made(path: Path, *more: str) -> None:
     """As a kill leaves it in the middle of MLflow's tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(fresh_database())
-    statements = ("CREATE TABLE _alembic_tmp_runs (a INTEGER)", "UPDATE alembic_version SET version_num = '7ac759974ad8'")
+    statements = (
+        "CREATE TABLE _alembic_tmp_runs (a INTEGER)",
+        "UPDATE alembic_version SET version_num = '7ac759974ad8'",
+    )
     with closing(sqlite3.connect(path)) as opened:
         for statement in (*statements, *more):
             opened.execute(statement)
