@@ -6,7 +6,6 @@ imported inside the commands, after the words have been looked at, so `--help` a
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
-from ssl_seg.terminal import print_lines, tells
+from ssl_seg.terminal import STOPPED, print_lines, say, tells, usable_streams, watch_signals
 
 if TYPE_CHECKING:
     from ssl_seg.training.processes import DeviceName
@@ -326,26 +325,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: Callable[[], Any]) -> int:
     """The exit code of a command; what the user must know goes to stderr in one line."""
-    try:
-        return command() or 0
-    except ClickError as error:
-        return _complain(error.format_message())
-    except UserError as error:
-        return _complain(str(error), error.exit_code, alone=error.of_one_process)
-    except typer.Abort:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
-        return 0
-    except Interrupted as error:
-        print(f"ssl-seg: {error}", file=sys.stderr)
-        return 128 + error.signum
+    with usable_streams():
+        try:
+            return _ended(command)
+        except ClickError as error:
+            return _complain(error.format_message())
+        except UserError as error:
+            return _complain(str(error), error.exit_code, alone=error.of_one_process)
+        except Interrupted as error:
+            return _complain(str(error), 128 + error.signum, alone=True)
+
+
+def _ended(command: Callable[[], Any]) -> int:
+    """What a command returns, once what it has printed is out; raises what the user must know."""
+    with watch_signals() as signals:
+        try:
+            code = command() or 0
+            sys.stdout.flush()
+        except Exception as error:
+            # A signal amid an import comes out as whatever the library makes of it.
+            if signals.raised is None or isinstance(error, Interrupted):
+                raise
+            raise Interrupted(signals.raised, STOPPED) from error
+    return code
 
 
 def _complain(message: str, code: int = 2, alone: bool = False) -> int:
-    line = " ".join(message.split())
-    if alone or tells():
-        print(f"ssl-seg: {line}", file=sys.stderr)
+    say(f"ssl-seg: {' '.join(message.split())}", quiet=not (alone or tells()))
     return code
 
 

@@ -326,7 +326,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     first = command(*words)
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert first.poll() is None
+            assert first.poll() is None, first.communicate()
             time.sleep(0.05)
         second = command(*words)
         _, said = second.communicate()

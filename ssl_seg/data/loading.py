@@ -24,6 +24,7 @@ from ssl_seg.data.augment import Augment
 from ssl_seg.data.splits import Examples, digest_of
 from ssl_seg.datasets import Example
 from ssl_seg.tasks import Batch
+from ssl_seg.terminal import STOPPING
 
 # Bytes up to which each loader worker keeps a set of decoded images: 64 photographs of 1024 x 1024 with their masks, or
 # a pool of 4,600 frames of 160 x 120. The few labelled images of most users fit.
@@ -220,7 +221,7 @@ def outlive_signals(_: int) -> None:
 
     torch lets a worker die of SIGTERM, and then the run fails in place of saving its state.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -46,7 +46,7 @@ class Records:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None where there is no such file."""
         path = self.folder / name
-        return files.read_json(path) if path.is_file() else None
+        return files.read_json(path) if path.exists() else None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """NaN and infinity become null."""
@@ -108,16 +108,18 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it has none."""
         path = self.folder / name
-        return read_checked(path) if path.is_file() else None
+        return read_checked(path) if path.exists() else None
 
     def metrics(self) -> list[dict[str, float]]:
         return read_metrics(self.folder)
 
+    def files_in(self, name: str) -> list[Path]:
+        """Every file in a folder of the run and in those below it; none that a link outside leads to."""
+        return [path for path in sorted((self.folder / name).rglob("*")) if files.lies_in(path, self.folder)]
+
     def pictures(self) -> list[Picture]:
         """All that were made while training, by name and step."""
-        # A link could lead a report to what is not the run's.
-        entries = (entry for entry in (self.folder / "pictures").glob("*.png") if not entry.is_symlink())
-        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in entries]
+        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in self.files_in("pictures")]
         found = [Picture(match[2], int(match[1]), entry) for match, entry in matched if match]
         return sorted(found, key=lambda picture: (picture.name, picture.step))
 
@@ -162,7 +164,7 @@ def origin(init: str | None) -> dict[str, Any] | None:
 
 
 def _pool_in(path: Path) -> dict[str, Any]:
-    pool = read_checked(path).get("pool") if path.is_file() else None
+    pool = read_checked(path).get("pool") if path.exists() else None
     return {} if pool is None else {"pool": f"{pool['images']} images, names {pool['sha256_of_names'][:12]}"}
 
 
@@ -278,7 +280,10 @@ def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line of a metrics file with its content. A line is whole once its line break is written."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = files.read_bytes(path).decode(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or leave the run out") from error
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)

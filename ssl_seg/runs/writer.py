@@ -162,8 +162,8 @@ class Run:
             return
         line = {"step": step, TIME: epoch_ms(), **{name: float(value) for name, value in values.items()}}
         path = self.folder / "metrics.jsonl"
-        with files.naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(files.finite(line)) + "\n")
+        with files.naming(path):
+            files.append(path, json.dumps(files.finite(line)) + "\n")
 
     def picture_path(self, name: str, step: int) -> Path:
         """Where the picture `name` of `step` belongs; its folder exists on the main process."""

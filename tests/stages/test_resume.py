@@ -130,7 +130,7 @@ def test_kills_at_random_steps_leave_no_trace(tmp_path: Path) -> None:
     assert json.loads((killed / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, workers: int, tmp_path: Path) -> None:
     """To the process alone; or, with loader workers, to all of its group, as a terminal and a scheduler send it."""
