@@ -137,9 +137,14 @@ class Run:
     def resume(self) -> State | None:
         """The newest whole checkpoint, None for a run that has none; the metrics after it are dropped."""
         state = load_state(self.folder)
-        if state is not None and self._lock is not None:
-            _rewind_metrics(self.folder / "metrics.jsonl", state.step)
+        if state is not None:
+            self.rewind(state.step)
         return state
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`: they are made again."""
+        if self._lock is not None:
+            _rewind_metrics(self.folder / "metrics.jsonl", step)
 
     def save_state(
         self, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], keep: Collection[int] = ()

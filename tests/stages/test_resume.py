@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ssl_seg import cli
 from ssl_seg.config import UserError, load
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics, software_of
+from ssl_seg.stages import fit
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
@@ -68,6 +70,35 @@ def test_resuming_after_every_step_gives_the_same_bits(
     config = load(config_class, values(workers=workers, save_every=1, **changed))
     resume_after_every_step(lambda folder: run(config, Options(folder, quiet=True)), tmp_path, config.train.steps)
     assert_all_the_same(tmp_path, config.train.steps - 1)
+
+
+class Killed(BaseException):
+    """As a kill: nobody catches it."""
+
+
+def test_a_run_that_ends_between_a_save_and_its_evaluation_makes_that_first(tmp_path: Path) -> None:
+    """The step is saved before it is evaluated; the evaluation is made up for, and no line is lost or doubled."""
+    config = load(FinetuneConfig, joining(steps=3, eval_every=2, save_every=2))
+    finetune(config, Options(tmp_path / "whole", quiet=True))
+    for killed_at in (2, 3):
+        out = tmp_path / f"killed_at_{killed_at}"
+        real = fit.evaluate
+
+        def dying(job: Any, evaluators: Any, step: int, real: Any = real, last: int = killed_at) -> dict[str, float]:
+            if step == last:
+                raise Killed
+            return real(job, evaluators, step)
+
+        with mock.patch.object(fit, "evaluate", dying), pytest.raises(Killed):
+            finetune(config, Options(out, quiet=True))
+        assert load_state(out).step == killed_at
+        assert figures(out)[-1]["step"] == killed_at - 1, "what the step is worth is not known yet"
+        finetune(config, Options(out, quiet=True))
+        assert_same_run(tmp_path / "whole", out)
+        ends = [load_state(folder).data for folder in (tmp_path / "whole", out)]
+        for end in ends:
+            del end["progressed"]["seconds"]
+        assert ends[0] == ends[1]
 
 
 def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) -> None:
