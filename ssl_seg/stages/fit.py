@@ -15,9 +15,9 @@ import torch
 from pydantic import Field, PositiveInt
 
 from ssl_seg import images
-from ssl_seg.config import Config, Interrupted
+from ssl_seg.config import Config, Interrupted, UserError
 from ssl_seg.data.loading import Draws, Packed, Samples, loader
-from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.checkpoint import checkpoints_in, load_state
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task
 from ssl_seg.terminal import Signals, reporter, say
@@ -161,12 +161,29 @@ class Job:
         say("already finished; nothing is left to train" if over else f"resuming after step {step}", self.quiet)
 
     def save(self, step: int, owed: Mapping[str, float] | None = None) -> None:
-        """Commit the state after `step`; `owed` are its figures, where it is saved before it is evaluated."""
+        """Commit the state after `step`; `owed` are its figures, where it is saved before it is evaluated.
+
+        Raises UserError for weights or moments that are not finite: the checkpoints before stay as they are.
+        """
+        self._refuse_not_finite(step)
         self.count_time()
         data = {"learner": self.learner.data(), "progressed": vars(self.progress), "owed": owed}
         keep = [self.progress.best_step] if self.score else []
         self.run.save_state(step, self.learner.tensors(), data, keep)
         self.learner.processes.barrier()
+
+    def _refuse_not_finite(self, step: int) -> None:
+        found = self.learner.not_finite()
+        if not self.learner.processes.any(bool(found)):
+            return
+        known = max(checkpoints_in(self.run.folder), default=None)
+        remedy = "there is no checkpoint yet; start anew with a lower"
+        if known is not None:
+            remedy = f"the checkpoint of step {known} stays; go on from it with a lower train.lr and --allow-changed"
+        named = f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else "".join(found)
+        raise UserError(
+            f"step {step}: the weights are not finite any more ({named}), so they are not saved, and {remedy} train.lr"
+        )
 
     def count_time(self) -> None:
         """Add what has passed since the last call to the time spent; the first call starts the clock."""

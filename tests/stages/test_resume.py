@@ -24,8 +24,12 @@ from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics, software_of
 from ssl_seg.stages import fit
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
-from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.fit import open_streams
+from ssl_seg.stages.pretrain import PretrainConfig, assemble, pretrain
 from ssl_seg.stages.setup import Options
+from ssl_seg.stages.start import find_start
+from ssl_seg.training.loop import train
+from ssl_seg.training.processes import Processes
 from tests import ROOT
 from tests.processes import Child, command, in_pair, start_torchrun
 from tests.small import finetuning, joining, pretraining
@@ -364,6 +368,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     pretrain(config, Options(damaged))
     assert "step_00000004/state.safetensors: damaged" in capsys.readouterr().err
     assert_same_run(whole, damaged)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_that_are_not_finite_are_not_saved(optimizer: str, tmp_path: Path) -> None:
+    """The rate is a finite number; the weights after a step with it are none, though loss and gradient were."""
+    pretrain(load(PretrainConfig, pretraining(steps=2, optimizer=optimizer)), Options(tmp_path, quiet=True))
+    before = last_state(tmp_path)
+    values = pretraining(steps=4, lr=1e38, warmup=0, save_every=1, clip=None, optimizer=optimizer, weight_decay=1e3)
+    with pytest.raises(UserError, match=r"step 3: .* not finite .* the checkpoint of step 2 stays") as caught:
+        pretrain(load(PretrainConfig, values), Options(tmp_path, quiet=True, allow_changed=("train.*",)))
+    assert "\n" not in str(caught.value)
+    assert load_state(tmp_path).step == 2
+    torch.testing.assert_close(last_state(tmp_path), before, rtol=0, atol=0)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "new", quiet=True))
+
+
+@pytest.mark.parametrize("part", ["model/", "teacher/", "optimizer/"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_tensor_of_the_state_is_looked_at(part: str, value: float) -> None:
+    config = load(PretrainConfig, pretraining(ema=0.9))
+    learner, sources = assemble(config, find_start(config), Processes(config.train), None)
+    streams = open_streams(sources, config.train, learner.processes, learner.module.tasks, 0)
+    next(train(learner, streams, 0, seed=0))
+    assert not learner.not_finite()
+    name = [name for name, tensor in learner.tensors().items() if name.startswith(part) and tensor.ndim][-1]
+    learner.tensors()[name].view(-1)[-1] = value
+    assert learner.not_finite() == [name]
 
 
 def test_overwrite_starts_anew(tmp_path: Path) -> None:
