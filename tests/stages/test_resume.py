@@ -22,6 +22,7 @@ from ssl_seg import cli
 from ssl_seg.config import UserError, load
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics, software_of
+from ssl_seg.runs.writer import CHANGING
 from ssl_seg.stages import fit
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.fit import open_streams
@@ -237,6 +238,23 @@ def test_what_the_steps_before_were_made_with_is_not_forgotten(tmp_path: Path) -
     assert both["torch"] == f"2.10, {now['torch']}"
     assert both["device"] == "1 x cuda, 1 x cpu"
     assert both["timm"] == now["timm"]
+
+
+def test_variables_that_change_bits_are_recorded_and_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CHANGING:
+        monkeypatch.delenv(name, raising=False)
+    config = load(PretrainConfig, pretraining(steps=1))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    pretrain(config, Options(tmp_path, quiet=True))
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4: has no effect" in capsys.readouterr().err
+    assert software_of(json.loads((tmp_path / "run.json").read_text()))["environment"] == "none set"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    pretrain(config, Options(tmp_path, quiet=True))
+    both = software_of(json.loads((tmp_path / "run.json").read_text()))["environment"]
+    assert both == "none set, NVIDIA_TF32_OVERRIDE=0 OMP_NUM_THREADS=3"
 
 
 def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
