@@ -193,12 +193,17 @@ def description_of(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def software_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a run was made with: each package's version, and the device as `device`; `2.10, 2.14` for one resumed so."""
+    """What a run was made with: each package's version, the device as `device`, variables of torch as `environment`.
+
+    `2.10, 2.14` for one resumed so.
+    """
     found: dict[str, dict[str, None]] = {}
     for start in [*(record.get("resumed") or ()), record]:
-        versions = start.get("versions")
-        named = versions if isinstance(versions, Mapping) else {}
-        for name, value in {**named, "device": start.get("device")}.items():
+        versions, variables = start.get("versions"), start.get("environment")
+        named = {**(versions if isinstance(versions, Mapping) else {}), "device": start.get("device")}
+        if isinstance(variables, Mapping):
+            named["environment"] = " ".join(f"{name}={value}" for name, value in variables.items()) or "none set"
+        for name, value in named.items():
             if value is not None:
                 found.setdefault(name, {})[str(value)] = None
     return {name: ", ".join(values) for name, values in found.items()}

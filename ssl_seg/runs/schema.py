@@ -72,6 +72,7 @@ class _RecordShape(Shape):
     ended: Moment = None
     resumed: list[dict[str, Any]] | None = None
     versions: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
     cost: _CostShape | None = None
 
 

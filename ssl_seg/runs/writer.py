@@ -58,6 +58,23 @@ RUN_FILES = (
     *EXPORTS,
 )
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
+# Environment variables by which torch and its libraries give the same command other bits: threads, instructions, TF32.
+CHANGING = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
+    "OMP_NUM_THREADS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 
@@ -137,9 +154,14 @@ class Run:
     def resume(self) -> State | None:
         """The newest whole checkpoint, None for a run that has none; the metrics after it are dropped."""
         state = load_state(self.folder)
-        if state is not None and self._lock is not None:
-            _rewind_metrics(self.folder / "metrics.jsonl", state.step)
+        if state is not None:
+            self.rewind(state.step)
         return state
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`: they are made again."""
+        if self._lock is not None:
+            _rewind_metrics(self.folder / "metrics.jsonl", step)
 
     def save_state(
         self, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], keep: Collection[int] = ()
@@ -262,7 +284,9 @@ def _start(
 def _going_on(former: Mapping[str, Any], record: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The run.json of a run that is continued after `step`."""
     resumed = {"at": record["started"], "after_step": step, "changed": diff(former["config"], record["config"])}
-    resumed |= {key: former[key] for key in ("versions", "device") if key in former}  # of the steps before
+    resumed |= {
+        key: former[key] for key in ("versions", "environment", "device") if key in former
+    }  # of the steps before
     kept = {key: former[key] for key in ("origin", "cost") if key in former}
     return {**record, "started": former["started"], "resumed": [*former["resumed"], resumed], **kept}
 
@@ -322,6 +346,7 @@ def provenance() -> dict[str, Any]:
         "started": timestamp(),
         "git_commit": _git_commit(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "environment": {name: os.environ[name] for name in CHANGING if name in os.environ},
     }
 
 

@@ -23,7 +23,7 @@ from ssl_seg.runs.folder import Records, beside, origin
 from ssl_seg.runs.lock import LOCK, hold
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
-from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.scoring import Scored, image_confusions
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
 
@@ -117,7 +117,7 @@ def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
 
 def _guard(config: EvaluateConfig, place: Records) -> None:
     """Compare what is scored with all that the model's run was trained on, as that has stored it."""
-    question = Question({}, {"test": config.data.test}, config.leaks, {"model": config.model})
+    question = Question({}, {"test": Scored.all_of(config.data.test)}, config.leaks, {"model": config.model})
     check(place, question, config.workers)
 
 

@@ -151,10 +151,13 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         for line in of_small_images(config, labelled):
             say(line, quiet)
         trained = {"labelled": labelled, "pool": config.data.pool}
-        scored = {"val": val, "test": config.data.test}
+        judging = {"val": val, "test": config.data.test}
+        scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
         question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
         guard(run, question, processes, config.train.workers, quiet)
+        if not config.leaks.check:  # else the guard has read them
+            scoring.read_once(scored.values(), config.train.workers, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
         if processes.is_main:

@@ -22,7 +22,7 @@ from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
-from ssl_seg.terminal import Signals, watch_signals
+from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
@@ -83,6 +83,8 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
     refusal = processes.from_first(refusal)  # so that no process waits for one that has given up
     if run is None or refusal:
         raise UserError(refusal)
+    for wish in processes.unheeded:
+        say(f"{wish}: has no effect; give train.precision, train.accumulate or train.device", not processes.is_main)
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
     with mirror, watch_signals() as signals, run:
         try:
