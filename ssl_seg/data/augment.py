@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from ssl_seg import images, rng
 from ssl_seg.config import Config
-from ssl_seg.images import Size
+from ssl_seg.images import Size, SizeField
 
 Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, 3) uint8 and its mask (H, W) uint8
 
@@ -94,7 +94,7 @@ class Jitter(_SharedDraws):
 class Augment(Config):
     """Random crops of the training images; the same for image and mask."""
 
-    crop: tuple[PositiveInt, PositiveInt] = (128, 128)  # (H, W) that the network sees
+    crop: SizeField = (128, 128)  # (H, W) that the network sees
     # The range of the factor by which an image is scaled before the crop, drawn log-uniformly: 0.5 shows a region of
     # twice the crop's side. A region that does not fit is made smaller, so a small image is scaled up, never padded.
     zoom: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)

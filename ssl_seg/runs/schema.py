@@ -161,9 +161,12 @@ def read_checked(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_shape(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on."""
-    shape = SHAPES.get(path.name)
+def check_shape(path: Path, values: Mapping[str, Any], shape: TypeAdapter[Any] | None = None) -> None:
+    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on.
+
+    `shape` is that of a file whose name says nothing, such as an export's.
+    """
+    shape = shape or SHAPES.get(path.name)
     try:
         if shape is not None:
             shape.validate_python(values)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from ssl_seg.config import Config, UserError, load
+from ssl_seg.config import Config, PathText, UserError, load
 from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
 from ssl_seg.data.splits import Examples, Labels, Subset, hold_out, pixel_counts, sample_digest, subset_of
 from ssl_seg.datasets import Dataset
+from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.checkpoint import load_state
@@ -67,7 +68,7 @@ class FinetuneData(Config):
     val: SerializeAsAny[Dataset] | None = None  # None: whole sequences, or a fifth, of the labelled images are held out
     test: SerializeAsAny[Dataset] | None = None  # scored once, at the end, with the weights that `select` names
     pool: SerializeAsAny[Dataset] | None = None  # unlabelled images of joint training
-    resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image; scores stay at the label's own size
+    resize: SizeField | None = None  # (H, W) of every image; scores stay at the label's own size
 
 
 class FinetuneConfig(StageConfig):
@@ -81,7 +82,9 @@ class FinetuneConfig(StageConfig):
     tasks: TaskMapping = Field(default={})  # of joint training
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
-    init: str | None = None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
+    init: PathText | None = (
+        None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
+    )
     init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
     # Or encoder+<task>: that task's decoder too (Brempong et al. 2022). Or model: all of a fine-tuned run of the same
     # classes, its last layer too, as after training on drawn masks.
@@ -138,7 +141,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config, start = resolve(config, None if options.overwrite else options.out)
+    config, start = resolve(config, None if options.overwrite else options.folder)
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)

@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
+from pydantic import NonNegativeInt, SerializeAsAny, field_validator
 
-from ssl_seg.config import Config
+from ssl_seg.config import Config, PathText
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import Samples
 from ssl_seg.datasets import Dataset
+from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.runs.writer import Run
@@ -46,7 +47,7 @@ class PretrainData(Config):
 
     pool: SerializeAsAny[Dataset]  # unlabelled; masks are not looked at
     val: SerializeAsAny[Dataset] | None = None  # images on which the tasks are scored; never trained on
-    resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image before the crop
+    resize: SizeField | None = None  # (H, W) of every image before the crop
 
 
 class PretrainConfig(StageConfig):
@@ -57,7 +58,7 @@ class PretrainConfig(StageConfig):
     tasks: TaskMapping
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
-    init: str | None = None  # an exported encoder to go on from
+    init: PathText | None = None  # an exported encoder to go on from
     init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
     # Images without corruption on which batch statistics are estimated anew for the export, since those of training
     # mix noise, holes and grey; 0: as training left them. Root mean square distance of the last map to that with the
@@ -98,7 +99,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config, start = resolve(config, None if options.overwrite else options.out)
+    config, start = resolve(config, None if options.overwrite else options.folder)
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)

@@ -14,7 +14,7 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
 from ssl_seg import tracking
-from ssl_seg.config import NAME, Config, Interrupted, UserError
+from ssl_seg.config import NAME, Config, Interrupted, UserError, user_path
 from ssl_seg.data.loading import Samples, check_batch_size, loader
 from ssl_seg.data.splits import Examples, manifest
 from ssl_seg.datasets import Dataset
@@ -57,6 +57,11 @@ class Options:
     allow_changed: tuple[str, ...] = ()  # dotted config keys that may differ from those of the run that is resumed
     quiet: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """`out` as a path. Raises UserError as `user_path`."""
+        return user_path(self.out)
+
 
 class Opened(NamedTuple):
     """What a stage works with while it holds its folder."""
@@ -70,8 +75,8 @@ class Opened(NamedTuple):
 def open_run(stage: str, config: StageConfig, options: Options, processes: Processes) -> Iterator[Opened]:
     """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
     tracking.check(config.tracking)
-    out = Path(options.out)
-    if options.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
+    out = options.folder
+    if options.overwrite and config.init and user_path(config.init).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}

@@ -25,7 +25,7 @@ from ssl_seg.stages.setup import StageConfig
 from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.multitask import MultiTask
-from ssl_seg.weights.export import read_encoder_info
+from ssl_seg.weights.export import exported_config, read_encoder_info
 from ssl_seg.weights.receipt import Receipt
 
 T = TypeVar("T", bound=Task)
@@ -55,18 +55,19 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
     former = None if folder is None else former_config(folder)
     resumes = folder is not None and has_checkpoint(folder)
     info = read_encoder_info(config.init) if config.init and not resumes else {}
+    exported = exported_config(str(config.init), info) if info else None
     if former is not None:
         model = _lay_on(load(ModelConfig, former["model"]), given)
-    elif info:
-        model = _inherit(load(ModelConfig, info["config"]), given, config)
+    elif exported is not None:
+        model = _inherit(exported, given, config)
     else:
         model = given
     if resumes or config.init is None:
         kind = "checkpoint" if resumes else "published" if getattr(model.encoder, "pretrained", False) else "random"
         return Start(kind, model, model.norm, model.norm)
     # Weights of another origin are taken for the architecture's own.
-    exported = info.get("config", {}).get("norm", "keep")
-    return Start("init", model, loads_as(exported, model.norm), exported)
+    norm = "keep" if exported is None else exported.norm
+    return Start("init", model, loads_as(norm, model.norm), norm)
 
 
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
