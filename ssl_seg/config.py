@@ -390,7 +390,8 @@ def _read_override(word: str) -> dict[str, Any]:
     if not re.fullmatch(r"\w+(\.[\w-]+)*", key) or key.count(".") > MAX_DEPTH:
         raise UserError(f"{_cut(word)}: not a key=value word; write it as train.lr=1e-3")
     try:
-        return _plain(OmegaConf.from_dotlist([f"{key}={checked(value)}"]))
+        # `init=$RUN` of a variable that is not set is a mistake, and no null, which would be to start from scratch.
+        return _plain(OmegaConf.from_dotlist([f"{key}={checked(value)}" if value.strip() else f"{key}=''"]))
     except YAML_ERRORS as error:
         raise UserError(f"{_cut(word)}: the value is not YAML: {_first_line(error)}") from error
 

@@ -72,7 +72,7 @@ class Flip(_SharedDraws):
     taken = slice(3, 4)
 
     def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
-        if drawn[0] >= 0.5:
+        if drawn[0] >= 0.5 or image.shape[1] == 1:  # one column turned is itself, but with a stride that torch refuses
             return image, label
         return image[:, ::-1], None if label is None else label[:, ::-1]
 

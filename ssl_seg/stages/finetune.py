@@ -40,7 +40,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
 )
-from ssl_seg.stages.start import Start, find_start, prepare_tasks, recall, record_tasks, start_module
+from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.tasks import Stream, readers
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
@@ -156,7 +156,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         trained = {"labelled": labelled, "pool": config.data.pool}
         scored = {"val": val, "test": config.data.test}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
-        question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
+        question = Question(trained, scored, config.leaks, origins(config, start), own_cuts)
         guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pydantic import NonNegativeInt, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from ssl_seg.config import Config, PathText
 from ssl_seg.data.augment import Augment
@@ -30,7 +30,7 @@ from ssl_seg.stages.setup import (
     open_run,
     recalibrate,
 )
-from ssl_seg.stages.start import Start, find_start, prepare_tasks, record_tasks, start_module
+from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
@@ -64,7 +64,7 @@ class PretrainConfig(StageConfig):
     # mix noise, holes and grey; 0: as training left them. Root mean square distance of the last map to that with the
     # statistics of 2,048 images, resnet18 after 1,500 steps: 26 % as trained, 16, 7.1, 3.9, 3.6, 2.7 and 2.1 % with
     # 32, 64, 128, 256, 512 and 1,024 images.
-    recalibrate: NonNegativeInt = 256
+    recalibrate: int = Field(default=256, ge=0, le=1_000_000)
     seed: int = 0
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
@@ -106,7 +106,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
-        question = Question(pool, val, config.leaks, {"init": config.init})
+        question = Question(pool, val, config.leaks, origins(config, start))
         guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, start, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}

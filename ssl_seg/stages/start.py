@@ -70,6 +70,13 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
     return Start("init", model, loads_as(norm, model.norm), norm)
 
 
+def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
+    """Where weights that may have seen images come from, by the key that names them: for the leak guard to ask."""
+    if config.init is not None:
+        return {"init": config.init}
+    return {"pretrained": getattr(start.model.encoder, "weights_file", None)}  # of timm's own the images are known
+
+
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
     """The parts of a model that were given, on those of another."""
     return base.model_copy(update={name: getattr(model, name) for name in model.model_fields_set})
