@@ -105,6 +105,8 @@ class Augment(Config):
     def _in_order(self) -> Augment:
         if self.zoom[0] > self.zoom[1]:
             raise ValueError(f"zoom: {list(self.zoom)} is empty; write the smaller factor first")
+        if self.zoom[1] > max(self.crop):
+            raise ValueError(f"zoom: {self.zoom[1]:g} shows less than a pixel in a crop of {list(self.crop)}; lower it")
         return self
 
     def augmentations(self) -> list[Augmentation]:
@@ -115,6 +117,17 @@ class Augment(Config):
         if self.jitter:
             chosen.append(Jitter(self.jitter))
         return chosen
+
+    def clamped(self, size: Size) -> str | None:
+        """What to know of the zoom where an image of `size` (H, W) has no region as large as it asks for."""
+        least = max(self.crop[0] / size[0], self.crop[1] / size[1])
+        if self.zoom[0] >= least:
+            return None
+        whole = f"all of {list(self.zoom)} is" if self.zoom[1] <= least else f"below {least:.3g} it is"
+        return (
+            f"augment.zoom: {whole} {least:.3g} for an image of {size[0]} x {size[1]}, such as the first: with a crop "
+            f"of {list(self.crop)} it has no larger region"
+        )
 
     def apply(self, image: np.ndarray, label: np.ndarray | None, key: Tensor) -> Pair:
         """A crop of an image `(H, W, 3)` and its mask `(H, W)`; a pure function of the key."""

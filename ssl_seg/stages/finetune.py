@@ -39,6 +39,7 @@ from ssl_seg.stages.setup import (
     check_training,
     export_heads,
     open_run,
+    say_clamped_zoom,
 )
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.tasks import Stream, readers
@@ -328,6 +329,7 @@ def assemble(
     }
     if config.data.pool is not None:
         sources["pool"] = Samples(config.data.pool, config.augment, config.seed, resize)
+    say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":

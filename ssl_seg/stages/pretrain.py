@@ -29,6 +29,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     recalibrate,
+    say_clamped_zoom,
 )
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
@@ -179,6 +180,7 @@ def assemble(
 ) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
+    say_clamped_zoom(pool, quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     tasks = prepare_tasks(config.tasks, pool, recorded)
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)

@@ -22,7 +22,7 @@ from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
-from ssl_seg.terminal import Signals, watch_signals
+from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
@@ -127,6 +127,19 @@ def check_images(key: str, dataset: Dataset) -> None:
     """An empty data set would only be noticed as a division by zero."""
     if len(dataset) == 0:
         raise UserError(f"{key}: holds no image; name a folder with some")
+
+
+def say_clamped_zoom(samples: Samples, quiet: bool) -> None:
+    """Tell where a zoom that was asked for is not had. By the first image: those of a set are mostly of one size.
+
+    Of the default nothing is told: it is meant for images of any size.
+    """
+    if quiet or "zoom" not in samples.augment.model_fields_set:
+        return
+    size = samples.resize or samples.examples.image(0).image.shape[:2]
+    told = samples.augment.clamped((size[0], size[1]))
+    if told is not None:
+        say(told, quiet)
 
 
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:

@@ -184,14 +184,14 @@ def refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> Non
 
 def _as_globs(names: Sequence[str]) -> list[str]:
     """The names, or where they are many one glob a module: the deepest modules that are few enough to be read."""
-    parts = [name.split(".") for name in names]
-    globs: list[str] = list(names)
-    for depth in reversed(range(1, max(map(len, parts)))):
+    globs: Sequence[str] = names
+    modules = [name.split(".")[:-1] for name in names]
+    for depth in reversed(range(1, max(map(len, modules)) + 1)):
         if len(globs) <= MAX_SUGGESTED:
             break
-        cut = [".".join([*own[:depth], "*"]) if len(own) > depth else ".".join(own) for own in parts]
+        cut = [".".join([*own[:depth], "*"]) if own else name for name, own in zip(names, modules, strict=True)]
         globs = list(dict.fromkeys(cut))
-    return globs
+    return list(globs)
 
 
 def compare_features(
