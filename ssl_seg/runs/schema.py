@@ -91,6 +91,11 @@ class _SplitShape(Shape):
     sha256_of_labelled: str = ""
 
 
+class _TaskShape(Shape):
+    given: dict[str, Any]
+    prepared: dict[str, Any]
+
+
 class _PartShape(Shape):
     images: int = 0
     sha256_of_names: str = ""
@@ -147,6 +152,7 @@ SHAPES = {
     "result.json": TypeAdapter(_ResultShape),
     "split.json": TypeAdapter(_SplitShape),
     "data.json": TypeAdapter(dict[str, _PartShape]),
+    "tasks.json": TypeAdapter(dict[str, _TaskShape]),
     "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
     "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
     "leaks.json": TypeAdapter(LeaksShape),

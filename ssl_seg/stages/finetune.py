@@ -296,6 +296,10 @@ def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = N
         return config.labels.choose(available), val
     if recorded.get("labels", config.labels.dump()) != config.labels.dump():
         raise UserError("labels: a run goes on with the images that it began with; give another --out for others")
+    if "labelled" not in recorded:
+        raise UserError(
+            "split.json: does not say which images are labelled; restore it, or start anew with --overwrite"
+        )
     labelled = subset_of(config.data.labelled, recorded["labelled"])
     if config.data.val is None and "val" in recorded:
         return labelled, subset_of(config.data.labelled, recorded["val"])

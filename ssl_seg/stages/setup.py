@@ -117,8 +117,8 @@ def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_chan
         allowed = any(fnmatchcase(f"data.{part}", glob) for glob in allow_changed)
         if part in now and now[part] != former and not allowed:
             raise UserError(
-                f"data.{part}: {now[part]['images']} images, not the {former['images']} that the run began with (or "
-                f"other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
+                f"data.{part}: {now[part]['images']} images, not the {former.get('images')} that the run began with "
+                f"(or other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
             )
     run.write_json("data.json", now)
 

@@ -57,7 +57,8 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
     info = read_encoder_info(config.init) if config.init and not resumes else {}
     exported = exported_config(str(config.init), info) if info else None
     if former is not None:
-        model = _lay_on(load(ModelConfig, former["model"]), given)
+        own = former.get("model")  # a stranger's run may say anything; another model is refused when it goes on
+        model = _lay_on(load(ModelConfig, own if isinstance(own, Mapping) else {}), given)
     elif exported is not None:
         model = _inherit(exported, given, config)
     else:
@@ -163,7 +164,7 @@ def recall(task: T, record: Mapping[str, Any] | None) -> T | None:
     """What a task became by `prepare` in an earlier start of this run; None if the task as given has changed since."""
     if record is None or record["given"] != task.dump():
         return None
-    return type(task).model_validate(record["prepared"])
+    return load(type(task), record["prepared"])
 
 
 def record_tasks(run: Run, given: Mapping[str, Task], prepared: Mapping[str, Task]) -> None:
