@@ -65,8 +65,9 @@ def commit_folder(target: Path, files: Mapping[str, bytes]) -> None:
 
 def committed(target: Path) -> Path:
     """Where the folder committed as `target` lies: under its other name if a kill came between the two renames."""
-    old = target.with_name(OLD + target.name)
-    return old if old.exists() and not target.exists() else target
+    old = target.parent / (OLD + target.name)  # `with_name` refuses `.`, the folder we are in
+    # os.path, since `Path.exists` raises for a name so long that nothing can have it with a prefix.
+    return old if os.path.exists(old) and not os.path.exists(target) else target
 
 
 def committed_names(parent: Path) -> set[str]:

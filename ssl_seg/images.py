@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from typing import Annotated
 from uuid import uuid4
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from pydantic import AfterValidator, PositiveInt
 
 from ssl_seg.config import UserError
 
@@ -62,6 +64,16 @@ TURNS = {  # EXIF orientation: the turn that undoes it
     8: Image.Transpose.ROTATE_90,
 }
 Size = tuple[int, int]
+
+
+def check_size(size: Size) -> Size:
+    """Raise ValueError for more pixels than an image may have."""
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} are more than {MAX_PIXELS} pixels; write a smaller (H, W)")
+    return size
+
+
+SizeField = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(check_size)]  # (H, W), as a key of a config
 
 
 def read_image(path: str | Path) -> np.ndarray:

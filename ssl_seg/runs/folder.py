@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_seg import files
-from ssl_seg.config import UserError, flatten
+from ssl_seg.config import UserError, flatten, user_path
 from ssl_seg.runs.lock import is_held
 from ssl_seg.runs.schema import check_shape, read_checked
 
@@ -142,7 +142,7 @@ def beside(weights: str | Path, name: str) -> Path | None:
 
     None where there is none, as for weights of another origin.
     """
-    named = Path(weights)
+    named = user_path(weights)
     start = named.parent if named.is_file() else named
     return next((place / name for place in (start, start.parent) if (place / name).is_file()), None)
 

@@ -30,6 +30,7 @@ from ssl_seg.config import Config, UserError, diff
 from ssl_seg.runs.checkpoint import State, checkpoints_in, has_checkpoint, load_state, save_state
 from ssl_seg.runs.folder import TIME, epoch_ms, metric_lines, origin
 from ssl_seg.runs.lock import LOCK, drop_inherited_locks, free_lock, take_lock
+from ssl_seg.runs.schema import read_checked
 
 Status = Literal["running", "finished", "failed", "killed"]
 EXPORTS = ("encoder", "decoders", "model")
@@ -207,7 +208,7 @@ class Run:
         if name in self._held:
             return json.loads(self._held[name])
         path = self.folder / name
-        return files.read_json(path) if path.exists() else None
+        return read_checked(path) if path.exists() else None
 
     def note(self, **facts: Any) -> None:
         """Facts for run.json that are known only when the run ends."""
@@ -238,7 +239,7 @@ class Run:
 def former_config(folder: str | Path) -> dict[str, Any] | None:
     """The config of the run that the same command would take up again; None where there is nothing to take up."""
     path = Path(folder) / "run.json"
-    return files.read_json(path).get("config") if path.is_file() and has_checkpoint(folder) else None
+    return read_checked(path)["config"] if path.is_file() and has_checkpoint(folder) else None
 
 
 def _rewind_metrics(path: Path, step: int) -> None:
@@ -268,7 +269,7 @@ def _start(
     path = folder / "run.json"
     files.settle(folder)
     files.settle(folder / "state")
-    former = files.read_json(path) if path.exists() else None
+    former = read_checked(path) if path.exists() else None
     if former is not None:
         _check_ours(folder, former, record["stage"])
     if overwrite:
@@ -288,7 +289,7 @@ def _going_on(former: Mapping[str, Any], record: Mapping[str, Any], step: int) -
         key: former[key] for key in ("versions", "environment", "device") if key in former
     }  # of the steps before
     kept = {key: former[key] for key in ("origin", "cost") if key in former}
-    return {**record, "started": former["started"], "resumed": [*former["resumed"], resumed], **kept}
+    return {**record, "started": former["started"], "resumed": [*(former["resumed"] or []), resumed], **kept}
 
 
 def _check_ours(folder: Path, former: Mapping[str, Any], stage: str) -> None:

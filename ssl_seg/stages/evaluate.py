@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.splits import manifest
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
@@ -21,6 +21,7 @@ from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.models import SegmentationModel
 from ssl_seg.runs.folder import Records, beside, origin
 from ssl_seg.runs.lock import LOCK, hold
+from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import Scored, image_confusions
@@ -37,7 +38,7 @@ class EvaluateData(Config):
 class EvaluateConfig(Config):
     """`ssl-seg evaluate model=runs/a data.test.type=camvid ...`"""
 
-    model: str  # a run folder or its model/
+    model: PathText  # a run folder or its model/
     data: EvaluateData
     workers: int = Field(default=2, ge=0)
     device: DeviceName = "auto"
@@ -91,7 +92,7 @@ def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[Records]
             if not stays:
                 shutil.rmtree(folder, ignore_errors=True)
         return
-    place = Records(Path(out))
+    place = Records(user_path(out))
     with files.naming(place.folder):
         if not _is_free(place):
             raise UserError(f"--out {out}: exists already; name a new folder")
@@ -129,7 +130,7 @@ def _write(
     place.write_json("data.json", {"test": manifest(data)})
     path = beside(config.model, "split.json")
     if path is not None:  # what tells which runs are a pair
-        split = files.read_json(path)
+        split = read_checked(path)
         place.write_json("split.json", {name: split[name] for name in OF_LABELLED if name in split})
     write_scores(place, model, {"test": (data, found)}, resize)
     place.write_json("run.json", _record(config, "finished"))  # last: until then the folder may be taken again

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.loading import Whole, loader
 from ssl_seg.datasets import Dataset
 from ssl_seg.figures import panels
@@ -28,7 +28,7 @@ class PredictData(Config):
 class PredictConfig(Config):
     """`ssl-seg predict model=runs/a data.images.type=folder data.images.images=photos --out masks`"""
 
-    model: str  # a run folder or its model/
+    model: PathText  # a run folder or its model/
     data: PredictData
     overlays: bool = True  # also write overlays/, colours laid over each image
     workers: int = Field(default=2, ge=0)
@@ -52,7 +52,7 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     dataset = config.data.images
     check_images("data.images", dataset)
     names = mask_names(dataset)
-    out = Path(out)
+    out = user_path(out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
     out.mkdir(parents=True)

@@ -14,7 +14,7 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
 from ssl_seg import tracking
-from ssl_seg.config import NAME, Config, Interrupted, UserError
+from ssl_seg.config import NAME, Config, Interrupted, UserError, user_path
 from ssl_seg.data.loading import Samples, check_batch_size, loader
 from ssl_seg.data.splits import Examples, manifest
 from ssl_seg.datasets import Dataset
@@ -57,6 +57,11 @@ class Options:
     allow_changed: tuple[str, ...] = ()  # dotted config keys that may differ from those of the run that is resumed
     quiet: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """`out` as a path. Raises UserError as `user_path`."""
+        return user_path(self.out)
+
 
 class Opened(NamedTuple):
     """What a stage works with while it holds its folder."""
@@ -70,8 +75,8 @@ class Opened(NamedTuple):
 def open_run(stage: str, config: StageConfig, options: Options, processes: Processes) -> Iterator[Opened]:
     """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
     tracking.check(config.tracking)
-    out = Path(options.out)
-    if options.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
+    out = options.folder
+    if options.overwrite and config.init and user_path(config.init).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
@@ -114,8 +119,8 @@ def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_chan
         allowed = any(fnmatchcase(f"data.{part}", glob) for glob in allow_changed)
         if part in now and now[part] != former and not allowed:
             raise UserError(
-                f"data.{part}: {now[part]['images']} images, not the {former['images']} that the run began with (or "
-                f"other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
+                f"data.{part}: {now[part]['images']} images, not the {former.get('images')} that the run began with "
+                f"(or other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
             )
     run.write_json("data.json", now)
 
@@ -124,6 +129,19 @@ def check_images(key: str, dataset: Dataset) -> None:
     """An empty data set would only be noticed as a division by zero."""
     if len(dataset) == 0:
         raise UserError(f"{key}: holds no image; name a folder with some")
+
+
+def say_clamped_zoom(samples: Samples, quiet: bool) -> None:
+    """Tell where a zoom that was asked for is not had. By the first image: those of a set are mostly of one size.
+
+    Of the default nothing is told: it is meant for images of any size.
+    """
+    if quiet or "zoom" not in samples.augment.model_fields_set:
+        return
+    size = samples.resize or samples.examples.image(0).image.shape[:2]
+    told = samples.augment.clamped((size[0], size[1]))
+    if told is not None:
+        say(told, quiet)
 
 
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:

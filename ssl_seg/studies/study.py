@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from ssl_seg import files
-from ssl_seg.config import Interrupted, UserError
+from ssl_seg.config import Interrupted, UserError, user_path
 from ssl_seg.evidence import results
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.leaks import guard
@@ -64,7 +64,7 @@ def study(config: StudyConfig, options: StudyOptions) -> Study:
     others are done and the tables written; LeakError before anything is trained; `config.Interrupted` after a signal,
     the running cells having been saved.
     """
-    out = Path(options.out).resolve()  # what cells start from is named by it: another spelling is no other place
+    out = user_path(options.out).resolve()  # what cells start from is named by it: another spelling is no other place
     _check_place(out)
     plan = _plan(config, out)
     executor = _executor(config, options, out)
