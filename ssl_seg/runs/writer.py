@@ -58,7 +58,8 @@ RUN_FILES = (
     *EXPORTS,
 )
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
-FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
+# Config keys that may change when a run goes on: the weights do not come from them.
+FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout")
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, PositiveFloat, SerializeAsAny
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, UserError
 from ssl_seg.data.splits import manifest
+from ssl_seg.data.workers import TIMEOUT, Workers
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
@@ -40,8 +41,13 @@ class EvaluateConfig(Config):
     model: str  # a run folder or its model/
     data: EvaluateData
     workers: int = Field(default=2, ge=0)
+    worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
     leaks: Leaks = Leaks()
+
+    @property
+    def reading(self) -> Workers:
+        return Workers(self.workers, self.worker_timeout, section="")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
         raise UserError("data.test: holds no image; name a folder with some")
     with _opened(config, out) as place:
         _guard(config, place)
-        found = image_confusions(model, data, resize, config.workers)
+        found = image_confusions(model, data, resize, config.reading)
         if out is not None:
             _write(place, config, model, found, resize)
     return Evaluated(found.scores(), model.class_names, None if out is None else place.folder)
@@ -118,7 +124,7 @@ def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
 def _guard(config: EvaluateConfig, place: Records) -> None:
     """Compare what is scored with all that the model's run was trained on, as that has stored it."""
     question = Question({}, {"test": config.data.test}, config.leaks, {"model": config.model})
-    check(place, question, config.workers)
+    check(place, question, config.reading)
 
 
 def _write(

@@ -154,7 +154,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         scored = {"val": val, "test": config.data.test}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
         question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
-        guard(run, question, processes, config.train.workers, quiet)
+        guard(run, question, processes, config.train.reading, quiet)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
         if processes.is_main:
@@ -166,7 +166,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         model = SegmentationModel(judged.encoder, judged.heads[SEGMENT], config.data.labelled.class_names)
 
         def confuse(examples: Examples) -> ImageConfusions:
-            return scoring.image_confusions(model, examples, resize, config.train.workers, processes)
+            return scoring.image_confusions(model, examples, resize, config.train.reading, processes)
 
         latest: list[ImageConfusions] = []
 

@@ -40,7 +40,7 @@ def task_pictures(
     chosen = _spread(examples, count)
     sheets = {}
     with evaluating(module):
-        packed = next(loader(CenterCrops(examples, augment, resize), [chosen], 0))
+        packed = next(loader(CenterCrops(examples, augment, resize), [chosen]))
         views = make_views(tasks, {"pool": packed.to(device_of(module))})
         predictions = module.predict(views)
         for name, view in views.items():
@@ -60,7 +60,7 @@ def prediction_panel(
     chosen = _spread(examples, count)
     rows = []
     with evaluating(model):
-        for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
+        for packed in loader(Whole(examples, resize), [[index] for index in chosen]):
             image = panels.to_uint8(packed.image.float() / 255)[0]
             ids = predict_ids(model, packed.to(device_of(model)).image, image.shape[:2])[0]
             truth = images.resize_mask(masks_of(packed)[0].numpy(), image.shape[:2])

@@ -16,6 +16,7 @@ from ssl_seg.config import UserError
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Packed, Whole, loader
 from ssl_seg.data.splits import Examples
+from ssl_seg.data.workers import ALONE, Workers
 from ssl_seg.images import Size
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import evaluating
@@ -29,7 +30,7 @@ def image_confusions(
     model: nn.Module,
     examples: Examples,
     resize: Size | None = None,
-    workers: int = 0,
+    workers: Workers = ALONE,
     processes: Processes | None = None,
 ) -> ImageConfusions:
     """What `model` (RGB in [0, 1] to logits) takes each labelled example for, at the label's own resolution.
@@ -83,7 +84,7 @@ def score_tasks(
     augment: Augment,
     resize: Size | None = None,
     batch_size: int = 16,
-    workers: int = 0,
+    workers: Workers = ALONE,
     processes: Processes | None = None,
 ) -> dict[str, float]:
     """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops and fixed noise."""
