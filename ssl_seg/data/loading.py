@@ -224,7 +224,7 @@ class Packed(Handed):
 def loader(samples: Drawable, batches: Batches, workers: Workers = ALONE, pin: bool = False) -> Iterator[Packed]:
     """Batches in the order asked for. A file that cannot be read ends them with its UserError, in this process.
 
-    Raises UserError as `collected` does, too.
+    Raises WorkersError as `collected` does.
     """
     for packed in collected(samples, batches, workers, pack, pin):
         if isinstance(packed, UserError):

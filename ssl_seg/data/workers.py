@@ -45,6 +45,12 @@ QUEUES = 2**15  # bytes of the semaphores of one more worker, and of those that 
 SPARE_HANDLES = 16  # beside those that are counted: an image that is read, what a library opens
 
 
+class WorkersError(UserError):
+    """Workers cannot be started or cannot go on, whatever the image that is read."""
+
+    of_one_process = True
+
+
 @dataclass(frozen=True)
 class Workers:
     """How many processes read images for this one, and how long it waits for them."""
@@ -96,7 +102,7 @@ def collected(
 ) -> Iterator[Any]:
     """What `collate` makes of the samples of each batch, in the order asked for, or the first UserError among them.
 
-    Raises UserError, with the image's name, for a worker that is gone or stands still, and where the machine has too
+    Raises WorkersError, with the image's name, for a worker that is gone or stands still, and where the machine has too
     little shared memory or too few file handles for workers.
     """
     if workers.count == 0:
@@ -112,14 +118,14 @@ def collected(
 
 
 def check_room(workers: Workers, nbytes: int) -> None:
-    """Raise UserError where workers cannot hand over batches of so many bytes: that may come out after hours only.
+    """Raise WorkersError where workers cannot hand over batches of so many bytes: that may come out after hours only.
 
     They make batches ahead, which wait in shared memory while this process evaluates or saves.
     """
     if workers.count == 0:
         return
     if _free_shared_memory() is None:
-        raise UserError(
+        raise WorkersError(
             f"{SHARED_MEMORY}: cannot be written, and loader workers need it; "
             f"set {workers.section}workers=0, or mount it for writing"
         )
@@ -149,18 +155,18 @@ def _free_shared_memory() -> float | None:
     return shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else None
 
 
-def _no_room(workers: Workers, nbytes: int, processes: int = 1) -> UserError:
+def _no_room(workers: Workers, nbytes: int, processes: int = 1) -> WorkersError:
     free, needed = _free_shared_memory() or 0, _room(workers, nbytes) * processes
     what = f"{_waiting(workers)} batches of {nbytes / 1e6:.1f} MB" if nbytes else "queues"
-    return UserError(
+    return WorkersError(
         f"{SHARED_MEMORY}: {free / 1e6:.1f} MB of shared memory are free, and {workers.count} loader workers need "
         f"{needed / 1e6:.1f} ({what}{f' in each of {processes} processes' if processes > 1 else ''}); "
         f"set {workers.section}workers=0, or give it more (docker run --shm-size=1g)"
     )
 
 
-def _no_handles(workers: Workers, found: str) -> UserError:
-    return UserError(
+def _no_handles(workers: Workers, found: str) -> WorkersError:
+    return WorkersError(
         f"{workers.section}workers: too few file handles for loader workers ({found}); raise ulimit -n, or set it to 0"
     )
 
@@ -209,7 +215,7 @@ class _Reading(Dataset[Any]):
         self._note(NOTHING)
         return made
 
-    def _shared(self, made: Handed) -> Handed | UserError:
+    def _shared(self, made: Handed) -> Handed | WorkersError:
         """The batch in shared memory: left to torch it gets there in a thread whose errors nobody hears of."""
         try:
             made.share()
@@ -265,7 +271,7 @@ class _Team:
             with _deaths_unheard():
                 self.made = iter(self.loading)
         except OSError as error:
-            raise UserError(
+            raise WorkersError(
                 f"{self.workers.section}workers: {self.workers.count} loader workers cannot be started "
                 f"({error.strerror}); set it to 0"
             ) from error
@@ -296,7 +302,7 @@ class _Team:
         # Looks are counted, and no clock is read: it goes on while Ctrl-Z holds all processes.
         for _ in range(math.ceil(self.workers.timeout / self.loading.timeout)):
             try:
-                return next(self.made)
+                made = next(self.made)
             except (RuntimeError, OSError, EOFError) as error:
                 gone = [process for process in self.processes if not process.is_alive()]
                 if not gone and str(error).startswith(TIMED_OUT):
@@ -304,25 +310,28 @@ class _Team:
                 if not gone and not _speaks_of_handles(error):
                     raise
                 problem = self._gone(gone) if gone else _no_handles(self.workers, os.strerror(errno.EMFILE))
+            else:
+                if not isinstance(made, WorkersError):
+                    return made
+                problem = made
             break  # raised below: in `except` it would hold on to torch's iterator, and so to the workers
         else:
             problem = self._standing_still(due)
-        problem.of_one_process = True
         raise problem
 
-    def _gone(self, gone: Sequence[BaseProcess]) -> UserError:
+    def _gone(self, gone: Sequence[BaseProcess]) -> WorkersError:
         """About workers that have ended though nobody asked them to."""
         code = gone[0].exitcode or 0
         how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         why = REASONS.get(-code, "whatever reads it has crashed: look at it, or remove it")
         name = self.reading.in_hand([process.pid for process in gone], ())
         if name is None:
-            return UserError(f"{self.workers.section}workers: one was ended {how} between two images; {why}")
-        return UserError(f"{name}: the loader worker that was reading it was ended {how}; {why}")
+            return WorkersError(f"{self.workers.section}workers: one was ended {how} between two images; {why}")
+        return WorkersError(f"{name}: the loader worker that was reading it was ended {how}; {why}")
 
-    def _standing_still(self, due: Sequence[int]) -> UserError:
+    def _standing_still(self, due: Sequence[int]) -> WorkersError:
         name = self.reading.in_hand((), due) or self.reading.name(due[0])
-        return UserError(
+        return WorkersError(
             f"{name}: not read by its loader worker within {self.workers.timeout:g} s; see whether its disk answers, "
             f"or wait longer with {self.workers.section}worker_timeout"
         )

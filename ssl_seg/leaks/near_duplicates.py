@@ -120,7 +120,7 @@ class _Seen:
 def fingerprint(examples: Images, workers: Workers | None = None) -> Generator[None, None, Fingerprints]:
     """Read every image once, by this process or by workers, pausing after each; returns `Fingerprints`.
 
-    Raises UserError for an image that cannot be read, and as `collected` does.
+    Raises UserError for an image that cannot be read, and WorkersError as `collected` does.
     """
     from ssl_seg.data.workers import ALONE, collected
 

@@ -21,7 +21,7 @@ from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.models import SegmentationModel
 from ssl_seg.runs.folder import Records, beside, origin
-from ssl_seg.runs.lock import LOCK, hold
+from ssl_seg.runs.lock import hold
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import image_confusions
@@ -113,7 +113,7 @@ def _is_free(place: Records) -> bool:
     record = place.read_json("run.json")
     if record is not None:
         return record.get("stage") == "evaluate" and record.get("status") == "running"
-    return all(entry.name == LOCK or files.is_unfinished(entry) for entry in place.folder.iterdir())
+    return place.is_new()
 
 
 def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
