@@ -94,7 +94,7 @@ def test_predict_refuses_two_images_that_would_share_a_mask(
     images.write_image(tmp_path / "photos" / "a.png", np.full((8, 8, 3), 90, dtype=np.uint8))
     words = [f"model={runs / 'fine'}", "data.images.type=folder", f"data.images.images={tmp_path / 'photos'}"]
     assert run("predict", *words, "workers=0", "device=cpu", "--out", tmp_path / "out") == 2
-    assert "two images would be given the mask a.png" in capsys.readouterr().err
+    assert "a.bmp would be given the same mask as a.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ssl_seg import files
 from ssl_seg.config import UserError, flatten, user_path
-from ssl_seg.runs.lock import is_held
+from ssl_seg.runs.lock import LOCK, is_held
 from ssl_seg.runs.schema import check_shape, read_checked
 
 WHOLE = "model"  # the word of `transfer` for all of a fine-tuned network
@@ -42,6 +42,12 @@ class Records:
     """A folder that keeps JSON records, each written whole."""
 
     folder: Path
+
+    def is_new(self) -> bool:
+        """Whether the folder is empty, but for what a kill may leave of a start."""
+        if not self.folder.is_dir():
+            return False
+        return all(entry.name == LOCK or files.is_unfinished(entry) for entry in self.folder.iterdir())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None where there is no such file."""

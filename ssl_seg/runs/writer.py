@@ -76,7 +76,8 @@ CHANGING = (
     "ONEDNN_MAX_CPU_ISA",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
-FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
+# Config keys that may change when a run goes on: the weights do not come from them.
+FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout")
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 
 

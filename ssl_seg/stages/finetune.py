@@ -159,9 +159,9 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
         question = Question(trained, scored, config.leaks, origins(config, start), own_cuts)
-        guard(run, question, processes, config.train.workers, quiet)
+        guard(run, question, processes, config.train.reading, quiet)
         if not config.leaks.check:  # else the guard has read them
-            scoring.read_once(scored.values(), config.train.workers, processes)
+            scoring.read_once(scored.values(), config.train.reading, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
         if processes.is_main:
@@ -173,7 +173,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         model = SegmentationModel(judged.encoder, judged.heads[SEGMENT], config.data.labelled.class_names)
 
         def confuse(examples: Examples) -> ImageConfusions:
-            return scoring.image_confusions(model, examples, resize, config.train.workers, processes)
+            return scoring.image_confusions(model, examples, resize, config.train.reading, processes)
 
         latest: list[ImageConfusions] = []
 

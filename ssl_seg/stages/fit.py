@@ -316,5 +316,5 @@ def open_streams(
         place = {"rank": processes.rank, "world": processes.world}
         parts = {"deal": deal, "accumulate": config.accumulate, "at_once": at_once}
         draws = Draws(config.batch_size, start, config.steps, **place, **parts)
-        streams[stream] = loader(samples, draws, config.workers, pin=processes.device.type == "cuda")
+        streams[stream] = loader(samples, draws, config.reading, pin=processes.device.type == "cuda")
     return streams

@@ -108,14 +108,14 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
         question = Question(pool, val, config.leaks, origins(config, start))
-        guard(run, question, processes, config.train.workers, quiet)
+        guard(run, question, processes, config.train.reading, quiet)
         learner, sources = assemble(config, start, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 
         def score() -> dict[str, float]:
             if config.data.val is None:
                 return {}
-            workers = config.train.workers
+            workers = config.train.reading
             return scoring.score_tasks(learner.evaluated, **evaluation, workers=workers, processes=processes)
 
         latest: dict[str, float] = {}

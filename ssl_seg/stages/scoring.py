@@ -17,6 +17,7 @@ from ssl_seg.config import UserError
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Packed, Whole, loader
 from ssl_seg.data.splits import Examples, Subset
+from ssl_seg.data.workers import ALONE, Workers
 from ssl_seg.datasets import Example
 from ssl_seg.images import Size
 from ssl_seg.losses import IGNORE_INDEX
@@ -52,7 +53,7 @@ class Scored(Subset):
         return replace(example, label=None)
 
 
-def read_once(parts: Iterable[Examples], workers: int, processes: Processes) -> None:
+def read_once(parts: Iterable[Examples], workers: Workers, processes: Processes) -> None:
     """Read every image, each by one process: what cannot be read, or scored, raises its UserError here."""
     for examples in parts:
         mine = [[index] for index in range(processes.rank, len(examples), processes.world)]
@@ -64,7 +65,7 @@ def image_confusions(
     model: nn.Module,
     examples: Examples,
     resize: Size | None = None,
-    workers: int = 0,
+    workers: Workers = ALONE,
     processes: Processes | None = None,
 ) -> ImageConfusions:
     """What `model` (RGB in [0, 1] to logits) takes each labelled example for, at the label's own resolution.
@@ -118,7 +119,7 @@ def score_tasks(
     augment: Augment,
     resize: Size | None = None,
     batch_size: int = 16,
-    workers: int = 0,
+    workers: Workers = ALONE,
     processes: Processes | None = None,
 ) -> dict[str, float]:
     """Each pretext task's loss and metrics on held-out images, `<task>/<figure>`: centre crops and fixed noise."""

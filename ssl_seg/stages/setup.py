@@ -154,7 +154,7 @@ def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
     # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
     at_once = max(3, min(CLEAN_BATCH, config.batch_size * len(readers(module.tasks, "pool"))))
     chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
-    clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.workers)
+    clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.reading)
     batches = (packed.to(processes.device, config.channels_last).image for packed in clean)
 
     def show(image: torch.Tensor) -> None:

@@ -155,7 +155,7 @@ def prepare_tasks(tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorde
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
     if pool is not None and any(type(task).prepare is not TaskPlugin.prepare for task in new.values()):
         draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
-        sample = next(loader(pool, draws, 0)).to(torch.device("cpu")).image
+        sample = next(loader(pool, draws)).to(torch.device("cpu")).image
         new = {name: task.prepare(sample) for name, task in new.items()}
     return {name: prepared[name] or new[name] for name in tasks}
 

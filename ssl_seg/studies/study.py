@@ -204,7 +204,7 @@ class _Ledger:
         question = leak_question(self.plan)
         if question is None:
             return
-        workers = self.plan.cells[0].config.train.workers
+        workers = self.plan.cells[0].config.train.reading
         try:
             guard.check(self.records, question, workers, self.options.quiet)
         finally:

@@ -17,6 +17,7 @@ from ssl_seg.config import UserError, load
 from ssl_seg.data.augment import Augment, Augmentation, Pair, region
 from ssl_seg.data.loading import CenterCrops, Draws, Kept, Samples, Whole, check_batch_size, loader
 from ssl_seg.data.splits import Examples, Labels, Subset, covering_order, hold_out, manifest, pixel_counts
+from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Dataset, Example
 from tests.faults import message_of
 
@@ -295,8 +296,8 @@ def test_a_region_fits_its_image_and_keeps_the_crop_s_shape(height: int, width: 
 
 def test_a_loader_gives_the_same_batches_with_and_without_workers() -> None:
     samples = Samples(Striped(), Augment(crop=(16, 16)), seed=3, with_labels=True)
-    alone = list(loader(samples, Draws(4, 1, 4), workers=0))
-    helped = list(loader(samples, Draws(4, 1, 4), workers=2))
+    alone = list(loader(samples, Draws(4, 1, 4), Workers()))
+    helped = list(loader(samples, Draws(4, 1, 4), Workers(2)))
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.image, b.image)
         assert torch.equal(a.key, b.key)
@@ -312,7 +313,7 @@ def test_a_loader_gives_the_same_batches_with_and_without_workers() -> None:
 def test_an_unreadable_file_is_one_line_also_from_a_worker(workers: int) -> None:
     samples = Samples(Striped(broken=5), Augment(crop=(16, 16)), seed=3)
     with pytest.raises(UserError, match=r"\Astriped_5: cannot be read; delete it\Z"):
-        list(loader(samples, Draws(4, 0, 3), workers=workers))
+        list(loader(samples, Draws(4, 0, 3), Workers(workers)))
 
 
 def test_whole_images_keep_the_mask_s_own_size() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from ssl_seg.cli import app, run
 from ssl_seg.config import UserError, load
+from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Example, numbering
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.leaks import guard, near_duplicates
@@ -383,7 +384,7 @@ def test_an_image_that_cannot_be_read_is_named() -> None:
 
 def test_workers_read_the_same() -> None:
     examples = Textured(count=5)
-    one, two = (finished(fingerprint(examples, workers)) for workers in (0, 1))
+    one, two = (finished(fingerprint(examples, Workers(count))) for count in (0, 1))
     assert one.digests == two.digests
     assert (one.thumbs == two.thumbs).all()
 
