@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import socket
 import struct
 import time
 import zlib
@@ -15,12 +16,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.nn import functional as F
 
 from ssl_seg import images
 from ssl_seg.config import UserError
-from ssl_seg.images import read_image, read_mask, resize_image, resize_mask, write_image, write_mask
+from ssl_seg.images import (
+    doubt,
+    largest_value,
+    orientation,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+    write_image,
+    write_mask,
+)
 
 GENERATOR = np.random.default_rng(0)
 PICTURE = GENERATOR.integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -51,9 +62,53 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def refusal(function, path: Path) -> str:
+def tiff(tags: dict[int, int | tuple[int, ...] | bytes], data: bytes, pages: int = 1) -> bytes:
+    """A TIFF by the specification's section 2, for what Pillow does not write: pages that share one strip of data.
+
+    `tags` are added to those of 8-bit grey of 12 x 16; values of several are of 16 bits.
+    """
+    whole = {256: 16, 257: 12, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 12, 279: len(data), **tags}
+    file = bytearray(b"II*\0" + struct.pack("<I", 0) + data)
+    link = 4  # where the place of the next directory is to be written
+    for _ in range(pages):
+        entries = []
+        for tag, value in sorted(whole.items()):
+            if isinstance(value, int):
+                entries.append(struct.pack("<HHII", tag, 4, 1, value))
+                continue
+            kind, count = (2, len(value)) if isinstance(value, bytes) else (3, len(value))
+            packed = value if isinstance(value, bytes) else struct.pack(f"<{count}H", *value)
+            inside = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", len(file))
+            file += packed if len(packed) > 4 else b""
+            entries.append(struct.pack("<HHI", tag, kind, count) + inside)
+        file[link : link + 4] = struct.pack("<I", len(file))
+        file += struct.pack("<H", len(entries)) + b"".join(entries)
+        link = len(file)
+        file += bytes(4)
+    return bytes(file)
+
+
+def behind(first: bytes, second: bytes) -> bytes:
+    """The pages of two such TIFFs in one. Of the second the places of directories are moved, not those of data."""
+    joined = bytearray(first + second)
+    (start,) = struct.unpack_from("<I", second, 4)
+    link = len(first) - 4
+    while start:
+        place = len(first) + start
+        joined[link : link + 4] = struct.pack("<I", place)
+        link = place + 2 + 12 * struct.unpack_from("<H", joined, place)[0]
+        (start,) = struct.unpack_from("<I", joined, link)
+    return bytes(joined)
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def refusal(function, path: Path, *options) -> str:
     with pytest.raises(UserError) as caught:
-        function(path)
+        function(path, *options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -93,17 +148,192 @@ def test_big_endian_and_32_bit_grey_are_scaled(tmp_path):
     Image.frombytes("I;16B", (16, 12), WIDE.astype(">u2").tobytes()).save(big)
     plain = tmp_path / "plain.pgm"
     plain.write_bytes(b"P5 16 12 65535\n" + WIDE.astype(">u2").tobytes())
-    long = saved(tmp_path / "long.tif", Image.fromarray(WIDE.astype(np.int32)))
-    for path in (big, plain, long):
+    for path in (big, plain):
         np.testing.assert_array_equal(read_image(path)[..., 0], expected)
 
 
-def test_grey_of_more_than_16_bits_and_float_pixels_are_refused(tmp_path):
-    long = saved(tmp_path / "long.tif", Image.fromarray(WIDE.astype(np.int32) * 1000))
-    assert "do not fit 16 bits" in refusal(read_image, long)
-    real = saved(tmp_path / "real.tif", Image.fromarray(WIDE.astype(np.float32)))
-    assert "mode F" in refusal(read_image, real)
-    assert "mode F" in refusal(read_mask, real)
+def test_12_bits_of_their_own_are_scaled_by_12_bits(tmp_path):
+    values = WIDE >> 4
+    bits = np.unpackbits(values.astype(">u2")[..., None].view(np.uint8), axis=-1)[..., 4:]
+    path = put(tmp_path / "twelve.tif", tiff({258: 12}, np.packbits(bits.reshape(12, -1), axis=-1).tobytes()))
+    np.testing.assert_array_equal(read_image(path)[..., 0], np.rint(values / 4095 * 255))
+
+
+def test_16_bits_whose_0_is_white_are_turned_round_as_8_bits_are(tmp_path):
+    deep = put(tmp_path / "deep.tif", tiff({258: 16, 262: 0}, WIDE.tobytes()))
+    flat = put(tmp_path / "flat.tif", tiff({262: 0}, IDS.tobytes()))
+    np.testing.assert_array_equal(read_image(deep)[..., 0], 255 - np.rint(WIDE / 257))
+    np.testing.assert_array_equal(read_image(flat)[..., 0], 255 - IDS)
+    np.testing.assert_array_equal(read_mask(deep), WIDE)
+
+
+# ---- images: values that need a range
+
+
+OF_NO_WHITE = {
+    "8 in 32 bits": tiff({258: 32}, IDS.astype(np.uint32).tobytes()),
+    "all of 32 bits": tiff({258: 32}, (WIDE * np.uint32(65521)).astype(np.uint32).tobytes()),
+    "signed 16 bits": tiff({258: 16, 339: 2}, (WIDE.astype(np.int32) // 8 - 1000).astype(np.int16).tobytes()),
+    "float": tiff({258: 32, 339: 3}, (WIDE / 65535).astype(np.float32).tobytes()),
+}
+VALUES = {
+    "8 in 32 bits": IDS,
+    "all of 32 bits": WIDE * np.int64(65521),
+    "signed 16 bits": WIDE.astype(np.int32) // 8 - 1000,
+    "float": WIDE / 65535,
+}
+
+
+def by_range(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    return np.rint(np.clip((values.astype(np.float64) - low) / (high - low), 0, 1) * 255)
+
+
+@pytest.mark.parametrize("name", OF_NO_WHITE)
+def test_values_without_a_white_of_their_own_are_refused_without_a_range_and_scaled_with_one(tmp_path, name):
+    path = put(tmp_path / "values.tif", OF_NO_WHITE[name])
+    message = refusal(read_image, path)
+    assert "range: [black, white]" in message
+    assert f"({VALUES[name].min():.7g} to " in message
+    low, high = float(VALUES[name].min()), float(np.quantile(VALUES[name], 0.9))
+    read = read_image(path, (low, high))
+    np.testing.assert_allclose(read[..., 0], by_range(VALUES[name], low, high), atol=1e-6)
+    assert read.shape == (12, 16, 3)
+    assert read.dtype == np.uint8
+
+
+def test_what_is_no_number_is_black(tmp_path):
+    values = (WIDE / 65535).astype(np.float32)
+    values[0, :3] = (np.nan, np.inf, -np.inf)
+    read = read_image(put(tmp_path / "a.tif", tiff({258: 32, 339: 3}, values.tobytes())), (0.0, 1.0))
+    assert read[0, :3, 0].tolist() == [0, 255, 0]
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_12_bits_in_16_are_scaled_by_a_range(tmp_path, suffix, number):
+    values = WIDE >> 4
+    path = saved(tmp_path / f"grey.{suffix}", Image.fromarray(values), exif=oriented(number))
+    assert read_image(path).max() < 26  # nearly black
+    expected = np.rot90(by_range(values, 0, 4095), {1: 0, 3: 2, 6: -1}[number])
+    np.testing.assert_array_equal(read_image(path, (0, 4095))[..., 0], expected)
+    assert largest_value(path) == values.max()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_deep_colours_keep_their_lower_bytes_where_a_range_asks(tmp_path, suffix):
+    values = GENERATOR.integers(0, 4096, (12, 16, 3), dtype=np.uint16)
+    path = tmp_path / f"colours.{suffix}"
+    cv2.imwrite(str(path), values[..., ::-1])
+    np.testing.assert_array_equal(read_image(path, (0, 4095)), by_range(values, 0, 4095))
+    assert values.max() <= largest_value(path) <= values.max() + 255
+
+
+def test_deep_colours_are_not_read_turned(tmp_path):
+    values = GENERATOR.integers(0, 4096, (12, 16, 3), dtype=np.uint16)
+    path = put(tmp_path / "a.tif", tiff({258: (16,) * 3, 262: 2, 274: 3, 277: 3}, values.tobytes()))
+    assert "turned by EXIF" in refusal(read_image, path, (0, 4095))
+    np.testing.assert_array_equal(read_image(path), np.rot90(values >> 8, 2))
+
+
+def test_a_range_is_for_more_than_8_bits_of_grey_or_colours(tmp_path):
+    assert "8 bits a channel" in refusal(read_image, saved(tmp_path / "a.png", Image.fromarray(PICTURE)), (0, 100))
+    plain = put(tmp_path / "plain.pgm", b"P5 16 12 4095\n" + (WIDE >> 4).astype(">u2").tobytes())
+    np.testing.assert_array_equal(read_image(plain)[..., 0], np.rint((WIDE >> 4) / 4095 * 255))
+    assert "says itself" in refusal(read_image, plain, (0, 4095))
+    alpha = tmp_path / "alpha.png"
+    cv2.imwrite(str(alpha), np.stack([WIDE] * 4, axis=-1))
+    assert "mode RGBA" in refusal(read_image, alpha, (0, 4095))
+
+
+def test_signed_bytes_are_no_picture_and_no_negative_ids(tmp_path):
+    low = put(tmp_path / "low.tif", tiff({339: 2}, (IDS.astype(np.int8) - 1).tobytes()))
+    assert "signed 8-bit" in refusal(read_image, low)
+    assert "negative ids" in refusal(read_mask, low)
+    np.testing.assert_array_equal(read_mask(put(tmp_path / "ids.tif", tiff({339: 2}, IDS.tobytes()))), IDS)
+
+
+# ---- images: bands and pages
+
+
+def planes(values: np.ndarray, bits: int, **tags) -> bytes:
+    """Bands `(C, H, W)` as a TIFF that stores one after another."""
+    count = len(values)
+    size = values[0].nbytes
+    data = values.tobytes()
+    offsets = tuple(8 + size * band for band in range(count))
+    layout = {258: (bits,) * count, 262: 2, 277: count, 284: 2, 273: offsets, 279: (size,) * count}
+    return tiff({**layout, **{int(tag[1:]): value for tag, value in tags.items()}}, data)
+
+
+def test_colours_plane_by_plane_are_right_or_refused(tmp_path):
+    flat = put(tmp_path / "flat.tif", planes(np.moveaxis(PICTURE, -1, 0), 8))
+    np.testing.assert_array_equal(read_image(flat), PICTURE)
+    deep = put(tmp_path / "deep.tif", planes(np.stack([WIDE, WIDE[::-1], WIDE[:, ::-1]]), 16))
+    for function in (read_image, read_mask):
+        assert "plane by plane" in refusal(function, deep)
+
+
+def test_bands_that_are_neither_grey_nor_colours_are_counted(tmp_path):
+    five = put(tmp_path / "five.tif", planes(np.stack([IDS] * 5), 8, t262=1))
+    two = put(tmp_path / "two.tif", tiff({258: (8, 8), 277: 2, 338: (0,)}, np.stack([IDS] * 2, -1).tobytes()))
+    double = put(tmp_path / "double.tif", tiff({258: 64, 339: 3}, bytes(12 * 16 * 8)))
+    for function in (read_image, read_mask):
+        assert "a TIFF of 5 bands of 8-bit values" in refusal(function, five)
+        assert "a TIFF of 2 bands of 8-bit values" in refusal(function, two)
+        assert "a TIFF of 1 band of 64-bit float values" in refusal(function, double)
+
+
+@pytest.mark.parametrize("function", [read_image, read_mask])
+def test_pages_are_counted_and_refused(tmp_path, function):
+    grey = [Image.fromarray(IDS)] * 20
+    stack = saved(tmp_path / "stack.tif", grey[0], save_all=True, append_images=grey[1:])
+    assert "a TIFF of 20 pages" in refusal(function, stack)
+    words = b"ImageJ=1.53t\nimages=7\nslices=7\n\0"
+    assert "a TIFF of 7 pages" in refusal(function, put(tmp_path / "a.tif", tiff({270: words}, IDS.tobytes() * 7)))
+    words = b'{"shape": [3, 12, 16], "axes": "ZYX", "truncated": true}\0'
+    assert "a TIFF of 3 pages" in refusal(function, put(tmp_path / "b.tif", tiff({270: words}, IDS.tobytes() * 3)))
+    assert "a TIFF of 4 pages" in refusal(function, put(tmp_path / "c.tif", tiff({32997: 4}, IDS.tobytes() * 4)))
+
+
+@pytest.mark.parametrize("kind", [{254: 1}, {254: 4}, {255: 2}, {254: 5}])
+def test_smaller_copies_and_transparency_masks_are_no_pages(tmp_path, kind):
+    path = put(tmp_path / "pyramid.tif", behind(tiff({}, IDS.tobytes()), tiff(kind, IDS.tobytes(), pages=2)))
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+    np.testing.assert_array_equal(read_mask(path), IDS)
+    np.testing.assert_array_equal(read_image(path)[..., 0], IDS)
+    alone = put(tmp_path / "alone.tif", tiff(kind, IDS.tobytes()))
+    assert "a smaller copy" in refusal(read_image, alone)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{278: 4}, {273: 0}, {278: 6, 273: (8, 0), 279: (96, 96)}, {322: 16, 323: 8, 324: 8, 325: 128}],
+    ids=["two strips missing", "no place", "a strip without a place", "a tile missing"],
+)
+def test_a_tiff_with_holes_is_refused(tmp_path, tags):
+    assert "never written" in refusal(read_image, put(tmp_path / "holes.tif", tiff(tags, IDS.tobytes())))
+    rows = put(tmp_path / "rows.tif", tiff({278: 6, 273: (8, 104), 279: (96, 96)}, IDS.tobytes()))
+    np.testing.assert_array_equal(read_mask(rows), IDS)
+
+
+def test_the_first_page_is_judged_whatever_follows(tmp_path):
+    deep = planes(np.stack([WIDE, WIDE[::-1], WIDE[:, ::-1]]), 16)
+    small = tiff({254: 1}, IDS.tobytes())
+    assert "plane by plane" in refusal(read_image, put(tmp_path / "pyramid.tif", behind(deep, small)))
+
+
+def test_a_ring_of_pages_ends(tmp_path):
+    ring = bytearray(tiff({}, IDS.tobytes()))
+    ring[-4:] = ring[4:8]
+    np.testing.assert_array_equal(read_mask(put(tmp_path / "ring.tif", bytes(ring))), IDS)
+
+
+def test_a_phone_s_second_picture_is_left_out(tmp_path):
+    path = tmp_path / "phone.jpg"
+    Image.fromarray(PICTURE).save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (5, 5))])
+    assert read_image(path).shape == (12, 16, 3)
+    assert doubt(path) == ""
 
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -157,12 +387,20 @@ def test_cmyk_becomes_the_colours_that_its_inks_leave(tmp_path):
     np.testing.assert_allclose(read_image(path), light[..., :3] * light[..., 3:] / 255, atol=1.5)
 
 
-@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
 def test_of_an_animation_the_first_frame_is_read(tmp_path, suffix):
     frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if suffix == "webp" else {}
     path = saved(tmp_path / f"moving.{suffix}", frames[0], save_all=True, append_images=frames[1:], **options)
     np.testing.assert_array_equal(read_image(path), np.array(frames[0]))
+    assert "the first frame" in doubt(path)
+    if suffix != "webp":
+        assert "an animation" in refusal(read_mask, path)
+
+
+def test_a_real_picture_leaves_no_doubt(tmp_path):
+    for suffix in ("gif", "png", "webp", "tif", "bmp", "ppm"):
+        assert doubt(saved(tmp_path / f"still.{suffix}", Image.fromarray(PICTURE))) == ""
 
 
 # ---- orientation
@@ -199,6 +437,13 @@ def test_a_photograph_is_turned_as_opencv_turns_it(tmp_path, number):
 def test_a_wide_mask_is_turned_too(tmp_path, number):
     path = saved(tmp_path / "wide.png", Image.fromarray(WIDE), exif=oriented(number))
     np.testing.assert_array_equal(read_mask(path), np.rot90(WIDE, {3: 2, 6: -1}[number]))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_the_orientation_is_told_with_the_size_that_is_stored(tmp_path, number, suffix):
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(PICTURE), exif=oriented(number))
+    assert orientation(path) == (number, (12, 16))
 
 
 def test_malformed_metadata_does_not_cost_the_picture(tmp_path):
@@ -284,7 +529,24 @@ def test_what_is_no_image_is_refused_by_name(tmp_path):
     text.write_text("hello")
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
+    zero = tmp_path / "zero.png"
+    zero.symlink_to("/dev/zero")
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    linked = tmp_path / "linked.png"
+    linked.symlink_to(folder)
+    piped = tmp_path / "piped.png"
+    piped.symlink_to(pipe)
+    plugged = tmp_path / "plugged.png"
+    plug = socket.socket(socket.AF_UNIX)
+    plug.bind(str(plugged))
+    plug.close()
     expected = {
+        zero: "not a file",
+        folder: "not a file",
+        linked: "not a file",
+        piped: "not a file",
+        plugged: "not a file",
         empty: "0 bytes",
         text: "no image of a known format",
         pipe: "not a file",
@@ -296,6 +558,113 @@ def test_what_is_no_image_is_refused_by_name(tmp_path):
             message = refusal(function, path)
             assert message.startswith(f"{path}: ")
             assert words in message
+
+
+# ---- damage that decoders pass over
+
+
+CUTS = [{}, {"optimize": True}, {"restart_marker_rows": 1}, {"subsampling": 0}]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", CUTS)
+def test_a_jpeg_that_was_cut_and_closed_again_has_lost_pixels(tmp_path, mode, options):
+    noise = Image.fromarray(GENERATOR.integers(0, 256, (64, 80, 3), dtype=np.uint8)).convert(mode)
+    whole = encode(noise, "JPEG", **options)
+    path = tmp_path / "cut.jpg"
+    for tail in (b"", b"\0" * 50, b"\xff\xd9", b"more"):  # what cameras and editors leave behind a picture
+        assert doubt(put(path, whole + tail)) == ""
+    for share in (0.6, 0.8, 0.95):
+        put(path, whole[: int(len(whole) * share)] + b"\xff\xd9")
+        assert read_image(path).shape == (64, 80, 3)  # Pillow fills it with grey
+        assert "premature end of data segment" in refusal(doubt, path)
+
+
+def test_a_progressive_jpeg_that_was_cut_has_lost_pixels_or_only_detail(tmp_path):
+    whole = encode(Image.fromarray(cv2.resize(PICTURE, (80, 64))), "JPEG", progressive=True)
+    verdicts = []
+    for length in range(len(whole) // 2, len(whole) - 2, 7):
+        path = put(tmp_path / "cut.jpg", whole[:length] + b"\xff\xd9")
+        verdicts += [attempt(doubt, path)[1] or attempt(read_image, path)[1] or "read"]
+    assert verdicts.count("read") <= 0.05 * len(verdicts)  # cut between two passes over the whole picture
+
+
+def test_bytes_too_many_in_a_jpeg_are_a_doubt(tmp_path):
+    whole = DAMAGED["jpeg"]
+    path = put(tmp_path / "more.jpg", whole[:-2] + bytes(9) + whole[-2:])
+    assert doubt(path) == "a JPEG that may be damaged (Corrupt JPEG data: extraneous bytes before marker 0xd9)"
+
+
+# ---- headers without an end
+
+
+def segments(marker: bytes, data: bytes, count: int) -> bytes:
+    jpeg = DAMAGED["jpeg"]
+    return jpeg[:2] + (marker + struct.pack(">H", len(data) + 2) + data) * count + jpeg[2:]
+
+
+def chunks(kind: bytes, data: bytes, count: int, at: int) -> bytes:
+    whole = DAMAGED["png"]
+    return whole[:at] + png_chunk(kind, data) * count + whole[at:]
+
+
+GIF_HEAD = 13 + 3 * (2 << (DAMAGED["gif"][10] & 7))
+ENDLESS = {
+    "a comment in a PPM": b"P6\n#" + b"a" * 3000 + b"\n16 12 255\n" + PICTURE.tobytes(),
+    "spaces in a PPM": b"P6" + b" " * 3000 + b"16 12 255\n" + PICTURE.tobytes(),
+    "chunks before a PNG's data": chunks(b"abCd", b"", 1500, 33),
+    "chunks behind a PNG's data": chunks(b"abCd", b"", 1500, -12),
+    "a JPEG's segments": segments(b"\xff\xee", b"", 1500),
+    "a JPEG's EXIF": segments(b"\xff\xe1", b"Exif\0\0ab", 1500),
+    "bytes between a JPEG's segments": DAMAGED["jpeg"][:2] + b"\xff" * 3000 + DAMAGED["jpeg"][2:],
+    "a GIF's comment": DAMAGED["gif"][:GIF_HEAD] + b"\x21\xfe" + b"\1a" * 1500 + b"\0" + DAMAGED["gif"][GIF_HEAD:],
+    "a TIFF's tags": tiff(dict.fromkeys(range(1000, 2500), 1), IDS.tobytes()),
+    "a TIFF's pages": tiff({}, IDS.tobytes(), pages=1500),
+    "a TIFF's strips": tiff({257: 3000, 273: (8,) * 3000, 278: 1, 279: (16,) * 3000}, IDS.tobytes()),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_header_that_never_ends_is_refused(tmp_path, monkeypatch, name):
+    path = put(tmp_path / "endless", ENDLESS[name])
+    monkeypatch.setattr(images, "MAX_PIECES", 1000)
+    assert "in more pieces than a picture can have" in refusal(read_image, path)
+
+
+def test_no_real_picture_is_in_too_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIECES", 300)  # of a hundred thousand
+    large = Image.fromarray(GENERATOR.integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    for suffix in ("png", "jpg", "tif", "gif", "bmp", "ppm"):
+        assert read_image(saved(tmp_path / f"a.{suffix}", large)).shape == (300, 400, 3)
+    parts = cv2.imencode(".png", np.array(large))[1].tobytes()
+    assert parts.count(b"IDAT") > 40  # libpng's have 8 kB
+    assert read_image(put(tmp_path / "parts.png", parts)).shape == (300, 400, 3)
+
+
+def test_comments_among_the_numbers_of_a_text_are_few(tmp_path):
+    few = put(tmp_path / "few.ppm", b"P2 2 1 255\n# a comment\n7 # another\n9\n")
+    np.testing.assert_array_equal(read_image(few)[..., 0], [[7, 9]])
+    many = put(tmp_path / "many.ppm", b"P2 2 1 255\n" + b"#\n" * 2000 + b"7 9\n")
+    assert "2000 comments" in refusal(read_image, many)
+
+
+def test_long_texts_and_profiles_cost_no_png(tmp_path, monkeypatch):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    text = saved(tmp_path / "text.png", Image.fromarray(PICTURE), pnginfo=info)
+    profile = saved(tmp_path / "profile.png", Image.fromarray(PICTURE), icc_profile=bytes(3_000_000))
+    for path in (text, profile):
+        np.testing.assert_array_equal(read_image(path), PICTURE)
+        np.testing.assert_array_equal(read_mask(path), PICTURE)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 2_000_000)
+    for path in (text, profile):
+        assert "of text beside the picture" in refusal(read_image, path)
+
+
+def test_a_png_has_one_colour_profile(tmp_path):
+    profile = b"a\0\0" + zlib.compress(bytes(1000))
+    np.testing.assert_array_equal(read_image(put(tmp_path / "a.png", chunks(b"iCCP", profile, 1, 33))), PICTURE)
+    assert "two colour profiles" in refusal(read_image, put(tmp_path / "b.png", chunks(b"iCCP", profile, 2, 33)))
 
 
 def test_a_format_outside_the_list_is_refused_whatever_its_name(tmp_path):

@@ -192,6 +192,9 @@ class Framed:
     def image(self, index: int) -> Example:
         return Example(self.frame(self.examples.image(index).image), None, self.name(index))
 
+    def doubt(self, index: int) -> str:
+        return self.examples.doubt(index)
+
 
 # ---- clean images ----
 

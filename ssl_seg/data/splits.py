@@ -37,6 +37,7 @@ class Examples(Protocol):
     def read(self, index: int) -> Example: ...
     def image(self, index: int) -> Example: ...
     def name(self, index: int) -> str: ...
+    def doubt(self, index: int) -> str: ...
     def sequence(self, index: int) -> str: ...
 
 
@@ -62,6 +63,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.dataset.name(self.indices[index])
+
+    def doubt(self, index: int) -> str:
+        return self.dataset.doubt(self.indices[index])
 
     def sequence(self, index: int) -> str:
         return self.dataset.sequence(self.indices[index])

@@ -51,6 +51,17 @@ class Dataset(Plugin, ABC):
         """What `read(index).name` gives. Override it: every start of a run asks for all names, and this reads files."""
         return self.read(index).name
 
+    def doubt(self, index: int) -> str:
+        """What a person should look at in the files of an example that can be read, in a few words; '' for nothing.
+
+        The leak guard asks for every image of a run, once. Raises UserError for damage that `read` does not notice.
+        """
+        return ""
+
+    def caution(self) -> str:
+        """What a person should know of the data set before it is used, in one line; '' for nothing. Looks at a few."""
+        return ""
+
     def sequence(self, index: int) -> str:
         """The clip, drive or subfolder an image belongs to: splits keep a sequence whole. '' where there is none."""
         return ""

@@ -72,6 +72,10 @@ class Camvid(Dataset):
         example = self._folders[split].read(position)
         return replace(example, name=self.name(index))
 
+    def doubt(self, index: int) -> str:
+        split, position = self._frames[index]
+        return self._folders[split].doubt(position)
+
     def name(self, index: int) -> str:
         split, position = self._frames[index]
         return f"{split}/{self._folders[split].name(position)}"

@@ -13,17 +13,37 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.files import read_json
-from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, read_image, read_mask, show_path
+from ssl_seg.images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    Range,
+    doubt,
+    largest_value,
+    orientation,
+    read_image,
+    read_mask,
+    show_path,
+)
 
 IGNORE = 255
 MAX_CLASSES = 255  # ids 0 to 254; 255 is ignored
-MAX_STORED = 65535  # the largest id that a 16-bit mask holds
+MAX_STORED = 65535  # the largest value of 16 bits
+SAME_SIDES = (2, 3, 4)  # EXIF orientations that keep height and width: mirrored, turned by 180 degrees, upside down
 PROBED_MASKS = 10  # how many are read to say which ids there are
+PROBED_IMAGES = 8  # how many are read to say how much of their 16 bits is used
+LEAST_USED = 0.1  # of 16 bits: 12 bits fill a sixteenth
 
 StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 
@@ -41,6 +61,9 @@ class Folder(Dataset):
     `mapping` turns stored values into classes: its keys are ids or colours ("#rrggbb" or "r,g,b"), its values class
     ids, class names or "ignore". An id it does not name keeps its value, unless another value is mapped to that class.
 
+    `range` gives the stored values that become black and white in images of more than 8 bits a channel: one range for
+    all, since stretching each by its own values would hide how bright it is. Left out, 65535 of 16 bits is white.
+
     Errors (UserError, one line): folders that are missing or hold no image, an image without a mask, two images or
     two masks for one stem, a mask of another size than its image, values that are no class.
     """
@@ -50,6 +73,7 @@ class Folder(Dataset):
     classes: tuple[str, ...] | int | None = None
     ignore: tuple[StoredId, ...] = ()
     mapping: dict[str, int | str] | None = None
+    range: tuple[FiniteFloat, FiniteFloat] | None = None
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -74,6 +98,13 @@ class Folder(Dataset):
             raise ValueError("two keys mean the same stored value; keep one")
         return dict(zip(keys, [_number_or_word(word) for word in value.values()], strict=True))
 
+    @field_validator("range")
+    @classmethod
+    def _check_range(cls, value: Range | None) -> Range | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError(f"black ({value[0]:g}) has to be less than white ({value[1]:g})")
+        return value
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         labelled = {"classes": self.classes, "ignore": self.ignore, "mapping": self.mapping}
@@ -86,6 +117,11 @@ class Folder(Dataset):
         if self.classes is not None:
             self._class_of_stored()
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`range` is written where it is used alone: runs of earlier versions, which had none, stay of one group."""
+        return {name: value for name, value in dump(self).items() if name != "range" or value is not None}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -102,20 +138,20 @@ class Folder(Dataset):
 
     def image(self, index: int) -> Example:
         image_name = self.name(index)
-        return Example(read_image(self._image_folder / image_name), None, image_name)
+        return Example(read_image(self._image_folder / image_name, self.range), None, image_name)
 
     def read(self, index: int) -> Example:
         if self.masks is None:
             return self.image(index)
         image_name, mask_name = self._files[index]
         image_path = self._image_folder / image_name
-        image = read_image(image_path)
+        image = read_image(image_path, self.range)
         mask_path = self._mask_folder / mask_name
         stored = read_mask(mask_path)
         if stored.shape[:2] != image.shape[:2]:
             raise UserError(
                 f"{show_path(mask_path)}: {stored.shape[0]} x {stored.shape[1]} pixels (H x W), but its image "
-                f"{show_path(image_path)} has {image.shape[0]} x {image.shape[1]}; make the mask anew or remove both"
+                f"{show_path(image_path)} has {image.shape[0]} x {image.shape[1]}; {_mend_size(image_path, stored)}"
             )
         try:
             label = self._label(stored)
@@ -129,6 +165,32 @@ class Folder(Dataset):
     def sequence(self, index: int) -> str:
         parent = str(PurePosixPath(self.name(index)).parent)
         return "" if parent == "." else parent
+
+    def doubt(self, index: int) -> str:
+        image_name, mask_name = self._files[index]
+        image_path = self._image_folder / image_name
+        found = doubt(image_path)
+        if found or not mask_name:
+            return found
+        turn, (height, width) = orientation(image_path)
+        fits_either_way = turn in SAME_SIDES or (turn > 1 and height == width)
+        if fits_either_way and orientation(self._mask_folder / mask_name)[0] == 1:
+            return "turned by its EXIF orientation, and its mask is taken to be drawn on the turned picture"
+        return ""
+
+    def caution(self) -> str:
+        if self.range is not None:
+            return ""
+        probed = range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
+        found = [largest_value(self._image_folder / self.name(index)) for index in probed]
+        largest = [value for value in found if value is not None]
+        if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
+            return ""
+        white = 2 ** max(largest).bit_length() - 1
+        return (
+            f"{show_path(self._image_folder)}: nearly black: in {len(largest)} images of 16 bits that were read no "
+            f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]"
+        )
 
     @property
     def _image_folder(self) -> Path:
@@ -312,6 +374,17 @@ def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _stem(name: str) -> str:
     return PurePosixPath(name).with_suffix("").as_posix()
+
+
+def _mend_size(image_path: Path, stored: np.ndarray) -> str:
+    """What to do about a mask that does not fit its image."""
+    turn, size = orientation(image_path)
+    if turn == 1 or size != stored.shape[:2]:
+        return "make the mask anew or remove both"
+    return (
+        f"the image is turned by its EXIF orientation ({turn}), and the mask was drawn on it as it is stored: turn the "
+        "mask too, or take the orientation out of the image"
+    )
 
 
 def _refuse_empty(folder: Path, names: Sequence[str]) -> None:

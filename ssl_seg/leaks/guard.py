@@ -28,6 +28,7 @@ from ssl_seg.leaks.record import (
     Leak,
     Place,
     read_fingerprints,
+    say_doubts,
     say_leaks,
     sentence,
     write_fingerprints,
@@ -171,6 +172,8 @@ def _work(place: Place, question: Question, workers: Workers | None, quiet: bool
             yield None
             write_image(place.folder / "leaks.png", sheet(_worst_first(result.leaks), question.given, result.prints))
         place.write_json("leaks.json", record)  # last: with it the answer is whole
+        for line in say_doubts(record["doubts"]):
+            say(line, quiet)
         seconds = time.monotonic() - started
         say(f"{sentence(record)} ({seconds:.1f} s)", quiet)
         yield _Outcome(record)
@@ -205,7 +208,10 @@ def make_record(
     config: Leaks,
     own_cuts: Collection[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """leaks.json: what was compared and how, and every leak with whether it is allowed, the worst first."""
+    """leaks.json: what was compared and how, every leak with whether it is allowed, and images to look at.
+
+    The worst leak comes first.
+    """
     trained = {part: prints for part, prints in result.prints.items() if part not in scored}
     against = {part: prints for part, prints in result.prints.items() if part in scored}
     pairs = [
@@ -219,8 +225,14 @@ def make_record(
         "trained": {part: len(prints) for part, prints in trained.items()},
         "scored": {part: len(prints) for part, prints in against.items()},
         "pairs": pairs,
+        "doubts": {part: own for part, prints in result.prints.items() if (own := _doubts(prints))},
         "leaks": [_recorded(leak, config, own_cuts) for leak in _worst_first(result.leaks)],
     }
+
+
+def _doubts(prints: Fingerprints) -> dict[str, str]:
+    """What is to be looked at, by the image's name."""
+    return {name: words for name, words in zip(prints.names, prints.doubts, strict=False) if words}
 
 
 def _recorded(leak: Leak, config: Leaks, own_cuts: Collection[tuple[str, str]]) -> dict[str, Any]:

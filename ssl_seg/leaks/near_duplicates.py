@@ -78,6 +78,7 @@ class Fingerprints:
     names: tuple[str, ...]
     digests: tuple[str, ...]  # sha256 of size and RGB pixels: equal files have equal ones, and so has a PNG saved anew
     thumbs: np.ndarray | None  # (N, SIDE, SIDE) uint8; None where the run had too many to store
+    doubts: tuple[str, ...] = ()  # what `Dataset.doubt` says of each; () where another run has read them
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,12 +98,13 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Example: ...
+    def doubt(self, index: int) -> str: ...
     def name(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A map from indices to digest and fingerprint, as a loader's workers run it."""
+    """A map from indices to digest, fingerprint and doubt, as a loader's workers run it."""
 
     examples: Images
     nbytes: ClassVar[int] = 0  # they are few, and go by pipe
@@ -110,11 +112,11 @@ class _Seen:
     def name(self, index: int) -> str:
         return self.examples.name(index)
 
-    def __getitem__(self, index: int) -> tuple[str, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[str, np.ndarray, str]:
         from ssl_seg.data.splits import digest_of
 
         example = self.examples.image(index)
-        return digest_of(example), thumb(example.image)
+        return digest_of(example), thumb(example.image), self.examples.doubt(index)
 
 
 def fingerprint(examples: Images, workers: Workers | None = None) -> Generator[None, None, Fingerprints]:
@@ -126,16 +128,17 @@ def fingerprint(examples: Images, workers: Workers | None = None) -> Generator[N
 
     count = len(examples)
     thumbs = np.empty((count, SIDE, SIDE), dtype=np.uint8)
-    digests = []
+    digests, doubts = [], []
     one_by_one = [[index] for index in range(count)]
     for index, read in enumerate(collected(_Seen(examples), one_by_one, workers or ALONE, itemgetter(0))):
         if isinstance(read, UserError):
             raise read
         digests.append(read[0])
         thumbs[index] = read[1]
+        doubts.append(read[2])
         yield
     names = tuple(examples.name(index) for index in range(count))
-    return Fingerprints(names, tuple(digests), thumbs)
+    return Fingerprints(names, tuple(digests), thumbs, tuple(doubts))
 
 
 def thumb(image: np.ndarray) -> np.ndarray:

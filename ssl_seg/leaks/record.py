@@ -101,6 +101,18 @@ def _gaps(record: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def say_doubts(doubts: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for every kind of doubt about the images of each part, which are given by name."""
+    lines = []
+    for part, named in doubts.items():
+        for words, count in Counter(named.values()).items():
+            names = [show_path(name) for name, own in named.items() if own == words]
+            more = ", ..." if count > SHOWN else ""
+            images = "1 image" if count == 1 else f"{count} images"
+            lines.append(f"CAUTION: {part}: {images} ({', '.join(names[:SHOWN])}{more}): {words}")
+    return lines
+
+
 def _kinds(found: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(leak["kind"] for leak in found).items())
 

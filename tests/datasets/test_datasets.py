@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ssl_seg.config import UserError, load
+from ssl_seg.data.splits import sample_digest
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.camvid import CLASSES, Camvid
 from ssl_seg.datasets.folder import Folder
@@ -264,6 +265,81 @@ def test_a_mask_of_another_size_names_both_files_and_sizes(tmp_path):
     message = refusal(folder.read, 0)
     assert f"{tmp_path}/masks/a b/é.png: 8 x 6 pixels" in message
     assert f"{tmp_path}/images/a b/é.png has 6 x 8" in message
+
+
+# ---- folder: turned pictures, and values of more than 8 bits
+
+
+def turned(root: Path, number: int, size: tuple[int, int] = SIZE, mask_turn: int = 1) -> Folder:
+    """A photograph with that EXIF orientation, and a mask of the size of what is stored."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    photo = Image.fromarray(GENERATOR.integers(0, 256, (*size, 3), dtype=np.uint8))
+    for image, path, turn in (
+        (photo, "images/a.jpg", number),
+        (Image.fromarray(np.zeros(size, dtype=np.uint8)), "masks/a.png", mask_turn),
+    ):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        image.save(root / path, exif=exif)
+    return Folder(images=str(root / "images"), masks=str(root / "masks"), classes=2)
+
+
+@pytest.mark.parametrize("number", [5, 6, 7, 8])
+def test_a_mask_of_the_size_before_exif_is_told_why(tmp_path, number):
+    message = refusal(turned(tmp_path, number).read, 0)
+    assert f"turned by its EXIF orientation ({number})" in message
+    assert "turn the mask too" in message
+    assert turned(tmp_path / "both", number, mask_turn=number).read(0).label.shape == (8, 6)
+
+
+@pytest.mark.parametrize(("number", "size"), [(2, SIZE), (3, SIZE), (4, SIZE), (6, (8, 8))])
+def test_a_mask_that_fits_either_way_is_a_doubt(tmp_path, number, size):
+    folder = turned(tmp_path, number, size)
+    assert folder.read(0).label.shape == size
+    assert "its mask is taken to be drawn on the turned picture" in folder.doubt(0)
+    assert turned(tmp_path / "both", number, size, mask_turn=number).doubt(0) == ""
+    assert turned(tmp_path / "upright", 1, size).doubt(0) == ""
+    assert Folder(images=folder.images).doubt(0) == ""
+
+
+def deep(root: Path, *largest: int) -> Folder:
+    """Pictures of 16 bits, one for each of the values that they reach."""
+    root.mkdir(parents=True)
+    for number, white in enumerate(largest):
+        values = np.linspace(0, white, 48).round().astype(np.uint16).reshape(SIZE)
+        Image.fromarray(values).save(root / f"{number:02}.png")
+    return Folder(images=str(root))
+
+
+def test_pictures_that_use_a_part_of_16_bits_are_told_with_the_range_to_write(tmp_path):
+    folder = deep(tmp_path / "dark", *[900] * 20, 3500)
+    assert "no value is above 900 of 65535; if less than that is white, write range: [0, 1023]" in folder.caution()
+    folder = deep(tmp_path / "darker", *[3500] * 3)
+    assert f"{tmp_path}/darker: nearly black: in 3 images" in folder.caution()
+    assert "range: [0, 4095]" in folder.caution()
+    mended = Folder(images=folder.images, range=(0, 4095))
+    assert mended.caution() == ""
+    assert folder.image(0).image.max() == 14
+    assert mended.image(0).image.max() == round(3500 / 4095 * 255)
+
+
+def test_pictures_that_are_dark_for_good_are_not_spoken_of(tmp_path):
+    assert deep(tmp_path / "night", 900, 900, 50_000, 900).caution() == ""
+    assert deep(tmp_path / "cap", 0, 0).caution() == ""
+    put_images(tmp_path / "eight bits", "a", "b")
+    assert Folder(images=str(tmp_path / "eight bits")).caution() == ""
+
+
+def test_a_range_is_in_the_config_where_it_is_given_and_moves_the_digest(tmp_path):
+    plain = deep(tmp_path / "images", 3500)
+    ranged = load(Dataset, {**plain.dump(), "range": [0, 4095]})
+    assert "range" not in plain.dump()
+    assert ranged.dump()["range"] == [0, 4095]
+    assert load(Dataset, ranged.dump()) == ranged
+    assert sample_digest(plain) != sample_digest(ranged)
+    assert "black (9) has to be less than white (9)" in config_refusal(images="i", range=[9, 9])
+    assert "range.1" in config_refusal(images="i", range=[0, float("inf")])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

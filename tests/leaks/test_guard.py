@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from ssl_seg.cli import app, run
 from ssl_seg.config import UserError, load
+from ssl_seg.data.splits import Subset
 from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Example, numbering
+from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.leaks import guard, near_duplicates
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, compare, is_allowed
@@ -50,6 +54,9 @@ class Pictures:
 
     def image(self, index: int) -> Example:
         return Example(self.images[index], None, self.names[index])
+
+    def doubt(self, index: int) -> str:
+        return ""
 
     def name(self, index: int) -> str:
         return self.names[index]
@@ -566,6 +573,45 @@ def checked(
 
 
 ONE, OTHER = Textured(count=6, seed=7), Textured(count=6, seed=30)
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+def photographs(root: Path, damage: bytes) -> Folder:
+    """Four JPEGs, the third and the last with other bytes before their end."""
+    root.mkdir()
+    for number in range(4):
+        image = Image.fromarray(GENERATOR.integers(0, 256, (*SIZE, 3), dtype=np.uint8))
+        stream = BytesIO()
+        image.save(stream, "JPEG")
+        whole = stream.getvalue()
+        if number >= 2:
+            whole = whole[: int(0.8 * len(whole))] + whole[-2:] if not damage else whole[:-2] + damage + whole[-2:]
+        (root / f"{number}.jpg").write_bytes(whole)
+    return Folder(images=str(root))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_jpeg_that_was_cut_and_closed_again_stops_the_run(tmp_path: Path, workers: int) -> None:
+    pool = photographs(tmp_path / "pool", b"")
+    assert pool.read(2).image.shape == (*SIZE, 3)  # its lower part is grey
+    with pytest.raises(
+        UserError, match=r"pool/2\.jpg: damaged or cut off \(Corrupt JPEG data: premature end"
+    ) as caught:
+        guard.check(Place(tmp_path), Question({"pool": pool}, {}, Leaks()), workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_doubts_are_told_once_and_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = photographs(tmp_path / "pool", bytes(20))
+    record = guard.check(Place(tmp_path), Question({"pool": pool}, {}, Leaks()))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("CAUTION")]
+    words = "a JPEG that may be damaged (Corrupt JPEG data: extraneous bytes before marker 0xd9)"
+    assert lines == [f"CAUTION: pool: 2 images (2.jpg, 3.jpg): {words}"]
+    assert record["doubts"] == {"pool": {"2.jpg": words, "3.jpg": words}}
+    part = Subset(pool, (0, 1, 3))
+    assert guard.check(Place(tmp_path), Question({"pool": part}, {}, Leaks()))["doubts"]["pool"] == {"3.jpg": words}
 
 
 @pytest.mark.parametrize(("many", "announced"), [(12, True), (13, False)])
