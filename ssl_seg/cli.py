@@ -6,7 +6,6 @@ imported inside the commands, after the words have been looked at, so `--help` a
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssl_seg.config import Interrupted, UserError, find_recipe, load, read_words, use_plugin
+from ssl_seg.config import Interrupted, UserError, find_recipe, load, names_file, read_words, use_plugin, user_path
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
-from ssl_seg.terminal import print_lines, tells
+from ssl_seg.terminal import STOPPED, print_lines, say, tells, usable_streams, watch_signals
 
 if TYPE_CHECKING:
     from ssl_seg.training.processes import DeviceName
@@ -46,7 +45,7 @@ Words = Annotated[
 ]
 
 
-Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
+Out = Annotated[Path | None, typer.Option("--out", parser=user_path, metavar="PATH", help="The run's folder.")]
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="One batch through every head; prints, writes nothing.")]
@@ -68,7 +67,9 @@ Plugins = Annotated[
 ]
 
 
-Runs = Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Run folders, or folders of runs.")]
+Runs = Annotated[
+    list[Path] | None, typer.Argument(parser=user_path, metavar="RUN ...", help="Run folders, or folders of runs.")
+]
 
 
 Uri = Annotated[str | None, typer.Option(help="Where MLflow keeps its runs; runs/mlflow.db by default.")]
@@ -167,7 +168,10 @@ def compare_command(
     uri: Uri = None,
     verify: Annotated[bool, typer.Option("--verify", help="Recompute every score from its matrices.")] = False,
     drawn: Annotated[
-        Path | None, typer.Option("--pictures", metavar="DIR", help="Draw the images that changed most, side by side.")
+        Path | None,
+        typer.Option(
+            "--pictures", parser=user_path, metavar="DIR", help="Draw the images that changed most, side by side."
+        ),
     ] = None,
     plugin: Plugins = None,
 ) -> None:
@@ -250,10 +254,19 @@ def track_command(
 @app.command("report")
 def report_command(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN ... | STUDY", help="Run folders, folders of runs, or a study's folder.")
+        list[Path],
+        typer.Argument(
+            parser=user_path, metavar="RUN ... | STUDY", help="Run folders, folders of runs, or a study's folder."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The file; by default report.html in RUN, or beside several of them.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=user_path,
+            metavar="PATH",
+            help="The file; by default report.html in RUN, or beside several of them.",
+        ),
     ] = None,
 ) -> None:
     """Write one HTML page about runs or a study: the answer first, then what it rests on, cost and configs."""
@@ -264,7 +277,7 @@ def report_command(
 
 
 @app.command("norms")
-def norms_command(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+def norms_command(run: Annotated[Path, typer.Argument(parser=user_path, metavar="RUN")]) -> None:
     """Print and draw which statistics (instance, layer, batch) a run's switch norm layers have learnt to use."""
     from rich.console import Console
     from rich.table import Table
@@ -326,33 +339,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: Callable[[], Any]) -> int:
     """The exit code of a command; what the user must know goes to stderr in one line."""
-    try:
-        return command() or 0
-    except ClickError as error:
-        return _complain(error.format_message())
-    except UserError as error:
-        return _complain(str(error), error.exit_code, alone=error.of_one_process)
-    except typer.Abort:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
-        return 0
-    except Interrupted as error:
-        print(f"ssl-seg: {error}", file=sys.stderr)
-        return 128 + error.signum
+    with usable_streams():
+        try:
+            return _ended(command)
+        except ClickError as error:
+            return _complain(error.format_message())
+        except UserError as error:
+            return _complain(str(error), error.exit_code, alone=error.of_one_process)
+        except typer.Abort as error:
+            if isinstance(error.__cause__, EOFError):  # click takes any for the end of what a person types
+                raise error.__cause__ from None
+            return 130
+        except Interrupted as error:
+            return _complain(str(error), 128 + error.signum, alone=True)
+
+
+def _ended(command: Callable[[], Any]) -> int:
+    """What a command returns, once what it has printed is out; raises what the user must know."""
+    with watch_signals() as signals:
+        try:
+            code = command() or 0
+            sys.stdout.flush()
+        except Exception as error:
+            # A signal amid an import comes out as whatever the library makes of it.
+            if signals.raised is None or isinstance(error, Interrupted):
+                raise
+            raise Interrupted(signals.raised, STOPPED) from error
+    return code
 
 
 def _complain(message: str, code: int = 2, alone: bool = False) -> int:
-    line = " ".join(message.split())
-    if alone or tells():
-        print(f"ssl-seg: {line}", file=sys.stderr)
+    say(f"ssl-seg: {' '.join(message.split())}", quiet=not (alone or tells()))
     return code
 
 
 def _values(words: list[str] | None, plugins: list[str] | None) -> dict[str, Any]:
     """The merged words; files and their YAML are looked at before a heavy library is imported."""
     for word in words or []:
-        if "=" not in word:
+        if names_file(word):
             find_recipe(word)
     for plugin in plugins or []:
         use_plugin(plugin)

@@ -2,16 +2,20 @@
 
 OmegaConf parses (it reads `1e-3` as a number and refuses a key given twice, PyYAML does neither), pydantic validates.
 Ours is what neither has: the merge that replaces a mapping whose `type` changes, the choice of a plug-in class by
-`type`, and errors of one line that say what to do next.
+`type`, bounds on what a stranger's file may cost (`yaml_text`), numbers that are numbers, paths as people write them,
+and errors of one line that say what to do next.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
+import math
+import os
 import pkgutil
 import re
 import signal
@@ -21,19 +25,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from yaml import YAMLError
+
+from ssl_seg.yaml_text import MAX_CHARACTERS, MAX_DEPTH, check_references, checked
 
 C = TypeVar("C", bound="Config")
 RECIPES = "ssl_seg.configs"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+# What a text that is no YAML, or none of ours, raises on its way through PyYAML and OmegaConf.
+YAML_ERRORS = (YAMLError, OmegaConfBaseException, ValueError, ArithmeticError, RecursionError)
+MAX_NUMBER = 2**64  # seeds of 64 bits are in use; no other key wants more
 
 
 class UserError(Exception):
@@ -51,10 +70,48 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def user_path(written: str | Path) -> Path:
+    """The path that a person has written, with `~` and `~name` for folders of users: the one home of that.
+
+    Raises UserError with one line for what can be no path here: an empty one, a user that nobody knows, names that the
+    system does not take, and folders that may not be looked into. Whether there is anything is for the caller to say.
+    """
+    shown = _cut(str(written)) if str(written).isprintable() else ascii(_cut(str(written)))
+    if not str(written).strip():
+        raise UserError("a path is empty; name a file or a folder")
+    try:
+        path = Path(written).expanduser()
+        path.stat()
+    except RuntimeError as error:
+        raise UserError(f"{shown}: no such user; write the path from / on") from error
+    except ValueError as error:  # a zero byte, half of a surrogate pair
+        raise UserError(f"{shown}: is no path ({_first_line(error)}); write it anew") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
+            raise UserError(f"{shown}: cannot be a path here ({error.strerror}); choose another") from error
+        return Path(written).expanduser()
+    return path
+
+
+def _as_written(value: Any) -> Any:
+    """Python gives a Path, YAML a number where a folder is called 2024; both mean the text."""
+    if isinstance(value, Path) or (isinstance(value, int) and not isinstance(value, bool)):
+        value = str(value)
+    if isinstance(value, bool | float):
+        raise ValueError(f"YAML reads it as {_short(value)}; write the path in quotes")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; name a file or a folder")
+    return value
+
+
+# A path as it was written, for `user_path` to read where it is used: so a config says the same on another machine.
+PathText = Annotated[str, BeforeValidator(_as_written)]
+
+
 class Config(BaseModel):
     """A frozen mapping of known keys. `dump()` and `load()` are inverse to each other."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +121,13 @@ class Config(BaseModel):
                 if key not in cls.model_fields:
                     raise PydanticCustomError("unknown_key", "{text}", {"text": _unknown("key", key, cls.model_fields)})
         return value
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        taken = handler(value)
+        _check_numbers(value, taken)
+        return taken
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, without what `cached_property` remembered: it belongs to the old values."""
@@ -78,6 +142,27 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(self.dump()))
+
+
+def _check_numbers(given: Any, taken: Any) -> None:
+    """Raise ValueError for `true` that was taken for 1, and for numbers that are none or have thousands of digits.
+
+    Infinity is refused here too: where a key takes any value (`options`, a grid) `allow_inf_nan` does not reach it.
+    """
+    if isinstance(taken, Mapping):
+        for key, value in taken.items():
+            _check_numbers(given.get(key) if isinstance(given, Mapping) else None, value)
+    elif isinstance(taken, list | tuple):
+        same = isinstance(given, list | tuple) and len(given) == len(taken)
+        for one, value in zip(given if same else [None] * len(taken), taken, strict=True):
+            _check_numbers(one, value)
+    elif isinstance(taken, int | float) and not isinstance(taken, bool):
+        if isinstance(given, bool):
+            raise ValueError(f"a number is wanted, not {_short(given)}")
+        if isinstance(taken, float) and not math.isfinite(taken):
+            raise ValueError(f"a finite number is wanted, not {taken}")
+        if isinstance(taken, int) and not -MAX_NUMBER < taken < MAX_NUMBER:
+            raise ValueError("a number of 64 bits at most is wanted")
 
 
 class Plugin(Config, ABC):
@@ -174,17 +259,23 @@ def use_plugin(name: str) -> None:
 def read_words(words: Sequence[str]) -> dict[str, Any]:
     """Merge YAML files, names of shipped recipes and `dotted.key=value` words, later ones over earlier ones."""
     OmegaConf.clear_resolver("oc.env")  # a config from a stranger must not read the environment
-    files = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if not names_file(word)]
     merged: dict[str, Any] = {}
-    for file in files:
-        merged = merge(merged, _read_yaml(find_recipe(file)))
+    for file in words:
+        if names_file(file):
+            merged = merge(merged, _read_yaml(find_recipe(file)))
     for override in overrides:
         merged = merge(merged, _read_override(override))
     try:
+        check_references(merged)
         return _plain(OmegaConf.create(merged), resolve=True)
-    except OmegaConfBaseException as error:
+    except YAML_ERRORS as error:
         raise UserError(f"config: {_first_line(error)}; interpolations may name keys of the config only") from error
+
+
+def names_file(word: str) -> bool:
+    """Whether a word of the command line is a file or recipe, and no `key=value`: sweeps have folders called lr=0.1."""
+    return "=" not in word or (word.lower().endswith((".yaml", ".yml")) and os.path.isfile(os.path.expanduser(word)))
 
 
 def load(cls: type[C], words: Sequence[str] | Mapping[str, Any]) -> C:
@@ -261,9 +352,11 @@ def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any
 
 def find_recipe(name: str) -> Path:
     """A YAML file by its path, or a recipe that ships with the package by its name (`camvid`)."""
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
+    if path.exists():  # a pipe would be waited for, a device may have no end
+        raise UserError(f"{name}: is no regular file; give a YAML file")
     spec = importlib.util.find_spec(RECIPES)
     places = spec.submodule_search_locations if spec else None
     folders = [Path(folder) for folder in places or ()]
@@ -282,8 +375,10 @@ def _plain(config: object, resolve: bool = False) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = _plain(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        values = _plain(OmegaConf.load(StringIO(checked(text))))
+    except (*YAML_ERRORS, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {_first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no mapping of keys; write lines such as 'train: {{steps: 1000}}'")
@@ -291,13 +386,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_override(word: str) -> dict[str, Any]:
-    key = word.partition("=")[0]
-    if not re.fullmatch(r"\w+(\.[\w-]+)*", key):
-        raise UserError(f"{word}: not a key=value word; write it as train.lr=1e-3")
+    key, _, value = word.partition("=")
+    if not re.fullmatch(r"\w+(\.[\w-]+)*", key) or key.count(".") > MAX_DEPTH:
+        raise UserError(f"{_cut(word)}: not a key=value word; write it as train.lr=1e-3")
     try:
-        return _plain(OmegaConf.from_dotlist([word]))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{word}: the value is not YAML: {_first_line(error)}") from error
+        # `init=$RUN` of a variable that is not set is a mistake, and no null, which would be to start from scratch.
+        return _plain(OmegaConf.from_dotlist([f"{key}={checked(value)}" if value.strip() else f"{key}=''"]))
+    except YAML_ERRORS as error:
+        raise UserError(f"{_cut(word)}: the value is not YAML: {_first_line(error)}") from error
 
 
 def _type_changes(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
@@ -372,9 +468,12 @@ def _snake(name: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])
+    return _cut(" ".join(lines[:3]), 300)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _cut(json.dumps(value, default=str))
+
+
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -3,7 +3,8 @@
 safetensors and JSON hold everything, so reading a file runs no code. Ours is what the two and the standard library
 lack. A folder replaces another so that a kill at any instant leaves one of them whole: a rename cannot replace a folder
 that holds files. Writes are synced before they count. Digests tell a flipped bit, which safetensors loads in silence.
-Errors are one line that names the file.
+Nothing but a regular file is opened, since a pipe in its place would be waited for without end. Errors are one line
+that names the file.
 
 Every function here is for one writing process. Where there are several, the main one writes, and the caller puts
 barriers around it.
@@ -11,12 +12,14 @@ barriers around it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,8 +65,9 @@ def commit_folder(target: Path, files: Mapping[str, bytes]) -> None:
 
 def committed(target: Path) -> Path:
     """Where the folder committed as `target` lies: under its other name if a kill came between the two renames."""
-    old = target.with_name(OLD + target.name)
-    return old if old.exists() and not target.exists() else target
+    old = target.parent / (OLD + target.name)  # `with_name` refuses `.`, the folder we are in
+    # os.path, since `Path.exists` raises for a name so long that nothing can have it with a prefix.
+    return old if os.path.exists(old) and not os.path.exists(target) else target
 
 
 def committed_names(parent: Path) -> set[str]:
@@ -116,9 +120,44 @@ def write_atomic(path: Path, payload: bytes) -> None:
         sync(path.parent)
 
 
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """As `os.open`, and never waiting. Raises OSError for a pipe, a device or a socket in the place of a file.
+
+    A link is followed for reading alone: what is written stays in its folder.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        flags |= os.O_NOFOLLOW
+    # Without these a pipe is waited for, and a terminal may become that of the process.
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "a pipe, a device or a folder, and no file", str(path))
+    return handle
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a regular file. Raises OSError as `open_regular`."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
+
+
+def append(path: Path, text: str) -> None:
+    """Add to a regular file, which is made where there is none. Raises OSError as `open_regular`, also for a link."""
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+        file.write(text.encode())
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a regular file is the folder's own, and is not reached by a link that leads out of it.
+
+    A run folder may be a stranger's, with links to what is ours: that is neither shown nor sent.
+    """
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
 def sync(path: Path) -> None:
     """Have the kernel write a file or a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(handle)
     finally:
@@ -126,7 +165,9 @@ def sync(path: Path) -> None:
 
 
 def _write_synced(path: Path, payload: bytes) -> None:
-    with path.open("wb") as file:
+    if os.path.lexists(path):  # of a killed write; a link by that name would lead the payload elsewhere
+        _remove(path)
+    with path.open("xb") as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
@@ -158,7 +199,7 @@ def sha256(payload: bytes) -> str:
 def is_intact(path: Path, digest: str) -> bool:
     """Whether the file can be read and is the one whose `sha256` was taken."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest
     except OSError:
         return False
@@ -197,8 +238,10 @@ def finite(values: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError for a file that is absent, damaged or holds anything else."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = json.loads(read_bytes(path))
+    except OSError as error:
+        raise UserError(f"{path}: not readable as JSON ({error.strerror}); restore it or make it anew") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON; restore it or make it anew") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object; restore it or make it anew")

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 import cv2
@@ -31,6 +31,9 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
+from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
+from pydantic import AfterValidator, PositiveInt
 
 from ssl_seg.config import UserError
 
@@ -92,6 +95,16 @@ TURNS = {  # EXIF orientation: the turn that undoes it
 Size = tuple[int, int]
 Range = tuple[float, float]
 T = TypeVar("T")
+
+
+def check_size(size: Size) -> Size:
+    """Raise ValueError for more pixels than an image may have."""
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} are more than {MAX_PIXELS} pixels; write a smaller (H, W)")
+    return size
+
+
+SizeField = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(check_size)]  # (H, W), as a key of a config
 
 
 def read_image(path: str | Path, value_range: Range | None = None) -> np.ndarray:

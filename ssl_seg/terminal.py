@@ -1,22 +1,31 @@
-"""The person at the terminal: what a run says while it works, and what Ctrl-C and SIGTERM do to it."""
+"""The person at the terminal: what a run says while it works, what Ctrl-C, SIGTERM and a hangup do to it.
+
+What only tells of a run must not end it: a terminal that is gone, a log on a full disk or a reader such as `head` that
+has seen enough leaves the work as it is.
+"""
 
 from __future__ import annotations
 
+import codecs
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssl_seg.config import Interrupted
+from ssl_seg.config import Interrupted, UserError
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask for an end
 # Seconds within which a signal that comes again is the same one. What torch 2.14's torchrun passes on came within 7 ms
 # of the first, on two busy cores (16 times); a person who presses Ctrl-C a second time takes longer than this.
 SAME_SIGNAL = 0.3
+STOPPED = "stopped; the same command continues"
 SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
 
 
@@ -57,7 +66,7 @@ class Reporter:
         if not self.quiet and (now - self.said >= SECONDS_BETWEEN_LINES or number == self.steps or scored):
             self.said = now
             left = (self.steps - number) * self.batch_size / max(rate, 1e-9)
-            print(f"{self.unit} {number}/{self.steps}: {text}, {clock(left)} left", file=sys.stderr, flush=True)
+            say(f"{self.unit} {number}/{self.steps}: {text}, {clock(left)} left")
 
 
 @contextmanager
@@ -66,18 +75,23 @@ def reporter(steps: int, start: int, batch_size: int, quiet: bool, unit: str = "
     if report.bar is None:
         yield report
         return
-    with report.bar:
+    report.bar.start()
+    try:
         yield report
+    finally:
+        with suppress(OSError):  # the terminal is gone
+            report.bar.stop()
 
 
 def say(text: str, quiet: bool = False) -> None:
     """A line for the person at the terminal; results go to stdout, this does not."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 class Signals:
-    """SIGTERM and SIGINT: an end at once, or inside `deferred` a note, so that a step is never cut in half.
+    """SIGTERM, SIGINT and SIGHUP: an end at once, or inside `deferred` a note, so that no step is ever cut in half.
 
     A second one ends at once everywhere, unless it is the first once more, within `SAME_SIGNAL` seconds: torchrun
     passes on to each process what systemd or Slurm has told every process of the job already.
@@ -87,6 +101,7 @@ class Signals:
         self.noted: int | None = None
         self.noted_at = 0.0
         self.defers = False
+        self.raised: int | None = None  # the signal that ended what was at work
 
     def asked(self) -> bool:
         return self.noted is not None
@@ -111,15 +126,18 @@ class Signals:
             return
         if self.defers and signum == self.noted and now - self.noted_at < SAME_SIGNAL:
             return
-        raise Interrupted(signum, "stopped; the same command continues")
+        self.raised = signum
+        raise Interrupted(signum, STOPPED)
 
 
 @contextmanager
 def watch_signals() -> Iterator[Signals]:
+    """A hangup that is ignored stays so: it was asked for, by nohup."""
     signals = Signals()
     former = {}
+    wanted = [number for number in STOPPING if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in wanted:
             former[number] = signal.signal(number, signals.handle)
     except ValueError:
         pass  # not in the main thread: Python delivers signals there only
@@ -145,3 +163,75 @@ def tells() -> bool:
 def print_lines(lines: Sequence[str]) -> None:
     if tells():
         print("\n".join(lines))
+
+
+# ---- the streams of a process ----
+
+PLAIN = "ssl_seg.plain"  # how letters are written that the terminal's encoding lacks
+SIGNS = {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{PLUS-MINUS SIGN}": "+-", "\N{MULTIPLICATION SIGN}": "x"}
+
+
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    """A loss must not lose its sign; any other letter is a question mark."""
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join(SIGNS.get(letter, "?") for letter in letters), error.end
+
+
+codecs.register_error(PLAIN, _in_plain)
+
+
+@contextmanager
+def usable_streams() -> Iterator[None]:
+    """Inside, whatever is led into stdin, stdout and stderr, or closed, neither ends the work nor takes its files.
+
+    Call it before files are opened: the first would take the number of a closed stream, and whatever is printed there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(nowhere, nowhere == number)  # as every other stream is
+            setattr(sys, name, os.fdopen(nowhere, "r" if number == 0 else "w"))
+    with suppress(OSError):  # of what was printed before
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors=PLAIN)
+    former = sys.stdout
+    output: Any = _Output(former)
+    sys.stdout = output
+    try:
+        yield
+    finally:
+        sys.stdout = former
+
+
+class _Output:
+    """stdout, where a reader that has seen enough, such as `head`, is no error, and a full disk one line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self._told():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._told():
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is left in the buffer goes nowhere, or Python would complain of it once more at the end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise UserError(
+                    f"stdout: cannot be written ({error.strerror}); make room, or lead the output elsewhere"
+                ) from error

@@ -16,11 +16,13 @@ from tests import ROOT
 
 # A file may import what stands on a floor above its own, and what shares its room. What a room is for, in a few words.
 FLOORS: tuple[Mapping[str, str], ...] = (
+    {"yaml_text": "what a text may cost"},
     {"config": "configs, plug-ins, errors", "rng": "keyed random numbers", "losses": "losses of one sample"},
     {
         "files": "atomic files, JSON",
         "images": "the only decoder",
         "scores": "confusion matrices",
+        "tensor_files": "weights of any origin",
         "terminal": "progress and signals",
         "norm": "norm layers, conversion",
         "worlds": "drawn scenes",

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from omegaconf import OmegaConf
 
 from ssl_seg import PretrainConfig, cli, images, load
@@ -93,7 +94,7 @@ def test_predict_refuses_two_images_that_would_share_a_mask(
     images.write_image(tmp_path / "photos" / "a.png", np.full((8, 8, 3), 90, dtype=np.uint8))
     words = [f"model={runs / 'fine'}", "data.images.type=folder", f"data.images.images={tmp_path / 'photos'}"]
     assert run("predict", *words, "workers=0", "device=cpu", "--out", tmp_path / "out") == 2
-    assert "two images would be given the mask a.png" in capsys.readouterr().err
+    assert "a.bmp would be given the same mask as a.png" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +231,7 @@ WRONG = [
     (["pretrain", *PRETRAIN, "augment.crop=[0,32]", "--out", "x"], "augment.crop"),
     (["pretrain", *PRETRAIN, "augment.zoom=[2,1]", "--out", "x"], "augment"),
     (["pretrain", *PRETRAIN, "data.pool={type: folder, images: no/such}", "--out", "x"], "no/such"),
-    (["pretrain", *PRETRAIN, "data.pool={type: folder, images: 5}", "--out", "x"], "data.pool"),
+    (["pretrain", *PRETRAIN, "data.pool={type: folder, images: 5.5}", "--out", "x"], "data.pool"),
     (["pretrain", *PRETRAIN, "init=no/such/run", "--out", "x"], "no/such/run"),
     (["pretrain", *PRETRAIN, "seed=[", "--out", "x"], "seed=["),
     (["pretrain", *PRETRAIN, "seed=${oc.env:HOME}", "--out", "x"], "oc.env"),
@@ -263,6 +264,17 @@ WRONG = [
     (["synth", "squares", "--size", "1x9", "--out", "x"], "size.1: "),
     (["synth", "squares", "--size", "90000x90000", "--out", "x"], "--size 90000x90000: no image of more than"),
     (["synth", "squares"], "--out: missing"),
+    (["pretrain", *PRETRAIN, "--out", "~nobody_of_that_name/x"], "no such user"),
+    (["pretrain", *PRETRAIN, "--out", "x" * 256], "File name too long"),
+    (["pretrain", *PRETRAIN, "--out", ""], "a path is empty"),
+    (["pretrain", *PRETRAIN, "init=", "--out", "x"], "init: is empty"),
+    (["pretrain", *PRETRAIN, "init=" + "x" * 256, "--out", "x"], "File name too long"),
+    (["pretrain", *PRETRAIN, "train.lr=.inf", "--out", "x"], "train.lr: "),
+    (["pretrain", *PRETRAIN, "augment.crop=[100000,100000]", "--out", "x"], "augment.crop: "),
+    (["pretrain", *PRETRAIN, "data.resize=[100000,100000]", "--out", "x"], "data.resize: "),
+    (["pretrain", *PRETRAIN, "recalibrate=1e18", "--out", "x"], "recalibrate: "),
+    (["compare", "~nobody_of_that_name"], "no such user"),
+    (["report", "x" * 256], "File name too long"),
     (["synth", "shapes", "noise=7", "--out", "x"], "kind.noise: "),
     (["synth", "shapes", "nose=0.1", "--out", "x"], "did you mean 'noise'"),
     (["synth", "squares", "nose=0.1", "--out", "x"], "unknown key 'nose'; known: none"),
@@ -326,7 +338,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     first = command(*words)
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert first.poll() is None
+            assert first.poll() is None, first.communicate()
             time.sleep(0.05)
         second = command(*words)
         _, said = second.communicate()
@@ -359,6 +371,19 @@ def test_a_bug_of_ours_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         cli.run(bug)
+
+
+def test_an_end_of_a_file_is_no_abort_of_a_person() -> None:
+    """Click takes an EOFError for the end of what is typed, and would exit silently."""
+
+    app = typer.Typer()
+
+    @app.command()
+    def end() -> None:
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        cli.run(lambda: app(args=[], standalone_mode=False))
 
 
 def test_errors_become_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,41 @@
 from __future__ import annotations
 
+import importlib
+import inspect
+import math
+import os
+import pkgutil
+import re
 import sys
+from abc import ABC
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, PositiveInt, SerializeAsAny, field_validator
+from pydantic import Field, JsonValue, PositiveInt, SerializeAsAny, ValidationError, field_validator
 
+import pretext
+import ssl_seg
 from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import config
-from ssl_seg.config import Config, Plugin, UserError, diff, explain, find_recipe, flatten, load, merge, read_words
+from ssl_seg.config import (
+    Config,
+    PathText,
+    Plugin,
+    UserError,
+    diff,
+    explain,
+    find_recipe,
+    flatten,
+    load,
+    merge,
+    read_words,
+    user_path,
+)
 from ssl_seg.config import use_plugin as use
 from ssl_seg.tasks import PretextTask
 
@@ -439,3 +461,221 @@ def test_config_is_frozen_and_defaults_are_validated():
     with pytest.raises(ValueError, match="greater than 0") as caught:
         Wrong()
     assert explain(caught.value).startswith("steps: ")
+
+
+# Numbers
+
+
+def every_config() -> list[type[Config]]:
+    """Each config class of the framework and of the tasks that ship with it."""
+    for package in (ssl_seg, pretext):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            # What talks to MLflow has no config of its own, and takes seconds to import.
+            if not module.name.endswith("__main__") and not module.name.startswith("ssl_seg.tracking."):
+                importlib.import_module(module.name)
+    found, left = set(), [Config]
+    while left:
+        subclasses = left.pop().__subclasses__()
+        left += subclasses
+        found |= {cls for cls in subclasses if cls.__module__.startswith(("ssl_seg.", "pretext."))}
+    whole = [cls for cls in found if not inspect.isabstract(cls) and ABC not in cls.__bases__]
+    return sorted(whole, key=lambda cls: (cls.__module__, cls.__qualname__))
+
+
+def holds_number(kind: Any) -> bool:
+    """Whether a number may stand anywhere in a value of this annotation."""
+    return kind in (int, float, Any, JsonValue) or any(holds_number(inner) for inner in get_args(kind))
+
+
+def number_fields() -> list[tuple[type[Config], str, Any]]:
+    return [
+        (cls, name, field.annotation)
+        for cls in every_config()
+        for name, field in cls.model_fields.items()
+        if holds_number(field.annotation)
+    ]
+
+
+def shaped(kind: Any, value: Any) -> list[Any]:
+    """`value` in every place of the annotation that may hold a number; the other places hold what is harmless there."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind in (int, float, Any, JsonValue):
+        return [value]
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return [
+            [place if index == number else 1 for index in range(len(inner))]
+            for number, own in enumerate(inner)
+            for place in shaped(own, value)
+        ]
+    if origin in (tuple, list):
+        return [[place] for place in shaped(inner[0], value)]
+    if origin is dict:
+        return [{"key": place} for place in shaped(inner[1], value)]
+    return [place for own in inner for place in shaped(own, value)]
+
+
+def keys_refused(cls: type[Config], values: dict[str, Any]) -> set[str]:
+    """The keys that errors name."""
+    try:
+        cls.model_validate(values)
+    except ValidationError as error:
+        return {str(found["loc"][0]) if found["loc"] else "" for found in error.errors(include_url=False)}
+    return set()
+
+
+NO_NUMBERS = (math.inf, -math.inf, math.nan, float("1e400"), "inf", "-inf", "nan", "1e400", True, 10**400)
+
+
+def test_no_key_of_any_config_takes_what_is_no_number() -> None:
+    """Infinity, NaN, `true` and endless numbers, in every place of every config that holds a number."""
+    assert len(number_fields()) > 60
+    for cls, name, kind in number_fields():
+        for value in NO_NUMBERS:
+            for place in shaped(kind, value):
+                if isinstance(value, bool | str) and re.search("Any|JsonValue", str(kind)):
+                    continue  # any value is meant to be taken there
+                if value is True and "bool" in str(kind):
+                    continue
+                assert name in keys_refused(cls, {name: place}), (cls.__name__, name, place)
+
+
+def test_a_number_that_is_none_is_one_line_with_its_key(tmp_path: Path) -> None:
+    for word in ("train.lr=.inf", "train.lr=.nan", "train.lr=1e400", "train.lr=true", "train.steps=true"):
+        key, _, value = word.partition("=")
+        assert one_line(Stage, [word]).startswith(f"{key}: ")
+        file = yaml(tmp_path, f"train: {{{key.partition('.')[2]}: {value}}}")
+        assert one_line(Stage, [file]).startswith(f"{key}: ")
+
+
+def test_what_means_a_number_stays_one() -> None:
+    class Numbers(Config):
+        count: int = 0
+        rate: float = 0.0
+        on: bool = False
+
+    read = load(Numbers, ["count=1e3", "rate=1e-3", "on=1"])
+    assert (read.count, read.rate, read.on) == (1000, 1e-3, True)
+    read = load(Numbers, ["count=0123", "rate=3", "on=no"])
+    assert (read.count, read.rate, read.on) == (123, 3.0, False)
+    assert load(Numbers, [f"count={2**64 - 1}"]).count == 2**64 - 1
+    assert load(Numbers, {"count": "7", "rate": "1e-3"}).rate == 1e-3
+
+
+# What a stranger's file may cost
+
+
+def doubling(depth: int) -> str:
+    lines = [f"a{level}: &a{level} [*a{level - 1}, *a{level - 1}]" for level in range(1, depth)]
+    return "\n".join(["a0: &a0 [1, 2]", *lines])
+
+
+HOSTILE = {
+    "brackets": "a: " + "[" * 5000 + "]" * 5000,
+    "open brackets": "[" * 100_000,
+    "steps": "".join(" " * level + f"k{level}:\n" for level in range(900)),
+    "a loop": "a: &x [1, *x]",
+    "a loop of two": "a: &x {b: &y [*x], c: *y}",
+    "doubling lists": doubling(40),
+    "doubling keys": "a0: &a0 {x: 1}\n"
+    + "\n".join(f"a{n}: &a{n} {{p: *a{n - 1}, q: *a{n - 1}}}" for n in range(1, 40)),
+    "doubling words": "a0: xxxxxxxxxx\n" + "\n".join(f"a{n}: '${{a{n - 1}}}${{a{n - 1}}}'" for n in range(1, 60)),
+    "doubling, hidden": "y0: {v: xx}\n"
+    + "\n".join(f"z{n}: {{v: '${{y{n - 1}.v}}${{y{n - 1}.v}}'}}\ny{n}: ${{z{n}}}" for n in range(1, 60)),
+    "doubling, relative": "a0: xxxxxxxxxx\n" + "\n".join(f"a{n}: '${{.a{n - 1}}}${{.a{n - 1}}}'" for n in range(1, 60)),
+    "references in a circle": "a: ${b}\nb: ${a}",
+    "a reference to itself": "a: {b: '${a}'}",
+    "nested references": "a: '" + "${a" * 3000 + "}" * 3000 + "'",
+    "many digits": "seed: " + "9" * 5000,
+    "many hexadecimal digits": "seed: 0x" + "f" * 5000,
+    "base 60": "seed: 1" + ":10" * 3000,
+    "base 60 with a fraction": "seed: 1" + ":10" * 3000 + ".5",
+    "a megabyte": "# " + "x" * 2**21,
+    "half a pair": 'a: "\\ud800"',
+    "two documents": "a: 1\n---\nb: 2",
+    "a mapping for a key": "? {a: 1}\n: 2",
+    "nothing for a key": "null: 3",
+    "a set": "a: !!set {x, y}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused_in_one_short_line(tmp_path: Path, text: str) -> None:
+    message = one_line(Stage, [yaml(tmp_path, text)])
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "&x [*x]", "9" * 5000, "{a: &a [1], b: *c}"])
+def test_a_hostile_word_is_refused_in_one_short_line(value: str) -> None:
+    assert len(one_line(Stage, [f"train.lr={value}"])) < 500
+
+
+def test_a_key_of_a_thousand_parts_is_refused() -> None:
+    assert "not a key=value word" in one_line(Stage, [f"{'a.' * 5000}a=1"])
+
+
+def test_aliases_and_references_of_a_usual_size_are_read(tmp_path: Path) -> None:
+    text = "base: &b {lr: 0.1}\nx: *b\ny: {<<: *b, steps: 3}\nname: run\n"
+    read = read_words([yaml(tmp_path, f"{text}z: 'runs/${{name}}/${{y.steps}}'\nu: {{v: 1, w: '${{.v}}'}}")])
+    assert read["y"] == {"lr": 0.1, "steps": 3}
+    assert read["z"] == "runs/run/3"
+    assert read["u"] == {"v": 1, "w": 1}
+
+
+def test_what_is_no_regular_file_is_no_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", tmp_path, Path("/dev/zero")):
+        assert "is no regular file" in one_line(Stage, [str(path)])
+
+
+# Paths
+
+
+class Places(Config):
+    images: PathText
+    init: PathText | None = None
+
+
+def test_a_path_may_be_a_path_or_a_number(tmp_path: Path) -> None:
+    assert load(Places, {"images": tmp_path}).images == str(tmp_path)
+    assert load(Places, {"images": tmp_path}).dump()["images"] == str(tmp_path)
+    for name in ("0123", "2024", "007", "1:30"):
+        assert load(Places, [f"images={name}"]).images == name
+        assert load(Places, [yaml(tmp_path, f"images: {name}")]).images == name
+
+
+@pytest.mark.parametrize("value", ["true", "1e3", "1.50", "''", "' '", ""])
+def test_a_path_that_yaml_has_read_as_something_else_is_refused(value: str) -> None:
+    assert one_line(Places, [f"images={value}"]).startswith("images: ")
+    assert one_line(Places, ["images=a", f"init={value}"]).startswith("init: ")
+
+
+def test_no_value_is_not_null() -> None:
+    """`init=$RUN` of a variable that is not set would be a run from scratch."""
+    assert "init: is empty" in one_line(Places, ["images=a", "init="])
+    assert load(Places, ["images=a", "init=null"]).init is None
+
+
+def test_a_user_s_path_is_read_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a/b") == tmp_path / "a" / "b"
+    assert user_path("a/~b") == Path("a/~b")
+    longest = tmp_path / ("x" * 255)
+    longest.mkdir()
+    assert user_path(longest) == longest
+
+
+@pytest.mark.parametrize("text", ["", " ", "~nobody_of_that_name/a", "x" * 256, "x/" * 3000, "a\0b", "\ud800"])
+def test_what_can_be_no_path_is_one_short_line(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        user_path(text)
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_in_a_folder_of_a_sweep_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lr=0.1").mkdir()
+    yaml(tmp_path / "lr=0.1", "train: {steps: 5}", "mine.yaml")
+    (tmp_path / "train.lr=3").write_text("")  # no YAML by its name: the key is meant
+    monkeypatch.chdir(tmp_path)
+    assert read_words(["lr=0.1/mine.yaml"]) == {"train": {"steps": 5}}
+    assert read_words(["train.lr=3"]) == {"train": {"lr": 3}}

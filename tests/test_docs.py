@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -299,12 +300,16 @@ def test_the_job_script_passes_the_signal_on_and_asks_for_its_requeue(reader: Pa
         (reader / name).write_text(f"#!/bin/bash\n{body}\n")
         (reader / name).chmod(0o755)
     environment = {"PATH": f"{reader}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    job = subprocess.Popen(["bash", "-c", block.text], cwd=reader, env=environment)
-    while not (log.exists() and "begun" in log.read_text()):
-        assert job.poll() is None
-        time.sleep(0.02)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=20) == 1
+    job = subprocess.Popen(["bash", "-c", block.text], cwd=reader, env=environment, start_new_session=True)
+    try:
+        while not (log.exists() and "begun" in log.read_text()):
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=20) == 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
     assert log.read_text().split("\n") == ["begun", "saved", "requeue 7", ""]
 
 

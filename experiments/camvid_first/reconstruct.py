@@ -82,7 +82,7 @@ def trained(config: PretrainConfig, run: Path) -> MultiTask:
 def reconstruct(config: PretrainConfig, module: MultiTask) -> tuple[dict[str, View], dict[str, torch.Tensor]]:
     """The fixed views of all held-out frames, and the network's answers."""
     samples = CenterCrops(config.data.val, config.augment, config.data.resize)
-    batch = next(loader(samples, [list(range(len(config.data.val)))], 0)).to(torch.device("cpu"))
+    batch = next(loader(samples, [list(range(len(config.data.val)))])).to(torch.device("cpu"))
     views = make_views(config.tasks, {"pool": batch})
     with evaluating(module):
         return views, module.predict(views)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from ssl_seg import images, rng
 from ssl_seg.config import Config
-from ssl_seg.images import Size
+from ssl_seg.images import Size, SizeField
 
 Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, 3) uint8 and its mask (H, W) uint8
 
@@ -72,7 +72,7 @@ class Flip(_SharedDraws):
     taken = slice(3, 4)
 
     def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
-        if drawn[0] >= 0.5:
+        if drawn[0] >= 0.5 or image.shape[1] == 1:  # one column turned is itself, but with a stride that torch refuses
             return image, label
         return image[:, ::-1], None if label is None else label[:, ::-1]
 
@@ -94,7 +94,7 @@ class Jitter(_SharedDraws):
 class Augment(Config):
     """Random crops of the training images; the same for image and mask."""
 
-    crop: tuple[PositiveInt, PositiveInt] = (128, 128)  # (H, W) that the network sees
+    crop: SizeField = (128, 128)  # (H, W) that the network sees
     # The range of the factor by which an image is scaled before the crop, drawn log-uniformly: 0.5 shows a region of
     # twice the crop's side. A region that does not fit is made smaller, so a small image is scaled up, never padded.
     zoom: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
@@ -105,6 +105,8 @@ class Augment(Config):
     def _in_order(self) -> Augment:
         if self.zoom[0] > self.zoom[1]:
             raise ValueError(f"zoom: {list(self.zoom)} is empty; write the smaller factor first")
+        if self.zoom[1] > max(self.crop):
+            raise ValueError(f"zoom: {self.zoom[1]:g} shows less than a pixel in a crop of {list(self.crop)}; lower it")
         return self
 
     def augmentations(self) -> list[Augmentation]:
@@ -115,6 +117,17 @@ class Augment(Config):
         if self.jitter:
             chosen.append(Jitter(self.jitter))
         return chosen
+
+    def clamped(self, size: Size) -> str | None:
+        """What to know of the zoom where an image of `size` (H, W) has no region as large as it asks for."""
+        least = max(self.crop[0] / size[0], self.crop[1] / size[1])
+        if self.zoom[0] >= least:
+            return None
+        whole = f"all of {list(self.zoom)} is" if self.zoom[1] <= least else f"below {least:.3g} it is"
+        return (
+            f"augment.zoom: {whole} {least:.3g} for an image of {size[0]} x {size[1]}, such as the first: with a crop "
+            f"of {list(self.crop)} it has no larger region"
+        )
 
     def apply(self, image: np.ndarray, label: np.ndarray | None, key: Tensor) -> Pair:
         """A crop of an image `(H, W, 3)` and its mask `(H, W)`; a pure function of the key."""

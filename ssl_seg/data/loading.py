@@ -3,25 +3,25 @@
 A *draw* is a global sample counter. Batch t of a run is draws `[t*B, (t+1)*B)`, whatever the number of processes and
 workers, so the batch of a step is a pure function of the config and the step: resume means "start at t". Ours for that
 reason; torch's samplers and accelerate's `skip_first_batches` keep a hidden position. Workers decode, crop and flip and
-hand over `uint8` pixels with an `int64` key; corruption runs on the device.
+hand over `uint8` pixels with an `int64` key; corruption runs on the device. `workers` starts and watches them.
 """
 
 from __future__ import annotations
 
-import signal
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ssl_seg import images, rng
 from ssl_seg.config import UserError
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.splits import Examples, digest_of
+from ssl_seg.data.workers import ALONE, Batches, Drawable, Handed, Workers, collected
 from ssl_seg.datasets import Example
 from ssl_seg.tasks import Batch
 
@@ -123,14 +123,24 @@ class Samples:
     with_labels: bool = False  # else the masks are not even read
     kept: Kept = field(default_factory=Kept, compare=False)
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.augment.crop) * (4 if self.with_labels else 3)
+
+    def name(self, draw: int) -> str:
+        return self.examples.name(self._index(draw))
+
     def __getitem__(self, draw: int) -> Sample:
-        epoch, position = divmod(draw, len(self.examples))
-        index = int(rng.epoch_order(self.seed, epoch, len(self.examples))[position])
+        index = self._index(draw)
         stream = "labelled" if self.with_labels else "pool"
         key = rng.fold_in(rng.fold_in(rng.as_key(self.seed), stream), draw)
         example = self.kept.get(index, len(self.examples), self._read)
         image, label = self.augment.apply(example.image, example.label, key)
         return Sample(image, label, int(key), example.name)
+
+    def _index(self, draw: int) -> int:
+        epoch, position = divmod(draw, len(self.examples))
+        return int(rng.epoch_order(self.seed, epoch, len(self.examples))[position])
 
     def _read(self, index: int) -> Example:
         read = self.examples.read if self.with_labels else self.examples.image
@@ -144,6 +154,13 @@ class CenterCrops:
     examples: Examples
     augment: Augment
     resize: tuple[int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.augment.crop) * 3
+
+    def name(self, index: int) -> str:
+        return self.examples.name(index)
 
     def __getitem__(self, index: int) -> Sample:
         key = rng.fold_in(rng.as_key("validation"), index)
@@ -161,6 +178,10 @@ class Whole:
     examples: Examples
     resize: tuple[int, int] | None = None
     with_labels: bool = True
+    nbytes: ClassVar[int] = 0  # images differ in size
+
+    def name(self, index: int) -> str:
+        return self.examples.name(index)
 
     def __getitem__(self, index: int) -> Sample:
         example = self.examples.read(index) if self.with_labels else self.examples.image(index)
@@ -168,21 +189,8 @@ class Whole:
         return Sample(image, example.label, index, example.name, digest_of(example) if self.with_labels else "")
 
 
-@dataclass(frozen=True)
-class Caught(Dataset[Sample | UserError]):
-    """Another map whose UserErrors come back as values: torch wraps what a worker raises in a page of traceback."""
-
-    samples: Any
-
-    def __getitem__(self, index: int) -> Sample | UserError:
-        try:
-            return self.samples[index]
-        except UserError as error:
-            return error
-
-
 @dataclass
-class Packed:
+class Packed(Handed):
     """A batch on its way from a worker: uint8, so that a quarter of the bytes of floats cross the process border."""
 
     image: Tensor  # (B, 3, H, W) uint8
@@ -190,6 +198,15 @@ class Packed:
     label: Tensor | None
     names: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)  # of those that were read whole
+
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes + (0 if self.label is None else self.label.nbytes)
+
+    def share(self) -> None:
+        for tensor in (self.image, self.key, self.label):
+            if tensor is not None:
+                tensor.share_memory_()
 
     def pin_memory(self) -> Packed:
         label = None if self.label is None else self.label.pin_memory()
@@ -204,24 +221,16 @@ class Packed:
         return Batch(image, self.key.to(device, non_blocking=True), label, self.names)
 
 
-def loader(samples: Any, batches: Any, workers: int, pin: bool = False) -> Iterator[Packed]:
-    """Batches in the order asked for. A file that cannot be read ends them with its UserError, in this process."""
-    options = {"collate_fn": _pack_or_error, "pin_memory": pin, "worker_init_fn": outlive_signals}
-    loading = DataLoader(Caught(samples), batch_sampler=batches, num_workers=workers, **options)
-    for packed in loading:
+def loader(samples: Drawable, batches: Batches, workers: Workers = ALONE, pin: bool = False) -> Iterator[Packed]:
+    """Batches in the order asked for. A file that cannot be read ends them with its UserError, in this process.
+
+    Raises WorkersError as `collected` does.
+    """
+    for packed in collected(samples, batches, workers, pack, pin):
         if isinstance(packed, UserError):
             packed.of_one_process = True
             raise packed
         yield packed
-
-
-def outlive_signals(_: int) -> None:
-    """In a worker: a signal to the whole process group is the main process's to answer, which still wants batches.
-
-    torch lets a worker die of SIGTERM, and then the run fails in place of saving its state.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def pack(samples: Sequence[Sample]) -> Packed:
@@ -233,16 +242,6 @@ def pack(samples: Sequence[Sample]) -> Packed:
     key = torch.tensor([sample.key for sample in samples], dtype=torch.int64)
     names = [sample.name for sample in samples]
     return Packed(image, key, label, names, [sample.digest for sample in samples])
-
-
-def _pack_or_error(samples: Sequence[Sample | UserError]) -> Packed | UserError:
-    """One batch, or the first error among the samples."""
-    whole: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-        whole.append(sample)
-    return pack(whole)
 
 
 def resized(example: Example, size: tuple[int, int] | None) -> Example:

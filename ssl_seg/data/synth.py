@@ -187,7 +187,8 @@ def _written(dataset: Synthetic, folder: Path, extras: Sequence[str], jobs: int)
 
 
 def _prepare_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach all; the first process ends the others
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     gc.freeze()  # what torch has brought lives on: looking through it again and again took 3 % of the time

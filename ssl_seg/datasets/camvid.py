@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import field_validator
 
-from ssl_seg.config import UserError
+from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.images import show_path
@@ -44,7 +44,7 @@ class Camvid(Dataset):
     val split is one clip of a drive that train holds too: `drives` makes splits that keep drives apart.
     """
 
-    root: str
+    root: PathText
     split: Literal["train", "val", "test", "all"] = "train"
     drives: tuple[str, ...] = ()  # 0001TP, 0006R0, 0016E5, Seq05VD; empty: all
 
@@ -86,7 +86,7 @@ class Camvid(Dataset):
     @cached_property
     def _folders(self) -> dict[str, Folder]:
         wanted = SPLITS if self.split == "all" else (self.split,)
-        root = Path(self.root).expanduser()
+        root = user_path(self.root)
         found = {}
         for split in wanted:
             for images, masks in LAYOUTS:

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from ssl_seg.config import UserError
+from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.files import read_json
 from ssl_seg.images import (
@@ -68,8 +68,8 @@ class Folder(Dataset):
     two masks for one stem, a mask of another size than its image, values that are no class.
     """
 
-    images: str
-    masks: str | None = None
+    images: PathText
+    masks: PathText | None = None
     classes: tuple[str, ...] | int | None = None
     ignore: tuple[StoredId, ...] = ()
     mapping: dict[str, int | str] | None = None
@@ -194,12 +194,12 @@ class Folder(Dataset):
 
     @property
     def _image_folder(self) -> Path:
-        return Path(self.images).expanduser()
+        return user_path(self.images)
 
     @property
     def _mask_folder(self) -> Path:
         assert self.masks is not None  # nobody asks before it is known that there are masks
-        return Path(self.masks).expanduser()
+        return user_path(self.masks)
 
     @cached_property
     def _names_beside(self) -> tuple[str, ...]:

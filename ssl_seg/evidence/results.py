@@ -27,6 +27,7 @@ from ssl_seg.runs.schema import Finite, LeaksShape, Shape
 
 STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
+_AGAIN = "give the study's command again, which makes it anew from the cells"
 CELLS_FILE, GAINS_FILE = "cells.csv", "gains.csv"
 
 
@@ -60,16 +61,7 @@ def read(folder: str | Path) -> Study:
         raise UserError(
             f"{folder}: is no study (it has no {STUDY_FILE}); give the folder that ssl-seg study --out named"
         )
-    record = files.read_json(folder / STUDY_FILE)
-    try:
-        _StudyShape.model_validate(record)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "baseline"
-        raise UserError(
-            f"{folder / STUDY_FILE}: not as ssl-seg study writes it ({place}: {first['msg']}); "
-            "give the study's command again"
-        ) from error
+    record = read_record(folder / STUDY_FILE)
     found = [(own["arm"], _outcome(folder, own)) for own in record["cells"]]
     base = {(cell.condition, cell.pair): cell for arm, cell in found if arm == record["baseline"]}
     found = [(arm, replace(cell, apart=_apart(cell, base.get((cell.condition, cell.pair))))) for arm, cell in found]
@@ -90,6 +82,20 @@ def read(folder: str | Path) -> Study:
         record=record,
         cells=cells,
     )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A study.json. Raises UserError for one that is damaged or not as a study writes it."""
+    try:
+        record = files.read_json(path)
+        _StudyShape.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "baseline"
+        raise UserError(f"{path}: not as ssl-seg study writes it ({place}: {first['msg']}); {_AGAIN}") from error
+    except UserError as error:
+        raise UserError(f"{path}: damaged; {_AGAIN}") from error
+    return record
 
 
 def _outcome(folder: Path, own: Mapping[str, Any]) -> Outcome:

@@ -19,7 +19,7 @@ WRONG_COLOUR = (255, 90, 0)  # light beside the dimmed image, for those too who 
 MENDED_COLOUR = (60, 170, 255)
 WRONG_SHADING = 0.4  # its share that the image may take away
 DIMMED = 0.4
-ERROR_SIDE = 400  # pixels of a panel's longer side: four of them fill a page, and a row takes about 300 kB
+PANEL_SIDE = 400  # pixels of a panel's longer side: four of them fill a page, and a row takes about 300 kB
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -41,6 +41,14 @@ def to_uint8(image: Tensor) -> np.ndarray:
     """`(..., 3, H, W)` floats in [0, 1] as `(..., H, W, 3)` uint8."""
     bytes_ = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return bytes_.movedim(-3, -1).cpu().numpy()
+
+
+def at_most(size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of an image's panel where pixels are shown as they are: smaller only where a side exceeds `PANEL_SIDE`.
+
+    Four photographs of 12 megapixels would else make a sheet of 147, which takes 26 s to write, once an evaluation.
+    """
+    return size if max(size) <= PANEL_SIDE else _panel_size(size)
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
@@ -136,7 +144,7 @@ def change_row(
 def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Image | prediction | truth | errors, and below the colours of the classes that occur; uint8 `(H, W, 3)`.
 
-    Each panel's longer side is `ERROR_SIDE`, whatever the image's.
+    Each panel's longer side is `PANEL_SIDE`, whatever the image's.
     """
     size = _panel_size(truth.shape)
     image = resize_image(image, size)
@@ -150,6 +158,6 @@ def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, clas
 
 
 def _panel_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(H, W) with the longer side `ERROR_SIDE`."""
-    scale = ERROR_SIDE / max(size)
+    """(H, W) with the longer side `PANEL_SIDE`."""
+    scale = PANEL_SIDE / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

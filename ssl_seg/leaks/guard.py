@@ -38,6 +38,7 @@ from ssl_seg.terminal import say
 
 if TYPE_CHECKING:
     from ssl_seg.data.splits import Examples
+    from ssl_seg.data.workers import Workers
     from ssl_seg.training.processes import Processes
 
 ROWS = 8  # pairs on the sheet
@@ -107,7 +108,7 @@ def _digest_of_init(init: str) -> str | None:
 
 
 def guard(
-    run: Place, question: Question, processes: Processes, workers: int = 0, quiet: bool = False
+    run: Place, question: Question, processes: Processes, workers: Workers | None = None, quiet: bool = False
 ) -> dict[str, Any]:
     """`check` for a run of several processes: the first reads and compares, and all end alike."""
     outcome: _Outcome | None = None
@@ -121,7 +122,7 @@ def guard(
     return outcome.record_or_refusal(run.folder)
 
 
-def check(place: Place, question: Question, workers: int = 0, quiet: bool = False) -> dict[str, Any]:
+def check(place: Place, question: Question, workers: Workers | None = None, quiet: bool = False) -> dict[str, Any]:
     """Compare what is trained on with what is scored, unless it was done already; gives leaks.json.
 
     Raises LeakError, with leaks.json and leaks.png written, for a leak that is not allowed.
@@ -145,7 +146,7 @@ class _Outcome:
         return self.record
 
 
-def _work(place: Place, question: Question, workers: int, quiet: bool) -> Iterator[_Outcome | None]:
+def _work(place: Place, question: Question, workers: Workers | None, quiet: bool) -> Iterator[_Outcome | None]:
     """The check as one process makes it: None while it works, then what came out, a user's error as words."""
     try:
         basis = question.basis
@@ -180,7 +181,7 @@ def _work(place: Place, question: Question, workers: int, quiet: bool) -> Iterat
         yield _Outcome({}, str(error))
 
 
-def _compared(question: Question, workers: int, result: Compared) -> Iterator[None]:
+def _compared(question: Question, workers: Workers | None, result: Compared) -> Iterator[None]:
     """Fill `result` with every part's fingerprints and with the leaks, pausing now and then.
 
     Without a scored part there is nothing to compare, but a run that starts from this one may have some.

@@ -16,7 +16,8 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -25,6 +26,7 @@ from ssl_seg.config import UserError
 from ssl_seg.images import resize_image
 
 if TYPE_CHECKING:
+    from ssl_seg.data.workers import Workers
     from ssl_seg.datasets import Example
 
 # Pixels of a fingerprint, 4 kB an image. In a trial, before strong edges were evened out, the best clean pair shared
@@ -105,6 +107,10 @@ class _Seen:
     """A map from indices to digest, fingerprint and doubt, as a loader's workers run it."""
 
     examples: Images
+    nbytes: ClassVar[int] = 0  # they are few, and go by pipe
+
+    def name(self, index: int) -> str:
+        return self.examples.name(index)
 
     def __getitem__(self, index: int) -> tuple[str, np.ndarray, str]:
         from ssl_seg.data.splits import digest_of
@@ -113,23 +119,18 @@ class _Seen:
         return digest_of(example), thumb(example.image), self.examples.doubt(index)
 
 
-def fingerprint(examples: Images, workers: int = 0) -> Generator[None, None, Fingerprints]:
-    """Read every image once, by `workers` processes, pausing after each; returns `Fingerprints`.
+def fingerprint(examples: Images, workers: Workers | None = None) -> Generator[None, None, Fingerprints]:
+    """Read every image once, by this process or by workers, pausing after each; returns `Fingerprints`.
 
-    Raises UserError for an image that cannot be read.
+    Raises UserError for an image that cannot be read, and WorkersError as `collected` does.
     """
-    from torch.utils.data import DataLoader
-
-    from ssl_seg.data.loading import Caught, outlive_signals
+    from ssl_seg.data.workers import ALONE, collected
 
     count = len(examples)
     thumbs = np.empty((count, SIDE, SIDE), dtype=np.uint8)
     digests, doubts = [], []
-    options = {"num_workers": workers, "worker_init_fn": outlive_signals, "collate_fn": _as_is}
-    # Torch's annotation asks for a `Dataset`; its manual for a map from indices, as this is.
-    caught: Any = Caught(_Seen(examples))
-    loading = DataLoader(caught, batch_size=None, sampler=range(count), **options)
-    for index, read in enumerate(loading):
+    one_by_one = [[index] for index in range(count)]
+    for index, read in enumerate(collected(_Seen(examples), one_by_one, workers or ALONE, itemgetter(0))):
         if isinstance(read, UserError):
             raise read
         digests.append(read[0])
@@ -138,11 +139,6 @@ def fingerprint(examples: Images, workers: int = 0) -> Generator[None, None, Fin
         yield
     names = tuple(examples.name(index) for index in range(count))
     return Fingerprints(names, tuple(digests), thumbs, tuple(doubts))
-
-
-def _as_is(read: Any) -> Any:
-    """torch would make tensors of arrays."""
-    return read
 
 
 def thumb(image: np.ndarray) -> np.ndarray:

@@ -7,8 +7,11 @@ have a single stride, and errors of one line (its own attempt at missing weights
 
 from __future__ import annotations
 
+import logging
 import ssl
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -26,13 +29,15 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg.config import UserError
+from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.models import Encoder, EncoderNet
+from ssl_seg.tensor_files import names_tensor_file, read_tensors
 
 NUM_LEVELS = 5  # maps, at strides 2 to 32
 MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; attention windows are padded inside
 PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DistributedDataParallel's, torch.compile's, DINO's
+MAX_REASON = 300  # characters of what timm says: of a file that does not fit it names every tensor
 HUB_TIMEOUT = 5.0  # seconds to wait for the first answer of the hub
 BUILT_IN = ("features_only", "in_chans", "output_stride", "drop_path_rate", "out_indices")
 LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -40,7 +45,17 @@ RESERVED = (*BUILT_IN, *LOADING)
 # How timm's families are told to take any input size: plain transformers, windowed ones, and networks that always do.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 # What timm's constructors raise for an argument or a use they do not have.
-REFUSALS = (TypeError, AssertionError, RuntimeError, ValueError, AttributeError)
+REFUSALS = (
+    TypeError,
+    AssertionError,
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,
+)
 
 
 class Timm(Encoder):
@@ -48,7 +63,7 @@ class Timm(Encoder):
 
     name: str = "resnet18"  # trains on a laptop, and most self-supervision papers report it or its bigger sister
     # False: random weights. True: timm's default ones. A word: those of that tag. A path: those of a local file.
-    pretrained: bool | str = False
+    pretrained: bool | PathText = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # off, as in timm; 0.1 is usual for swin and convnext
     options: dict[str, JsonValue] = Field(default_factory=dict)  # further arguments of the network's constructor
 
@@ -82,14 +97,13 @@ class Timm(Encoder):
         return self
 
     @property
-    def _weights_file(self) -> Path | None:
-        if isinstance(self.pretrained, str) and Path(self.pretrained).suffix in WEIGHT_FILES:
-            return Path(self.pretrained)
-        return None
+    def weights_file(self) -> str | None:
+        """The file that `pretrained` names, as it was written."""
+        return self.pretrained if isinstance(self.pretrained, str) and names_tensor_file(self.pretrained) else None
 
     @property
     def _full_name(self) -> str:
-        has_tag = isinstance(self.pretrained, str) and not self._weights_file
+        has_tag = isinstance(self.pretrained, str) and not self.weights_file
         return f"{self.name}.{self.pretrained}" if has_tag else self.name
 
     @property
@@ -154,25 +168,32 @@ class Timm(Encoder):
         raise UserError(f"encoder {self.name}: timm refuses: {_one_line(refusal)}; choose another") from refusal
 
     def _loaded(self, arguments: dict[str, Any]) -> nn.Module:
-        network = timm.create_model(self._full_name, **arguments)
-        if self._weights_file:
-            _require_all_loaded(network, timm.create_model(self.name, **arguments), self._weights_file)
+        with _quiet():
+            network = timm.create_model(self._full_name, **arguments)
+            if self.weights_file:
+                _require_all_loaded(network, timm.create_model(self.name, **arguments), user_path(self.weights_file))
+        cfg = cast("dict[str, Any]", network.pretrained_cfg)
+        cfg.pop("state_dict", None)  # every copy of the network would hold its first weights too
         return network
 
     def _weights(self) -> dict[str, Any]:
         """timm's arguments for the weights: a file wherever there is one, so that nothing waits for a network."""
         if self.pretrained is False:
             return {}
-        file = self._weights_file
-        if file is None:
+        if self.weights_file is None:
             cfg = get_pretrained_cfg(self._full_name)
             assert cfg is not None, "a name without weights has been refused"
             return self._hub_weights(cfg)
-        if not file.is_file():
+        try:
+            tensors, _ = read_tensors(user_path(self.weights_file))
+        except UserError as error:
+            raise UserError(f"encoder {self.name}: pretrained: {error}") from error
+        if not tensors:
             raise UserError(
-                f"encoder {self.name}: pretrained: {file}: no such file; give a weights file or a tag of timm"
+                f"encoder {self.name}: pretrained: {self.weights_file}: holds no tensors; give another file"
             )
-        return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+        # Not as timm's `file`: that takes no upper-case suffix, and of DINO's two networks neither.
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _unwrapped(tensors)}}
 
     def _hub_weights(self, cfg: PretrainedCfg) -> dict[str, Any]:
         if not cfg.hf_hub_id or cfg.custom_load:
@@ -295,6 +316,31 @@ def _answers(url: str) -> bool:
     return True
 
 
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that a network gives its tensors before anything is wrapped around it."""
+    named = {}
+    for name, tensor in tensors.items():
+        own = name
+        while own.startswith(WRAPPERS):
+            own = own.partition(".")[2]
+        named.setdefault(own, tensor)
+    return named
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """timm warns past --quiet of tensors that it leaves over, such as a classifier: those that are missing count."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of names that timm has changed
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _require_all_loaded(network: nn.Module, again: nn.Module, file: Path) -> None:
     """timm loads what fits and keeps random weights for the rest: two loads of one file then differ in those."""
     pairs = zip(network.named_parameters(), again.parameters(), strict=True)
@@ -313,4 +359,5 @@ def _no_weights(reason: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

@@ -164,11 +164,6 @@ def _has_control(line: str) -> bool:
     return not line.isprintable() and any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in line)
 
 
-def is_own(path: Path, folder: Path) -> bool:
-    """Whether a file is one of the folder's own, and no link out of it."""
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
 def drawn(draw: Callable[..., str], *arguments: Any, **options: Any) -> Markup:
     """A figure of `plots`, in which `svg` has escaped what is foreign."""
     return Markup(draw(*arguments, **options))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ssl_seg.terminal import print_lines
+from ssl_seg.terminal import print_lines, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def print_comparison(found: Comparison) -> None:
             console.print(_figure_table(found, arms[start : start + ARMS_ABREAST]))
     print_lines([*notes(found), *(f"no interval over images: {fault}" for fault in found.faults)])
     for run in found.unfinished:
-        print(f"not finished, left out: {run}", file=sys.stderr)
+        say(f"not finished, left out: {run}")
 
 
 def print_study(study: Study) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.evidence import compare
 from ssl_seg.evidence.cautions import notes
@@ -51,7 +52,6 @@ from ssl_seg.reports.blocks import (
     TableRow,
     Text,
     drawn,
-    is_own,
     place_of,
     shot,
     write,
@@ -356,8 +356,7 @@ def _panel_of(run: RunFolder) -> Path | None:
     """The last prediction panel of a run, or that of `evaluate`."""
     panels = [picture.path for picture in run.pictures() if picture.name == "predictions"]
     scored = run.folder / "predictions.png"
-    own = scored.is_file() and not scored.is_symlink()
-    return panels[-1] if panels else scored if own else None
+    return panels[-1] if panels else scored if files.lies_in(scored, run.folder) else None
 
 
 def _extreme(entry: Mapping[str, Any]) -> str:
@@ -369,7 +368,7 @@ def _extreme(entry: Mapping[str, Any]) -> str:
 def _inside(run: RunFolder, entry: Mapping[str, Any]) -> Path | None:
     """The picture of an entry if it is one of the run's own: a page must not carry what a stranger's list points at."""
     path = run.folder / str(entry.get("picture", ""))
-    return path if is_own(path, run.folder) else None
+    return path if files.lies_in(path, run.folder) else None
 
 
 def _norm_shares(page: Page) -> Iterator[Section]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_seg import files
 from ssl_seg.config import flatten
 from ssl_seg.evidence.claims import MIN_PAIRS
 from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
@@ -24,7 +25,6 @@ from ssl_seg.reports.blocks import (
     TableRow,
     Text,
     drawn,
-    is_own,
     shot,
 )
 from ssl_seg.runs.cost import Cost
@@ -236,7 +236,7 @@ def _leaking_pairs(
     rows = tuple(_leak_row(pair) for pair in pairs[:PAIRS])
     caption = f"The worst {len(rows)} of {count_of(len(pairs), 'pair')}."
     yield Fold("The pairs", (Table(caption, ("Trained on", "Scored", "Kind", "How", "Allowed"), rows, words=True),))
-    sheets = [path for run in runs if is_own(path := run.folder / "leaks.png", within or run.folder)]
+    sheets = [path for run in runs if files.lies_in(path := run.folder / "leaks.png", within or run.folder)]
     if sheets:
         yield Gallery((shot(sheets[0], "The worst pairs side by side."),), wide=True)
 

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.evidence import results
 from ssl_seg.evidence.cautions import of_shared_starts
@@ -50,7 +51,6 @@ from ssl_seg.reports.blocks import (
     TableRow,
     Text,
     drawn,
-    is_own,
     place_of,
     shot,
     write,
@@ -337,7 +337,7 @@ def _leak_records(page: Page[Study]) -> list[tuple[Mapping[str, Any] | None, Run
 
 def _changed(page: Page[Study]) -> Iterator[Section]:
     folder = page.found.folder
-    pictures = [path for path in sorted((folder / CHANGED).glob("*.png")) if is_own(path, folder)]
+    pictures = [path for path in sorted((folder / CHANGED).glob("*.png")) if files.lies_in(path, folder)]
     if pictures:
         shots = tuple(shot(path, path.stem) for path in pictures[:PICTURES])
         more = f" The first {PICTURES} of {len(pictures)}." if len(pictures) > PICTURES else ""

@@ -93,11 +93,11 @@ def _find_damage(place: Path) -> Path | None:
     """The first file of a checkpoint that is not as it was written."""
     manifest = place / MANIFEST
     try:
-        digests = files.read_json(manifest)
-    except UserError:
+        digests, written = files.read_json(manifest), files.read_bytes(manifest)
+    except (UserError, OSError):
         return manifest
     # Written out again it must be the same text: else a changed space would go unnoticed.
-    if set(digests) != {STATE_TENSORS, STATE_DATA} or manifest.read_bytes() != files.json_bytes(digests):
+    if set(digests) != {STATE_TENSORS, STATE_DATA} or written != files.json_bytes(digests):
         return manifest
     return next((place / name for name, digest in digests.items() if not files.is_intact(place / name, digest)), None)
 

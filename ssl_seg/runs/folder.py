@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_seg import files
-from ssl_seg.config import UserError, flatten
-from ssl_seg.runs.lock import is_held
+from ssl_seg.config import UserError, flatten, user_path
+from ssl_seg.runs.lock import LOCK, is_held
 from ssl_seg.runs.schema import check_shape, read_checked
 
 WHOLE = "model"  # the word of `transfer` for all of a fine-tuned network
@@ -43,10 +43,16 @@ class Records:
 
     folder: Path
 
+    def is_new(self) -> bool:
+        """Whether the folder is empty, but for what a kill may leave of a start."""
+        if not self.folder.is_dir():
+            return False
+        return all(entry.name == LOCK or files.is_unfinished(entry) for entry in self.folder.iterdir())
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None where there is no such file."""
         path = self.folder / name
-        return files.read_json(path) if path.is_file() else None
+        return files.read_json(path) if path.exists() else None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """NaN and infinity become null."""
@@ -108,16 +114,18 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it has none."""
         path = self.folder / name
-        return read_checked(path) if path.is_file() else None
+        return read_checked(path) if path.exists() else None
 
     def metrics(self) -> list[dict[str, float]]:
         return read_metrics(self.folder)
 
+    def files_in(self, name: str) -> list[Path]:
+        """Every file in a folder of the run and in those below it; none that a link outside leads to."""
+        return [path for path in sorted((self.folder / name).rglob("*")) if files.lies_in(path, self.folder)]
+
     def pictures(self) -> list[Picture]:
         """All that were made while training, by name and step."""
-        # A link could lead a report to what is not the run's.
-        entries = (entry for entry in (self.folder / "pictures").glob("*.png") if not entry.is_symlink())
-        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in entries]
+        matched = [(PICTURE.fullmatch(entry.name), entry) for entry in self.files_in("pictures")]
         found = [Picture(match[2], int(match[1]), entry) for match, entry in matched if match]
         return sorted(found, key=lambda picture: (picture.name, picture.step))
 
@@ -140,7 +148,7 @@ def beside(weights: str | Path, name: str) -> Path | None:
 
     None where there is none, as for weights of another origin.
     """
-    named = Path(weights)
+    named = user_path(weights)
     start = named.parent if named.is_file() else named
     return next((place / name for place in (start, start.parent) if (place / name).is_file()), None)
 
@@ -162,7 +170,7 @@ def origin(init: str | None) -> dict[str, Any] | None:
 
 
 def _pool_in(path: Path) -> dict[str, Any]:
-    pool = read_checked(path).get("pool") if path.is_file() else None
+    pool = read_checked(path).get("pool") if path.exists() else None
     return {} if pool is None else {"pool": f"{pool['images']} images, names {pool['sha256_of_names'][:12]}"}
 
 
@@ -191,12 +199,17 @@ def description_of(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def software_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What a run was made with: each package's version, and the device as `device`; `2.10, 2.14` for one resumed so."""
+    """What a run was made with: each package's version, the device as `device`, variables of torch as `environment`.
+
+    `2.10, 2.14` for one resumed so.
+    """
     found: dict[str, dict[str, None]] = {}
     for start in [*(record.get("resumed") or ()), record]:
-        versions = start.get("versions")
-        named = versions if isinstance(versions, Mapping) else {}
-        for name, value in {**named, "device": start.get("device")}.items():
+        versions, variables = start.get("versions"), start.get("environment")
+        named = {**(versions if isinstance(versions, Mapping) else {}), "device": start.get("device")}
+        if isinstance(variables, Mapping):
+            named["environment"] = " ".join(f"{name}={value}" for name, value in variables.items()) or "none set"
+        for name, value in named.items():
             if value is not None:
                 found.setdefault(name, {})[str(value)] = None
     return {name: ", ".join(values) for name, values in found.items()}
@@ -278,7 +291,10 @@ def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line of a metrics file with its content. A line is whole once its line break is written."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = files.read_bytes(path).decode(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or leave the run out") from error
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)

@@ -24,19 +24,28 @@ _locks: set[int] = set()
 
 def is_held(folder: Path) -> bool:
     """Whether a process has the folder open as a run."""
+    return holder_of(folder) is not None
+
+
+def holder_of(folder: Path) -> str | None:
+    """The number of the process that has the folder open as a run, '' in the instant before it is written; or None.
+
+    The kernel frees a lock when its process ends, so this tells the end of a run whoever bears its number by now.
+    """
     try:
-        with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with os.fdopen(files.open_regular(folder / LOCK), "rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read(32).decode(errors="replace")
     except OSError:
-        return False  # none there, or a disk without locks
-    return False
+        return None  # none there, or a disk without locks
+    return None
 
 
 def take_lock(folder: Path) -> int:
     """Hold the folder until `free_lock` or the end of this process, however it ends."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = files.open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -72,6 +72,7 @@ class _RecordShape(Shape):
     ended: Moment = None
     resumed: list[dict[str, Any]] | None = None
     versions: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
     cost: _CostShape | None = None
 
 
@@ -89,6 +90,11 @@ class _SplitShape(Shape):
     labelled: list[str] = []
     val: list[str] = []
     sha256_of_labelled: str = ""
+
+
+class _TaskShape(Shape):
+    given: dict[str, Any]
+    prepared: dict[str, Any]
 
 
 class _PartShape(Shape):
@@ -147,6 +153,7 @@ SHAPES = {
     "result.json": TypeAdapter(_ResultShape),
     "split.json": TypeAdapter(_SplitShape),
     "data.json": TypeAdapter(dict[str, _PartShape]),
+    "tasks.json": TypeAdapter(dict[str, _TaskShape]),
     "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
     "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
     "leaks.json": TypeAdapter(LeaksShape),
@@ -161,9 +168,12 @@ def read_checked(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_shape(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on."""
-    shape = SHAPES.get(path.name)
+def check_shape(path: Path, values: Mapping[str, Any], shape: TypeAdapter[Any] | None = None) -> None:
+    """Raise UserError with one line where a file of that name holds what those who read runs could not rely on.
+
+    `shape` is that of a file whose name says nothing, such as an export's.
+    """
+    shape = shape or SHAPES.get(path.name)
     try:
         if shape is not None:
             shape.validate_python(values)

@@ -30,6 +30,7 @@ from ssl_seg.config import Config, UserError, diff
 from ssl_seg.runs.checkpoint import State, checkpoints_in, has_checkpoint, load_state, save_state
 from ssl_seg.runs.folder import TIME, epoch_ms, metric_lines, origin
 from ssl_seg.runs.lock import LOCK, drop_inherited_locks, free_lock, take_lock
+from ssl_seg.runs.schema import read_checked
 
 Status = Literal["running", "finished", "failed", "killed"]
 EXPORTS = ("encoder", "decoders", "model")
@@ -58,7 +59,25 @@ RUN_FILES = (
     *EXPORTS,
 )
 PACKAGES = ("ssl_seg", "torch", "torchvision", "timm", "accelerate", "segmentation-models-pytorch", "numpy")
-FREE = ("tracking.*", "leaks.*")  # config keys that may change when a run goes on: the weights do not come from them
+# Environment variables by which torch and its libraries give the same command other bits: threads, instructions, TF32.
+CHANGING = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
+    "OMP_NUM_THREADS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+# Config keys that may change when a run goes on: the weights do not come from them.
+FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout")
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 
 
@@ -137,9 +156,14 @@ class Run:
     def resume(self) -> State | None:
         """The newest whole checkpoint, None for a run that has none; the metrics after it are dropped."""
         state = load_state(self.folder)
-        if state is not None and self._lock is not None:
-            _rewind_metrics(self.folder / "metrics.jsonl", state.step)
+        if state is not None:
+            self.rewind(state.step)
         return state
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`: they are made again."""
+        if self._lock is not None:
+            _rewind_metrics(self.folder / "metrics.jsonl", step)
 
     def save_state(
         self, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], keep: Collection[int] = ()
@@ -162,8 +186,8 @@ class Run:
             return
         line = {"step": step, TIME: epoch_ms(), **{name: float(value) for name, value in values.items()}}
         path = self.folder / "metrics.jsonl"
-        with files.naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(files.finite(line)) + "\n")
+        with files.naming(path):
+            files.append(path, json.dumps(files.finite(line)) + "\n")
 
     def picture_path(self, name: str, step: int) -> Path:
         """Where the picture `name` of `step` belongs; its folder exists on the main process."""
@@ -185,7 +209,7 @@ class Run:
         if name in self._held:
             return json.loads(self._held[name])
         path = self.folder / name
-        return files.read_json(path) if path.exists() else None
+        return read_checked(path) if path.exists() else None
 
     def note(self, **facts: Any) -> None:
         """Facts for run.json that are known only when the run ends."""
@@ -216,7 +240,7 @@ class Run:
 def former_config(folder: str | Path) -> dict[str, Any] | None:
     """The config of the run that the same command would take up again; None where there is nothing to take up."""
     path = Path(folder) / "run.json"
-    return files.read_json(path).get("config") if path.is_file() and has_checkpoint(folder) else None
+    return read_checked(path)["config"] if path.is_file() and has_checkpoint(folder) else None
 
 
 def _rewind_metrics(path: Path, step: int) -> None:
@@ -246,7 +270,7 @@ def _start(
     path = folder / "run.json"
     files.settle(folder)
     files.settle(folder / "state")
-    former = files.read_json(path) if path.exists() else None
+    former = read_checked(path) if path.exists() else None
     if former is not None:
         _check_ours(folder, former, record["stage"])
     if overwrite:
@@ -262,9 +286,11 @@ def _start(
 def _going_on(former: Mapping[str, Any], record: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The run.json of a run that is continued after `step`."""
     resumed = {"at": record["started"], "after_step": step, "changed": diff(former["config"], record["config"])}
-    resumed |= {key: former[key] for key in ("versions", "device") if key in former}  # of the steps before
+    resumed |= {
+        key: former[key] for key in ("versions", "environment", "device") if key in former
+    }  # of the steps before
     kept = {key: former[key] for key in ("origin", "cost") if key in former}
-    return {**record, "started": former["started"], "resumed": [*former["resumed"], resumed], **kept}
+    return {**record, "started": former["started"], "resumed": [*(former["resumed"] or []), resumed], **kept}
 
 
 def _check_ours(folder: Path, former: Mapping[str, Any], stage: str) -> None:
@@ -322,6 +348,7 @@ def provenance() -> dict[str, Any]:
         "started": timestamp(),
         "git_commit": _git_commit(),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "environment": {name: os.environ[name] for name in CHANGING if name in os.environ},
     }
 
 

@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, PositiveFloat, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.splits import manifest
+from ssl_seg.data.workers import TIMEOUT, Workers
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.models import SegmentationModel
 from ssl_seg.runs.folder import Records, beside, origin
-from ssl_seg.runs.lock import LOCK, hold
+from ssl_seg.runs.lock import hold
+from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
-from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.scoring import Scored, image_confusions
 from ssl_seg.stages.setup import check_images
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
@@ -38,11 +40,16 @@ class EvaluateData(Config):
 class EvaluateConfig(Config):
     """`ssl-seg evaluate model=runs/a data.test.type=camvid ...`"""
 
-    model: str  # a run folder or its model/
+    model: PathText  # a run folder or its model/
     data: EvaluateData
     workers: int = Field(default=2, ge=0)
+    worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
     leaks: Leaks = Leaks()
+
+    @property
+    def reading(self) -> Workers:
+        return Workers(self.workers, self.worker_timeout, section="")
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
     check_images("data.test", data)
     with _opened(config, out) as place:
         _guard(config, place)
-        found = image_confusions(model, data, resize, config.workers)
+        found = image_confusions(model, data, resize, config.reading)
         if out is not None:
             _write(place, config, model, found, resize)
     return Evaluated(found.scores(), model.class_names, None if out is None else place.folder)
@@ -91,7 +98,7 @@ def _opened(config: EvaluateConfig, out: str | Path | None) -> Iterator[Records]
             if not stays:
                 shutil.rmtree(folder, ignore_errors=True)
         return
-    place = Records(Path(out))
+    place = Records(user_path(out))
     with files.naming(place.folder):
         if not _is_free(place):
             raise UserError(f"--out {out}: exists already; name a new folder")
@@ -107,7 +114,7 @@ def _is_free(place: Records) -> bool:
     record = place.read_json("run.json")
     if record is not None:
         return record.get("stage") == "evaluate" and record.get("status") == "running"
-    return all(entry.name == LOCK or files.is_unfinished(entry) for entry in place.folder.iterdir())
+    return place.is_new()
 
 
 def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
@@ -117,8 +124,8 @@ def _record(config: EvaluateConfig, status: str) -> dict[str, Any]:
 
 def _guard(config: EvaluateConfig, place: Records) -> None:
     """Compare what is scored with all that the model's run was trained on, as that has stored it."""
-    question = Question({}, {"test": config.data.test}, config.leaks, {"model": config.model})
-    check(place, question, config.workers)
+    question = Question({}, {"test": Scored.all_of(config.data.test)}, config.leaks, {"model": config.model})
+    check(place, question, config.reading)
 
 
 def _write(
@@ -129,7 +136,7 @@ def _write(
     place.write_json("data.json", {"test": manifest(data)})
     path = beside(config.model, "split.json")
     if path is not None:  # what tells which runs are a pair
-        split = files.read_json(path)
+        split = read_checked(path)
         place.write_json("split.json", {name: split[name] for name in OF_LABELLED if name in split})
     write_scores(place, model, {"test": (data, found)}, resize)
     place.write_json("run.json", _record(config, "finished"))  # last: until then the folder may be taken again

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from ssl_seg.config import Config, UserError, load
+from ssl_seg.config import Config, PathText, UserError, load
 from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
 from ssl_seg.data.splits import Examples, Labels, Subset, hold_out, pixel_counts, sample_digest, subset_of
 from ssl_seg.datasets import Dataset
+from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.checkpoint import load_state
@@ -38,8 +39,9 @@ from ssl_seg.stages.setup import (
     check_training,
     export_heads,
     open_run,
+    say_clamped_zoom,
 )
-from ssl_seg.stages.start import Start, find_start, prepare_tasks, recall, record_tasks, start_module
+from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.tasks import Stream, readers
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
@@ -67,7 +69,7 @@ class FinetuneData(Config):
     val: SerializeAsAny[Dataset] | None = None  # None: whole sequences, or a fifth, of the labelled images are held out
     test: SerializeAsAny[Dataset] | None = None  # scored once, at the end, with the weights that `select` names
     pool: SerializeAsAny[Dataset] | None = None  # unlabelled images of joint training
-    resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image; scores stay at the label's own size
+    resize: SizeField | None = None  # (H, W) of every image; scores stay at the label's own size
 
 
 class FinetuneConfig(StageConfig):
@@ -81,7 +83,9 @@ class FinetuneConfig(StageConfig):
     tasks: TaskMapping = Field(default={})  # of joint training
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
-    init: str | None = None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
+    init: PathText | None = (
+        None  # a pretraining run, its encoder/ folder, or a file of weights; None: scratch, or timm's
+    )
     init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
     # Or encoder+<task>: that task's decoder too (Brempong et al. 2022). Or model: all of a fine-tuned run of the same
     # classes, its last layer too, as after training on drawn masks.
@@ -138,7 +142,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config, start = resolve(config, None if options.overwrite else options.out)
+    config, start = resolve(config, None if options.overwrite else options.folder)
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)
@@ -151,10 +155,13 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         for line in of_small_images(config, labelled):
             say(line, quiet)
         trained = {"labelled": labelled, "pool": config.data.pool}
-        scored = {"val": val, "test": config.data.test}
+        judging = {"val": val, "test": config.data.test}
+        scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
-        question = Question(trained, scored, config.leaks, {"init": config.init}, own_cuts)
-        guard(run, question, processes, config.train.workers, quiet)
+        question = Question(trained, scored, config.leaks, origins(config, start), own_cuts)
+        guard(run, question, processes, config.train.reading, quiet)
+        if not config.leaks.check:  # else the guard has read them
+            scoring.read_once(scored.values(), config.train.reading, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
         if processes.is_main:
@@ -166,7 +173,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         model = SegmentationModel(judged.encoder, judged.heads[SEGMENT], config.data.labelled.class_names)
 
         def confuse(examples: Examples) -> ImageConfusions:
-            return scoring.image_confusions(model, examples, resize, config.train.workers, processes)
+            return scoring.image_confusions(model, examples, resize, config.train.reading, processes)
 
         latest: list[ImageConfusions] = []
 
@@ -292,6 +299,10 @@ def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = N
         return config.labels.choose(available), val
     if recorded.get("labels", config.labels.dump()) != config.labels.dump():
         raise UserError("labels: a run goes on with the images that it began with; give another --out for others")
+    if "labelled" not in recorded:
+        raise UserError(
+            "split.json: does not say which images are labelled; restore it, or start anew with --overwrite"
+        )
     labelled = subset_of(config.data.labelled, recorded["labelled"])
     if config.data.val is None and "val" in recorded:
         return labelled, subset_of(config.data.labelled, recorded["val"])
@@ -325,6 +336,7 @@ def assemble(
     }
     if config.data.pool is not None:
         sources["pool"] = Samples(config.data.pool, config.augment, config.seed, resize)
+    say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":

@@ -8,16 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 
 from ssl_seg import images
-from ssl_seg.config import Config, Interrupted
+from ssl_seg.config import Config, Interrupted, UserError
 from ssl_seg.data.loading import Draws, Packed, Samples, loader
-from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.checkpoint import checkpoints_in, load_state
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task
 from ssl_seg.terminal import Signals, reporter, say
@@ -132,6 +132,7 @@ class Job:
     quiet: bool = False
     progress: Progress = field(default_factory=Progress)
     start: int = 0
+    owed: dict[str, float] | None = None  # figures of step `start`, where it was saved and is still to be evaluated
     counted: float | None = None  # up to when the time spent is in `progress`; None: the clock stands
 
     def resume(self) -> Self:
@@ -153,15 +154,36 @@ class Job:
         self.learner.restore(state.tensors, state.data["learner"])
         self.progress = Progress(**state.data["progressed"])
         self.start = step
+        self.owed = state.data.get("owed")  # version 0.1 knew none
+        if self.owed is not None:
+            self.run.rewind(step - 1)
         over = step == self.learner.config.steps or should_stop(self)
         say("already finished; nothing is left to train" if over else f"resuming after step {step}", self.quiet)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, owed: Mapping[str, float] | None = None) -> None:
+        """Commit the state after `step`; `owed` are its figures, where it is saved before it is evaluated.
+
+        Raises UserError for weights or moments that are not finite: the checkpoints before stay as they are.
+        """
+        self._refuse_not_finite(step)
         self.count_time()
-        data = {"learner": self.learner.data(), "progressed": vars(self.progress)}
+        data = {"learner": self.learner.data(), "progressed": vars(self.progress), "owed": owed}
         keep = [self.progress.best_step] if self.score else []
         self.run.save_state(step, self.learner.tensors(), data, keep)
         self.learner.processes.barrier()
+
+    def _refuse_not_finite(self, step: int) -> None:
+        found = self.learner.not_finite()
+        if not self.learner.processes.any(bool(found)):
+            return
+        known = max(checkpoints_in(self.run.folder), default=None)
+        remedy = "there is no checkpoint yet; start anew with a lower"
+        if known is not None:
+            remedy = f"the checkpoint of step {known} stays; go on from it with a lower train.lr and --allow-changed"
+        named = f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else "".join(found)
+        raise UserError(
+            f"step {step}: the weights are not finite any more ({named}), so they are not saved, and {remedy} train.lr"
+        )
 
     def count_time(self) -> None:
         """Add what has passed since the last call to the time spent; the first call starts the clock."""
@@ -179,17 +201,25 @@ class Job:
 
 
 def fit(job: Job) -> int:
-    """Run the steps that are left; gives the number of the last one made."""
+    """Run the steps that are left; gives the number of the last one made.
+
+    A step that is both saved and evaluated is saved first: a damaged file that ends the evaluation costs no training.
+    The same command then makes that evaluation before it goes on, so its record is that of a run without a stop.
+    """
     if job.mirror is not None:
         job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
     job.count_time()
-    if should_stop(job):
-        job.note_cost(job.start)
-        return job.start  # stopped before, by its own rule
     learner, config = job.learner, job.learner.config
+    last = job.start
+    if job.owed is not None:
+        evaluate_and_log(job, last, job.owed)
+        if last == config.steps or should_stop(job):
+            job.save(last)
+    if should_stop(job):
+        job.note_cost(last)
+        return last  # stopped before, by its own rule
     save_every = config.save_every or max(LEAST_BETWEEN_SAVES, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, learner.module.tasks, job.start)
-    last = job.start
     if last == 0:
         evaluate(job, [evaluator for evaluator in job.evaluators.values() if evaluator.at_start], last)
     with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
@@ -200,26 +230,49 @@ def fit(job: Job) -> int:
             if due(last, config.log_every, config.steps):
                 figures.update(step.metrics)
                 figures["images_per_s"] = report.images_per_s(last)
+            saves, evaluates = due(last, save_every, config.steps), bool(evaluators_at(job, last))
+            saved = evaluates and (saves or stop)
+            if saved:
+                job.save(last, owed=figures)
+            if saved and stop:
+                interrupt(job, last)
             new_best = False
-            at_work = [own for own in job.evaluators.values() if due(last, own.every, config.steps)]
-            if at_work:
-                evaluated = evaluate(job, at_work, last)
-                figures.update(evaluated)
-                new_best = job.score in evaluated and job.progress.better(last, evaluated[job.score])
-                stop = learner.processes.any(stop or job.signals.asked())  # evaluating may have taken long
-            if figures:
+            if evaluates:
+                new_best = evaluate_and_log(job, last, figures)
+                stop = learner.processes.any(job.signals.asked())  # evaluating may have taken long
+            elif figures:
                 job.run.metrics(last, figures)
             report.step(last, {**step.metrics, **figures})
             enough = should_stop(job)
-            if due(last, save_every, config.steps) or new_best or enough or stop:
+            is_over = stop or enough or last == config.steps  # then nothing is to be left owing
+            if is_over or ((saves or new_best) and not saved):
                 job.save(last)
             if stop:
-                job.note_cost(last)
-                raise Interrupted(job.signals.first, f"state saved in {job.run.folder}; the same command continues")
+                interrupt(job, last)
             if enough:
                 break
     job.note_cost(last)
     return last
+
+
+def evaluate_and_log(job: Job, step: int, figures: dict[str, float]) -> bool:
+    """Evaluate after `step` and write its line, to whose `figures` the scores are added; says whether it is a best."""
+    scores = evaluate(job, evaluators_at(job, step), step)
+    figures.update(scores)
+    if figures:
+        job.run.metrics(step, figures)
+    return job.score in scores and job.progress.better(step, scores[job.score])
+
+
+def interrupt(job: Job, step: int) -> NoReturn:
+    """End a run that has been saved after `step`, as a signal asked for."""
+    job.note_cost(step)
+    raise Interrupted(job.signals.first, f"state saved in {job.run.folder}; the same command continues")
+
+
+def evaluators_at(job: Job, step: int) -> list[Evaluator]:
+    """Those that are due after `step`."""
+    return [evaluator for evaluator in job.evaluators.values() if due(step, evaluator.every, job.learner.config.steps)]
 
 
 def evaluate(job: Job, evaluators: Sequence[Evaluator], step: int) -> dict[str, float]:
@@ -263,5 +316,5 @@ def open_streams(
         place = {"rank": processes.rank, "world": processes.world}
         parts = {"deal": deal, "accumulate": config.accumulate, "at_once": at_once}
         draws = Draws(config.batch_size, start, config.steps, **place, **parts)
-        streams[stream] = loader(samples, draws, config.workers, pin=processes.device.type == "cuda")
+        streams[stream] = loader(samples, draws, config.reading, pin=processes.device.type == "cuda")
     return streams

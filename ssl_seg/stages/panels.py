@@ -40,7 +40,7 @@ def task_pictures(
     chosen = _spread(examples, count)
     sheets = {}
     with evaluating(module):
-        packed = next(loader(CenterCrops(examples, augment, resize), [chosen], 0))
+        packed = next(loader(CenterCrops(examples, augment, resize), [chosen]))
         views = make_views(tasks, {"pool": packed.to(device_of(module))})
         predictions = module.predict(views)
         for name, view in views.items():
@@ -48,7 +48,7 @@ def task_pictures(
             target = tasks[name].render_target(view)
             columns = [panels.to_uint8(panel) for panel in (view.input, drawn, target) if panel is not None]
             if drawn is not None:
-                sheets[name] = panels.grid([[column[row] for column in columns] for row in range(len(chosen))])
+                sheets[name] = panels.grid([[_fitted(column[row]) for column in columns] for row in range(len(chosen))])
     return sheets
 
 
@@ -60,11 +60,12 @@ def prediction_panel(
     chosen = _spread(examples, count)
     rows = []
     with evaluating(model):
-        for packed in loader(Whole(examples, resize), [[index] for index in chosen], 0):
-            image = panels.to_uint8(packed.image.float() / 255)[0]
-            ids = predict_ids(model, packed.to(device_of(model)).image, image.shape[:2])[0]
-            truth = images.resize_mask(masks_of(packed)[0].numpy(), image.shape[:2])
-            rows.append([image, colours[ids.cpu().numpy()], colours[truth]])
+        for packed in loader(Whole(examples, resize), [[index] for index in chosen]):
+            image = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+            ids = predict_ids(model, packed.to(device_of(model)).image, image.shape[:2])[0].byte().cpu().numpy()
+            size = panels.at_most(image.shape[:2])
+            predicted, truth = (images.resize_mask(mask, size) for mask in (ids, masks_of(packed)[0].numpy()))
+            rows.append([images.resize_image(image, size), colours[predicted], colours[truth]])
     sheet = panels.grid(rows)
     return np.vstack([sheet, panels.legend(examples.class_names, colours, sheet.shape[1])])
 
@@ -173,6 +174,10 @@ def _model_of(run: RunFolder) -> str | Path:
     """The exported model that was scored: a run's own, or that which an evaluation names."""
     named = run.config.get("model")
     return named if isinstance(named, str) else run.folder
+
+
+def _fitted(image: np.ndarray) -> np.ndarray:
+    return images.resize_image(image, panels.at_most(image.shape[:2]))
 
 
 def _spread(examples: Examples, count: int) -> list[int]:

@@ -1,24 +1,43 @@
-"""Masks for images: class ids as PNG files, and the same in colour over the image for a person."""
+"""Masks for images: class ids as PNG files, and the same in colour over the image for a person.
+
+A folder of masks is made in one go or in several: an image that cannot be read is left out and named at the end, and
+the same command makes what is missing.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, PositiveFloat, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError
-from ssl_seg.data.loading import Whole, loader
-from ssl_seg.datasets import Dataset
+from ssl_seg.config import Config, PathText, UserError, user_path
+from ssl_seg.data.loading import Whole, pack
+from ssl_seg.data.splits import digest_of
+from ssl_seg.data.workers import TIMEOUT, Workers, collected
+from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
 from ssl_seg.models import evaluating
+from ssl_seg.runs.folder import Records
+from ssl_seg.runs.lock import hold
 from ssl_seg.stages.scoring import predict_ids
 from ssl_seg.stages.setup import check_images
+from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_model
+from ssl_seg.weights.export import load_model, read_model_info
+
+RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
+MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
+LONGEST_NAME = 255  # bytes of a file's name on the usual disks
+SHOWN = 20  # lines about images that cannot be read: a screenful
 
 
 class PredictData(Config):
@@ -28,11 +47,16 @@ class PredictData(Config):
 class PredictConfig(Config):
     """`ssl-seg predict model=runs/a data.images.type=folder data.images.images=photos --out masks`"""
 
-    model: str  # a run folder or its model/
+    model: PathText  # a run folder or its model/
     data: PredictData
     overlays: bool = True  # also write overlays/, colours laid over each image
     workers: int = Field(default=2, ge=0)
+    worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
     device: DeviceName = "auto"
+
+    @property
+    def reading(self) -> Workers:
+        return Workers(self.workers, self.worker_timeout, section="")
 
 
 @dataclass(frozen=True)
@@ -45,39 +69,143 @@ class Predicted:
 
 
 def predict(config: PredictConfig, out: str | Path) -> Predicted:
-    """Predict every image into a new folder, at the image's own size."""
-    model, resize = load_model(config.model)
-    device = choose_device(config.device)
-    model = model.to(device)
+    """Predict every image into a folder, at the image's own size.
+
+    The folder is new, or a former call with this model has left it without some masks: then those of unchanged images
+    are kept. Raises UserError for any other folder before any work is done, and at the end, when all others have their
+    masks, for images that cannot be read; `config.Interrupted` after a signal.
+    """
     dataset = config.data.images
     check_images("data.images", dataset)
     names = mask_names(dataset)
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; name a new folder")
-    out.mkdir(parents=True)
-    files.write_atomic(out / "classes.json", files.json_bytes({"classes": model.class_names, "model": config.model}))
-    colours = panels.palette(len(model.class_names))
-    whole = Whole(dataset, with_labels=False)
-    one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size
-    with evaluating(model):
-        for name, packed in zip(names, loader(whole, one_by_one, config.workers), strict=True):
-            original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
-            seen = original if resize is None else images.resize_image(original, resize)
-            batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
-            ids = predict_ids(model, batch, original.shape[:2])[0].byte().cpu().numpy()
-            images.write_mask(out / "masks" / name, ids, colours)
-            if config.overlays:
-                images.write_image(out / "overlays" / name, panels.overlay(original, ids, colours))
-    return Predicted(out, names, model.class_names)
+    with watch_signals(), _opened(config, user_path(out)) as place:
+        model, resize = load_model(config.model)
+        device = choose_device(config.device)
+        model = model.to(device)
+        colours = panels.palette(len(model.class_names))
+        made = _made_before(place.folder / MADE)
+        unread: dict[str, str] = {}
+        whole = Whole(dataset, with_labels=False)
+        one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size
+        with evaluating(model):
+            for (index,), packed in zip(one_by_one, collected(whole, one_by_one, config.reading, pack), strict=True):
+                if isinstance(packed, UserError):
+                    unread[dataset.name(index)] = str(packed)
+                    continue
+                original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+                digest = digest_of(Example(original, None, ""))
+                mask, overlay = (place.folder / kind / names[index] for kind in ("masks", "overlays"))
+                if made.get(names[index]) == digest and _is_whole(mask) and (overlay.is_file() or not config.overlays):
+                    continue
+                seen = original if resize is None else images.resize_image(original, resize)
+                batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
+                ids = predict_ids(model, batch, original.shape[:2])[0].byte().cpu().numpy()
+                images.write_mask(mask, ids, colours)
+                if config.overlays:
+                    images.write_image(overlay, panels.overlay(original, ids, colours))
+                _note(place.folder / MADE, names[index], digest)
+        place.write_json(RECORD, {**_record(config), "finished": not unread, "unread": unread})
+        if unread:
+            raise UserError(_say_unread(unread, len(dataset), place.folder))
+    return Predicted(place.folder, names, model.class_names)
+
+
+@contextmanager
+def _opened(config: PredictConfig, out: Path) -> Iterator[Records]:
+    """The folder to write, held by this process alone."""
+    place = Records(out)
+    record = _record(config)
+    with files.naming(out):
+        if out.exists() and not place.is_new():
+            _check_continues(place, record)
+    with hold(out):
+        place.write_json(RECORD, {**record, "finished": False})
+        yield place
+
+
+def _record(config: PredictConfig) -> dict[str, Any]:
+    """What the masks come from."""
+    info = read_model_info(config.model)
+    return {
+        "classes": info["class_names"],
+        "model": config.model,
+        "sha256": info.get("sha256"),
+        "resize": info.get("resize"),
+    }
+
+
+def _check_continues(place: Records, record: Mapping[str, Any]) -> None:
+    """Raise UserError unless the folder lacks masks that this model would have made."""
+    former = place.read_json(RECORD) if place.folder.is_dir() else None
+    if former is None or former.get("finished") is not False:
+        raise UserError(f"--out {place.folder}: exists already; name a new folder")
+    if any(former.get(key) != record[key] for key in ("sha256", "resize", "classes")):
+        raise UserError(
+            f"--out {place.folder}: holds masks of another model ({former.get('model')}, or of other weights in it); "
+            "name a new folder"
+        )
+
+
+def _made_before(path: Path) -> dict[str, str]:
+    """The digest of the image that each mask was made of. A kill may have cut a line, whose mask is then made again."""
+    made = {}
+    with files.naming(path, "cannot be read"):
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            noted = json.loads(line)
+            made[noted["mask"]] = noted["image"]
+    return made
+
+
+def _note(path: Path, mask: str, digest: str) -> None:
+    with files.naming(path), path.open("a") as noted:
+        noted.write(json.dumps({"mask": mask, "image": digest}) + "\n")
+
+
+def _is_whole(mask: Path) -> bool:
+    """A power cut may leave an empty file under its name."""
+    try:
+        images.read_mask(mask)
+    except UserError:
+        return False
+    return True
+
+
+def _say_unread(unread: Mapping[str, str], count: int, folder: Path) -> str:
+    """The line at the end, after one for each image."""
+    for line in list(unread.values())[:SHOWN]:
+        say(line)
+    if len(unread) > SHOWN:
+        say(f"and {len(unread) - SHOWN} more: {folder / RECORD} has all of them")
+    first = images.show_path(next(iter(unread)))
+    return (
+        f"data.images: {len(unread)} of {count} images cannot be read and have no mask ({first} first); the others "
+        f"have theirs in {folder / 'masks'}: mend or remove them, and the same command does the rest"
+    )
 
 
 def mask_names(dataset: Dataset) -> tuple[str, ...]:
-    """The masks' relative paths: the images' with .png. Raises UserError where two images would share one."""
+    """The masks' relative paths: the images' with .png.
+
+    Raises UserError where two images would share one, and for names that no file in the folder can have.
+    """
     names = [PurePosixPath(dataset.name(index)) for index in range(len(dataset))]
     stems = [name.with_suffix("") if name.suffix.lower() in images.IMAGE_SUFFIXES else name for name in names]
     masks = [f"{stem}.png" for stem in stems]
-    twice = [mask for mask, count in Counter(masks).items() if count > 1]
-    if twice:
-        raise UserError(f"data.images: two images would be given the mask {twice[0]}; rename one of them")
+    folders = {str(folder) for mask in masks for folder in PurePosixPath(mask).parents}
+    counts = Counter(masks)
+    for name, mask in zip(names, masks, strict=True):
+        problem = None
+        if counts[mask] > 1:
+            others = (other for other, same in zip(names, masks, strict=True) if same == mask and other != name)
+            problem = f"would be given the same mask as {images.show_path(next(others, name))}"
+        elif mask in folders:
+            problem = "would be given a mask with the name of a folder of masks"
+        elif name.is_absolute() or ".." in name.parts:
+            problem = "would be given a mask outside of --out: a data set's names are relative paths without .."
+        elif max(len(os.fsencode(part)) for part in PurePosixPath(mask).parts) > LONGEST_NAME:
+            problem = f"would be given a mask whose name has more than {LONGEST_NAME} bytes"
+        if problem:
+            raise UserError(f"data.images: {images.show_path(name)} {problem}; rename it")
     return tuple(masks)

@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
-from ssl_seg.config import Config
+from ssl_seg.config import Config, PathText
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import Samples
 from ssl_seg.datasets import Dataset
+from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.runs.writer import Run
@@ -28,8 +29,9 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     recalibrate,
+    say_clamped_zoom,
 )
-from ssl_seg.stages.start import Start, find_start, prepare_tasks, record_tasks, start_module
+from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
@@ -46,7 +48,7 @@ class PretrainData(Config):
 
     pool: SerializeAsAny[Dataset]  # unlabelled; masks are not looked at
     val: SerializeAsAny[Dataset] | None = None  # images on which the tasks are scored; never trained on
-    resize: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of every image before the crop
+    resize: SizeField | None = None  # (H, W) of every image before the crop
 
 
 class PretrainConfig(StageConfig):
@@ -57,13 +59,13 @@ class PretrainConfig(StageConfig):
     tasks: TaskMapping
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
-    init: str | None = None  # an exported encoder to go on from
+    init: PathText | None = None  # an exported encoder to go on from
     init_allow: tuple[str, ...] = ()  # globs of tensors that need not match it
     # Images without corruption on which batch statistics are estimated anew for the export, since those of training
     # mix noise, holes and grey; 0: as training left them. Root mean square distance of the last map to that with the
     # statistics of 2,048 images, resnet18 after 1,500 steps: 26 % as trained, 16, 7.1, 3.9, 3.6, 2.7 and 2.1 % with
     # 32, 64, 128, 256, 512 and 1,024 images.
-    recalibrate: NonNegativeInt = 256
+    recalibrate: int = Field(default=256, ge=0, le=1_000_000)
     seed: int = 0
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
@@ -98,22 +100,22 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config, start = resolve(config, None if options.overwrite else options.out)
+    config, start = resolve(config, None if options.overwrite else options.folder)
     processes = Processes(config.train)
     quiet = options.quiet or not processes.is_main
     check(config, processes)
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
-        question = Question(pool, val, config.leaks, {"init": config.init})
-        guard(run, question, processes, config.train.workers, quiet)
+        question = Question(pool, val, config.leaks, origins(config, start))
+        guard(run, question, processes, config.train.reading, quiet)
         learner, sources = assemble(config, start, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 
         def score() -> dict[str, float]:
             if config.data.val is None:
                 return {}
-            workers = config.train.workers
+            workers = config.train.reading
             return scoring.score_tasks(learner.evaluated, **evaluation, workers=workers, processes=processes)
 
         latest: dict[str, float] = {}
@@ -178,6 +180,7 @@ def assemble(
 ) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
+    say_clamped_zoom(pool, quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     tasks = prepare_tasks(config.tasks, pool, recorded)
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)

@@ -15,7 +15,7 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
 from ssl_seg import tracking
-from ssl_seg.config import NAME, Config, Interrupted, UserError
+from ssl_seg.config import NAME, Config, Interrupted, UserError, user_path
 from ssl_seg.data.loading import Samples, check_batch_size, loader
 from ssl_seg.data.splits import Examples, manifest
 from ssl_seg.datasets import Dataset
@@ -58,6 +58,11 @@ class Options:
     allow_changed: tuple[str, ...] = ()  # dotted config keys that may differ from those of the run that is resumed
     quiet: bool = False
 
+    @property
+    def folder(self) -> Path:
+        """`out` as a path. Raises UserError as `user_path`."""
+        return user_path(self.out)
+
 
 class Opened(NamedTuple):
     """What a stage works with while it holds its folder."""
@@ -71,8 +76,8 @@ class Opened(NamedTuple):
 def open_run(stage: str, config: StageConfig, options: Options, processes: Processes) -> Iterator[Opened]:
     """The stage's run folder, whose status tells the truth after an error, a signal or the end."""
     tracking.check(config.tracking)
-    out = Path(options.out)
-    if options.overwrite and config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
+    out = options.folder
+    if options.overwrite and config.init and user_path(config.init).resolve().is_relative_to(out.resolve()):
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
@@ -84,6 +89,8 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
     refusal = processes.from_first(refusal)  # so that no process waits for one that has given up
     if run is None or refusal:
         raise UserError(refusal)
+    for wish in processes.unheeded:
+        say(f"{wish}: has no effect; give train.precision, train.accumulate or train.device", not processes.is_main)
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
     with mirror, watch_signals() as signals, run:
         try:
@@ -113,8 +120,8 @@ def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_chan
         allowed = any(fnmatchcase(f"data.{part}", glob) for glob in allow_changed)
         if part in now and now[part] != former and not allowed:
             raise UserError(
-                f"data.{part}: {now[part]['images']} images, not the {former['images']} that the run began with (or "
-                f"other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
+                f"data.{part}: {now[part]['images']} images, not the {former.get('images')} that the run began with "
+                f"(or other names); put them back, start anew with --overwrite, or give --allow-changed data.{part}"
             )
     run.write_json("data.json", now)
 
@@ -134,6 +141,19 @@ def _caution_once(text: str) -> None:
     say(f"CAUTION: {text}", not tells())
 
 
+def say_clamped_zoom(samples: Samples, quiet: bool) -> None:
+    """Tell where a zoom that was asked for is not had. By the first image: those of a set are mostly of one size.
+
+    Of the default nothing is told: it is meant for images of any size.
+    """
+    if quiet or "zoom" not in samples.augment.model_fields_set:
+        return
+    size = samples.resize or samples.examples.image(0).image.shape[:2]
+    told = samples.augment.clamped((size[0], size[1]))
+    if told is not None:
+        say(told, quiet)
+
+
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
     """Estimate the batch statistics of what is exported on the run's first `count` crops, before any task touches them.
 
@@ -144,7 +164,7 @@ def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
     # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
     at_once = max(3, min(CLEAN_BATCH, config.batch_size * len(readers(module.tasks, "pool"))))
     chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
-    clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.workers)
+    clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.reading)
     batches = (packed.to(processes.device, config.channels_last).image for packed in clean)
 
     def show(image: torch.Tensor) -> None:

@@ -25,7 +25,7 @@ from ssl_seg.stages.setup import StageConfig
 from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.multitask import MultiTask
-from ssl_seg.weights.export import read_encoder_info
+from ssl_seg.weights.export import exported_config, read_encoder_info
 from ssl_seg.weights.receipt import Receipt
 
 T = TypeVar("T", bound=Task)
@@ -55,18 +55,27 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
     former = None if folder is None else former_config(folder)
     resumes = folder is not None and has_checkpoint(folder)
     info = read_encoder_info(config.init) if config.init and not resumes else {}
+    exported = exported_config(str(config.init), info) if info else None
     if former is not None:
-        model = _lay_on(load(ModelConfig, former["model"]), given)
-    elif info:
-        model = _inherit(load(ModelConfig, info["config"]), given, config)
+        own = former.get("model")  # a stranger's run may say anything; another model is refused when it goes on
+        model = _lay_on(load(ModelConfig, own if isinstance(own, Mapping) else {}), given)
+    elif exported is not None:
+        model = _inherit(exported, given, config)
     else:
         model = given
     if resumes or config.init is None:
         kind = "checkpoint" if resumes else "published" if getattr(model.encoder, "pretrained", False) else "random"
         return Start(kind, model, model.norm, model.norm)
     # Weights of another origin are taken for the architecture's own.
-    exported = info.get("config", {}).get("norm", "keep")
-    return Start("init", model, loads_as(exported, model.norm), exported)
+    norm = "keep" if exported is None else exported.norm
+    return Start("init", model, loads_as(norm, model.norm), norm)
+
+
+def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
+    """Where weights that may have seen images come from, by the key that names them: for the leak guard to ask."""
+    if config.init is not None:
+        return {"init": config.init}
+    return {"pretrained": getattr(start.model.encoder, "weights_file", None)}  # of timm's own the images are known
 
 
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
@@ -146,7 +155,7 @@ def prepare_tasks(tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorde
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
     if pool is not None and any(type(task).prepare is not TaskPlugin.prepare for task in new.values()):
         draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
-        sample = next(loader(pool, draws, 0)).to(torch.device("cpu")).image
+        sample = next(loader(pool, draws)).to(torch.device("cpu")).image
         new = {name: task.prepare(sample) for name, task in new.items()}
     return {name: prepared[name] or new[name] for name in tasks}
 
@@ -155,7 +164,7 @@ def recall(task: T, record: Mapping[str, Any] | None) -> T | None:
     """What a task became by `prepare` in an earlier start of this run; None if the task as given has changed since."""
     if record is None or record["given"] != task.dump():
         return None
-    return type(task).model_validate(record["prepared"])
+    return load(type(task), record["prepared"])
 
 
 def record_tasks(run: Run, given: Mapping[str, Task], prepared: Mapping[str, Task]) -> None:

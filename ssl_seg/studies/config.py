@@ -70,7 +70,9 @@ class StudyConfig(Config):
     search: Search | None = None
     level: float = Field(default=LEVEL, gt=0.5, lt=1.0)  # of the intervals, and of what they tell
     timeout: PositiveFloat | None = None  # seconds that a cell may take
-    stall: PositiveFloat | None = 3600.0  # without a line of metrics, a picture, a checkpoint or a word: it hangs
+    # Seconds without a line of metrics, a picture, a checkpoint or a word, after which a cell hangs: from its first
+    # step on. Before it an hour at least, since imports from a slow disk and a look at every image say nothing.
+    stall: PositiveFloat | None = 3600.0
     submitit: dict[str, Any] = Field(default={})  # parameters of --executor submitit, such as slurm_partition
 
     @model_validator(mode="before")

@@ -21,10 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from ssl_seg import files
 from ssl_seg.config import UserError
 
 POLL = 0.1  # seconds between two looks at processes here
 POLL_CLUSTER = 2.0  # at jobs of a cluster: its scheduler is asked
+# Seconds of silence before a first step: imports from a slow disk, and a look at every image for leaks, say nothing.
+PATIENCE = 3600.0
 GRACE = 30.0  # seconds that a stopped run has to save its state
 LATE = 5.0  # seconds after which a stop that went through a cluster is given up: those of GRACE begin there
 ENDLESS = 60 * 24 * 365  # minutes; of what submitit runs on this machine, it would else end after two
@@ -40,21 +43,48 @@ class Call:
     log: Path  # receives all it prints
     folder: Path  # the run's; what changes in it is a sign of life
 
-    def last_sign(self) -> float:
-        """When something was last heard of it, in seconds since 1970; 0 if never."""
-        paths = (self.log, self.folder, *(self.folder / name for name in ("metrics.jsonl", "state", "pictures")))
-        times = [0.0]
-        for path in paths:
-            with suppress(OSError):
-                times.append(path.stat().st_mtime)
-        return max(times)
+    def signs(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """What changes whenever something is heard of it, whatever the clocks say of when."""
+        names = ("metrics.jsonl", "state", "pictures")
+        return tuple(map(_version, (self.log, self.folder, *(self.folder / name for name in names))))
+
+    def num_bytes(self) -> int:
+        """Of its metrics: they grow with a step."""
+        found = _version(self.folder / "metrics.jsonl")
+        return 0 if found is None else found[0]
 
     def last_words(self) -> str:
         """The last line of its log, for a message; the log of another machine may be late."""
         with suppress(OSError):
-            lines = self.log.read_text(errors="replace").split("\n")
+            lines = files.read_bytes(self.log).decode(errors="replace").split("\n")
             return next((line.strip() for line in reversed(lines) if line.strip()), "")
         return ""
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    return None
+
+
+class Watch:
+    """How long a call has been silent, by a clock that nobody sets and that a suspended machine stops."""
+
+    def __init__(self, call: Call, has_stepped: bool = False) -> None:
+        self.call = call
+        self.has_stepped = has_stepped
+        self.signs, self.num_bytes = call.signs(), call.num_bytes()
+        self.heard = time.monotonic()
+
+    def silent(self) -> float:
+        """Seconds since something was heard of it, at most since the watch began."""
+        signs, num_bytes = self.call.signs(), self.call.num_bytes()
+        self.has_stepped |= num_bytes > self.num_bytes  # a run that goes on first cuts off what it makes again
+        if signs != self.signs:
+            self.heard = time.monotonic()
+        self.signs, self.num_bytes = signs, num_bytes
+        return time.monotonic() - self.heard
 
 
 @dataclass(frozen=True)
@@ -73,6 +103,11 @@ class Limits:
 
     timeout: float | None = None  # seconds in all
     stall: float | None = None  # seconds without a sign of life
+
+    def has_stalled(self, watch: Watch) -> bool:
+        """Whether what is watched is silent for too long; the clock of `stall` starts with its first step."""
+        silent = watch.silent()  # asked each time, or a change would be seen late
+        return self.stall is not None and silent > (self.stall if watch.has_stepped else max(self.stall, PATIENCE))
 
 
 class Handle(ABC):
@@ -134,28 +169,28 @@ class _Running:
     call: Call
     job: Handle
     began: float | None = None  # monotonic; None while it is queued
-    began_at: float = 0.0  # seconds since 1970
+    watch: Watch | None = None  # from then on
 
     def ended(self, limits: Limits) -> End | None:
         if self.began is None and self.job.runs():
-            self.began, self.began_at = time.monotonic(), time.time()
+            self.began, self.watch = time.monotonic(), Watch(self.call)
         seconds = 0.0 if self.began is None else time.monotonic() - self.began
         code = self.job.code()
         if code is not None:
             return End(self.call, "failed" if code else "finished", code, seconds)
-        if self.began is None:
+        if self.watch is None:
             return None
-        how = self._exceeds(limits, seconds)
+        how = _exceeded(limits, seconds, self.watch)
         if how is None:
             return None
         _stop([self.job])
         return End(self.call, how, None, seconds)
 
-    def _exceeds(self, limits: Limits, seconds: float) -> Literal["timeout", "stalled"] | None:
-        if limits.timeout is not None and seconds > limits.timeout:
-            return "timeout"
-        silent = time.time() - max(self.began_at, self.call.last_sign())
-        return "stalled" if limits.stall is not None and silent > limits.stall else None
+
+def _exceeded(limits: Limits, seconds: float, watch: Watch) -> Literal["timeout", "stalled"] | None:
+    if limits.timeout is not None and seconds > limits.timeout:
+        return "timeout"
+    return "stalled" if limits.has_stalled(watch) else None
 
 
 def _stop(jobs: Sequence[Handle]) -> None:
@@ -177,7 +212,7 @@ class Here(Executor):
 
     def start(self, call: Call, slot: int) -> Handle:
         call.log.parent.mkdir(parents=True, exist_ok=True)
-        with call.log.open("w") as log:
+        with os.fdopen(files.open_regular(call.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
             process = subprocess.Popen(
                 _command(call),
                 stdin=subprocess.DEVNULL,
@@ -288,7 +323,7 @@ class Submission:
         # submitit leaves SIGTERM aside, and its jobs on this machine are stopped by SIGINT.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)
-        with self.log.open("a") as log:
+        with os.fdopen(files.open_regular(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

@@ -15,7 +15,18 @@ from statistics import mean
 from typing import Any, Generic, Literal, TypeVar
 
 from ssl_seg import files
-from ssl_seg.config import C, Config, UserError, find_recipe, flatten, load, merge, read_words, unflatten
+from ssl_seg.config import (
+    C,
+    Config,
+    UserError,
+    find_recipe,
+    flatten,
+    load,
+    merge,
+    read_words,
+    unflatten,
+    user_path,
+)
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED
 from ssl_seg.runs.folder import WATCHING, WHOLE
 from ssl_seg.stages.finetune import FinetuneConfig, check_data
@@ -276,10 +287,10 @@ def _start_digest(init: str | None, transfer: str) -> str | None:
     """Of the weights that `init` and `transfer` take; Raises UserError where there are none."""
     if init is None:
         return None
-    digest = read_encoder_info(init).get("sha256") or files.sha256(Path(init).read_bytes())
+    digest = read_encoder_info(init).get("sha256") or files.sha256(user_path(init).read_bytes())
     _, _, task = transfer.partition("+")
     part = "model/model.json" if transfer == WHOLE else f"decoders/{task}.json" if task else None
-    others = [folder / part for folder in (Path(init), Path(init).parent)] if part else []
+    others = [folder / part for folder in (user_path(init), user_path(init).parent)] if part else []
     return "+".join([digest, *(files.read_json(path).get("sha256", "") for path in others if path.is_file())])
 
 

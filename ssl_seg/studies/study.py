@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,22 +23,25 @@ from typing import Any, Literal
 import torch
 
 from ssl_seg import files
-from ssl_seg.config import Interrupted, UserError
+from ssl_seg.config import Interrupted, UserError, user_path
 from ssl_seg.evidence import results
-from ssl_seg.evidence.results import STUDY_FILE, Study
+from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
 from ssl_seg.reports.changed import draw_changed_of_study
+from ssl_seg.runs.cost import cost_of
 from ssl_seg.runs.folder import Records, RunFolder
-from ssl_seg.runs.lock import LOCK, hold, is_held
+from ssl_seg.runs.lock import LOCK, hold, holder_of, is_held
 from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import FinetuneConfig, candidates
 from ssl_seg.studies.config import StudyConfig
-from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, execute
+from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, Watch, execute
 from ssl_seg.studies.plan import Cell, Plan, check_images_of, choose, make_plan
 from ssl_seg.terminal import clock, say, watch_signals
 
 MIOU = "miou"
+DAMAGED = f"{STUDY_FILE}.damaged"  # what was in its place when it had to be made anew
+SEED_IN_ID = re.compile(r"-seed(-?\d+)-[0-9a-f]+$")  # as `plan` names a run
 DOUBLE = ("state", "encoder", "decoders")  # of a finished cell: what to resume from, and its model/ in parts
 LOOK = 2.0  # seconds between two looks at a run that another process makes
 
@@ -60,7 +64,7 @@ def study(config: StudyConfig, options: StudyOptions) -> Study:
     others are done and the tables written; LeakError before anything is trained; `config.Interrupted` after a signal,
     the running cells having been saved.
     """
-    out = Path(options.out).resolve()  # what cells start from is named by it: another spelling is no other place
+    out = user_path(options.out).resolve()  # what cells start from is named by it: another spelling is no other place
     _check_place(out)
     plan = _plan(config, out)
     executor = _executor(config, options, out)
@@ -126,7 +130,13 @@ def _check_place(out: Path) -> None:
 
 def _is_study(out: Path) -> bool:
     # A kill right after the start leaves a lock alone.
-    return (out / STUDY_FILE).is_file() or {entry.name for entry in out.iterdir()} <= {LOCK}
+    names = {entry.name for entry in out.iterdir()}
+    return STUDY_FILE in names or names <= {LOCK} or _holds_runs(out)
+
+
+def _holds_runs(out: Path) -> bool:
+    """Whether there are runs where a study keeps its own: its file may have been lost."""
+    return any(next((out / place).glob("*/run.json"), None) for place in (PRETRAINED, SEARCHED, CELLS))
 
 
 def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor:
@@ -150,10 +160,30 @@ class _Ledger:
         self.search: dict[str, Any] = {}
         self.about = {**provenance(), "resumed": []}
         self.records = Records(out)
-        former = self.records.read_json(STUDY_FILE)
-        if former is not None:
-            self._take_up(former)
+        if (out / STUDY_FILE).exists() or _holds_runs(out):
+            self._go_on(out / STUDY_FILE)
         self.write("running")
+
+    def _go_on(self, path: Path) -> None:
+        """Take up what study.json says, or what the cells say where it is lost or damaged."""
+        try:
+            self._take_up(results.read_record(path))
+        except UserError:
+            if path.exists():
+                os.replace(path, path.with_name(DAMAGED))
+            self._rebuild()
+            self._say(f"{path}: was lost or damaged, and is made anew; {len(self.states)} runs have finished already")
+
+    def _rebuild(self) -> None:
+        """The state of every run that has finished, and which seeds there were: each run has left its config."""
+        trials = [trial.cell for trial in self.plan.trials]
+        for cell in (*self.plan.pretrainings, *trials, *self.plan.cells):
+            folder = _folder(self.out, cell)
+            if _is_finished(folder):
+                self.note(cell, "finished", seconds=cost_of(RunFolder(folder)).seconds)
+        ids = [SEED_IN_ID.search(path.stem) for path in (self.out / CELLS).glob("*.yaml")]
+        seeds = sorted({int(found[1]) for found in ids if found})
+        self.about["resumed"] = [{**provenance(), "seeds": seeds or None}]
 
     def _take_up(self, former: Mapping[str, Any]) -> None:
         """What runs of an earlier start have said; the plan may be another one since."""
@@ -174,7 +204,7 @@ class _Ledger:
         question = leak_question(self.plan)
         if question is None:
             return
-        workers = self.plan.cells[0].config.train.workers
+        workers = self.plan.cells[0].config.train.reading
         try:
             guard.check(self.records, question, workers, self.options.quiet)
         finally:
@@ -224,15 +254,15 @@ class _Ledger:
                 self._tidy(cell)
                 self.note(cell, "finished")
         for cell in hung:
-            holder = (_folder(self.out, cell) / LOCK).read_text(errors="replace")
+            holder = holder_of(_folder(self.out, cell))
             self.note(cell, "stalled", f"process {holder} holds it and shows no sign of life; end that one")
         self.write("running")
 
     def _outlasts(self, call: Call) -> bool:
         """Wait for a run that another process makes; False where that one hangs."""
+        limits, watch = Limits(stall=self.config.stall), Watch(call, has_stepped=call.num_bytes() > 0)
         while is_held(call.folder):
-            silent = time.time() - call.last_sign()
-            if self.config.stall is not None and silent > self.config.stall:
+            if limits.has_stalled(watch):
                 return False
             time.sleep(LOOK)
         return True
@@ -305,7 +335,7 @@ class _Ledger:
         self.search = {"trials": tried, "chosen": made}
         missing = [own["arm"] for own in made if own["chosen"] is None]
         if missing:
-            where = self.out / results.SEARCHED
+            where = self.out / SEARCHED
             raise UserError(f"search: the arm {missing[0]} has no value whose runs have all finished; see {where}")
         self.plan = make_plan(self.config, self.out, scores)
 

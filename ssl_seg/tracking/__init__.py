@@ -96,7 +96,7 @@ class Mirror:
         self.replay = shlex.join(["ssl-seg", "track", str(folder), *(["--uri", tracking.uri] if tracking.uri else [])])
         self.wanted = main and tracking.type == "mlflow"
         self.process: subprocess.Popen[bytes] | None = None
-        self.started = time.time()
+        self.former = self._stamp()
 
     def start(self) -> None:
         """Call it when run.json and the metrics are those that the run goes on from."""
@@ -111,7 +111,7 @@ class Mirror:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]
         with files.naming(self.folder / FOLDER):
             (self.folder / FOLDER).mkdir(exist_ok=True)
-            log = (self.folder / FOLDER / LOG).open("w")
+            log = os.fdopen(files.open_regular(self.folder / FOLDER / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
         # -P: nothing that lies in the working directory is imported.
         command = [sys.executable, "-P", "-m", "ssl_seg", "track", str(self.folder), "--follow", str(os.getpid())]
         paths = [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])]
@@ -152,11 +152,17 @@ class Mirror:
 
     def _error(self) -> str | None:
         """What this run's mirror has met; a former one may have left another."""
-        path = self.folder / FOLDER / RECORD
         with suppress(OSError, UserError):
-            if path.stat().st_mtime >= self.started:
+            if self._stamp() != self.former:
                 record = read_record(self.folder)
                 return None if record is None else record.error
+        return None
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """What tells one version of the record from another, whatever the clock says."""
+        with suppress(OSError):
+            found = (self.folder / FOLDER / RECORD).stat()
+            return found.st_ino, found.st_mtime_ns
         return None
 
 
@@ -169,7 +175,8 @@ def check(tracking: Tracking) -> None:
 def _last_line(log: Path) -> str:
     """How a mirror's log ends: with its error, in one line."""
     with suppress(OSError):
-        return next(reversed(log.read_text(errors="replace").strip().splitlines()), "without a word")[:200]
+        said = files.read_bytes(log).decode(errors="replace")
+        return next(reversed(said.strip().splitlines()), "without a word")[:200]
     return "without a word"
 
 

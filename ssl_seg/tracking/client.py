@@ -1,7 +1,7 @@
 """How MLflow is reached, asked and answered: addresses, names, and which run is meant.
 
-Ours is what its client leaves to chance: a first use by one process at a time, artefacts beside the database and not in
-the working directory, names that it takes, and one line for whatever a server does.
+Ours is what its client leaves to chance: a first use by one process at a time, a database that is whole or not there,
+artefacts beside it and not in the working directory, names that it takes, and one line for whatever a server does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import hashlib
 import os
 import posixpath
 import re
+import shutil
+import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import mlflow
+from alembic.script import ScriptDirectory
 from google.protobuf.json_format import ParseError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
@@ -27,7 +33,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ssl_seg import files
 from ssl_seg.config import UserError
+from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE
+from ssl_seg.terminal import say
 
+SECONDS_OF_A_STEP = 2.0  # a step of making MLflow's tables takes a fiftieth of one; this is a slow disk's
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow 3 opens it as one of language models
 LONGEST_NAME = 250
@@ -48,9 +57,10 @@ def resolved(uri: str | None, folder: Path) -> str:
 
 
 def _runs_folder(folder: Path) -> Path:
-    """The nearest folder called `runs` that a run lies in, else the one it lies in directly."""
+    """The nearest folder called `runs` that a run or its study lies in, else the one that it lies in directly."""
     parents = folder.resolve().parents
-    return next((parent for parent in parents if parent.name == "runs"), parents[0])
+    of_study = parents[0].name in (CELLS, PRETRAINED, SEARCHED) and (parents[1] / STUDY_FILE).exists()
+    return next((parent for parent in parents if parent.name == "runs"), parents[2 if of_study else 0])
 
 
 def database(uri: str) -> Path:
@@ -75,10 +85,70 @@ def first_use(uri: str, place: Path | None) -> Iterator[None]:
     name = DATABASE if place else f"ssl_seg-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
     with files.naming(folder, "cannot hold MLflow's files"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f".{name}.lock").open("w")
+        lock = os.fdopen(files.open_regular(folder / f".{name}.lock", os.O_CREAT), "rb")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if uri.startswith("sqlite:///"):
+            _make_tables(database(uri))
         yield
+
+
+def _make_tables(path: Path) -> None:
+    """A database with MLflow's tables where there is none yet, put in its place when it is whole.
+
+    MLflow makes them in some seventy steps, and cannot go on where a kill has stopped it. What it has left so by other
+    hands, and holds no run, is moved aside.
+    """
+    for entry in path.parent.glob(f"{files.NEW}{path.name}*"):
+        shutil.rmtree(entry)  # of one that was killed
+    if _has_content(path):
+        if not _is_abandoned(path):
+            return
+        _move_aside(path)
+    # A new name each time: MLflow keeps a connection to what it has made, whatever lies there by then.
+    with tempfile.TemporaryDirectory(prefix=f"{files.NEW}{path.name}-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        connect(f"sqlite:///{made}").search_experiments(max_results=1)
+        files.sync(made)
+        if not _has_content(path):  # a server may have made its own meanwhile
+            os.replace(made, path)
+            files.sync(path.parent)
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a database was half made, and no other process is about to make the rest."""
+    while _is_half_made(path):
+        former = path.stat().st_mtime_ns
+        time.sleep(SECONDS_OF_A_STEP)
+        if path.stat().st_mtime_ns == former:
+            return True
+    return False
+
+
+def _is_half_made(path: Path) -> bool:
+    """Whether a database has neither runs nor experiments, and not the tables of this MLflow."""
+    try:
+        with closing(sqlite3.connect(path)) as opened:
+            tables = {name for (name,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            for table, where in (("runs", ""), ("experiments", "WHERE experiment_id != 0")):
+                if table in tables and opened.execute(f"SELECT 1 FROM {table} {where} LIMIT 1").fetchone():
+                    return False
+            known = "alembic_version" in tables and opened.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error:
+        return False  # locked, or no database at all: MLflow says it
+    scripts = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    return known != (scripts.get_current_head(),) or any(name.startswith("_alembic_tmp_") for name in tables)
+
+
+def _move_aside(path: Path) -> None:
+    places = (path.with_name(f"{path.name}.broken{number or ''}") for number in count())
+    aside = next(place for place in places if not place.exists())
+    os.rename(path, aside)
+    say(f"MLflow: {path} was half made by a process that was killed, and held no run; it is {aside.name} now")
 
 
 def experiment_id(client: MlflowClient, name: str, uri: str, place: Path | None) -> str:

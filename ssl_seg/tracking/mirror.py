@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import psutil
 
 from ssl_seg import files
 from ssl_seg.config import UserError, load
 from ssl_seg.runs.folder import RunFolder
+from ssl_seg.runs.lock import holder_of
 from ssl_seg.tracking import LOCK, Tracking, prepare
 from ssl_seg.tracking.client import explained, resolved
 from ssl_seg.tracking.record import FOLDER
@@ -72,25 +73,25 @@ def _track(run: RunFolder, tracking: Tracking) -> Tracked:
 
 
 def follow(folder: str | Path, pid: int) -> int:
-    """Mirror a run until it ends or process `pid` is gone; the exit code says whether everything arrived."""
+    """Mirror a run until it ends or process `pid` no longer holds it; the exit code says whether everything arrived."""
     with suppress(psutil.Error):
         psutil.Process().nice(10)  # the training comes first
-    owner = _process(pid)
     with alone(Path(folder), math.inf) as lock:
         run = RunFolder.open(folder)
         with MirroredRun(run, _tracking_of(run)) as mirrored:
-            return _follow(mirrored, owner, lock)
+            return _follow(mirrored, pid, lock)
 
 
-def _follow(mirrored: MirroredRun, owner: psutil.Process | None, lock: TextIO) -> int:
+def _follow(mirrored: MirroredRun, pid: int, lock: BinaryIO) -> int:
     folder, tracking = mirrored.run.folder, mirrored.tracking
-    load = Load(folder, owner) if tracking.system_metrics else None
+    mirrored.note(None)  # what a former mirror has met is no word of this one
+    load = Load(folder, _process(pid)) if tracking.system_metrics else None
     next_try, pause = time.monotonic(), tracking.every
     while True:
         if not _is_ours(folder, lock):
             mirrored.abandon()
             return INCOMPLETE
-        over = not _lives(owner) or RunFolder(folder).record.get("status") != "running"
+        over = holder_of(folder) != str(pid) or RunFolder(folder).record.get("status") != "running"
         if load is not None:
             load.sample(time.monotonic())
         if over or time.monotonic() >= next_try:
@@ -137,15 +138,7 @@ def _process(pid: int) -> psutil.Process | None:
         return None
 
 
-def _lives(owner: psutil.Process | None) -> bool:
-    """psutil tells a new process of the same number by its start."""
-    try:
-        return owner is not None and owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def _is_ours(folder: Path, lock: TextIO) -> bool:
+def _is_ours(folder: Path, lock: BinaryIO) -> bool:
     """Whether the folder still holds the run that is mirrored: it may have been removed, or overwritten by another."""
     with suppress(OSError):
         there = (folder / "run.json").is_file() and (folder / FOLDER / LOCK).stat().st_ino
@@ -154,14 +147,14 @@ def _is_ours(folder: Path, lock: TextIO) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, patience: float) -> Iterator[TextIO]:
+def alone(folder: Path, patience: float) -> Iterator[BinaryIO]:
     """One mirror at a time for a run, waiting `patience` seconds for the former, which may still be sending.
 
     Gives the lock, whose file is another one once the run is overwritten.
     """
     with files.naming(folder / FOLDER):
         (folder / FOLDER).mkdir(exist_ok=True)
-        lock = (folder / FOLDER / LOCK).open("w")
+        lock = os.fdopen(files.open_regular(folder / FOLDER / LOCK, os.O_CREAT), "rb")
     with lock:
         until = time.monotonic() + patience
         while not _taken(lock):
@@ -171,7 +164,7 @@ def alone(folder: Path, patience: float) -> Iterator[TextIO]:
         yield lock
 
 
-def _taken(lock: TextIO) -> bool:
+def _taken(lock: BinaryIO) -> bool:
     with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 import numpy as np
-from mlflow import Image, MlflowClient
+from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
 from ssl_seg.config import UserError
 from ssl_seg.evidence.passport import passports_in
 from ssl_seg.figures import charts, svg
+from ssl_seg.files import lies_in, open_regular
+from ssl_seg.images import read_image
 from ssl_seg.runs.folder import (
     TIME,
     Picture,
@@ -33,6 +35,7 @@ from ssl_seg.runs.folder import (
     leak_word,
     scores_of,
 )
+from ssl_seg.terminal import say
 from ssl_seg.tracking import SYSTEM, Tracking
 from ssl_seg.tracking.client import (
     CONTINUES,
@@ -103,10 +106,11 @@ class MirroredRun:
         self.num_lines = 0
         self.num_pictures = 0
         self.opened: MlflowClient | None = None
-        self.tails = [_Tail(run.folder / "metrics.jsonl"), _Tail(run.folder / FOLDER / SYSTEM)]
+        self.tails = [_Tail(run.folder, "metrics.jsonl"), _Tail(run.folder, f"{FOLDER}/{SYSTEM}")]
         self.results: dict[str, float] = {}  # the figures of a result that are there
         self.present: set[tuple[str, int]] = set()  # points that were there before: (name, step)
         self.pictures: set[tuple[str, int]] = set()  # those that are there: (name, step)
+        self.left_out: set[Path] = set()  # pictures that cannot be sent, and were told of
 
     def __enter__(self) -> Self:
         return self
@@ -165,12 +169,8 @@ class MirroredRun:
         client.set_tag(self.run_id, LEAKS, leak_word(run.read("leaks.json")))
         self._send_files((*RECORDS, *RESULTS), client)
         self._draw_confusion()
-        for picture in self._lasting_pictures():
-            client.log_artifact(self.run_id, str(picture), "pictures")
-        if self.tracking.weights:
-            for part in WEIGHTS:
-                if (run.folder / part).is_dir():
-                    client.log_artifacts(self.run_id, str(run.folder / part), part)
+        for path in (*self._lasting_pictures(), *self._weights()):
+            client.log_artifact(self.run_id, str(path), path.parent.relative_to(run.folder).as_posix())
         with _reading(run.folder / "run.json"):
             ended = _milliseconds(run.record.get("ended")) or self._last_sign()
             word = STATUSES[status]
@@ -346,9 +346,20 @@ class MirroredRun:
     def _send_picture(self, picture: Picture) -> None:
         at = _written_at(picture.path)
         key = re.sub(r"[^a-zA-Z0-9_\-. ]", "_", picture.name)
-        self.client.log_image(self.run_id, Image(str(picture.path)), key=key, step=picture.step, timestamp=at)
+        try:
+            pixels = read_image(picture.path)
+        except UserError as error:
+            self._leave_out(picture.path, error)
+            return
+        self.client.log_image(self.run_id, pixels, key=key, step=picture.step, timestamp=at)
         self.pictures.add((picture.name, picture.step))
         self.num_pictures += 1
+
+    def _leave_out(self, path: Path, error: UserError) -> None:
+        """One word about a picture that is too large or damaged; the rest is sent, and it too once it is whole."""
+        if path not in self.left_out:
+            self.left_out.add(path)
+            say(f"MLflow: a picture is not sent: {error}")
 
     def _send_result(self, result: Mapping[str, Any]) -> None:
         named = {_result_name(score): value for score, value in scores_of(result).items()}
@@ -363,7 +374,7 @@ class MirroredRun:
     def _send_files(self, names: Sequence[str], client: MlflowClient) -> None:
         for name in names:
             path = self.run.folder / name
-            if path.is_file() and not path.is_symlink():
+            if lies_in(path, self.run.folder):
                 client.log_artifact(self.run_id, str(path))
 
     def _draw_confusion(self) -> None:
@@ -378,22 +389,27 @@ class MirroredRun:
 
     def _lasting_pictures(self) -> list[Path]:
         of_steps = {picture.path for picture in self.run.pictures()}
-        return sorted(set((self.run.folder / "pictures").glob("*.png")) - of_steps)
+        return [path for path in self.run.files_in("pictures") if path.suffix == ".png" and path not in of_steps]
+
+    def _weights(self) -> list[Path]:
+        parts = WEIGHTS if self.tracking.weights else ()
+        return [path for part in parts for path in self.run.files_in(part)]
 
 
 class _Tail:
     """The whole lines of a file that another process appends to, as they come."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.path = folder / name
         self.file: TextIO | None = None
         self.rest = ""
         self.waiting: list[dict[str, Any]] = []  # read and not yet sent
 
     def read(self) -> None:
         # Held open: a run that goes on replaces the file, and what belongs to the former one must not be mixed in.
-        if self.file is None and self.path.exists():
-            self.file = self.path.open(encoding="utf-8", errors="replace")
+        if self.file is None and lies_in(self.path, self.folder):
+            self.file = os.fdopen(open_regular(self.path), encoding="utf-8", errors="replace")
         if self.file is None:
             return
         *lines, self.rest = (self.rest + self.file.read()).split("\n")

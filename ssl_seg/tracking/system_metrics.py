@@ -12,6 +12,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
+from ssl_seg import files
 from ssl_seg.runs.folder import TIME, epoch_ms
 from ssl_seg.tracking import SYSTEM
 from ssl_seg.tracking.record import FOLDER
@@ -28,7 +29,7 @@ class Load:
         self.monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
             self.monitors.append(GPUMonitor())
-        self.step = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+        self.step = files.read_bytes(self.path).count(b"\n") if self.path.is_file() else 0
         self.due = 0.0
 
     def sample(self, moment: float) -> None:
@@ -43,8 +44,8 @@ class Load:
             monitor.clear_metrics()
         line = {"step": self.step, TIME: epoch_ms()}
         line |= {f"system/{name}": value for name, value in figures.items()}
-        with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk, or a folder that is gone
-            file.write(json.dumps(line) + "\n")
+        with suppress(OSError):  # a full disk, or a folder that is gone
+            files.append(self.path, json.dumps(line) + "\n")
             self.step += 1
 
     def _memory(self) -> float:

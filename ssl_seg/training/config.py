@@ -18,11 +18,12 @@ from pydantic import (
 )
 
 from ssl_seg.config import Config
+from ssl_seg.data.workers import TIMEOUT, Workers
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
-SINCE_0_1 = ("freeze_encoder", "ema")  # keys that version 0.1 did not know
+SINCE_0_1 = ("freeze_encoder", "ema", "worker_timeout")  # keys that version 0.1 did not know
 
 
 class TrainConfig(Config):
@@ -60,9 +61,15 @@ class TrainConfig(Config):
     # together is one encoder pass over all tasks (fastest); in_turn keeps one task's graph in memory (leanest).
     encode: Literal["together", "in_turn"] = "together"
     workers: NonNegativeInt = 2
+    worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its batch by then ends the run
     eval_every: PositiveInt | None = None  # steps; None: at the end only
     save_every: PositiveInt | None = None  # steps; None: ten times a run, but not more often than every 200
     log_every: PositiveInt = 10
+
+    @property
+    def reading(self) -> Workers:
+        """How the images are read."""
+        return Workers(self.workers, self.worker_timeout)
 
     @model_validator(mode="before")
     @classmethod
@@ -73,11 +80,14 @@ class TrainConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys that version 0.1 did not know are written where they are used alone.
+        """Keys that version 0.1 did not know are written where they are not at their defaults.
 
         So a run without them is described as then, and is of one group, and of one cell of a study, with runs of then.
         """
-        return {name: value for name, value in dump(self).items() if value or name not in SINCE_0_1}
+        known = type(self).model_fields
+        return {
+            name: value for name, value in dump(self).items() if name not in SINCE_0_1 or value != known[name].default
+        }
 
 
 def frozen_at(config: TrainConfig, step: int) -> bool:

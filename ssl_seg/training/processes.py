@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -18,6 +21,9 @@ from ssl_seg.training.config import TrainConfig
 
 DeviceName = Literal["auto", "cpu"]
 T = TypeVar("T")
+# Of accelerate's variables those that change no result: `accelerate launch --cpu` sets the first.
+HEEDED = frozenset({"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"})
+NO_WISH = frozenset({"", "0", "1", "false", "no", "none", "default"})  # values that `accelerate launch` sets unasked
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -31,6 +37,7 @@ def choose_device(name: DeviceName) -> torch.device:
 class Processes:
     """The processes of a run and this one's device, behind the few words that the rest of the project needs.
 
+    What is trained is in the config alone: `unheeded` are the wishes that accelerate's own environment variables have.
     Raises UserError for fp16 without a GPU, which torch would silently ignore.
     """
 
@@ -43,7 +50,10 @@ class Processes:
         # Buffers are averaged by the loop in both ways of encoding; DDP's own broadcast would only see one of them.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "no" if config.precision == "fp32" else config.precision
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        with _unheeded() as unheeded:
+            self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        wishes = {name: value for name, value in unheeded.items() if value.lower() not in NO_WISH}
+        self.unheeded: list[str] = [f"{name}={value}" for name, value in wishes.items()]
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -82,6 +92,24 @@ class Processes:
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _unheeded() -> Iterator[dict[str, str]]:
+    """Hide the variables by which accelerate takes other settings than it is given; gives those that were set.
+
+    One of them divides gradients (accelerate 1.15 puts it before its own argument), others compile, shard or move the
+    module: no record of a run would know.
+    """
+    hidden = {name: os.environ.pop(name) for name in sorted(_settings_of_accelerate())}
+    try:
+        yield hidden
+    finally:
+        os.environ.update(hidden)
+
+
+def _settings_of_accelerate() -> set[str]:
+    return {name for name in os.environ if name.startswith("ACCELERATE_")} - HEEDED
 
 
 def leave_group() -> None:

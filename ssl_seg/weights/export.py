@@ -9,22 +9,21 @@ user has named it.
 from __future__ import annotations
 
 import copy
-import pickle
-import warnings
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from ssl_seg import files
-from ssl_seg.config import UserError, load
-from ssl_seg.images import Size
+from ssl_seg.config import UserError, load, user_path
+from ssl_seg.images import Size, check_size
 from ssl_seg.models import EncoderNet, ModelConfig, SegmentationModel
 from ssl_seg.norm.convert import switch_layers
+from ssl_seg.runs.schema import Shape, check_shape
+from ssl_seg.tensor_files import is_torch_file, read_tensors
 from ssl_seg.weights.fingerprint import fingerprint, mark_of, marks_of
 from ssl_seg.weights.receipt import (
     Receipt,
@@ -36,8 +35,40 @@ from ssl_seg.weights.receipt import (
     refuse_misfits,
 )
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-TORCH_ERRORS = (RuntimeError, ValueError, LookupError, EOFError, OSError, AttributeError, TypeError, pickle.PickleError)
+Figures = Annotated[list[list[Annotated[float, Field(allow_inf_nan=False)]]], Field(min_length=1)]
+OURS = ("fingerprint", "switch_layers", "tensors")  # keys that no other program writes beside weights
+
+
+class _ExportShape(Shape):
+    """The JSON beside a decoder, and what all exports have in common."""
+
+    config: dict[str, Any]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    tensors: dict[str, str] = Field(default={})
+    switch_layers: list[str] = Field(default=[])
+
+
+class _EncoderShape(_ExportShape):
+    channels: list[NonNegativeInt]
+    strides: list[PositiveInt]
+    fingerprint: Figures
+
+    @model_validator(mode="after")
+    def _of_one_network(self) -> Self:
+        if not len(self.channels) == len(self.strides) == len(self.fingerprint):
+            raise ValueError("channels, strides and fingerprint are not of one number of maps")
+        return self
+
+
+class _ModelShape(_ExportShape):
+    class_names: Annotated[list[str], Field(min_length=1)]
+    fingerprint: Figures
+    resize: Annotated[list[PositiveInt], Field(min_length=2, max_length=2), AfterValidator(check_size)] | None = None
+
+
+SHAPES = {"encoder": TypeAdapter(_EncoderShape), "model": TypeAdapter(_ModelShape)}
+DECODER = TypeAdapter(_ExportShape)
+DECODERS = "decoders"  # the folder of a run that holds them
 
 
 def export_encoder(folder: str | Path, encoder: EncoderNet, config: Mapping[str, Any]) -> Path:
@@ -60,11 +91,19 @@ def read_encoder_info(path: str | Path) -> dict[str, Any]:
     return _find_export(path, "encoder", "encoder")[1]
 
 
+def exported_config(path: str | Path, info: Mapping[str, Any]) -> ModelConfig:
+    """The network that the JSON of an export describes. Raises UserError that names `path` where that is none."""
+    try:
+        return load(ModelConfig, info["config"])
+    except UserError as error:
+        raise UserError(f"{path}: its .json describes no network that there is here (config: {error})") from error
+
+
 def export_decoder(folder: str | Path, task_name: str, module: nn.Module) -> Path:
     """Write a head's decoder to the run's decoders/, beside those of other tasks; gives the weights' file."""
     if not task_name or Path(task_name).name != task_name:
         raise UserError(f"tasks.{task_name}: cannot be a file name; give the task a plain name")
-    target = Path(folder) / "decoders"
+    target = Path(folder) / DECODERS
     former = files.committed(target)
     others = {entry.name: entry.read_bytes() for entry in former.iterdir()} if former.is_dir() else {}
     files.commit_folder(target, others | _pair(task_name, module, {"config": {}}))
@@ -73,7 +112,7 @@ def export_decoder(folder: str | Path, task_name: str, module: nn.Module) -> Pat
 
 def load_decoder(module: nn.Module, path: str | Path, task_name: str, allow: Sequence[str] = ()) -> Receipt:
     """Fill a head's decoder from a run's decoder of the task `task_name`, on the terms of `load_encoder`."""
-    return _fill(module, *_find_export(path, "decoders", task_name), allow)
+    return _fill(module, *_find_export(path, DECODERS, task_name), allow)
 
 
 def export_model(
@@ -99,7 +138,7 @@ def load_model_weights(model: SegmentationModel, path: str | Path, allow: Sequen
 def read_model_info(path: str | Path) -> dict[str, Any]:
     """model.json of a run folder, its model/ or the file model.safetensors: `config`, `class_names`, the extras."""
     weights, info = _find_export(path, "model", "model")
-    if "config" not in info or "class_names" not in info:
+    if "class_names" not in info:
         raise UserError(f"{weights}: has no model.json beside it; name a run folder or its model/")
     return info
 
@@ -107,7 +146,7 @@ def read_model_info(path: str | Path) -> dict[str, Any]:
 def read_export(path: str | Path, part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of `part`/`name`.safetensors in a run folder, and the JSON beside them; no network is built."""
     weights, info = _find_export(path, part, name)
-    return _read_tensors(weights, info), info
+    return _read_tensors(weights, info)[0], info
 
 
 def _export(folder: str | Path, part: str, net: nn.Module, info: Mapping[str, Any]) -> Path:
@@ -128,18 +167,17 @@ def _pair(name: str, module: nn.Module, info: Mapping[str, Any]) -> dict[str, by
 
 def _find_export(path: str | Path, part: str, name: str) -> tuple[Path, dict[str, Any]]:
     """The weights' file that `path` means, and the JSON beside it (empty for a file of other origin)."""
-    path = Path(path)
+    path = user_path(path)
     if path.is_file():
         beside = path.with_suffix(".json")
         info = files.read_json(beside) if path.suffix == ".safetensors" and beside.is_file() else {}
-        return path, info if "sha256" in info else {}
+        ours = "sha256" in info or any(key in info for key in OURS)
+        return path, _checked(beside, info) if ours else {}
     for folder in (files.committed(path), files.committed(path / part)):
         weights = folder / f"{name}.safetensors"
-        if weights.is_file():
-            info = files.read_json(weights.with_suffix(".json"))
-            if "sha256" not in info:
-                raise UserError(f"{weights.with_suffix('.json')}: holds no sha256, so it is damaged; export it again")
-            return weights, info
+        if os.path.isfile(weights):  # `Path.is_file` raises for a task's name that is too long
+            described = weights.with_suffix(".json")
+            return weights, _checked(described, files.read_json(described))
     if not path.exists():
         raise UserError(f"{path}: does not exist; name a run folder or a file of weights")
     there = sorted(str(file.relative_to(path)) for file in path.glob("*/*.safetensors")) or ["no weights"]
@@ -150,10 +188,23 @@ def _find_export(path: str | Path, part: str, name: str) -> tuple[Path, dict[str
     )
 
 
+def _checked(path: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of an export. Raises UserError where it has not the shape that those who read it rely on."""
+    if "sha256" not in info:
+        raise UserError(f"{path}: holds no sha256, so it is damaged; export it again")
+    part = "model" if "class_names" in info else path.stem  # a person may have called a whole model encoder.json
+    if path.parent.name == DECODERS:  # a decoder is called by its task, which may be `model` too
+        part = DECODERS
+    check_shape(path, info, SHAPES.get(part, DECODER))
+    return info
+
+
 def _fill(module: nn.Module, path: Path, info: Mapping[str, Any], allow: Sequence[str]) -> Receipt:
     """Load what fits into `module`, or refuse and leave it as it is."""
-    given = _read_tensors(path, info)
+    given, key = _read_tensors(path, info)
     receipt = match_tensors(path, module, given)
+    if key:
+        receipt.path = f"{path} ({key})"
     tensors = {own: given[name] for own, name in receipt.matched.items()}
     receipt.changed = [own for own in tensors if is_changed(tensors[own], known_marks(own, receipt, info))]
     receipt.not_finite = [own for own, tensor in tensors.items() if not tensor.float().isfinite().all()]
@@ -166,17 +217,10 @@ def _fill(module: nn.Module, path: Path, info: Mapping[str, Any], allow: Sequenc
     return receipt
 
 
-def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not readable as safetensors ({error}); it is cut off, damaged or of another kind: export it "
-            f"again, or give a .safetensors file or a state_dict saved by torch ({', '.join(TORCH_SUFFIXES)})"
-        ) from error
-    if "sha256" in info and not files.is_intact(path, info["sha256"]):
+def _read_tensors(path: Path, info: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """As `tensor_files.read_tensors`; of an export, no others than were exported."""
+    tensors, key = read_tensors(path)
+    if not is_torch_file(path) and "sha256" in info and not files.is_intact(path, info["sha256"]):
         marks = info.get("tensors", {})
         others = [name for name, tensor in tensors.items() if marks and mark_of(tensor) not in marks.get(name, "")]
         named = f"; other tensors: {first_names(others)}" if others else ""
@@ -184,23 +228,7 @@ def _read_tensors(path: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{path}: is not the file that its .json was written for (sha256 differs{named}); export it again, or take "
             "it out of its folder to load it by names and shapes alone"
         )
-    return tensors
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch checkpoint, without running what else it may hold."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the pickle protocol, before the error that says it all
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except TORCH_ERRORS as error:
-        raise UserError(f"{path}: holds more than tensors, or is damaged; save its state_dict alone") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: holds no flat mapping of names to tensors; save its state_dict alone")
-    return dict(content)
+    return tensors, key
 
 
 def build_model(config: ModelConfig, class_names: tuple[str, ...]) -> SegmentationModel:
@@ -216,7 +244,7 @@ def load_model(path: str | Path) -> tuple[SegmentationModel, Size | None]:
     The model eats RGB in [0, 1], `(B, 3, H, W)` at any size. Raises UserError unless every weight is found.
     """
     info = read_model_info(path)
-    config = load(ModelConfig, info["config"])
+    config = exported_config(path, info)
     model = build_model(config.without_pretrained(), tuple(info["class_names"]))
     load_model_weights(model, path)
     resize = tuple(info["resize"]) if info.get("resize") else None

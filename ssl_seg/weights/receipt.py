@@ -20,7 +20,7 @@ from ssl_seg.weights.fingerprint import ROUNDED_TOLERANCES, TOLERANCE, dtype_nam
 
 PREFIXES = ("module.", "encoder.")  # DistributedDataParallel's, and ours inside a whole model
 CONSTANTS = ("mean", "std")  # of an EncoderNet: the config gives them too, and no other library's file holds them
-MAX_SUGGESTED = 4  # names in one suggestion; more of them speak for a wrong file
+MAX_SUGGESTED = 4  # names in one suggestion; of more, their modules
 
 
 @dataclass
@@ -161,7 +161,7 @@ def refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> Non
     # A wrong file often shares a buffer or two (mean, std), so the parameters decide whether anything arrived.
     if not receipt.matched or receipt.share == 0:
         names = ", ".join(receipt.left_over[:3]) or "no tensors"
-        also = "; a file of timm's goes to model.encoder.pretrained" if foreign else ""
+        also = "; a file of another library's goes to model.encoder.pretrained" if foreign else ""
         raise UserError(f"{receipt.path}: nothing in it fits this network (it holds {names}); name another file{also}")
     kinds = {
         "missing": [name for name in receipt.missing if not (foreign and name in CONSTANTS)],
@@ -174,13 +174,24 @@ def refuse_misfits(receipt: Receipt, allow: Sequence[str], foreign: bool) -> Non
     suggested = list(dict.fromkeys(name for names in refused.values() for name in names))
     if not suggested:
         return
-    if len(suggested) > MAX_SUGGESTED:
-        del suggested[1:]
+    also = " (another library's goes to model.encoder.pretrained)" if foreign else ""
     texts = [f"{len(names)} {kind}: {first_names(names, receipt)}" for kind, names in refused.items() if names]
     raise UserError(
         f"{receipt.path}: does not fit this network ({'; '.join(texts)}); "
-        f"name the right file, or accept these by globs: init_allow=[{','.join(suggested)}]"
+        f"name the right file{also}, or accept these by globs: init_allow=[{','.join(_as_globs(suggested))}]"
     )
+
+
+def _as_globs(names: Sequence[str]) -> list[str]:
+    """The names, or where they are many one glob a module: the deepest modules that are few enough to be read."""
+    globs: Sequence[str] = names
+    modules = [name.split(".")[:-1] for name in names]
+    for depth in reversed(range(1, max(map(len, modules)) + 1)):
+        if len(globs) <= MAX_SUGGESTED:
+            break
+        cut = [".".join([*own[:depth], "*"]) if own else name for name, own in zip(names, modules, strict=True)]
+        globs = list(dict.fromkeys(cut))
+    return list(globs)
 
 
 def compare_features(

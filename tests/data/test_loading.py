@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_seg import rng
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, load
 from ssl_seg.data.augment import Augment, Augmentation, Pair, region
 from ssl_seg.data.loading import CenterCrops, Draws, Kept, Samples, Whole, check_batch_size, loader
 from ssl_seg.data.splits import Examples, Labels, Subset, covering_order, hold_out, manifest, pixel_counts
+from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Dataset, Example
+from tests.faults import message_of
 
 
 class Striped(Dataset):
@@ -236,6 +238,38 @@ def test_flips_are_even_and_can_be_switched_off() -> None:
     assert all(never.apply(example.image, None, rng.as_key(seed))[0][0, 0, 2] == 0 for seed in range(20))
 
 
+def test_a_crop_of_one_column_can_be_turned() -> None:
+    """numpy calls it contiguous whatever its stride, and torch refuses a negative one."""
+    example = Striped().read(0)
+    augment = Augment(crop=(4, 1), zoom=(1.0, 1.0))
+    for seed in range(20):
+        torch.from_numpy(np.ascontiguousarray(augment.apply(example.image, None, rng.as_key(seed))[0]))
+
+
+@pytest.mark.parametrize(
+    ("zoom", "size", "said"),
+    [
+        ((0.5, 1.0), (100, 100), None),
+        ((0.5, 1.0), (40, 40), "below 0.8 it is 0.8 for an image of 40 x 40"),
+        ((0.1, 0.2), (40, 100), "all of [0.1, 0.2] is 0.8 for an image of 40 x 100"),
+        ((1.0, 2.0), (32, 32), None),
+    ],
+)
+def test_a_zoom_that_an_image_has_no_room_for_is_told(
+    zoom: tuple[float, float], size: tuple[int, int], said: str | None
+) -> None:
+    augment = Augment(crop=(32, 32), zoom=zoom)
+    told = augment.clamped(size)
+    assert (told is None) == (said is None)
+    assert said is None or said in str(told)
+    assert region(size, augment.crop, zoom[0]) == region(size, augment.crop, max(zoom[0], 32 / min(size)))
+
+
+@pytest.mark.parametrize("values", [{"crop": (10**6, 10**6)}, {"crop": (64, 64), "zoom": (1.0, 1e10)}])
+def test_a_crop_that_no_image_has_is_refused(values: dict[str, tuple[float, float]]) -> None:
+    assert "\n" not in message_of(lambda: load(Augment, values))
+
+
 def test_jitter_makes_images_neither_brighter_nor_darker() -> None:
     image = np.arange(60, 180, dtype=np.uint8).reshape(10, 12, 1).repeat(3, axis=2)
     augment = Augment(crop=(10, 12), zoom=(1.0, 1.0), flip=False, jitter=0.1)
@@ -262,8 +296,8 @@ def test_a_region_fits_its_image_and_keeps_the_crop_s_shape(height: int, width: 
 
 def test_a_loader_gives_the_same_batches_with_and_without_workers() -> None:
     samples = Samples(Striped(), Augment(crop=(16, 16)), seed=3, with_labels=True)
-    alone = list(loader(samples, Draws(4, 1, 4), workers=0))
-    helped = list(loader(samples, Draws(4, 1, 4), workers=2))
+    alone = list(loader(samples, Draws(4, 1, 4), Workers()))
+    helped = list(loader(samples, Draws(4, 1, 4), Workers(2)))
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.image, b.image)
         assert torch.equal(a.key, b.key)
@@ -279,7 +313,7 @@ def test_a_loader_gives_the_same_batches_with_and_without_workers() -> None:
 def test_an_unreadable_file_is_one_line_also_from_a_worker(workers: int) -> None:
     samples = Samples(Striped(broken=5), Augment(crop=(16, 16)), seed=3)
     with pytest.raises(UserError, match=r"\Astriped_5: cannot be read; delete it\Z"):
-        list(loader(samples, Draws(4, 0, 3), workers=workers))
+        list(loader(samples, Draws(4, 0, 3), Workers(workers)))
 
 
 def test_whole_images_keep_the_mask_s_own_size() -> None:

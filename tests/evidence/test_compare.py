@@ -482,7 +482,7 @@ def test_the_images_that_changed_most_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     side = 80
-    monkeypatch.setattr("ssl_seg.figures.panels.ERROR_SIDE", side)
+    monkeypatch.setattr("ssl_seg.figures.panels.PANEL_SIDE", side)
     data = Textured(count=9)
     models = {tmp_path / name: Constant(index) for index, name in enumerate(("scratch", "pre"))}
     monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda run: (models[run], (40, 40)))

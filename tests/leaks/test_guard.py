@@ -21,6 +21,7 @@ from PIL import Image
 from ssl_seg.cli import app, run
 from ssl_seg.config import UserError, load
 from ssl_seg.data.splits import Subset
+from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Example, numbering
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
@@ -390,7 +391,7 @@ def test_an_image_that_cannot_be_read_is_named() -> None:
 
 def test_workers_read_the_same() -> None:
     examples = Textured(count=5)
-    one, two = (finished(fingerprint(examples, workers)) for workers in (0, 1))
+    one, two = (finished(fingerprint(examples, Workers(count))) for count in (0, 1))
     assert one.digests == two.digests
     assert (one.thumbs == two.thumbs).all()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import logging
 import socket
 import time
 from functools import lru_cache
@@ -199,6 +201,10 @@ def test_wrong_encoder_values_are_one_line_with_the_key(values, message):
     ("config", "message"),
     [
         (Timm(options={"no_such": 1}), "timm refuses: .*no_such"),
+        (Timm(options={"act_layer": "no_such"}), "timm refuses"),
+        (Timm(options={"cardinality": 0}), "timm refuses"),
+        (Timm(options={"block_args": {"a": 1}}), "timm refuses"),
+        (Timm(name="convnext_atto", options={"depths": [1]}), "timm refuses"),
         (Timm(name="vgg11_bn", drop_path=0.1), "timm refuses: .*drop_path_rate"),
         (Timm(name="xcit_nano_12_p8_224"), "has maps at strides"),
         (Timm(name="mixer_s16_224"), "timm refuses"),
@@ -294,6 +300,59 @@ def test_a_file_of_another_network_is_refused(tmp_path):
     save_file({"other": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError):
         Timm(name=SMALL, pretrained=str(tmp_path / "other.safetensors")).build()
+
+
+@pytest.mark.parametrize("name", ["moco.pth.tar", "moco.PTH", "moco.CKPT", "w/moco", "~/moco.bin"])
+def test_a_path_is_no_tag_whatever_its_suffix(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w").mkdir()
+    torch.manual_seed(1)
+    weights = timm.create_model(SMALL).state_dict()
+    path = tmp_path / name.removeprefix("~/")
+    if path.suffix:
+        torch.save({f"module.{own}": tensor for own, tensor in weights.items()}, path)
+    else:
+        save_file(weights, path)
+    state = load(Timm, {"name": SMALL, "pretrained": name}).build().backbone.network.state_dict()
+    assert all(torch.equal(value, weights[own]) for own, value in state.items())
+
+
+def test_of_a_student_and_a_teacher_the_teacher_is_taken(tmp_path):
+    """As DINO saves them: the teacher plain, the student wrapped, each with a head of its own."""
+    torch.manual_seed(1)
+    teacher, student = (timm.create_model(SMALL, num_classes=0).state_dict() for _ in range(2))
+    head = {"head.mlp.0.weight": torch.ones(3, 3)}
+    content = {
+        "student": {f"module.backbone.{name}": tensor for name, tensor in student.items()} | head,
+        "teacher": {f"backbone.{name}": tensor for name, tensor in teacher.items()} | head,
+        "args": argparse.Namespace(lr=1e-3),
+    }
+    torch.save(content, tmp_path / "dino.pth")
+    network = Timm(name=SMALL, pretrained=str(tmp_path / "dino.pth")).build().backbone.network
+    assert all(torch.equal(value, teacher[name]) for name, value in network.state_dict().items())
+    assert "state_dict" not in network.pretrained_cfg
+
+
+@pytest.mark.parametrize("payload", [b"", b"x" * 100, b"PK\x03\x04" + b"\0" * 50])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_damaged_weights_file_is_one_line(tmp_path, payload, suffix):
+    (tmp_path / f"x.{suffix}").write_bytes(payload)
+    message = message_of(lambda: Timm(name=SMALL, pretrained=str(tmp_path / f"x.{suffix}")).build())
+    assert message.startswith(f"encoder {SMALL}: pretrained: {tmp_path / f'x.{suffix}'}: ")
+
+
+def test_a_file_without_tensors_is_one_line_and_asks_no_hub(tmp_path, hub_cache):
+    torch.save({}, tmp_path / "x.pth")
+    assert "holds no tensors" in message_of(lambda: Timm(name=SMALL, pretrained=str(tmp_path / "x.pth")).build())
+
+
+def test_timm_says_nothing_of_its_own_while_it_loads(tmp_path, caplog):
+    torch.manual_seed(1)
+    save_file(timm.create_model(SMALL).state_dict() | {"more.weight": torch.ones(1)}, tmp_path / "own.safetensors")
+    with caplog.at_level(logging.WARNING):
+        Timm(name=SMALL, pretrained=str(tmp_path / "own.safetensors")).build()
+    assert not caplog.records
 
 
 # Decoders

@@ -19,7 +19,7 @@ from ssl_seg.config import UserError, load
 from ssl_seg.data.splits import Subset
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence.passport import verify
-from ssl_seg.figures.panels import ERROR_SIDE, GAP, IGNORE_COLOUR, error_map, grid, overlay, palette
+from ssl_seg.figures.panels import GAP, IGNORE_COLOUR, PANEL_SIDE, error_map, grid, overlay, palette
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.metrics import near_boundaries
 from ssl_seg.runs.folder import RunFolder, description_of, labelled_digest, leak_word
@@ -175,7 +175,7 @@ def listed(folder: Path) -> dict[str, list[dict[str, Any]]]:
     pngs = [path.relative_to(folder).as_posix() for path in (folder / "pictures").glob("[!0-9]*.png")]
     assert sorted(told) == sorted(pngs)
     for picture in told:
-        assert images.read_image(folder / picture).shape[1] == 4 * ERROR_SIDE + 3 * GAP
+        assert images.read_image(folder / picture).shape[1] == 4 * PANEL_SIDE + 3 * GAP
     return extremes
 
 
@@ -223,7 +223,7 @@ def test_the_error_map_shows_what_was_counted_wrong() -> None:
 def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = Halves()
     height, width = examples.read(2).label.shape
-    monkeypatch.setattr("ssl_seg.figures.panels.ERROR_SIDE", width)  # pixel by pixel
+    monkeypatch.setattr("ssl_seg.figures.panels.PANEL_SIDE", width)  # pixel by pixel
     sheet = error_picture(Brightness(), examples, 2, resize)
     total = image_confusions(Brightness(), examples, resize).total([2])
     errors = sheet[:height, 3 * (width + GAP) :]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssl_seg import images
 from ssl_seg.config import UserError, load
 from ssl_seg.data.splits import sample_digest
+from ssl_seg.datasets import Dataset, Example
+from ssl_seg.datasets.folder import Folder
 from ssl_seg.evidence.passport import verify
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics
@@ -317,6 +322,55 @@ def test_one_labelled_image_trains(tmp_path: Path) -> None:
     done = run(tmp_path / "run", {"labels": {"count": 1}})
     assert len(done.labelled) == 1
     assert json.loads((done.folder / "split.json").read_text())["labelled"] == list(done.labelled)
+
+
+class Astray(Textured):
+    """Its last image has no mask, or a class that there is not: a plug-in is not asked to look for that itself."""
+
+    fault: str = "id"
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        if index < self.count - 1:
+            return example
+        label = None if self.fault == "none" else example.label.copy()
+        if label is not None:
+            label[0, 0] = 7
+        return replace(example, label=label)
+
+
+@pytest.mark.parametrize(
+    ("part", "fault", "said"),
+    [
+        ("val", "id", "textured_0_2: its mask holds class id 7, and there are 2 classes"),
+        ("test", "none", "textured_0_2: has no mask"),
+        ("test", "file", "masks/b.png"),
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_a_wrong_mask_among_those_to_be_scored_is_named_before_the_first_step(
+    part: str, fault: str, said: str, check: bool, tmp_path: Path
+) -> None:
+    values = {**finetuning(), "leaks": {"check": check}}
+    config = load(FinetuneConfig, values)
+    dataset: Dataset = Astray(count=3, fault=fault)
+    if fault == "file":
+        for name in "ab":
+            example = Textured(seed=3).read(ord(name))
+            images.write_image(tmp_path / "images" / f"{name}.png", example.image)
+            images.write_mask(tmp_path / "masks" / f"{name}.png", example.label, np.zeros((256, 3), np.uint8))
+        wrong = np.full((80, 80), 7, np.uint8)
+        images.write_mask(tmp_path / "masks" / "b.png", wrong, np.zeros((256, 3), np.uint8))
+        folders = {"images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
+        dataset = Folder(**folders, classes=["ground", "disc"])
+    data = config.data.model_copy(update={part: dataset})
+    out = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        finetune(config.model_copy(update={"data": data}), Options(out, quiet=True))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (out / "metrics.jsonl").exists()
+    assert not (out / "state").exists()
 
 
 def test_masks_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,9 +22,15 @@ from ssl_seg import cli
 from ssl_seg.config import UserError, load
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics, software_of
+from ssl_seg.runs.writer import CHANGING
+from ssl_seg.stages import fit
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
-from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.fit import open_streams
+from ssl_seg.stages.pretrain import PretrainConfig, assemble, pretrain
 from ssl_seg.stages.setup import Options
+from ssl_seg.stages.start import find_start
+from ssl_seg.training.loop import train
+from ssl_seg.training.processes import Processes
 from tests import ROOT
 from tests.processes import Child, command, in_pair, start_torchrun
 from tests.small import finetuning, joining, pretraining
@@ -68,6 +75,35 @@ def test_resuming_after_every_step_gives_the_same_bits(
     config = load(config_class, values(workers=workers, save_every=1, **changed))
     resume_after_every_step(lambda folder: run(config, Options(folder, quiet=True)), tmp_path, config.train.steps)
     assert_all_the_same(tmp_path, config.train.steps - 1)
+
+
+class Killed(BaseException):
+    """As a kill: nobody catches it."""
+
+
+def test_a_run_that_ends_between_a_save_and_its_evaluation_makes_that_first(tmp_path: Path) -> None:
+    """The step is saved before it is evaluated; the evaluation is made up for, and no line is lost or doubled."""
+    config = load(FinetuneConfig, joining(steps=3, eval_every=2, save_every=2))
+    finetune(config, Options(tmp_path / "whole", quiet=True))
+    for killed_at in (2, 3):
+        out = tmp_path / f"killed_at_{killed_at}"
+        real = fit.evaluate
+
+        def dying(job: Any, evaluators: Any, step: int, real: Any = real, last: int = killed_at) -> dict[str, float]:
+            if step == last:
+                raise Killed
+            return real(job, evaluators, step)
+
+        with mock.patch.object(fit, "evaluate", dying), pytest.raises(Killed):
+            finetune(config, Options(out, quiet=True))
+        assert load_state(out).step == killed_at
+        assert figures(out)[-1]["step"] == killed_at - 1, "what the step is worth is not known yet"
+        finetune(config, Options(out, quiet=True))
+        assert_same_run(tmp_path / "whole", out)
+        ends = [load_state(folder).data for folder in (tmp_path / "whole", out)]
+        for end in ends:
+            del end["progressed"]["seconds"]
+        assert ends[0] == ends[1]
 
 
 def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) -> None:
@@ -130,7 +166,7 @@ def test_kills_at_random_steps_leave_no_trace(tmp_path: Path) -> None:
     assert json.loads((killed / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_the_step_and_tells_the_truth(signum: int, workers: int, tmp_path: Path) -> None:
     """To the process alone; or, with loader workers, to all of its group, as a terminal and a scheduler send it."""
@@ -202,6 +238,23 @@ def test_what_the_steps_before_were_made_with_is_not_forgotten(tmp_path: Path) -
     assert both["torch"] == f"2.10, {now['torch']}"
     assert both["device"] == "1 x cuda, 1 x cpu"
     assert both["timm"] == now["timm"]
+
+
+def test_variables_that_change_bits_are_recorded_and_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CHANGING:
+        monkeypatch.delenv(name, raising=False)
+    config = load(PretrainConfig, pretraining(steps=1))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    pretrain(config, Options(tmp_path, quiet=True))
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4: has no effect" in capsys.readouterr().err
+    assert software_of(json.loads((tmp_path / "run.json").read_text()))["environment"] == "none set"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    pretrain(config, Options(tmp_path, quiet=True))
+    both = software_of(json.loads((tmp_path / "run.json").read_text()))["environment"]
+    assert both == "none set, NVIDIA_TF32_OVERRIDE=0 OMP_NUM_THREADS=3"
 
 
 def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
@@ -333,6 +386,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     pretrain(config, Options(damaged))
     assert "step_00000004/state.safetensors: damaged" in capsys.readouterr().err
     assert_same_run(whole, damaged)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_that_are_not_finite_are_not_saved(optimizer: str, tmp_path: Path) -> None:
+    """The rate is a finite number; the weights after a step with it are none, though loss and gradient were."""
+    pretrain(load(PretrainConfig, pretraining(steps=2, optimizer=optimizer)), Options(tmp_path, quiet=True))
+    before = last_state(tmp_path)
+    values = pretraining(steps=4, lr=1e38, warmup=0, save_every=1, clip=None, optimizer=optimizer, weight_decay=1e3)
+    with pytest.raises(UserError, match=r"step 3: .* not finite .* the checkpoint of step 2 stays") as caught:
+        pretrain(load(PretrainConfig, values), Options(tmp_path, quiet=True, allow_changed=("train.*",)))
+    assert "\n" not in str(caught.value)
+    assert load_state(tmp_path).step == 2
+    torch.testing.assert_close(last_state(tmp_path), before, rtol=0, atol=0)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "new", quiet=True))
+
+
+@pytest.mark.parametrize("part", ["model/", "teacher/", "optimizer/"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_tensor_of_the_state_is_looked_at(part: str, value: float) -> None:
+    config = load(PretrainConfig, pretraining(ema=0.9))
+    learner, sources = assemble(config, find_start(config), Processes(config.train), None)
+    streams = open_streams(sources, config.train, learner.processes, learner.module.tasks, 0)
+    next(train(learner, streams, 0, seed=0))
+    assert not learner.not_finite()
+    name = [name for name, tensor in learner.tensors().items() if name.startswith(part) and tensor.ndim][-1]
+    learner.tensors()[name].view(-1)[-1] = value
+    assert learner.not_finite() == [name]
 
 
 def test_overwrite_starts_anew(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from ssl_seg.config import UserError, load
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain, resolve
 from ssl_seg.stages.setup import Options
-from ssl_seg.stages.start import Start, find_start
+from ssl_seg.stages.start import Start, find_start, origins
 from tests.small import finetuning, pretraining
 
 
@@ -36,6 +36,16 @@ def test_a_checkpoint_comes_before_init_and_init_before_published_weights(pretra
     assert start_of(pretrained, encoder=encoder).kind == "init"
     assert start_of(pretrained, tmp_path / "nothing yet").kind == "init"
     assert start_of(pretrained, pretrained).kind == "checkpoint"
+
+
+def test_weights_of_a_file_may_have_seen_images_and_those_of_a_tag_are_known(tmp_path: Path) -> None:
+    """So the leak guard says of `pretrained: FILE` what it says of `init: FILE`."""
+    for pretrained, asked in ((str(tmp_path / "own.pth"), str(tmp_path / "own.pth")), (False, None), (True, None)):
+        model = {"encoder": {"type": "timm", "name": "resnet18", "pretrained": pretrained}}
+        config = load(FinetuneConfig, {**finetuning(), "model": model})
+        assert origins(config, find_start(config)) == {"pretrained": asked}
+    config = load(FinetuneConfig, {**finetuning(), "init": "runs/a"})
+    assert origins(config, start_of(None)) == {"init": "runs/a"}
 
 
 def test_a_run_that_goes_on_does_not_look_for_what_it_started_from(pretrained: Path, tmp_path: Path) -> None:

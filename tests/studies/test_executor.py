@@ -64,14 +64,38 @@ def test_one_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     assert 1.0 <= found["0"].seconds < 5.0
 
 
-def test_one_without_a_sign_of_life_is_given_up_and_one_that_writes_is_not(tmp_path: Path) -> None:
-    alive = (
-        "import time, pathlib\n"
-        f"path = pathlib.Path({str(tmp_path / '1')!r}); path.mkdir()\n"
-        "for _ in range(8): time.sleep(0.3); (path / 'metrics.jsonl').open('a').write('{}')\n"
-    )
-    found = ends(tmp_path, HANGS, alive, limits=Limits(stall=1.0))
-    assert (found["0"].how, found["1"].how) == ("stalled", "finished")
+# A run that makes a step every 0.3 seconds, and what it does between and after.
+STEPS = """
+import os, pathlib, sys, time
+folder = pathlib.Path({folder!r}); folder.mkdir(exist_ok=True)
+for step in range({steps}):
+    time.sleep(0.3)
+    with (folder / 'metrics.jsonl').open('a') as file: file.write('{{}}')
+    os.utime(folder / 'metrics.jsonl', ({clock}, {clock}))
+"""
+FIRST = "import time; time.sleep(1.5)\n"  # imports from a slow disk
+
+
+def test_one_without_a_sign_of_life_is_given_up_and_one_that_writes_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clock says: it may jump by hours, as after a suspended night."""
+    monkeypatch.setattr(executor, "PATIENCE", 4.0)
+    past, future = "time.time() - 86_400", "time.time() + 86_400"
+    scripts = [
+        STEPS.format(folder=str(tmp_path / "0"), steps=8, clock=past),
+        STEPS.format(folder=str(tmp_path / "1"), steps=1, clock=future) + HANGS,
+        FIRST + STEPS.format(folder=str(tmp_path / "2"), steps=2, clock=past),
+        HANGS,
+        FIRST + STEPS.format(folder=str(tmp_path / "4"), steps=1, clock=past) + HANGS,
+    ]
+    for name in ("2", "4"):  # which go on: what they had done before is no step of theirs
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("{}")
+    found = ends(tmp_path, *scripts, jobs=5, limits=Limits(stall=1.0))
+    hows = [found[name].how for name in "01234"]
+    assert hows == ["finished", "stalled", "finished", "stalled", "stalled"]
+    assert found["1"].seconds < 4.0 < found["3"].seconds
 
 
 def test_no_more_run_at_a_time_than_asked(tmp_path: Path) -> None:
@@ -155,8 +179,9 @@ def test_jobs_of_submitit_are_told_of_alike(tmp_path: Path, monkeypatch: pytest.
 def test_a_job_of_submitit_that_hangs_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setattr(Cluster, "poll", 0.2)
-    executor = Cluster(tmp_path / "jobs", {"cluster": "local"})
-    (end,) = execute(calls(tmp_path, POLITE + HANGS), executor, 1, Limits(stall=1.5))
+    monkeypatch.setattr(executor, "PATIENCE", 6.0)  # submitit takes its time to start
+    cluster = Cluster(tmp_path / "jobs", {"cluster": "local"})
+    (end,) = execute(calls(tmp_path, POLITE + HANGS), cluster, 1, Limits(stall=1.5))
     assert end.how == "stalled"
     pid, said = end.call.log.read_text().split()
     assert said == "saved", "it was told, and waited for: that takes longer than submitit's own cancel gives"

@@ -15,6 +15,7 @@ import pytest
 
 from ssl_seg.config import load, use_plugin
 from ssl_seg.runs.lock import hold
+from ssl_seg.studies import executor
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.plan import make_plan
 from ssl_seg.studies.study import StudyOptions, leak_question, outline, study
@@ -69,6 +70,11 @@ def test_a_study_makes_its_cells_once_and_pairs_them(tmp_path: Path, capsys: pyt
     assert again.gains[0].mean == pytest.approx(-found.gains[0].mean)
     assert record(out)["resumed"]
 
+    (out / "study.json").write_bytes((out / "study.json").read_bytes()[:300])  # the rest is lost
+    rebuilt = study(config, options(out))
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")} == made
+    assert rebuilt.gains[0].mean == found.gains[0].mean
+
 
 def test_a_study_lets_its_own_cut_pass_as_a_run_does(tmp_path: Path) -> None:
     base = short(finetuning())
@@ -76,6 +82,38 @@ def test_a_study_lets_its_own_cut_pass_as_a_run_does(tmp_path: Path) -> None:
     for val, cuts in ((None, {("labelled", "val")}), ({**images, "seed": 9}, set())):
         config = load(StudyConfig, values(finetune={**base, "data": {**base["data"], "labelled": images, "val": val}}))
         assert leak_question(make_plan(config, tmp_path)).own_cuts == cuts
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_without_its_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Cut, lost, a pipe or of another kind: the cells are there, and each knows its config."""
+    out = tmp_path / "study"
+    config = load(StudyConfig, values(pretrain={}, arms={"scratch": {}, "wide": {"train.lr": 0.01}}))
+    found = study(config, options(out))
+    seconds = {own["id"]: own["seconds"] for own in record(out)["cells"]}
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")}
+    assert len(made) == 2
+    whole = (out / "study.json").read_bytes()
+    for fault in ("cut", "lost", "empty", "pipe"):
+        (out / "study.json").unlink()
+        if fault == "pipe":
+            os.mkfifo(out / "study.json")
+        elif fault != "lost":
+            (out / "study.json").write_bytes(whole[:200] if fault == "cut" else b"")
+        capsys.readouterr()
+        again = study(config, StudyOptions(out, jobs=2, plugins=(PLUGIN,)))
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "was lost or damaged" in line] == [
+            f"{out / 'study.json'}: was lost or damaged, and is made anew; 2 runs have finished already"
+        ]
+        assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/result.json")} == made
+        assert again.gains[0].mean == found.gains[0].mean
+        now = record(out)
+        assert now["status"] == "finished"
+        assert {own["id"]: own["seconds"] for own in now["cells"]}.keys() == seconds.keys()
+        assert all(own["seconds"] for own in now["cells"])
+        assert now["resumed"][0]["seeds"] == [0], "what tells a later start that seeds were added"
+    assert (out / "study.json.damaged").is_fifo()
 
 
 TRAPS = '''
@@ -101,7 +139,10 @@ class Trap(Textured):
 
 
 @pytest.mark.slow
-def test_cells_that_raise_crash_or_hang_are_told_of_and_made_by_the_next_start(tmp_path: Path) -> None:
+def test_cells_that_raise_crash_or_hang_are_told_of_and_made_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "PATIENCE", 25.0)
     plugin, armed, out = tmp_path / "traps.py", tmp_path / "armed", tmp_path / "study"
     plugin.write_text(TRAPS)
     armed.touch()
@@ -133,7 +174,10 @@ def test_cells_that_raise_crash_or_hang_are_told_of_and_made_by_the_next_start(t
 
 
 @pytest.mark.slow
-def test_a_cell_that_a_hung_process_holds_does_not_hold_up_the_study(tmp_path: Path) -> None:
+def test_a_cell_that_a_hung_process_holds_does_not_hold_up_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "PATIENCE", 20.0)
     out = tmp_path / "study"
     config = load(StudyConfig, values(arms={"scratch": {}, "wide": {"train.lr": 0.01}}, stall=20.0))
     held = next(cell for cell in make_plan(config, out).cells if cell.arm == "wide")

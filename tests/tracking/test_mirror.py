@@ -30,6 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
+from PIL import Image
 
 from ssl_seg import images, tracking
 from ssl_seg.config import Config, Interrupted, UserError, load
@@ -44,6 +45,7 @@ from ssl_seg.tracking import Mirror, Tracking, TrackingField, client, experiment
 from ssl_seg.tracking.record import read_record
 from tests import ROOT
 from tests.faults import message_of
+from tests.processes import Child
 from tests.small import finetuning, pretraining
 from tests.test_cli import SMALL, as_words
 
@@ -493,6 +495,82 @@ def test_what_lies_behind_a_link_is_not_sent(tmp_path: Path) -> None:
     assert "tasks.json" not in files
 
 
+def test_what_links_lead_to_is_sent_nowhere(tmp_path: Path) -> None:
+    """A run folder may be a stranger's: neither pictures nor weights nor points are those of other folders."""
+    secret = tmp_path / "private"
+    secret.mkdir()
+    for name in ("holiday.png", "00000009_predictions.png"):
+        images.write_image(secret / name, np.zeros((8, 8, 3), dtype=np.uint8))
+    (secret / "key.json").write_text("{}")
+    (secret / "metrics.jsonl").write_text(json.dumps({"step": 1, TIME: 1, "salary": 5}) + "\n")
+    folder = written(tmp_path / "runs" / "a", tracking={"weights": True, "system_metrics": False})
+    (folder / "pictures" / "norms.png").symlink_to(secret / "holiday.png")
+    (folder / "pictures" / "00000003_denoise.png").symlink_to(secret / "holiday.png")
+    (folder / "pictures" / "more").symlink_to(secret)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").symlink_to(secret / "metrics.jsonl")
+    (folder / "encoder").mkdir()
+    (folder / "encoder" / "encoder.json").write_text("{}")
+    (folder / "encoder" / "key.json").symlink_to(secret / "key.json")
+    (folder / "model").symlink_to(secret)
+    other = written(tmp_path / "runs" / "b", tracking={"weights": True, "system_metrics": False})
+    shutil.rmtree(other / "pictures")
+    (other / "pictures").symlink_to(secret)
+    for sent, expected in ((mirror.track(folder), ["predictions+step+3"]), (mirror.track(other), [])):
+        client = MlflowClient(sent.uri)
+        assert shown(client, sent.run_id) == expected
+        assert not [artifact.path for artifact in client.list_artifacts(sent.run_id, "pictures")]
+        assert not [artifact.path for artifact in client.list_artifacts(sent.run_id, "model")]
+        assert "salary" not in client.get_run(sent.run_id).data.metrics
+    client = MlflowClient(sent.uri)
+    (run,) = [run for run in client.search_runs(["1"]) if run.info.run_name == "a"]
+    own = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "encoder")]
+    assert own == ["encoder/encoder.json"]
+
+
+def test_pipes_in_the_place_of_files_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "run.json", "result.json", "tasks.json", "tracking/mlflow.json", "tracking/lock"):
+        folder = written(tmp_path / "runs" / name.replace("/", "_"))
+        (folder / "tracking").mkdir(exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        if name in ("metrics.jsonl", "tasks.json"):
+            assert mirror.track(folder).lines == (0 if name == "metrics.jsonl" else 3)
+        else:
+            assert name.rpartition("/")[2] in message_of(lambda folder=folder: mirror.track(folder))
+
+
+def test_what_a_mirror_opens_is_no_way_out_of_the_folder(tmp_path: Path) -> None:
+    """Its lock and its log are made anew each time; a link by that name must not empty what it leads to."""
+    mine = tmp_path / "mine"
+    mine.write_text("all I have")
+    folder = written(tmp_path / "runs" / "a")
+    (folder / "tracking").mkdir()
+    (folder / "tracking" / "lock").symlink_to(mine)
+    message_of(lambda: mirror.track(folder))
+    (folder / "tracking" / "log").symlink_to(mine)
+    Mirror(Tracking(), folder, quiet=True).start()
+    assert mine.read_text() == "all I have"
+
+
+def test_a_picture_too_large_or_damaged_is_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    whole = (folder / "pictures" / "00000003_predictions.png").read_bytes()
+    (folder / "pictures" / "00000001_cut.png").write_bytes(whole[:-20])
+    bomb = Image.new("1", (14_000, 14_000))  # Pillow refuses from 179 million pixels on
+    bomb.save(folder / "pictures" / "00000002_predictions.png")
+    sent = mirror.track(folder)
+    said = capsys.readouterr().err.splitlines()
+    assert [("00000001_cut.png" in line, "00000002_predictions.png" in line) for line in said] == [
+        (True, False),
+        (False, True),
+    ]
+    assert sent.pictures == 1
+    assert "result.json" in {artifact.path for artifact in MlflowClient(sent.uri).list_artifacts(sent.run_id)}
+
+
 def test_a_run_that_lives_is_not_sent_by_another(tmp_path: Path) -> None:
     with Run.open(tmp_path / "runs" / "a", "finetune", Settings()):
         assert "is still running" in message_of(lambda: mirror.track(tmp_path / "runs" / "a"))
@@ -716,6 +794,12 @@ def test_runs_are_kept_in_the_folder_called_runs(tmp_path: Path, monkeypatch: py
     here = tmp_path.resolve()
     assert client.resolved(None, Path("runs/deep/a")) == f"sqlite:///{here}/runs/mlflow.db"
     assert client.resolved(None, Path("out/a")) == f"sqlite:///{here}/out/mlflow.db"
+    for place in ("pretrained", "searched", "cells"):
+        (here / "out" / "study" / place).mkdir(parents=True)
+        assert client.resolved(None, Path("out/study", place, "a")) == f"sqlite:///{here}/out/study/{place}/mlflow.db"
+    (here / "out" / "study" / "study.json").touch()
+    for place in ("pretrained", "searched", "cells"):
+        assert client.resolved(None, Path("out/study", place, "a")) == f"sqlite:///{here}/out/mlflow.db", "of a study"
     assert client.resolved("sqlite:///x.db", Path("runs/a")) == f"sqlite:///{here}/x.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
     assert client.resolved(None, Path("runs/a")) == "http://server"
@@ -1061,6 +1145,66 @@ def replay_all_from_one(folders: Sequence[Path]) -> list[int]:
     )
     command = [sys.executable, "-c", script, *map(str, folders)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def half_made(path: Path, *more: str) -> None:
+    """As a kill leaves it in the middle of MLflow's tables."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(fresh_database())
+    statements = (
+        "CREATE TABLE _alembic_tmp_runs (a INTEGER)",
+        "UPDATE alembic_version SET version_num = '7ac759974ad8'",
+    )
+    with closing(sqlite3.connect(path)) as opened:
+        for statement in (*statements, *more):
+            opened.execute(statement)
+        opened.commit()
+
+
+def test_a_half_made_database_is_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "runs" / "mlflow.db"
+    half_made(path)
+    half = path.read_bytes()
+    folder = written(tmp_path / "runs" / "a", ready=False)
+    assert mirror.track(folder).lines == 3
+    assert path.with_name("mlflow.db.broken").read_bytes() == half
+    assert "mlflow.db.broken now" in capsys.readouterr().err
+    assert not list(path.parent.glob(".ssl_seg*"))
+
+
+def test_a_database_with_experiments_is_never_moved(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "mlflow.db"
+    half_made(path, "INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (5, 'mine', 'active')")
+    folder = written(tmp_path / "runs" / "a", ready=False)
+    assert f"sqlite:///{path} did not take it (" in message_of(lambda: mirror.track(folder))
+    assert not list(path.parent.glob("*.broken"))
+
+
+def use_first(place: Path) -> None:
+    with client.first_use(sqlite_uri(place), place):
+        (place / "made").touch()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_while_the_tables_are_made_leave_none_half_made(tmp_path: Path) -> None:
+    began = time.monotonic()
+    Child(use_first, tmp_path / "whole").communicate()
+    needed = time.monotonic() - began
+    random = np.random.default_rng(0)
+    killed = 0
+    for trial in range(20):
+        place = tmp_path / str(trial)
+        child = Child(use_first, place)
+        time.sleep(random.uniform(0.3, 1.0) * needed)
+        child.kill()
+        child.communicate()
+        killed += not (place / "made").exists()
+        folder = written(place / "a", ready=False)
+        assert mirror.track(folder).lines == 3
+        assert_mirrors(sqlite_uri(place), folder)
+        assert not list(place.glob("*.broken"))
+    assert killed > 10, "kills came after it was done"
 
 
 def check_first_uses_at_once(

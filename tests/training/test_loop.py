@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import resource
 from collections.abc import Iterator
 from typing import Any
@@ -153,6 +154,40 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=ROUNDING * scale, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("GRADIENT_ACCUMULATION_STEPS", "four"),
+        ("MIXED_PRECISION", "bf16"),
+        ("DYNAMO_BACKEND", "eager"),
+        ("TORCH_DEVICE", "meta"),
+        ("USE_DEEPSPEED", "true"),
+        ("USE_FSDP", "true"),
+        ("USE_MEGATRON_LM", "true"),
+        ("USE_PARALLELISM_CONFIG", "true"),
+        ("USE_SAGEMAKER", "true"),
+    ],
+)
+def test_accelerate_s_own_variables_change_nothing(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_step() -> Step:
+        return next(run(*make(clip=None)))
+
+    plain = first_step()
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert Processes(TrainConfig(device="cpu")).unheeded == [f"ACCELERATE_{name}={value}"]
+    assert first_step().metrics == plain.metrics
+    assert os.environ[f"ACCELERATE_{name}"] == value, "it is not ours to change"
+
+
+def test_what_a_launcher_sets_unasked_is_no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MIXED_PRECISION", "no"), ("DYNAMO_BACKEND", "NO"), ("USE_CPU", "True"), ("DEBUG_MODE", "1")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    processes = Processes(TrainConfig(device="cpu"))
+    assert processes.unheeded == []
+    assert processes.accelerator.state.debug, "a check of shapes, which changes no result"
 
 
 def test_clipping_bounds_the_norm_and_reports_the_norm_before() -> None:

@@ -6,8 +6,10 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_seg.config import UserError
 from ssl_seg.models import DecoderNet, DenseHead, EncoderNet, Features, SegmentationModel
 from ssl_seg.weights.export import (
     export_decoder,
     export_encoder,
     export_model,
+    exported_config,
     load_decoder,
     load_encoder,
     load_model_weights,
@@ -416,3 +420,114 @@ def test_tensors_are_paired_with_exact_names_first():
     receipt = match_tensors(Path("x"), module, given)
     assert receipt.matched == {"weight": "weight", "bias": "encoder.bias"}
     assert receipt.left_over == ["module.weight"]
+
+
+# The JSON beside the weights
+
+ABSENT = object()
+OTHERS = (None, "x", 7, -1, math.nan, True, [], [1], [[]], {}, {"a": 1}, ABSENT)
+
+
+def places(value: Any, most: int | None = None) -> list[tuple[str | int, ...]]:
+    """The way to every key of a JSON mapping, and to the first two keys and items of what lies in it."""
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [])
+    return [(key, *way) for key, inner in items[:most] for way in [(), *places(inner, 2)]]
+
+
+def replaced(value: Any, way: tuple[str | int, ...], other: Any) -> Any:
+    copied = json.loads(json.dumps(value))
+    at = copied
+    for key in way[:-1]:
+        at = at[key]
+    if other is ABSENT:
+        del at[way[-1]]
+    else:
+        at[way[-1]] = other
+    return copied
+
+
+SMALLEST = {"encoder": {"type": "timm", "name": "mobilenetv2_035"}, "decoder": {"type": "fpn"}, "norm": "keep"}
+
+
+@pytest.mark.parametrize("part", ["encoder", "model"])
+def test_any_other_value_in_the_json_of_an_export_is_one_line_or_means_the_same(tmp_path: Path, part: str) -> None:
+    export_encoder(tmp_path, make_encoder(0), SMALLEST)
+    export_model(tmp_path, make_model(0), SMALLEST, {"resize": (64, 96)})
+    path = tmp_path / part / f"{part}.json"
+    written = json.loads(path.read_text())
+    read = read_encoder_info if part == "encoder" else read_model_info
+    taken, refusals = set(), []
+    for way in places(written):
+        for other in OTHERS if len(way) == 1 else OTHERS[::2]:
+            path.write_text(json.dumps(replaced(written, way, other)))
+            try:
+                info = read(tmp_path)
+                exported_config(tmp_path, info)
+                if part == "encoder":
+                    load_encoder(make_encoder(1), tmp_path)
+                else:
+                    load_model_weights(make_model(1), tmp_path)
+                taken.add(str(way[0]))
+            except UserError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(str(tmp_path) in text and "\n" not in text for text in refusals)
+    # What the config says is another network's; of the rest only what may be left out, and what nobody computes with.
+    free = {"config", "tensors", "switch_layers", "channels", "strides", "resize", "preprocessing", "class_names"}
+    assert taken <= free
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_any_other_value_in_the_json_of_a_decoder_is_one_line_or_means_the_same(tmp_path: Path, other: Any) -> None:
+    export_decoder(tmp_path, "model", Decoder())
+    path = tmp_path / "decoders" / "model.json"
+    written = json.loads(path.read_text())
+    for way in places(written):
+        path.write_text(json.dumps(replaced(written, way, other)))
+        with suppress(UserError):
+            load_decoder(Decoder(), tmp_path, "model")
+
+
+def test_a_file_whose_json_has_lost_its_sha256_is_no_stranger_s(tmp_path: Path) -> None:
+    export_encoder(tmp_path, make_encoder(0), {})
+    path = tmp_path / "encoder/encoder.json"
+    path.write_text(json.dumps(replaced(json.loads(path.read_text()), ("sha256",), ABSENT)))
+    assert "holds no sha256" in message_of(lambda: load_encoder(make_encoder(1), path.with_suffix(".safetensors")))
+
+
+def test_many_tensors_are_suggested_by_their_modules(tmp_path: Path) -> None:
+    exported, encoder = make_encoder(0), make_encoder(1)
+    tensors = exported.state_dict()
+    for module in ("head.mlp.0", "head.mlp.2", "head.last"):
+        tensors |= {f"{module}.weight": torch.ones(2), f"{module}.bias": torch.ones(2)}
+    path = write_foreign(tmp_path / "x.safetensors", {"fc.weight": torch.ones(2), **tensors})
+    text = message_of(lambda: load_encoder(encoder, path))
+    assert "model.encoder.pretrained" in text
+    allowed = text.partition("init_allow=[")[2].rstrip("]").split(",")
+    assert set(allowed) == {"fc.*", "head.mlp.0.*", "head.mlp.2.*", "head.last.*"}
+    load_encoder(encoder, path, allowed)
+    assert same_weights(encoder, exported)
+    many = {f"head.{index}.{name}.weight": torch.ones(1) for index in range(9) for name in "ab"}
+    path = write_foreign(tmp_path / "y.safetensors", tensors | many)
+    assert message_of(lambda: load_encoder(encoder, path)).endswith("init_allow=[head.*]")
+
+
+def test_the_teacher_of_a_checkpoint_is_taken_and_named(tmp_path: Path) -> None:
+    exported, encoder = make_encoder(0), make_encoder(1)
+    other = {f"module.{name}": tensor for name, tensor in make_encoder(2).state_dict().items()}
+    torch.save({"student": other, "teacher": exported.state_dict(), "epoch": 1}, tmp_path / "dino.pth")
+    receipt = load_encoder(encoder, tmp_path / "dino.pth")
+    assert same_weights(encoder, exported)
+    assert receipt.path == f"{tmp_path / 'dino.pth'} (teacher)"
+
+
+def test_a_run_of_the_longest_name_and_the_folder_we_are_in_can_be_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / ("x" * 255)
+    export_encoder(run, make_encoder(0), {})
+    assert load_encoder(make_encoder(1), run).features_equal
+    monkeypatch.chdir(run)
+    assert load_encoder(make_encoder(1), ".").features_equal
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_encoder(make_encoder(1), f"~/{run.name}/encoder").features_equal
