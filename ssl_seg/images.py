@@ -31,8 +31,6 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
-from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
-from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
 from pydantic import AfterValidator, PositiveInt
 
 from ssl_seg.config import UserError
