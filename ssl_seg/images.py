@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
 import cv2
@@ -61,6 +62,7 @@ TURNS = {  # EXIF orientation: the turn that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+T = TypeVar("T")
 Size = tuple[int, int]
 
 
@@ -82,6 +84,28 @@ def read_mask(path: str | Path) -> np.ndarray:
     mode that does not keep ids exactly.
     """
     return _decode(Path(path), _to_stored)
+
+
+def read_palette(path: str | Path) -> np.ndarray | None:
+    """The colour that a viewer shows for each value that `read_mask` gives, RGB `(N, 3)` uint8.
+
+    None where a mask has no palette and its greys stand for themselves, and for colours. Greys of 1, 2 and 4 bits do
+    not: viewers spread them over 0 to 255. No pixel is decoded. Raises UserError for a file that is
+    missing, empty or no image.
+    """
+    return _decode(Path(path), _to_palette, whole=False)
+
+
+class Header(NamedTuple):
+    """What an image file says of itself before its pixels."""
+
+    orientation: int  # by EXIF; 1: stored upright
+    size: Size  # (H, W), of a quarter turn either way round
+
+
+def read_header(path: str | Path) -> Header:
+    """No pixel is decoded. Raises UserError for a file that is missing, empty or no image."""
+    return _decode(Path(path), _to_header, whole=False)
 
 
 def write_image(path: str | Path, array: np.ndarray, noisy: bool = False) -> None:
@@ -136,7 +160,8 @@ def show_path(path: str | Path) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _decode(path: Path, convert: Callable[[ImageFile, str], np.ndarray]) -> np.ndarray:
+def _decode(path: Path, convert: Callable[[ImageFile, str], T], whole: bool = True) -> T:
+    """What `convert` makes of the image in a file; `whole` says that it is about pixels, which have to be sound."""
     shown = show_path(path)
     _check_file(path, shown)
     try:
@@ -145,7 +170,7 @@ def _decode(path: Path, convert: Callable[[ImageFile, str], np.ndarray]) -> np.n
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with Image.open(path, formats=FORMATS) as image:
                 _check_pixels(image.width * image.height, shown)
-                if image.format == "PNG":
+                if image.format == "PNG" and whole:
                     _verify(path)
                 return convert(image, shown)
     except UnidentifiedImageError as error:
@@ -223,6 +248,26 @@ def _to_stored(image: ImageFile, shown: str) -> np.ndarray:
     return array
 
 
+def _to_palette(image: ImageFile, shown: str) -> np.ndarray | None:
+    if image.mode in ("P", "PA") and image.palette is not None:
+        probe = Image.new(
+            "P", (1, 1)
+        )  # `image.getpalette` would decode the pixels, and formats order theirs each its way
+        probe.putpalette(image.palette)
+        return np.array(probe.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    layout = "1" if image.mode == "1" else _layout(image)[:1] * (image.mode == "L")
+    if layout != "1" and layout not in GREY_STEPS:
+        return None
+    greys = np.linspace(0, 255, 2 ** int(layout)).astype(np.uint8)
+    return np.repeat(greys[:, None], 3, axis=-1)  # (N,) -> (N, 3)
+
+
+def _to_header(image: ImageFile, shown: str) -> Header:
+    # EXIF of a PNG may follow its pixels, and Pillow would decode these to find it; those who write one put it first.
+    late = image.format == "PNG" and "exif" not in image.info
+    return Header(1 if late else _orientation(image), (image.height, image.width))
+
+
 def _layout(image: ImageFile) -> str:
     """How pixels lie in the file, after Pillow's `;`: '16B', '4', 'I' (inverted); '' where it says nothing."""
     if not image.tile:
@@ -238,12 +283,16 @@ def _upright(image: Image.Image) -> Image.Image:
     Not `ImageOps.exif_transpose`: it also writes the other tags anew and fails on those that are malformed.
     """
     image.load()  # first, since a TIFF turns itself while loading and drops the tag
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DECODE_ERRORS:  # unreadable metadata around whole pixels
-        return image
-    turn = TURNS.get(orientation)
+    turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says of how to turn it, 1 where it says nothing."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:  # unreadable metadata around whole pixels
+        return 1
 
 
 def _sixteen_bits(image: Image.Image, shown: str) -> np.ndarray:

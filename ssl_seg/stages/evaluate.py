@@ -24,6 +24,7 @@ from ssl_seg.runs.lock import LOCK, hold
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.setup import tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
 
@@ -69,6 +70,7 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
         )
     if len(data) == 0:
         raise UserError("data.test: holds no image; name a folder with some")
+    tell_notes({"test": data}, labelled=("test",))
     with _opened(config, out) as place:
         _guard(config, place)
         found = image_confusions(model, data, resize, config.workers)

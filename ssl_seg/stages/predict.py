@@ -16,7 +16,7 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.figures import panels
 from ssl_seg.models import evaluating
 from ssl_seg.stages.scoring import predict_ids
-from ssl_seg.stages.setup import check_images
+from ssl_seg.stages.setup import check_images, tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
 
@@ -51,6 +51,7 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     model = model.to(device)
     dataset = config.data.images
     check_images("data.images", dataset)
+    tell_notes({"images": dataset})
     names = mask_names(dataset)
     out = Path(out)
     if out.exists():

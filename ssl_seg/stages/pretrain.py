@@ -28,6 +28,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     recalibrate,
+    tell_notes,
 )
 from ssl_seg.stages.start import Start, find_start, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
@@ -105,6 +106,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
+        tell_notes({**pool, **val}, quiet=quiet)
         question = Question(pool, val, config.leaks, {"init": config.init})
         guard(run, question, processes, config.train.workers, quiet)
         learner, sources = assemble(config, start, processes, run, quiet)
@@ -155,6 +157,7 @@ def try_out(config: PretrainConfig) -> DryRun:
     config, start = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
+    tell_notes({"pool": config.data.pool, "val": config.data.val})
     learner, sources = assemble(config, start, processes, None, quiet=True)
     return dry_run(learner, sources)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +22,7 @@ from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
-from ssl_seg.terminal import Signals, watch_signals
+from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
@@ -122,6 +122,13 @@ def check_images(key: str, dataset: Dataset) -> None:
     """An empty data set would only be noticed as a division by zero."""
     if len(dataset) == 0:
         raise UserError(f"{key}: holds no image; name a folder with some")
+
+
+def tell_notes(parts: Mapping[str, Dataset | None], labelled: Collection[str] = (), quiet: bool = False) -> None:
+    """Say what a person should know of the files of data sets; the masks of those named in `labelled` will be read."""
+    for part, dataset in parts.items():
+        for note in () if dataset is None else dataset.notes(with_labels=part in labelled):
+            say(f"data.{part}: {note}", quiet)
 
 
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:

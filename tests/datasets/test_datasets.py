@@ -305,7 +305,7 @@ def test_a_mapping_means_what_it_says_for_every_stored_id(mapping):
     folder = Folder(images="i", masks="m", classes=10, mapping=mapping)
     stored = np.array([list(mapping)], dtype=np.uint16)
     expected = [255 if value == "ignore" else value for value in mapping.values()]
-    assert folder._label(stored).tolist() == [expected]
+    assert folder._meaning.label(stored).tolist() == [expected]
 
 
 def test_masks_without_classes_say_what_they_hold(tmp_path):
@@ -328,10 +328,10 @@ def test_masks_without_classes_say_what_they_hold(tmp_path):
     [
         ({"classes": 3}, "classes is given without masks"),
         ({"mapping": {1: 0}}, "mapping is given without masks"),
-        ({"masks": "m", "classes": 0}, "give 1 to 255 different names"),
-        ({"masks": "m", "classes": 256}, "give 1 to 255 different names"),
-        ({"masks": "m", "classes": "road"}, "give 1 to 255 different names"),
-        ({"masks": "m", "classes": ["a", "a"]}, "give 1 to 255 different names"),
+        ({"masks": "m", "classes": 0}, "give 2 to 255 different names"),
+        ({"masks": "m", "classes": 256}, "give 2 to 255 different names"),
+        ({"masks": "m", "classes": "road"}, "give 2 to 255 different names"),
+        ({"masks": "m", "classes": ["a", "a"]}, "give 2 to 255 different names"),
         ({"masks": "m", "classes": 3, "mapping": {"red": 1}}, "key 'red' is no stored value"),
         ({"masks": "m", "classes": 3, "mapping": {"256,0,0": 1}}, "key '256,0,0' is no stored value"),
         ({"masks": "m", "classes": 3, "mapping": {65536: 1}}, "key 65536 is no stored value"),

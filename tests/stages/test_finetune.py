@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from ssl_seg.stages.finetune import (
     load_weights,
     of_small_images,
     resolve,
+    try_out,
 )
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions
@@ -319,20 +321,36 @@ def test_one_labelled_image_trains(tmp_path: Path) -> None:
     assert json.loads((done.folder / "split.json").read_text())["labelled"] == list(done.labelled)
 
 
-def test_masks_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ignore_labels(monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """Of the labelled images only the first `known` keep their labels."""
     read = Textured.read
 
-    def nothing_known(self: Textured, index: int) -> Any:
+    def little_known(self: Textured, index: int) -> Any:
         example = read(self, index)
-        if self.seed == 5:  # the labelled images
+        if self.seed == 5 and index >= known:  # the labelled images
             example.label[:] = 255
         return example
 
-    monkeypatch.setattr(Textured, "read", nothing_known)
-    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}})
-    assert all(line["train/loss"] == 0 for line in read_metrics(done.folder))
+    monkeypatch.setattr(Textured, "read", little_known)
+
+
+def test_batches_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_labels(monkeypatch, known=1)
+    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}}, batch_size=1)
+    losses = [line["train/loss"] for line in read_metrics(done.folder)]
+    assert 0 in losses
+    assert np.isfinite(losses).all()
     assert all(value.isfinite().all() for value in load_file(done.folder / "model" / "model.safetensors").values())
     assert 0 <= done.val.miou <= 1
+
+
+def test_nothing_labelled_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_labels(monkeypatch, known=0)
+    with pytest.raises(UserError, match=r"data\.labelled: every pixel of all 4 masks is ignored"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*/step_*"))
+    with pytest.raises(UserError, match="every pixel"):
+        try_out(load(FinetuneConfig, finetuning()))
 
 
 def test_the_receipts_are_kept(pretrained: Path, tmp_path: Path) -> None:
