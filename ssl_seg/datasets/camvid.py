@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from pydantic import field_validator
 
 from ssl_seg.config import UserError
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.datasets.folder import Folder, is_folder
+from ssl_seg.datasets.folder import Folder, is_folder, own_path
 from ssl_seg.images import show_path
 
 CLASSES = (
@@ -90,7 +90,7 @@ class Camvid(Dataset):
     @cached_property
     def _folders(self) -> dict[str, Folder]:
         wanted = SPLITS if self.split == "all" else (self.split,)
-        root = Path(self.root).expanduser()
+        root = own_path(self.root)
         found = {}
         for split in wanted:
             for images, masks in LAYOUTS:

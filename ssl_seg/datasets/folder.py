@@ -156,18 +156,18 @@ class Folder(Dataset):
 
     @property
     def _image_folder(self) -> Path:
-        return Path(self.images).expanduser()
+        return own_path(self.images)
 
     @property
     def _mask_folder(self) -> Path:
         assert self.masks is not None  # nobody asks before it is known that there are masks
-        return Path(self.masks).expanduser()
+        return own_path(self.masks)
 
     @cached_property
     def _names_beside(self) -> tuple[str, ...]:
         """The names in dataset.json. Raises UserError that says what the masks hold where there are none."""
         path = self._mask_folder.parent / "dataset.json"
-        names = read_json(path).get("class_names") if path.is_file() else None
+        names = read_json(path).get("class_names") if os.path.isfile(path) else None
         if not isinstance(names, list) or not names:
             raise UserError(ask_for_classes(self._mask_folder, [mask for _, mask in self._scan().pairs]))
         try:
@@ -259,13 +259,15 @@ class Found:
 
     def notes(self, folder: Path) -> tuple[str, ...]:
         """A line for each kind that was passed over."""
-        shown = show_path(folder)
-        lines = []
-        if self.made_by_us:
-            lines.append(f"{shown}: left out what runs have written ({_some(self.made_by_us)})")
-        if self.loops:
-            lines.append(f"{shown}: not followed, for they lead back up: links to folders ({_some(self.loops)})")
-        return tuple(lines)
+        passed_over = {
+            "left out, for a run or another command has written it": self.made_by_us,
+            "not followed, for it is a link to a folder that it lies in": self.loops,
+        }
+        return tuple(
+            f"{show_path(folder)}: {len(names)} {'subfolder' if len(names) == 1 else 'subfolders'} {why} ({_some(names)})"
+            for why, names in passed_over.items()
+            if names
+        )
 
 
 def find_files(folder: Path, suffixes: Collection[str], without: Path | None = None) -> Found:
@@ -313,11 +315,19 @@ def find_files(folder: Path, suffixes: Collection[str], without: Path | None = N
     return Found(tuple(sorted(files)), tuple(sorted(made_by_us)), tuple(sorted(loops)))
 
 
+def own_path(text: str) -> Path:
+    """A path as it is written, `~` being a home. Raises UserError for the home of a person whom nobody knows."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{show_path(text)}: there is no such home; write the folder's whole path") from error
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder. Raises UserError where that cannot be found out."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a zero byte is none
         return False
     except OSError as error:
         raise _unreadable(path, error) from error

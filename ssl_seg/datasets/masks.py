@@ -343,7 +343,7 @@ def _refuse_other_palettes(meaning: Meaning, painted: Sequence[_Painted]) -> Non
             colour = _colour_name(code)
             same_index, same_colour = first_with.setdefault(str(index), own), first_with.setdefault(colour, own)
             differing = same_index if same_index.codes[index] != code else same_colour
-            if differing is same_colour and same_colour.codes.get(index) == code:
+            if differing.codes.get(index) == code:
                 continue
             colours = sorted({_colour_name(code) for each in painted for code in each.codes.values()})
             by_colour = ", ".join(f"'{colour}': CLASS" for colour in colours)
@@ -393,8 +393,12 @@ def ask_for_classes(folder: Path, names: Sequence[str]) -> str:
         return f"{lead} colours {_some(sorted(colours))}: write classes and mapping: {{'{first}': 0, ...}}"
     if ids == BLACK_AND_WHITE:
         return f"{lead} ids 0 and 255: write classes: 2 and mapping: {{255: 1}}"
-    count = max(2, max(ids - {IGNORE}, default=0) + 1)
-    return f"{lead} ids {_some(sorted(ids))}: write classes: {count}, or a list of {count} names"
+    highest = max(ids - {IGNORE}, default=0)
+    count = max(2, highest + 1)
+    told = f"{lead} ids {_some(sorted(ids))}: write classes: {count}, or a list of {count} names"
+    if highest > 1 and ids - {IGNORE} == set(range(1, count)):
+        told += f"; or, 0 being no class, classes: {highest} and {_without_zero(['a class'] * highest, 0)}"
+    return told
 
 
 def _indices(path: Path, palette: np.ndarray) -> np.ndarray:

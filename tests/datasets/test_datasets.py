@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from ssl_seg.config import UserError, load
@@ -96,10 +101,142 @@ def test_links_list_each_image_once(tmp_path):
     assert [folder.name(index) for index in range(len(folder))] == ["a/one.png", "far.png"]
 
 
+def names_of(folder: Folder) -> list[str]:
+    return [folder.name(index) for index in range(len(folder))]
+
+
+def test_linked_folders_are_followed_each_real_one_once(tmp_path):
+    root, outside = tmp_path / "photos", tmp_path / "outside"
+    put_images(root, "a/one")
+    put_images(outside, "x/two", "three")
+    (outside / "back").symlink_to(outside / "x", target_is_directory=True)
+    (outside / "to_photos").symlink_to(root, target_is_directory=True)
+    for name in ("linked", "again"):
+        (root / name).symlink_to(outside, target_is_directory=True)
+    (root / "b").symlink_to(root / "a", target_is_directory=True)
+    (root / "three.png").symlink_to(outside / "three.png")
+    folder = Folder(images=str(root))
+    assert names_of(folder) == ["a/one.png", "again/three.png", "again/x/two.png"]
+    assert [folder.sequence(index) for index in range(3)] == ["a", "again", "again/x"]
+    assert folder.notes() == ()
+    check_dataset(folder)
+
+
+def test_a_link_that_leads_back_up_is_told(tmp_path):
+    put_images(tmp_path / "photos", "a/one")
+    put_images(tmp_path, "beside")
+    (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    folder = Folder(images=f"{tmp_path}/photos")
+    assert names_of(folder) == ["a/one.png"]
+    assert "1 subfolder not followed, for it is a link to a folder that it lies in (a/up)" in folder.notes()[0]
+
+
+def test_a_link_to_the_masks_is_no_folder_of_images(tmp_path):
+    put_images(tmp_path / "images", "a", "sub/b")
+    for name in ("a", "sub/b"):
+        write_mask(tmp_path / "masks" / f"{name}.png", IDS)
+    (tmp_path / "images" / "masks").symlink_to(tmp_path / "masks", target_is_directory=True)
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    assert names_of(folder) == ["a.png", "sub/b.png"]
+
+
 def test_a_broken_link_is_named(tmp_path):
     put_images(tmp_path, "a")
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    gone = tmp_path / "gone.png"
+    gone.symlink_to(tmp_path / "nowhere.png")
     assert "gone.png: a link to a file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+    gone.unlink()
+    gone.symlink_to(gone)
+    assert "gone.png: a link to a file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+    gone.unlink()
+    (tmp_path / "clip2").symlink_to(tmp_path / "unmounted")
+    assert "clip2: a link to a folder or file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A folder, and for this process none of the rights of root, if it has them: those of the folder hold."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
+
+
+def lock_out(folder: Path) -> None:
+    folder.chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("locked", ["clip", "deep/clip", "linked"])
+def test_a_folder_that_cannot_be_read_is_named(locked):
+    with as_nobody() as root:
+        put_images(root / "photos", "a", "deep/b")
+        place = root / "photos" / locked
+        if locked == "linked":
+            place.symlink_to(root / "private" / "clip", target_is_directory=True)
+            put_images(root / "private" / "clip", "c")
+            lock_out(root / "private")
+        else:
+            put_images(place, "c")
+            lock_out(place)
+        message = refusal(len, Folder(images=str(root / "photos")))
+        assert f"{place}: cannot be read (Permission denied)" in message
+        os.seteuid(os.getuid())
+        (root / "private" if locked == "linked" else place).chmod(0o755)
+        assert len(Folder(images=str(root / "photos"))) == 3
+
+
+def test_roots_that_cannot_be_reached_are_named():
+    with as_nobody() as root:
+        put_images(root / "private" / "train", "a")
+        lock_out(root / "private")
+        for dataset in (Folder(images=f"{root}/private/train"), Camvid(root=f"{root}/private")):
+            assert "train: cannot be read (Permission denied)" in refusal(len, dataset)
+        unnamed = Folder(images=str(root), masks=f"{root}/private/masks")
+        assert "private/masks: cannot be read (Permission denied)" in refusal(len, unnamed)
+        os.seteuid(os.getuid())
+        (root / "private").chmod(0o755)
+
+
+def test_an_unknown_home_is_named():
+    for dataset in (Folder(images="~nobody_of_this_name/a"), Camvid(root="~nobody_of_this_name")):
+        assert "~nobody_of_this_name" in refusal(len, dataset)
+
+
+def test_what_runs_have_drawn_is_left_out_and_told(tmp_path):
+    put_images(tmp_path, "a", "runs/one/pictures/b", "studies/s/changed/c", "masked/overlays/d", "drive/e", "drive/x/f")
+    for name, content in {
+        "runs/one/run.json": {"stage": "pretrain", "config": {}},
+        "studies/s/study.json": {"seeds": [0], "cells": []},
+        "masked/classes.json": {"classes": ["a"], "model": "runs/one"},
+        "drive/run.json": {"driver": "somebody else's"},
+        "drive/x/classes.json": ["of another program"],
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    folder = Folder(images=str(tmp_path))
+    assert names_of(folder) == ["a.png", "drive/e.png", "drive/x/f.png"]
+    (note,) = folder.notes()
+    assert f"{tmp_path}: 3 subfolders left out" in note
+    assert "(masked, runs/one, studies/s)" in note
+    assert len(Folder(images=f"{tmp_path}/runs/one/pictures")) == 1  # whoever names them means them
+    assert "1 subfolder left out" in refusal(len, Folder(images=f"{tmp_path}/runs"))
+
+
+def test_names_match_however_unicode_writes_their_letters(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "forêt/é") for form in ("NFC", "NFD"))
+    put_images(tmp_path / "images", decomposed)
+    write_mask(tmp_path / "masks" / f"{composed}.png", IDS)
+    files = {"images": f"{tmp_path}/images", "masks": f"{tmp_path}/masks", "classes": 4}
+    folder = Folder(**files)
+    assert names_of(folder) == [f"{decomposed}.png"]
+    np.testing.assert_array_equal(folder.read(0).label, IDS)
+    put_images(tmp_path / "images", composed)
+    assert "differ by how Unicode writes the same letters" in refusal(len, Folder(**files))
+    assert len(Folder(images=f"{tmp_path}/images")) == 2
 
 
 def test_a_missing_and_an_empty_folder_are_named(tmp_path):
@@ -266,6 +403,36 @@ def test_a_mask_of_another_size_names_both_files_and_sizes(tmp_path):
     assert f"{tmp_path}/images/a b/é.png has 6 x 8" in message
 
 
+def put_turned(root: Path, name: str, orientation: int, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size[::-1]).save(root / "images" / f"{name}.jpg", exif=exif)
+    write_mask(root / "masks" / f"{name}.png", np.zeros(mask_size, dtype=np.uint8))
+
+
+def test_a_mask_of_the_unturned_size_is_told_by_exif(tmp_path):
+    put_turned(tmp_path, "a", 6, (6, 8), (6, 8))
+    message = refusal(Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2).read, 0)
+    assert "a.png: 6 x 8 pixels (H x W), but its image" in message
+    assert "has 8 x 6 when it is turned by its EXIF orientation (6)" in message
+    assert "turn the mask alike" in message
+
+
+def test_turns_that_no_size_shows_are_told(tmp_path):
+    put_turned(tmp_path, "as size tells", 6, (6, 8), (8, 6))
+    put_turned(tmp_path, "upright", 1, (6, 8), (6, 8))
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2)
+    assert folder.notes() == ()
+    put_turned(tmp_path, "square", 8, (6, 6), (6, 6))
+    put_turned(tmp_path, "upside down", 3, (6, 8), (6, 8))
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2)
+    (note,) = folder.notes()
+    assert "EXIF turns or mirrors 2 of the images (square.jpg, upside down.jpg)" in note
+    assert folder.notes(with_labels=False) == ()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_0_and_255_for_two_classes_are_asked_about(tmp_path, channels):
     two = (IDS > 1) * np.uint8(255)
@@ -389,6 +556,7 @@ def test_camvid_reads_both_layouts(tmp_path, layout):
     assert both.name(3) == "val/0016E5_1.png"
     for dataset in (train, both):
         check_dataset(dataset)
+        assert dataset.notes() == ()
 
 
 def test_camvid_keeps_chosen_drives(tmp_path):
