@@ -260,14 +260,11 @@ class Found:
     def notes(self, folder: Path) -> tuple[str, ...]:
         """A line for each kind that was passed over."""
         passed_over = {
-            "left out, for a run or another command has written it": self.made_by_us,
-            "not followed, for it is a link to a folder that it lies in": self.loops,
+            "that a run or another command has written, which are left out": self.made_by_us,
+            "that are links to a folder above them, which are not followed": self.loops,
         }
-        return tuple(
-            f"{show_path(folder)}: {len(names)} {'subfolder' if len(names) == 1 else 'subfolders'} {why} ({_some(names)})"
-            for why, names in passed_over.items()
-            if names
-        )
+        kinds = [(why, names) for why, names in passed_over.items() if names]
+        return tuple(f"{show_path(folder)}: subfolders {why}: {len(names)} ({_some(names)})" for why, names in kinds)
 
 
 def find_files(folder: Path, suffixes: Collection[str], without: Path | None = None) -> Found:

@@ -128,7 +128,7 @@ def test_a_link_that_leads_back_up_is_told(tmp_path):
     (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
     folder = Folder(images=f"{tmp_path}/photos")
     assert names_of(folder) == ["a/one.png"]
-    assert "1 subfolder not followed, for it is a link to a folder that it lies in (a/up)" in folder.notes()[0]
+    assert "links to a folder above them, which are not followed: 1 (a/up)" in folder.notes()[0]
 
 
 def test_a_link_to_the_masks_is_no_folder_of_images(tmp_path):
@@ -220,10 +220,10 @@ def test_what_runs_have_drawn_is_left_out_and_told(tmp_path):
     folder = Folder(images=str(tmp_path))
     assert names_of(folder) == ["a.png", "drive/e.png", "drive/x/f.png"]
     (note,) = folder.notes()
-    assert f"{tmp_path}: 3 subfolders left out" in note
+    assert note.startswith(f"{tmp_path}: subfolders that a run or another command has written, which are left out: 3 (")
     assert "(masked, runs/one, studies/s)" in note
     assert len(Folder(images=f"{tmp_path}/runs/one/pictures")) == 1  # whoever names them means them
-    assert "1 subfolder left out" in refusal(len, Folder(images=f"{tmp_path}/runs"))
+    assert "which are left out: 1 (one)" in refusal(len, Folder(images=f"{tmp_path}/runs"))
 
 
 def test_names_match_however_unicode_writes_their_letters(tmp_path):
@@ -707,6 +707,10 @@ class Fake(Dataset):
         }
         return broken.get(self.fault, good)
 
+    def label(self, index: int) -> np.ndarray | None:
+        label = super().label(index)
+        return label[::-1] + np.uint8(1) if self.fault == "other label" else label
+
     def __getstate__(self):
         state = super().__getstate__()
         if self.fault == "pickle":
@@ -736,6 +740,7 @@ class Fake(Dataset):
         ("size", "for an image"),
         ("ids", r"holds \[2\]"),
         ("random", "not pure"),
+        ("other label", r"label\(0\) gives another label"),
         ("shared image", "written to, gives another image"),
         ("shared label", "written to, gives another label"),
         ("pickle", "after pickling"),
