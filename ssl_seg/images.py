@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import cv2
@@ -90,6 +90,7 @@ TURNS = {  # EXIF orientation: the turn that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+T = TypeVar("T")
 Size = tuple[int, int]
 Range = tuple[float, float]
 T = TypeVar("T")
@@ -135,17 +136,34 @@ def largest_value(path: str | Path) -> int | None:
     return _decode(Path(path), _largest)
 
 
-def orientation(path: str | Path) -> tuple[int, Size]:
-    """The EXIF orientation, 1 to 8 (1 where there is none), and the size (H, W) of what is stored."""
-    return _decode(Path(path), lambda image, _: (_orientation(image), _stored_size(image)))
-
-
 def doubt(path: str | Path) -> str:
     """What a person should look at in a picture that can be decoded, in a few words; '' for nothing.
 
     A JPEG is decoded once more, for the warnings that Pillow swallows. Raises UserError for one that has lost pixels.
     """
     return _decode(Path(path), _doubt)
+
+
+def read_palette(path: str | Path) -> np.ndarray | None:
+    """The colour that a viewer shows for each value that `read_mask` gives, RGB `(N, 3)` uint8.
+
+    None where a mask has no palette and its greys stand for themselves, and for colours. Greys of 1, 2 and 4 bits do
+    not: viewers spread them over 0 to 255. No pixel is decoded. Raises UserError for a file that is
+    missing, empty or no image.
+    """
+    return _decode(Path(path), _to_palette)
+
+
+class Header(NamedTuple):
+    """What an image file says of itself before its pixels."""
+
+    orientation: int  # by EXIF; 1: stored upright
+    size: Size  # (H, W), of a quarter turn either way round
+
+
+def read_header(path: str | Path) -> Header:
+    """No pixel is decoded. Raises UserError for a file that is missing, empty or no image."""
+    return _decode(Path(path), _to_header)
 
 
 def write_image(path: str | Path, array: np.ndarray, noisy: bool = False) -> None:
@@ -589,6 +607,25 @@ def _to_stored(image: ImageFile, path: Path) -> np.ndarray:
     return array
 
 
+def _to_palette(image: ImageFile, _: Path) -> np.ndarray | None:
+    if image.mode in ("P", "PA") and image.palette is not None:
+        # `image.getpalette` would decode the pixels, and formats order theirs each its way.
+        probe = Image.new("P", (1, 1))
+        probe.putpalette(image.palette)
+        return np.array(probe.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    layout = "1" if image.mode == "1" else _layout(image)[:1] * (image.mode == "L")
+    if layout != "1" and layout not in GREY_STEPS:
+        return None
+    greys = np.linspace(0, 255, 2 ** int(layout)).astype(np.uint8)
+    return np.repeat(greys[:, None], 3, axis=-1)  # (N,) -> (N, 3)
+
+
+def _to_header(image: ImageFile, _: Path) -> Header:
+    # EXIF of a PNG may follow its pixels, and Pillow would decode these to find it; those who write one put it first.
+    late = image.format == "PNG" and "exif" not in image.info
+    return Header(1 if late else _orientation(image), (image.height, image.width))
+
+
 def _layout(image: ImageFile) -> str:
     """How pixels lie in the file, after Pillow's `;`: '16B', '4', 'I' (inverted); '' where it says nothing."""
     if not image.tile:
@@ -613,14 +650,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DECODE_ERRORS:  # unreadable metadata around whole pixels
         return 1
-
-
-def _stored_size(image: ImageFile) -> Size:
-    """(H, W), which Pillow has turned already for a TIFF."""
-    if isinstance(image, TiffImageFile):
-        tags = image.tag_v2
-        return _number(tags, ExifTags.Base.ImageLength), _number(tags, ExifTags.Base.ImageWidth)
-    return image.height, image.width
 
 
 def _sixteen_bits(image: Image.Image, shown: str) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch.nn import functional as F
 
 from ssl_seg import images
@@ -24,9 +24,10 @@ from ssl_seg.config import UserError
 from ssl_seg.images import (
     doubt,
     largest_value,
-    orientation,
+    read_header,
     read_image,
     read_mask,
+    read_palette,
     resize_image,
     resize_mask,
     write_image,
@@ -445,9 +446,11 @@ def test_a_wide_mask_is_turned_too(tmp_path, number):
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 @pytest.mark.parametrize("number", [1, 3, 8])
-def test_the_orientation_is_told_with_the_size_that_is_stored(tmp_path, number, suffix):
+def test_the_orientation_is_told_without_the_pixels(tmp_path, number, suffix):
     path = saved(tmp_path / f"a.{suffix}", Image.fromarray(PICTURE), exif=oriented(number))
-    assert orientation(path) == (number, (12, 16))
+    header = read_header(path)
+    assert header.orientation == number
+    assert sorted(header.size) == [12, 16]
 
 
 def test_malformed_metadata_does_not_cost_the_picture(tmp_path):
@@ -748,6 +751,35 @@ def test_a_palette_mask_gives_indices(tmp_path, suffix):
     image.putpalette(bytes(GENERATOR.integers(0, 256, 768, dtype=np.uint8)))
     options = {"optimize": False} if suffix == "gif" else {}
     np.testing.assert_array_equal(read_mask(saved(tmp_path / f"ids.{suffix}", image, **options)), IDS)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "gif"])
+def test_the_palette_of_a_mask_is_what_a_viewer_shows(tmp_path, suffix):
+    image = Image.fromarray(IDS)
+    image.putpalette(bytes(GENERATOR.integers(0, 256, 768, dtype=np.uint8)))
+    path = saved(tmp_path / f"ids.{suffix}", image, **({"optimize": False} if suffix == "gif" else {}))
+    np.testing.assert_array_equal(read_palette(path)[read_mask(path)], np.array(image.convert("RGB")))
+
+
+def test_few_bits_have_a_palette_of_greys_and_whole_bytes_have_none(tmp_path):
+    for depth in (1, 2, 4):
+        path = tmp_path / f"{depth}.png"
+        path.write_bytes(png(8, 1, depth, 0, b"\0" + bytes(depth)))
+        assert read_palette(path)[:, 0].tolist() == list(range(0, 256, 255 // (2**depth - 1)))
+    for name, array in (("grey", IDS), ("wide", WIDE), ("colours", PICTURE)):
+        assert read_palette(saved(tmp_path / f"{name}.png", Image.fromarray(array))) is None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_a_header_tells_the_turn_without_the_pixels(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(PICTURE), exif=exif)
+    turned = read_header(path)
+    assert turned.orientation == 6
+    assert set(turned.size) == set(PICTURE.shape[:2])
+    upright = saved(tmp_path / f"b.{suffix}", Image.fromarray(PICTURE))
+    assert read_header(upright) == (1, PICTURE.shape[:2])
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])

@@ -36,6 +36,7 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
     def read(self, index: int) -> Example: ...
     def image(self, index: int) -> Example: ...
+    def label(self, index: int) -> np.ndarray | None: ...
     def name(self, index: int) -> str: ...
     def doubt(self, index: int) -> str: ...
     def sequence(self, index: int) -> str: ...
@@ -60,6 +61,9 @@ class Subset:
 
     def image(self, index: int) -> Example:
         return self.dataset.image(self.indices[index])
+
+    def label(self, index: int) -> np.ndarray | None:
+        return self.dataset.label(self.indices[index])
 
     def name(self, index: int) -> str:
         return self.dataset.name(self.indices[index])
@@ -113,16 +117,20 @@ class Labels(Config):
         wanted = self.number(available)
         if wanted == available:
             return Subset(dataset, tuple(range(available)))
-        classes = [set(np.unique(_mask(dataset, index))) - {IGNORE} for index in range(available)]
+        classes = [_classes(dataset, index) for index in range(available)]
         return Subset(dataset, tuple(covering_order(classes, self.seed)[:wanted]))
 
 
 def sample_digest(examples: Examples, count: int = NUM_DIGESTED, with_labels: bool = True) -> str:
     """sha256 of up to `count` examples, evenly apart: enough to notice other files under the same names."""
-    chosen = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()
     read = examples.read if with_labels else examples.image
-    digests = [digest_of(read(index)) for index in chosen]
+    digests = [digest_of(read(index)) for index in _spread(len(examples), count)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _spread(number: int, count: int) -> list[int]:
+    """Up to `count` of `number` indices, evenly apart."""
+    return np.linspace(0, number - 1, min(count, number)).round().astype(int).tolist()
 
 
 def digest_of(example: Example) -> str:
@@ -150,11 +158,30 @@ def pixel_counts(examples: Examples) -> tuple[Tensor, Tensor]:
     return pixels, beside
 
 
+def has_labelled_pixels(examples: Examples) -> bool:
+    """Whether any pixel of any mask counts; masks are read until one does, which is mostly the first."""
+    return any((_mask(examples, index) != IGNORE).any() for index in range(len(examples)))
+
+
+def untrained_classes(trained: Examples, scored: Examples, count: int = NUM_DIGESTED) -> tuple[str, ...]:
+    """The names of classes that up to `count` masks of `scored`, evenly apart, show and no mask of `trained` does."""
+    left = set().union(*(_classes(scored, index) for index in _spread(len(scored), count)))
+    for index in range(len(trained)):
+        if not left:
+            break
+        left -= _classes(trained, index)
+    return tuple(scored.class_names[class_id] for class_id in sorted(left))
+
+
+def _classes(examples: Examples, index: int) -> set[int]:
+    return set(np.flatnonzero(np.bincount(_mask(examples, index).ravel())).tolist()) - {IGNORE}
+
+
 def _mask(examples: Examples, index: int) -> np.ndarray:
-    example = examples.read(index)
-    if example.label is None:
-        raise UserError(f"{example.name}: has no mask; name a data set whose images all have one")
-    return example.label
+    label = examples.label(index)
+    if label is None:
+        raise UserError(f"{examples.name(index)}: has no mask; name a data set whose images all have one")
+    return label
 
 
 def covering_order(classes: Sequence[set[int]], seed: int) -> list[int]:

@@ -47,6 +47,10 @@ class Dataset(Plugin, ABC):
         """The example without its label; a data set overrides it to leave the mask's file alone."""
         return replace(self.read(index), label=None)
 
+    def label(self, index: int) -> np.ndarray | None:
+        """The label without its image; a data set overrides it to leave the image's file alone."""
+        return self.read(index).label
+
     def name(self, index: int) -> str:
         """What `read(index).name` gives. Override it: every start of a run asks for all names, and this reads files."""
         return self.read(index).name
@@ -65,6 +69,13 @@ class Dataset(Plugin, ABC):
     def sequence(self, index: int) -> str:
         """The clip, drive or subfolder an image belongs to: splits keep a sequence whole. '' where there is none."""
         return ""
+
+    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
+        """What a person should know of how files were taken or passed over, a line each; told when a run starts.
+
+        `with_labels` says that the masks are going to be read.
+        """
+        return ()
 
 
 def numbering(name: str) -> tuple[str, int] | None:

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import field_validator
 
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.datasets.folder import Folder
+from ssl_seg.datasets.folder import Folder, is_folder
 from ssl_seg.images import show_path
 
 CLASSES = (
@@ -76,12 +77,19 @@ class Camvid(Dataset):
         split, position = self._frames[index]
         return self._folders[split].doubt(position)
 
+    def label(self, index: int) -> np.ndarray | None:
+        split, position = self._frames[index]
+        return self._folders[split].label(position)
+
     def name(self, index: int) -> str:
         split, position = self._frames[index]
         return f"{split}/{self._folders[split].name(position)}"
 
     def sequence(self, index: int) -> str:
         return _drive(self.name(index))
+
+    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
+        return tuple(note for folder in self._folders.values() for note in folder.notes(with_labels))
 
     @cached_property
     def _folders(self) -> dict[str, Folder]:
@@ -91,7 +99,7 @@ class Camvid(Dataset):
         for split in wanted:
             for images, masks in LAYOUTS:
                 folder = root / images.format(split)
-                if folder.is_dir():
+                if is_folder(folder):
                     mask_folder = root / masks.format(split)
                     ignore = (UNLABELLED,)
                     found[split] = Folder(images=str(folder), masks=str(mask_folder), classes=CLASSES, ignore=ignore)

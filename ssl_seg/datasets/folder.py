@@ -1,14 +1,18 @@
 """A folder of images, and of masks beside it: the data set that people bring.
 
-Ours, because torchvision's folders know no masks and because masks in the wild come as ids, palettes, three equal
-channels, colours or 0 and 255: each is mapped by a table, or refused in one line that shows the table to write.
+Ours, because torchvision's folders know no masks. Which files belong to it is told here, what is in masks by `masks`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+import errno
+import os
+import stat
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
@@ -24,26 +28,40 @@ from pydantic import (
 
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example
+from ssl_seg.datasets.masks import (
+    MAX_STORED,
+    Meaning,
+    Reading,
+    ask_for_classes,
+    class_word,
+    class_words,
+    how_to_read,
+    stored_value,
+)
 from ssl_seg.files import read_json
 from ssl_seg.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     Range,
+    Size,
     doubt,
     largest_value,
-    orientation,
+    read_header,
     read_image,
-    read_mask,
     show_path,
 )
 
-IGNORE = 255
-MAX_CLASSES = 255  # ids 0 to 254; 255 is ignored
-MAX_STORED = 65535  # the largest value of 16 bits
-SAME_SIDES = (2, 3, 4)  # EXIF orientations that keep height and width: mirrored, turned by 180 degrees, upside down
-PROBED_MASKS = 10  # how many are read to say which ids there are
 PROBED_IMAGES = 8  # how many are read to say how much of their 16 bits is used
 LEAST_USED = 0.1  # of 16 bits: 12 bits fill a sixteenth
+QUARTER_TURNS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
+# What commands of ours leave in a folder that they have written, and keys that tell it from a stranger's file.
+MADE_BY_US = {
+    "run.json": {"stage", "config"},
+    "study.json": {"seeds", "cells"},
+    "classes.json": {"classes", "model"},  # of `predict`
+    "changed.json": set[str](),  # of `compare --pictures`
+}
+LOST_AND_FOUND = "lost+found"  # the file system's own, at the root of a disk, which only root may read
 
 StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 
@@ -51,21 +69,22 @@ StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 class Folder(Dataset):
     """Images under a folder, and class masks found by the same relative path without its suffix.
 
-    Images are all files with a known suffix in the folder and its subfolders, ordered by relative path; hidden files
-    are skipped, links to folders are not followed, and a link to an image that is listed anyway is left out. `masks`
-    may lie inside `images`, or be the same folder where the images are JPEGs. A mask without an image is no fault:
-    labels are often published for more images than one keeps. `classes` are the names or their number; left out, the
-    `class_names` of a dataset.json beside the masks, as `ssl-seg synth` writes it. A stored 255 is ignored, and so are
-    the ids of `ignore`. The sequence of an image is its subfolder.
+    Images are all files with a known suffix in the folder and its subfolders, ordered by relative path, as `find_files`
+    finds them; a link to an image that is listed anyway is left out. `masks` may lie inside `images`, or be the same
+    folder where the images are JPEGs. A mask without an image is no fault: labels are often published for more images
+    than one keeps. `classes` are the names or their number, two at least; left out, the `class_names` of a dataset.json
+    beside the masks, as `ssl-seg synth` writes it. A stored 255 is ignored, and so are the ids of `ignore`. The
+    sequence of an image is its subfolder.
 
     `mapping` turns stored values into classes: its keys are ids or colours ("#rrggbb" or "r,g,b"), its values class
     ids, class names or "ignore". An id it does not name keeps its value, unless another value is mapped to that class.
+    `masks.how_to_read` says how palettes are read.
 
     `range` gives the stored values that become black and white in images of more than 8 bits a channel: one range for
     all, since stretching each by its own values would hide how bright it is. Left out, 65535 of 16 bits is white.
 
-    Errors (UserError, one line): folders that are missing or hold no image, an image without a mask, two images or
-    two masks for one stem, a mask of another size than its image, values that are no class.
+    Errors (UserError, one line): folders that are missing, cannot be read or hold no image, an image without a mask,
+    two images or two masks for one stem, a mask of another size than its image, values that are no class.
     """
 
     images: PathText
@@ -78,25 +97,17 @@ class Folder(Dataset):
     @field_validator("classes", mode="before")
     @classmethod
     def _check_classes(cls, value: Any) -> Any:
-        if value is None:
-            return value
-        if isinstance(value, int) and 1 <= value <= MAX_CLASSES:
-            return value
-        if isinstance(value, list | tuple) and 1 <= len(value) <= MAX_CLASSES:
-            names = [str(name) for name in value]
-            if len(set(names)) == len(names):
-                return tuple(names)
-        raise ValueError(f"give 1 to {MAX_CLASSES} different names, or their number, not {value!r}")
+        return None if value is None else class_words(value)
 
     @field_validator("mapping", mode="before")
     @classmethod
     def _normalize_mapping(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        keys = [_stored_value(key) for key in value]
+        keys = [stored_value(key) for key in value]
         if len(set(keys)) < len(keys):
             raise ValueError("two keys mean the same stored value; keep one")
-        return dict(zip(keys, [_number_or_word(word) for word in value.values()], strict=True))
+        return dict(zip(keys, [class_word(word) for word in value.values()], strict=True))
 
     @field_validator("range")
     @classmethod
@@ -115,7 +126,7 @@ class Folder(Dataset):
         if twice:
             raise ValueError(f"id {twice[0]} is in ignore and in mapping; keep one")
         if self.classes is not None:
-            self._class_of_stored()
+            _ = self._meaning  # which refuses values that are no class
         return self
 
     @model_serializer(mode="wrap")
@@ -145,19 +156,24 @@ class Folder(Dataset):
             return self.image(index)
         image_name, mask_name = self._files[index]
         image_path = self._image_folder / image_name
-        image = read_image(image_path, self.range)
         mask_path = self._mask_folder / mask_name
-        stored = read_mask(mask_path)
-        if stored.shape[:2] != image.shape[:2]:
-            raise UserError(
-                f"{show_path(mask_path)}: {stored.shape[0]} x {stored.shape[1]} pixels (H x W), but its image "
-                f"{show_path(image_path)} has {image.shape[0]} x {image.shape[1]}; {_mend_size(image_path, stored)}"
-            )
-        try:
-            label = self._label(stored)
-        except ValueError as error:
-            raise UserError(f"{show_path(mask_path)} (mask of {show_path(image_path)}): {error}") from error
+        image, label = read_image(image_path, self.range), self.label(index)
+        assert label is not None  # as there are masks
+        if label.shape != image.shape[:2]:
+            raise UserError(_say_sizes(image_path, image.shape[:2], mask_path, label.shape))
         return Example(image, label, image_name)
+
+    def label(self, index: int) -> np.ndarray | None:
+        if self.masks is None:
+            return None
+        image_name, mask_name = self._files[index]
+        mask_path = self._mask_folder / mask_name
+        values = self._reading.values(mask_path)
+        try:
+            return self._meaning.label(values)
+        except ValueError as error:
+            image_path = self._image_folder / image_name
+            raise UserError(f"{show_path(mask_path)} (mask of {show_path(image_path)}): {error}") from error
 
     def name(self, index: int) -> str:
         return self._files[index][0]
@@ -167,16 +183,7 @@ class Folder(Dataset):
         return "" if parent == "." else parent
 
     def doubt(self, index: int) -> str:
-        image_name, mask_name = self._files[index]
-        image_path = self._image_folder / image_name
-        found = doubt(image_path)
-        if found or not mask_name:
-            return found
-        turn, (height, width) = orientation(image_path)
-        fits_either_way = turn in SAME_SIDES or (turn > 1 and height == width)
-        if fits_either_way and orientation(self._mask_folder / mask_name)[0] == 1:
-            return "turned by its EXIF orientation, and its mask is taken to be drawn on the turned picture"
-        return ""
+        return doubt(self._image_folder / self.name(index))
 
     def caution(self) -> str:
         if self.range is not None:
@@ -192,6 +199,13 @@ class Folder(Dataset):
             f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]"
         )
 
+    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
+        lines = self._scanned.notes
+        if with_labels and self.masks is not None:
+            lines += (f"{show_path(self._mask_folder)}: {self._reading.note}",) if self._reading.note else ()
+            lines += self._note_turned()
+        return lines
+
     @property
     def _image_folder(self) -> Path:
         return user_path(self.images)
@@ -205,144 +219,220 @@ class Folder(Dataset):
     def _names_beside(self) -> tuple[str, ...]:
         """The names in dataset.json. Raises UserError that says what the masks hold where there are none."""
         path = self._mask_folder.parent / "dataset.json"
-        names = read_json(path).get("class_names") if path.is_file() else None
+        names = read_json(path).get("class_names") if os.path.isfile(path) else None
         if not isinstance(names, list) or not names:
-            raise UserError(self._ask_for_classes(self._scan()))
-        return tuple(str(name) for name in names)
+            raise UserError(ask_for_classes(self._mask_folder, [mask for _, mask in self._scan().pairs]))
+        try:
+            words = class_words(names)
+        except ValueError as error:
+            raise UserError(f"{show_path(path)}: class_names: {error}") from error
+        assert isinstance(words, tuple)  # as the names of a list are
+        return words
 
     @cached_property
+    def _meaning(self) -> Meaning:
+        """Raises ValueError for a value of `mapping` that is no class."""
+        return Meaning.of(self.class_names, self.ignore, self.mapping or {})
+
+    @cached_property
+    def _reading(self) -> Reading:
+        """How the masks are read. Loader workers inherit it, where it has been asked for before there are any."""
+        try:
+            return how_to_read(self._meaning, self._mask_folder, [mask for _, mask in self._files])
+        except ValueError as error:  # with classes of dataset.json this is the first look at the mapping
+            raise UserError(f"{show_path(self._mask_folder)}: {error}") from error
+
+    @property
     def _files(self) -> tuple[tuple[str, str], ...]:
-        """The relative paths of each image and its mask ('' where there are no masks); loader workers inherit them."""
+        """The relative paths of each image and its mask ('' where there are no masks)."""
+        return self._scanned.pairs
+
+    @cached_property
+    def _scanned(self) -> _Scanned:
+        """What is there; loader workers inherit it."""
         if self.masks is not None and self.classes is None:
             _ = self._names_beside  # which says what is missing
         return self._scan()
 
-    def _scan(self) -> tuple[tuple[str, str], ...]:
+    def _scan(self) -> _Scanned:
         folder = self._image_folder
-        masks = None if self.masks is None else self._mask_folder
-        found = _without_aliases(folder, find_files(folder, IMAGE_SUFFIXES))
-        if masks is None:
-            _refuse_empty(folder, found)
-            return tuple((name, "") for name in found)
-        found = [name for name in found if not _is_mask(folder / name, folder, masks)]
-        _refuse_empty(folder, found)
-        images_by_stem = _by_stem(folder, found)
-        masks_by_stem = _by_stem(masks, find_files(masks, MASK_SUFFIXES))
+        if self.masks is None:
+            found = find_files(folder, IMAGE_SUFFIXES)
+            names = _without_aliases(folder, found.files)
+            _refuse_empty(folder, names, found)
+            return _Scanned(tuple((name, "") for name in names), found.notes(folder))
+        masks = self._mask_folder
+        beside = masks == folder  # then images are what masks cannot be
+        suffixes = IMAGE_SUFFIXES - MASK_SUFFIXES if beside else IMAGE_SUFFIXES
+        found = find_files(folder, suffixes, without=masks)
+        names = _without_aliases(folder, found.files)
+        _refuse_empty(folder, names, found)
+        found_masks = find_files(masks, MASK_SUFFIXES)
+        images_by_stem = _by_stem(folder, names)
+        masks_by_stem = _by_stem(masks, found_masks.files)
         missing = [name for stem, name in images_by_stem.items() if stem not in masks_by_stem]
         if missing:
-            raise UserError(_say_missing(folder, masks, missing, len(found)))
-        return tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
+            raise UserError(_say_missing(folder, masks, missing, len(names)))
+        pairs = tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
+        return _Scanned(pairs, tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))))
 
-    def _label(self, stored: np.ndarray) -> np.ndarray:
-        """Class ids `(H, W)` uint8 from stored values. Raises ValueError that says which values are no class."""
-        ids, colours = self._tables
-        if stored.ndim == 3 and not colours:
-            stored = _one_channel(stored)
-        if stored.ndim == 3:
-            values = _colour_codes(stored)
-            shifted = _colour_table(colours)[values]
-        elif colours and not ids:
-            raise ValueError(
-                f"holds ids ({_some(np.unique(stored))}), but mapping names colours only; add the ids to it"
-            )
-        else:
-            self._refuse_two_values(stored)
-            values = stored
-            shifted = _id_table(len(self.class_names), ids)[values]
-        if shifted.min() == 0:
-            raise ValueError(self._say_unknown(values[shifted == 0], stored.ndim == 3))
-        return (shifted - 1).astype(np.uint8)
-
-    def _refuse_two_values(self, stored: np.ndarray) -> None:
-        """With two classes 0 and 255 may mean black and white as well as background and ignored: ask, do not guess."""
-        settled = IGNORE in self.ignore or str(IGNORE) in (self.mapping or {})
-        if settled or len(self.class_names) != 2:
-            return
-        if (stored == IGNORE).any() and ((stored == 0) | (stored == IGNORE)).all():
-            raise ValueError(
-                f"holds only 0 and 255 for two classes; write mapping: {{255: 1}} if 255 is {self.class_names[1]!r}, "
-                "or mapping: {255: ignore} if it is to be ignored"
-            )
-
-    def _say_unknown(self, unknown: np.ndarray, coloured: bool) -> str:
-        values = np.unique(unknown)
-        names = self.class_names
-        if coloured:
-            shown = [_colour_name(value) for value in values]
-            return f"colours {_some(shown)} are in no mapping; add lines such as mapping: {{'{shown[0]}': ignore}}"
-        first = values[0]
-        if first < len(names):
-            return (
-                f"id {first} is not in mapping, which gives its class {names[first]!r} to another id; "
-                f"add mapping: {{{first}: {first}}} if both are meant, or mapping: {{{first}: ignore}}"
-            )
+    def _note_turned(self) -> tuple[str, ...]:
+        """A word where EXIF turns images but not their masks, and sizes do not tell what a mask was drawn on."""
+        turned = []
+        for image_name, mask_name in self._files:
+            header = read_header(self._image_folder / image_name)
+            told_by_size = header.orientation in QUARTER_TURNS and header.size[0] != header.size[1]
+            if header.orientation == 1 or told_by_size or read_header(self._mask_folder / mask_name).orientation != 1:
+                continue
+            turned.append(image_name)
+        if not turned:
+            return ()
         return (
-            f"ids {_some(values)} are no class (0 is {names[0]!r} to {len(names) - 1} is {names[-1]!r}, "
-            f"255 is ignored); raise classes, or add lines such as mapping: {{{first}: ignore}}"
+            f"{show_path(self._image_folder)}: EXIF turns or mirrors {len(turned)} of the images ({_some(turned)}); "
+            "their masks are taken to be drawn on the turned ones",
         )
 
-    def _ask_for_classes(self, files: Sequence[tuple[str, str]]) -> str:
-        folder = self._mask_folder
-        probed = files[:: max(1, len(files) // PROBED_MASKS)][:PROBED_MASKS]
-        ids: set[int] = set()
-        colours: set[str] = set()
-        for _, mask_name in probed:
-            stored = read_mask(folder / mask_name)
-            if stored.ndim == 3 and not _is_grey(stored):
-                colours.update(_colour_name(code) for code in np.unique(_colour_codes(stored)))
-            else:
-                ids.update(np.unique(stored.reshape(*stored.shape[:2], -1)[..., 0]).tolist())
-        lead = f"{show_path(folder)}: classes is missing; {len(probed)} of {len(files)} masks hold"
-        if colours:
-            first = min(colours)
-            return f"{lead} colours {_some(sorted(colours))}: write classes and mapping: {{'{first}': 0, ...}}"
-        if ids == {0, IGNORE}:
-            return f"{lead} ids 0 and 255: write classes: 2 and mapping: {{255: 1}}"
-        count = max(ids - {IGNORE}, default=0) + 1
-        return f"{lead} ids {_some(sorted(ids))}: write classes: {count}, or a list of {count} names"
 
-    @cached_property
-    def _tables(self) -> tuple[Pairs, Pairs]:
-        """The pairs (stored id, class id) and (colour code, class id) that `ignore` and `mapping` give."""
-        classes = self._class_of_stored()
-        ids = [(value, IGNORE) for value in self.ignore]
-        ids += [(int(key), value) for key, value in classes.items() if not key.startswith("#")]
-        colours = [(int(key[1:], 16), value) for key, value in classes.items() if key.startswith("#")]
-        return tuple(ids), tuple(colours)
+@dataclass(frozen=True)
+class _Scanned:
+    """The images of a folder with their masks, and what a person should know of it."""
 
-    def _class_of_stored(self) -> dict[str, int]:
-        """`mapping` with class ids for values. Raises ValueError for one that is no class."""
-        names = self.class_names
-        return {key: _class_id(key, value, names) for key, value in (self.mapping or {}).items()}
+    pairs: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
 
 
-Pairs = tuple[tuple[int, int], ...]
+@dataclass(frozen=True)
+class Found:
+    """The files of a folder and its subfolders, and what was passed over."""
+
+    files: tuple[str, ...]  # relative posix paths, sorted
+    made_by_us: tuple[str, ...]  # subfolders that commands of ours have written
+    loops: tuple[str, ...]  # links to folders that they lie in themselves
+
+    def notes(self, folder: Path) -> tuple[str, ...]:
+        """A line for each kind that was passed over."""
+        passed_over = {
+            "that a run or another command has written, which are left out": self.made_by_us,
+            "that are links to a folder above them, which are not followed": self.loops,
+        }
+        kinds = [(why, names) for why, names in passed_over.items() if names]
+        return tuple(f"{show_path(folder)}: subfolders {why}: {len(names)} ({_some(names)})" for why, names in kinds)
 
 
-def find_files(folder: Path, suffixes: Iterable[str]) -> list[str]:
-    """The relative posix paths of all files with one of the lower-case `suffixes`, sorted; hidden ones are left out.
+def find_files(folder: Path, suffixes: Collection[str], without: Path | None = None) -> Found:
+    """All files with one of the lower-case `suffixes`, those below `without` aside; hidden ones are left out.
 
-    Links to folders are not followed, so a link to a parent cannot list a file twice. Raises UserError for a folder
-    that is missing and for a link to a file that is.
+    Links to folders are followed, each real folder once: under its own name where it lies in `folder`, else under that
+    of the first link. Folders that a run, a study or a prediction of ours has written are passed over, for what is in
+    them was drawn. Raises UserError for a folder that is missing or cannot be read, and for a link that leads nowhere.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{show_path(folder)}: no such folder; check the path (it is taken from the working directory)")
-    names = []
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if path.suffix.lower() not in suffixes or any(part.startswith(".") for part in relative.parts):
+    files: list[str] = []
+    made_by_us: list[str] = []
+    loops: list[str] = []
+    entered = {_identity(without)} - {_identity(folder)} if without is not None and is_folder(without) else set()
+    waiting, links = [""], []
+    while waiting or links:
+        links.sort(reverse=True)
+        by_link = not waiting  # last, so that what they lead to keeps its own name where it has one
+        place = links.pop() if by_link else waiting.pop()
+        identity = _identity(folder / place)
+        if identity in entered:
             continue
-        if path.is_file():
-            names.append(relative.as_posix())
-        elif not path.exists():
-            raise UserError(f"{show_path(path)}: a link to a file that is missing; mend or remove it")
-    return sorted(names)
+        if by_link and _leads_back(folder / place):
+            loops.append(place)
+            continue
+        entered.add(identity)
+        entries = _entries(folder / place)
+        if place and _is_made_by_us(folder / place, {entry.name for entry in entries}):
+            made_by_us.append(place)
+            continue
+        for entry in entries:
+            name = f"{place}/{entry.name}" if place else entry.name
+            if entry.name.startswith(".") or entry.name == LOST_AND_FOUND:
+                continue
+            kind = _kind(folder / name, entry)
+            suffix = PurePosixPath(entry.name).suffix.lower()
+            if kind == "folder":
+                (links if entry.is_symlink() else waiting).append(name)
+            elif kind == "file" and suffix in suffixes:
+                files.append(name)
+            elif kind == "gone" and (suffix in suffixes or not suffix):
+                what = "a link to a file" if suffix else "a link to a folder or file"
+                raise UserError(f"{show_path(folder / name)}: {what} that is missing; mend or remove it")
+    return Found(tuple(sorted(files)), tuple(sorted(made_by_us)), tuple(sorted(loops)))
 
 
-def _without_aliases(folder: Path, names: list[str]) -> list[str]:
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder. Raises UserError where that cannot be found out."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a zero byte is none
+        return False
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{show_path(path)}: cannot be read ({error.strerror}), so nobody knows which images are in it; "
+        "mend its permissions, or move it elsewhere"
+    )
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _kind(path: Path, entry: os.DirEntry[str]) -> str:
+    """folder, file, other, or gone for a link that leads nowhere."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "gone" if entry.is_symlink() and not path.exists() else "other"
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return "gone"
+        raise _unreadable(path, error) from error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        found = folder.stat()
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return found.st_dev, found.st_ino
+
+
+def _leads_back(link: Path) -> bool:
+    """Whether a link to a folder lies in that folder: with it everything would come in, from there on."""
+    return link.parent.resolve().is_relative_to(link.resolve())
+
+
+def _is_made_by_us(folder: Path, names: set[str]) -> bool:
+    for name, keys in MADE_BY_US.items():
+        if name in names:
+            with suppress(UserError):
+                if keys <= read_json(folder / name).keys():
+                    return True
+    return False
+
+
+def _without_aliases(folder: Path, names: Sequence[str]) -> list[str]:
     """`names` without the links to a file that another name already stands for."""
     links = {name for name in names if (folder / name).is_symlink()}
-    seen = {folder.resolve() / name for name in names if name not in links} if links else set()
+    if not links:
+        return list(names)
+    real = {place: place.resolve() for place in {(folder / name).parent for name in names}}
+    paths = [folder / name for name in names if name not in links]
+    seen = {real[path.parent] / path.name for path in paths}
     kept = []
     for name in names:
         if name in links:
@@ -354,131 +444,59 @@ def _without_aliases(folder: Path, names: list[str]) -> list[str]:
     return kept
 
 
-def _is_mask(path: Path, folder: Path, masks: Path) -> bool:
-    """Whether a file of the image folder is a mask: of a mask folder inside it, or side by side with the images."""
-    if masks == folder:
-        return path.suffix.lower() in MASK_SUFFIXES
-    return folder in masks.parents and masks in path.parents
-
-
 def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         stem = _stem(name)
         if stem in found:
+            same_letters = PurePosixPath(found[stem]).with_suffix("") == PurePosixPath(name).with_suffix("")
+            how = "by their suffix only" if same_letters else "by how Unicode writes the same letters"
             both = f"{show_path(found[stem])} and {show_path(name)}"
-            raise UserError(f"{show_path(folder)}: {both} differ by their suffix only; rename or remove one of them")
+            raise UserError(f"{show_path(folder)}: {both} differ {how}; rename or remove one of them")
         found[stem] = name
     return found
 
 
 def _stem(name: str) -> str:
-    return PurePosixPath(name).with_suffix("").as_posix()
+    """What an image and its mask have in common; macOS takes letters with accents apart (NFD), other systems do not."""
+    return unicodedata.normalize("NFC", PurePosixPath(name).with_suffix("").as_posix())
 
 
-def _mend_size(image_path: Path, stored: np.ndarray) -> str:
-    """What to do about a mask that does not fit its image."""
-    turn, size = orientation(image_path)
-    if turn == 1 or size != stored.shape[:2]:
-        return "make the mask anew or remove both"
-    return (
-        f"the image is turned by its EXIF orientation ({turn}), and the mask was drawn on it as it is stored: turn the "
-        "mask too, or take the orientation out of the image"
-    )
-
-
-def _refuse_empty(folder: Path, names: Sequence[str]) -> None:
+def _refuse_empty(folder: Path, names: Sequence[str], found: Found) -> None:
     if not names:
         known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{show_path(folder)}: no image in it or its subfolders ({known}); give another folder")
+        passed = "".join(f"; {note}" for note in found.notes(folder))
+        raise UserError(f"{show_path(folder)}: no image in it or its subfolders ({known}); give another folder{passed}")
+
+
+def _say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
+    said = (
+        f"{show_path(mask)}: {mask_size[0]} x {mask_size[1]} pixels (H x W), but its image {show_path(image)} has "
+        f"{size[0]} x {size[1]}"
+    )
+    orientation = read_header(image).orientation
+    if mask_size == size[::-1] and orientation in QUARTER_TURNS:
+        return (
+            f"{said} when it is turned by its EXIF orientation ({orientation}), so the mask was drawn on the picture "
+            "as it is stored; turn the mask alike, or take that tag out of the image"
+        )
+    return f"{said}; make the mask anew or remove both"
 
 
 def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int) -> str:
     stems = {_stem(name) for name in missing}
-    lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES) if _stem(name) in stems]
+    lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if _stem(name) in stems]
     if lossy and masks != folder:
         path = show_path(masks / lossy[0])
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"
-    shown = _some([show_path(name) for name in missing], limit=3)
     return (
-        f"{show_path(masks)}: no mask for {len(missing)} of the {count} images of {show_path(folder)} ({shown}); "
-        f"a mask has its image's relative path with {' '.join(sorted(MASK_SUFFIXES))}: add them or remove the images"
+        f"{show_path(masks)}: no mask for {len(missing)} of the {count} images of {show_path(folder)} "
+        f"({_some(missing)}); a mask has its image's relative path with {' '.join(sorted(MASK_SUFFIXES))}: add them "
+        "or remove the images"
     )
 
 
-def _stored_value(key: Any) -> str:
-    """A mapping key in one spelling: '17' for an id, '#ff0080' for a colour."""
-    text = str(key).strip().lower()
-    if re.fullmatch(r"#[0-9a-f]{6}", text):
-        return text
-    if re.fullmatch(r"\d{1,5}", text) and int(text) <= MAX_STORED:
-        return str(int(text))
-    channels = [int(part) for part in text.split(",")] if re.fullmatch(r"\d+(\s*,\s*\d+){2}", text) else []
-    if channels and max(channels) <= 255:
-        return "#{:02x}{:02x}{:02x}".format(*channels)
-    raise ValueError(f"key {key!r} is no stored value; write an id (255), '#rrggbb' or 'r,g,b' in quotes")
-
-
-def _number_or_word(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def _class_id(key: str, value: int | str, names: Sequence[str]) -> int:
-    if value in ("ignore", IGNORE):
-        return IGNORE
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if isinstance(value, int) and 0 <= value < len(names):
-        return value
-    raise ValueError(f"mapping {key}: {value!r} is no class; write 0 to {len(names) - 1}, a class name or ignore")
-
-
-@lru_cache(maxsize=8)  # of the process, not the object: an object travels to the workers by pickle
-def _id_table(num_classes: int, pairs: Pairs) -> np.ndarray:
-    """Class id + 1 for every stored id, `(65536,)` int16; 0 where it is no class."""
-    table = np.zeros(MAX_STORED + 1, dtype=np.int16)
-    table[:num_classes] = np.arange(1, num_classes + 1)
-    table[IGNORE] = IGNORE + 1
-    taken = [class_id for _, class_id in pairs if class_id != IGNORE]
-    table[taken] = 0  # where 7 is mapped to class 0, a stored 0 is hardly the same class
-    for stored, class_id in pairs:
-        table[stored] = class_id + 1
-    return table
-
-
-@lru_cache(maxsize=8)
-def _colour_table(pairs: Pairs) -> np.ndarray:
-    """Class id + 1 for every colour code, `(2^24,)` int16; its zeros take no memory until they are looked up."""
-    table = np.zeros(2**24, dtype=np.int16)
-    for code, class_id in pairs:
-        table[code] = class_id + 1
-    return table
-
-
-def _one_channel(stored: np.ndarray) -> np.ndarray:
-    """`(H, W)` of three equal channels. Raises ValueError that lists the colours if they differ."""
-    if _is_grey(stored):
-        return stored[..., 0]
-    shown = [_colour_name(code) for code in np.unique(_colour_codes(stored))]
-    raise ValueError(f"holds colours ({_some(shown)}); say what they mean: mapping: {{'{shown[0]}': 0, ...}}")
-
-
-def _is_grey(stored: np.ndarray) -> bool:
-    return bool((stored == stored[..., :1]).all())
-
-
-def _colour_codes(stored: np.ndarray) -> np.ndarray:
-    """`(H, W)` int32: 0xRRGGBB."""
-    red, green, blue = np.moveaxis(stored.astype(np.int32), -1, 0)
-    return (red << 16) | (green << 8) | blue
-
-
-def _colour_name(code: int) -> str:
-    return f"#{code:06x}"
-
-
-def _some(items: Iterable[Any], limit: int = 12) -> str:
-    """The first of some items, and how many more there are."""
-    words = [str(item) for item in items]
-    more = f" and {len(words) - limit} more" if len(words) > limit else ""
-    return ", ".join(words[:limit]) + more
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(show_path(name) for name in names[:limit]) + more

@@ -26,7 +26,7 @@ from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import Scored, image_confusions
-from ssl_seg.stages.setup import check_images
+from ssl_seg.stages.setup import check_images, tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
 
@@ -76,6 +76,7 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
             f"the model of {config.model} has {', '.join(model.class_names)}; name the model's classes in that order"
         )
     check_images("data.test", data)
+    tell_notes({"test": data}, labelled=("test",))
     with _opened(config, out) as place:
         _guard(config, place)
         found = image_confusions(model, data, resize, config.reading)

@@ -18,7 +18,17 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from ssl_seg.config import Config, PathText, UserError, load
 from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
-from ssl_seg.data.splits import Examples, Labels, Subset, hold_out, pixel_counts, sample_digest, subset_of
+from ssl_seg.data.splits import (
+    Examples,
+    Labels,
+    Subset,
+    has_labelled_pixels,
+    hold_out,
+    pixel_counts,
+    sample_digest,
+    subset_of,
+    untrained_classes,
+)
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
@@ -40,6 +50,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     say_clamped_zoom,
+    tell_notes,
 )
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.tasks import Stream, readers
@@ -59,6 +70,8 @@ from ssl_seg.weights.export import (
 )
 from ssl_seg.weights.receipt import Receipt
 
+PARTS = ("labelled", "val", "test", "pool")  # of `data`
+LABELLED = PARTS[:3]  # those whose masks are read
 SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others
 
 
@@ -147,12 +160,15 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     quiet = options.quiet or not processes.is_main
     check(config, processes)
     with open_run("finetune", config, options, processes) as (run, signals, mirror):
-        given = {part: getattr(config.data, part) for part in ("labelled", "val", "test", "pool")}
+        given = {part: getattr(config.data, part) for part in PARTS}
         check_same_images(run, given, options.allow_changed)
-        labelled, val = choose_images(config, run.read_json("split.json"))
+        recorded = run.read_json("split.json")
+        labelled, val = choose_images(config, recorded)
+        tell_notes(given, LABELLED, quiet)
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
-        for line in of_small_images(config, labelled):
+        of_classes = of_untrained_classes(labelled, val) if recorded is None else []
+        for line in [*of_small_images(config, labelled), *of_classes]:
             say(line, quiet)
         trained = {"labelled": labelled, "pool": config.data.pool}
         judging = {"val": val, "test": config.data.test}
@@ -234,7 +250,10 @@ def try_out(config: FinetuneConfig) -> DryRun:
     config, start = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
-    labelled, _ = choose_images(config)
+    labelled, val = choose_images(config)
+    tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED)
+    for line in of_untrained_classes(labelled, val):
+        say(line)
     learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
     return dry_run(learner, sources)
 
@@ -248,6 +267,11 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
+    if len(names) == 1:
+        raise UserError(
+            f"data.labelled: one class, {names[0]!r}, leaves nothing to tell it from; write classes: "
+            f"[background, {names[0]}], and mapping: {{255: 1}} where masks hold 0 and 255"
+        )
     count = config.segment.num_classes or len(names)
     if count != len(names):
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
@@ -264,7 +288,7 @@ def check(config: FinetuneConfig, processes: Processes) -> None:
 
 def check_data(config: FinetuneConfig) -> None:
     """That every data set has images, the same classes, and enough labelled ones."""
-    for part in ("labelled", "val", "test", "pool"):
+    for part in PARTS:
         dataset = getattr(config.data, part)
         if dataset is None:
             continue
@@ -292,11 +316,18 @@ def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:
 def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = None) -> tuple[Subset, Examples]:
     """The images whose masks are used, and those on which it is validated: those that the run has recorded.
 
-    Raises UserError where one of these is gone, and for a run that began with another choice of labels.
+    Raises UserError where one of these is gone, for a run that began with another choice of labels, and before that
+    where nothing is labelled.
     """
     if recorded is None:
         available, val = candidates(config)
-        return config.labels.choose(available), val
+        labelled = config.labels.choose(available)
+        if not has_labelled_pixels(labelled):
+            raise UserError(
+                f"data.labelled: every pixel of all {len(labelled)} masks is ignored, so nothing could be learnt; look "
+                "at ignore and mapping, and at what the masks hold"
+            )
+        return labelled, val
     if recorded.get("labels", config.labels.dump()) != config.labels.dump():
         raise UserError("labels: a run goes on with the images that it began with; give another --out for others")
     if "labelled" not in recorded:
@@ -319,6 +350,17 @@ def of_small_images(config: FinetuneConfig, labelled: Examples) -> list[str]:
     return [
         f"augment.crop: {crop_height} x {crop_width} is larger than the images ({height} x {width}), which are "
         f"enlarged for training and scored as they are; give augment.crop=[{min(size)},{min(size)}] or less"
+    ]
+
+
+def of_untrained_classes(labelled: Examples, val: Examples) -> list[str]:
+    """A word where validation asks for classes that no training mask shows, as where each has its own subfolder."""
+    names = untrained_classes(labelled, val)
+    if not names:
+        return []
+    return [
+        f"data.val: shows {', '.join(names)}, and none of the {len(labelled)} masks that are trained on does, so "
+        f"{'it' if len(names) == 1 else 'they'} will be scored 0; give data.val of its own, or more labels"
     ]
 
 

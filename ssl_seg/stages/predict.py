@@ -29,7 +29,7 @@ from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
 from ssl_seg.stages.scoring import predict_ids
-from ssl_seg.stages.setup import check_images
+from ssl_seg.stages.setup import check_images, tell_notes
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, read_model_info
@@ -77,6 +77,7 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     """
     dataset = config.data.images
     check_images("data.images", dataset)
+    tell_notes({"images": dataset})
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
         model, resize = load_model(config.model)

@@ -30,6 +30,7 @@ from ssl_seg.stages.setup import (
     open_run,
     recalibrate,
     say_clamped_zoom,
+    tell_notes,
 )
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
@@ -107,6 +108,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
+        tell_notes({**pool, **val}, quiet=quiet)
         question = Question(pool, val, config.leaks, origins(config, start))
         guard(run, question, processes, config.train.reading, quiet)
         learner, sources = assemble(config, start, processes, run, quiet)
@@ -157,6 +159,7 @@ def try_out(config: PretrainConfig) -> DryRun:
     config, start = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
+    tell_notes({"pool": config.data.pool, "val": config.data.val})
     learner, sources = assemble(config, start, processes, None, quiet=True)
     return dry_run(learner, sources)
 

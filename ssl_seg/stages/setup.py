@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -152,6 +152,13 @@ def say_clamped_zoom(samples: Samples, quiet: bool) -> None:
     told = samples.augment.clamped((size[0], size[1]))
     if told is not None:
         say(told, quiet)
+
+
+def tell_notes(parts: Mapping[str, Dataset | None], labelled: Collection[str] = (), quiet: bool = False) -> None:
+    """Say what a person should know of the files of data sets; the masks of those named in `labelled` will be read."""
+    for part, dataset in parts.items():
+        for note in () if dataset is None else dataset.notes(with_labels=part in labelled):
+            say(f"data.{part}: {note}", quiet)
 
 
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:

@@ -37,6 +37,7 @@ def check_dataset(dataset: Dataset, *, reads: int = 8) -> None:
         kept = pickle.loads(pickle.dumps(example))
         _check_same_example(f"{where} is not pure: a second read", dataset.read(index), kept)
         _check_same_example(f"{where} after pickling the data set", travelled.read(index), kept)
+        _check_same_label(f"label({index})", dataset.label(index), kept.label)
         example.image.fill(7)  # as a loader may, which crops in place
         if example.label is not None:
             example.label.fill(7)
@@ -76,8 +77,12 @@ def _check_example(where: str, example: Example, num_classes: int) -> None:
 def _check_same_example(what: str, example: Example, kept: Example) -> None:
     assert example.name == kept.name, f"{what} is named {example.name!r}, not {kept.name!r}"
     assert np.array_equal(example.image, kept.image), f"{what} gives another image"
-    if kept.label is None:
-        assert example.label is None, f"{what} gives a label where there was none"
+    _check_same_label(what, example.label, kept.label)
+
+
+def _check_same_label(what: str, label: np.ndarray | None, kept: np.ndarray | None) -> None:
+    if kept is None:
+        assert label is None, f"{what} gives a label where there was none"
     else:
-        assert example.label is not None, f"{what} gives no label where there was one"
-        assert np.array_equal(example.label, kept.label), f"{what} gives another label"
+        assert label is not None, f"{what} gives no label where there was one"
+        assert np.array_equal(label, kept), f"{what} gives another label"

@@ -16,7 +16,17 @@ from ssl_seg import rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.augment import Augment, Augmentation, Pair, region
 from ssl_seg.data.loading import CenterCrops, Draws, Kept, Samples, Whole, check_batch_size, loader
-from ssl_seg.data.splits import Examples, Labels, Subset, covering_order, hold_out, manifest, pixel_counts
+from ssl_seg.data.splits import (
+    Examples,
+    Labels,
+    Subset,
+    covering_order,
+    has_labelled_pixels,
+    hold_out,
+    manifest,
+    pixel_counts,
+    untrained_classes,
+)
 from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Dataset, Example
 from tests.faults import message_of
@@ -479,3 +489,27 @@ def test_pixels_are_counted_by_class_and_by_the_images_that_show_it() -> None:
     pixels, beside = pixel_counts(Subset(Striped(), (0, 1)))
     assert pixels.tolist() == [2 * 40 * 30, 40 * 30, 40 * 30, 0, 0, 0]
     assert beside.tolist() == [2 * 40 * 60, 40 * 60, 40 * 60, 0, 0, 0]
+
+
+def test_classes_that_are_validated_but_not_trained_are_named() -> None:
+    dataset = Striped()  # image i shows the ground and class 1 + i % 5
+    trained, scored = Subset(dataset, (0, 1, 5)), Subset(dataset, (3, 6, 9))
+    assert untrained_classes(trained, scored) == ("d", "e")
+    assert untrained_classes(dataset, scored) == ()
+    assert untrained_classes(trained, scored, count=1) == ("d",)  # of many, some are looked at
+
+
+class Ignored(Striped):
+    """Of these only the last has a pixel that counts."""
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        example.label[0 if index < self.count - 1 else 1 :] = 255
+        return example
+
+
+def test_one_labelled_pixel_is_enough_and_none_is_not() -> None:
+    assert has_labelled_pixels(Ignored())
+    assert not has_labelled_pixels(Subset(Ignored(), (0, 1, 2)))
+    with pytest.raises(UserError, match="striped_0: has no mask"):
+        has_labelled_pixels(Unmasked())

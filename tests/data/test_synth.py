@@ -127,7 +127,7 @@ def test_frames_lie_in_a_subfolder_a_clip(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     folder = load(Dataset, drawn.dataset)
     assert [folder.sequence(index) for index in range(5)] == [dataset.sequence(index) for index in range(5)]
-    assert [int(folder.read(index).image.max()) for index in range(5)] == [0, 10, 0, 10, 0]
+    assert [int(folder.image(index).image.max()) for index in range(5)] == [0, 10, 0, 10, 0]
 
 
 def test_what_the_world_does_not_draw_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from ssl_seg.config import UserError, load
@@ -97,10 +102,142 @@ def test_links_list_each_image_once(tmp_path):
     assert [folder.name(index) for index in range(len(folder))] == ["a/one.png", "far.png"]
 
 
+def names_of(folder: Folder) -> list[str]:
+    return [folder.name(index) for index in range(len(folder))]
+
+
+def test_linked_folders_are_followed_each_real_one_once(tmp_path):
+    root, outside = tmp_path / "photos", tmp_path / "outside"
+    put_images(root, "a/one")
+    put_images(outside, "x/two", "three")
+    (outside / "back").symlink_to(outside / "x", target_is_directory=True)
+    (outside / "to_photos").symlink_to(root, target_is_directory=True)
+    for name in ("linked", "again"):
+        (root / name).symlink_to(outside, target_is_directory=True)
+    (root / "b").symlink_to(root / "a", target_is_directory=True)
+    (root / "three.png").symlink_to(outside / "three.png")
+    folder = Folder(images=str(root))
+    assert names_of(folder) == ["a/one.png", "again/three.png", "again/x/two.png"]
+    assert [folder.sequence(index) for index in range(3)] == ["a", "again", "again/x"]
+    assert folder.notes() == ()
+    check_dataset(folder)
+
+
+def test_a_link_that_leads_back_up_is_told(tmp_path):
+    put_images(tmp_path / "photos", "a/one")
+    put_images(tmp_path, "beside")
+    (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    folder = Folder(images=f"{tmp_path}/photos")
+    assert names_of(folder) == ["a/one.png"]
+    assert "links to a folder above them, which are not followed: 1 (a/up)" in folder.notes()[0]
+
+
+def test_a_link_to_the_masks_is_no_folder_of_images(tmp_path):
+    put_images(tmp_path / "images", "a", "sub/b")
+    for name in ("a", "sub/b"):
+        write_mask(tmp_path / "masks" / f"{name}.png", IDS)
+    (tmp_path / "images" / "masks").symlink_to(tmp_path / "masks", target_is_directory=True)
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=4)
+    assert names_of(folder) == ["a.png", "sub/b.png"]
+
+
 def test_a_broken_link_is_named(tmp_path):
     put_images(tmp_path, "a")
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    gone = tmp_path / "gone.png"
+    gone.symlink_to(tmp_path / "nowhere.png")
     assert "gone.png: a link to a file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+    gone.unlink()
+    gone.symlink_to(gone)
+    assert "gone.png: a link to a file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+    gone.unlink()
+    (tmp_path / "clip2").symlink_to(tmp_path / "unmounted")
+    assert "clip2: a link to a folder or file that is missing" in refusal(len, Folder(images=str(tmp_path)))
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A folder, and for this process none of the rights of root, if it has them: those of the folder hold."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
+
+
+def lock_out(folder: Path) -> None:
+    folder.chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("locked", ["clip", "deep/clip", "linked"])
+def test_a_folder_that_cannot_be_read_is_named(locked):
+    with as_nobody() as root:
+        put_images(root / "photos", "a", "deep/b")
+        place = root / "photos" / locked
+        if locked == "linked":
+            place.symlink_to(root / "private" / "clip", target_is_directory=True)
+            put_images(root / "private" / "clip", "c")
+            lock_out(root / "private")
+        else:
+            put_images(place, "c")
+            lock_out(place)
+        message = refusal(len, Folder(images=str(root / "photos")))
+        assert f"{place}: cannot be read (Permission denied)" in message
+        os.seteuid(os.getuid())
+        (root / "private" if locked == "linked" else place).chmod(0o755)
+        assert len(Folder(images=str(root / "photos"))) == 3
+
+
+def test_roots_that_cannot_be_reached_are_named():
+    with as_nobody() as root:
+        put_images(root / "private" / "train", "a")
+        lock_out(root / "private")
+        for dataset in (Folder(images=f"{root}/private/train"), Camvid(root=f"{root}/private")):
+            assert "train: cannot be read (Permission denied)" in refusal(len, dataset)
+        unnamed = Folder(images=str(root), masks=f"{root}/private/masks")
+        assert "private/masks: cannot be read (Permission denied)" in refusal(len, unnamed)
+        os.seteuid(os.getuid())
+        (root / "private").chmod(0o755)
+
+
+def test_an_unknown_home_is_named():
+    for dataset in (Folder(images="~nobody_of_this_name/a"), Camvid(root="~nobody_of_this_name")):
+        assert "~nobody_of_this_name" in refusal(len, dataset)
+
+
+def test_what_runs_have_drawn_is_left_out_and_told(tmp_path):
+    put_images(tmp_path, "a", "runs/one/pictures/b", "studies/s/changed/c", "masked/overlays/d", "drive/e", "drive/x/f")
+    for name, content in {
+        "runs/one/run.json": {"stage": "pretrain", "config": {}},
+        "studies/s/study.json": {"seeds": [0], "cells": []},
+        "masked/classes.json": {"classes": ["a"], "model": "runs/one"},
+        "drive/run.json": {"driver": "somebody else's"},
+        "drive/x/classes.json": ["of another program"],
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    folder = Folder(images=str(tmp_path))
+    assert names_of(folder) == ["a.png", "drive/e.png", "drive/x/f.png"]
+    (note,) = folder.notes()
+    assert note.startswith(f"{tmp_path}: subfolders that a run or another command has written, which are left out: 3 (")
+    assert "(masked, runs/one, studies/s)" in note
+    assert len(Folder(images=f"{tmp_path}/runs/one/pictures")) == 1  # whoever names them means them
+    assert "which are left out: 1 (one)" in refusal(len, Folder(images=f"{tmp_path}/runs"))
+
+
+def test_names_match_however_unicode_writes_their_letters(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "forêt/é") for form in ("NFC", "NFD"))
+    put_images(tmp_path / "images", decomposed)
+    write_mask(tmp_path / "masks" / f"{composed}.png", IDS)
+    files = {"images": f"{tmp_path}/images", "masks": f"{tmp_path}/masks", "classes": 4}
+    folder = Folder(**files)
+    assert names_of(folder) == [f"{decomposed}.png"]
+    np.testing.assert_array_equal(folder.read(0).label, IDS)
+    put_images(tmp_path / "images", composed)
+    assert "differ by how Unicode writes the same letters" in refusal(len, Folder(**files))
+    assert len(Folder(images=f"{tmp_path}/images")) == 2
 
 
 def test_a_missing_and_an_empty_folder_are_named(tmp_path):
@@ -267,40 +404,37 @@ def test_a_mask_of_another_size_names_both_files_and_sizes(tmp_path):
     assert f"{tmp_path}/images/a b/é.png has 6 x 8" in message
 
 
-# ---- folder: turned pictures, and values of more than 8 bits
+def put_turned(root: Path, name: str, orientation: int, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size[::-1]).save(root / "images" / f"{name}.jpg", exif=exif)
+    write_mask(root / "masks" / f"{name}.png", np.zeros(mask_size, dtype=np.uint8))
 
 
-def turned(root: Path, number: int, size: tuple[int, int] = SIZE, mask_turn: int = 1) -> Folder:
-    """A photograph with that EXIF orientation, and a mask of the size of what is stored."""
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    photo = Image.fromarray(GENERATOR.integers(0, 256, (*size, 3), dtype=np.uint8))
-    for image, path, turn in (
-        (photo, "images/a.jpg", number),
-        (Image.fromarray(np.zeros(size, dtype=np.uint8)), "masks/a.png", mask_turn),
-    ):
-        exif = Image.Exif()
-        exif[0x0112] = turn
-        image.save(root / path, exif=exif)
-    return Folder(images=str(root / "images"), masks=str(root / "masks"), classes=2)
+def test_a_mask_of_the_unturned_size_is_told_by_exif(tmp_path):
+    put_turned(tmp_path, "a", 6, (6, 8), (6, 8))
+    message = refusal(Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2).read, 0)
+    assert "a.png: 6 x 8 pixels (H x W), but its image" in message
+    assert "has 8 x 6 when it is turned by its EXIF orientation (6)" in message
+    assert "turn the mask alike" in message
 
 
-@pytest.mark.parametrize("number", [5, 6, 7, 8])
-def test_a_mask_of_the_size_before_exif_is_told_why(tmp_path, number):
-    message = refusal(turned(tmp_path, number).read, 0)
-    assert f"turned by its EXIF orientation ({number})" in message
-    assert "turn the mask too" in message
-    assert turned(tmp_path / "both", number, mask_turn=number).read(0).label.shape == (8, 6)
+def test_turns_that_no_size_shows_are_told(tmp_path):
+    put_turned(tmp_path, "as size tells", 6, (6, 8), (8, 6))
+    put_turned(tmp_path, "upright", 1, (6, 8), (6, 8))
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2)
+    assert folder.notes() == ()
+    put_turned(tmp_path, "square", 8, (6, 6), (6, 6))
+    put_turned(tmp_path, "upside down", 3, (6, 8), (6, 8))
+    folder = Folder(images=f"{tmp_path}/images", masks=f"{tmp_path}/masks", classes=2)
+    (note,) = folder.notes()
+    assert "EXIF turns or mirrors 2 of the images (square.jpg, upside down.jpg)" in note
+    assert folder.notes(with_labels=False) == ()
 
 
-@pytest.mark.parametrize(("number", "size"), [(2, SIZE), (3, SIZE), (4, SIZE), (6, (8, 8))])
-def test_a_mask_that_fits_either_way_is_a_doubt(tmp_path, number, size):
-    folder = turned(tmp_path, number, size)
-    assert folder.read(0).label.shape == size
-    assert "its mask is taken to be drawn on the turned picture" in folder.doubt(0)
-    assert turned(tmp_path / "both", number, size, mask_turn=number).doubt(0) == ""
-    assert turned(tmp_path / "upright", 1, size).doubt(0) == ""
-    assert Folder(images=folder.images).doubt(0) == ""
+# ---- folder: values of more than 8 bits
 
 
 def deep(root: Path, *largest: int) -> Folder:
@@ -381,7 +515,7 @@ def test_a_mapping_means_what_it_says_for_every_stored_id(mapping):
     folder = Folder(images="i", masks="m", classes=10, mapping=mapping)
     stored = np.array([list(mapping)], dtype=np.uint16)
     expected = [255 if value == "ignore" else value for value in mapping.values()]
-    assert folder._label(stored).tolist() == [expected]
+    assert folder._meaning.label(stored).tolist() == [expected]
 
 
 def test_masks_without_classes_say_what_they_hold(tmp_path):
@@ -404,10 +538,10 @@ def test_masks_without_classes_say_what_they_hold(tmp_path):
     [
         ({"classes": 3}, "classes is given without masks"),
         ({"mapping": {1: 0}}, "mapping is given without masks"),
-        ({"masks": "m", "classes": 0}, "give 1 to 255 different names"),
-        ({"masks": "m", "classes": 256}, "give 1 to 255 different names"),
-        ({"masks": "m", "classes": "road"}, "give 1 to 255 different names"),
-        ({"masks": "m", "classes": ["a", "a"]}, "give 1 to 255 different names"),
+        ({"masks": "m", "classes": 0}, "give 2 to 255 different names"),
+        ({"masks": "m", "classes": 256}, "give 2 to 255 different names"),
+        ({"masks": "m", "classes": "road"}, "give 2 to 255 different names"),
+        ({"masks": "m", "classes": ["a", "a"]}, "give 2 to 255 different names"),
         ({"masks": "m", "classes": 3, "mapping": {"red": 1}}, "key 'red' is no stored value"),
         ({"masks": "m", "classes": 3, "mapping": {"256,0,0": 1}}, "key '256,0,0' is no stored value"),
         ({"masks": "m", "classes": 3, "mapping": {65536: 1}}, "key 65536 is no stored value"),
@@ -465,6 +599,7 @@ def test_camvid_reads_both_layouts(tmp_path, layout):
     assert both.name(3) == "val/0016E5_1.png"
     for dataset in (train, both):
         check_dataset(dataset)
+        assert dataset.notes() == ()
 
 
 def test_camvid_keeps_chosen_drives(tmp_path):
@@ -615,6 +750,10 @@ class Fake(Dataset):
         }
         return broken.get(self.fault, good)
 
+    def label(self, index: int) -> np.ndarray | None:
+        label = super().label(index)
+        return label[::-1] + np.uint8(1) if self.fault == "other label" else label
+
     def __getstate__(self):
         state = super().__getstate__()
         if self.fault == "pickle":
@@ -644,6 +783,7 @@ class Fake(Dataset):
         ("size", "for an image"),
         ("ids", r"holds \[2\]"),
         ("random", "not pure"),
+        ("other label", r"label\(0\) gives another label"),
         ("shared image", "written to, gives another image"),
         ("shared label", "written to, gives another label"),
         ("pickle", "after pickling"),

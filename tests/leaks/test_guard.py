@@ -599,7 +599,7 @@ def test_a_jpeg_that_was_cut_and_closed_again_stops_the_run(tmp_path: Path, work
     with pytest.raises(
         UserError, match=r"pool/2\.jpg: damaged or cut off \(Corrupt JPEG data: premature end"
     ) as caught:
-        guard.check(Place(tmp_path), Question({"pool": pool}, {}, Leaks()), workers)
+        guard.check(Place(tmp_path), Question({"pool": pool}, {}, Leaks()), Workers(workers))
     assert "\n" not in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ssl_seg.data.splits import sample_digest
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.evidence.passport import verify
+from ssl_seg.images import write_image, write_mask
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics
 from ssl_seg.runs.lock import LOCK
@@ -33,6 +35,7 @@ from ssl_seg.stages.finetune import (
     load_weights,
     of_small_images,
     resolve,
+    try_out,
 )
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions
@@ -373,20 +376,68 @@ def test_a_wrong_mask_among_those_to_be_scored_is_named_before_the_first_step(
     assert not (out / "state").exists()
 
 
-def test_masks_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ignore_labels(monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """Of the labelled images only the first `known` keep their labels."""
     read = Textured.read
 
-    def nothing_known(self: Textured, index: int) -> Any:
+    def little_known(self: Textured, index: int) -> Any:
         example = read(self, index)
-        if self.seed == 5:  # the labelled images
+        if self.seed == 5 and index >= known:  # the labelled images
             example.label[:] = 255
         return example
 
-    monkeypatch.setattr(Textured, "read", nothing_known)
-    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}})
-    assert all(line["train/loss"] == 0 for line in read_metrics(done.folder))
+    monkeypatch.setattr(Textured, "read", little_known)
+
+
+def test_batches_that_are_all_ignored_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_labels(monkeypatch, known=1)
+    done = run(tmp_path / "run", {"segment": {"dice": 1.0, "class_weights": "median"}}, batch_size=1)
+    losses = [line["train/loss"] for line in read_metrics(done.folder)]
+    assert 0 in losses
+    assert np.isfinite(losses).all()
     assert all(value.isfinite().all() for value in load_file(done.folder / "model" / "model.safetensors").values())
     assert 0 <= done.val.miou <= 1
+
+
+def test_nothing_labelled_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignore_labels(monkeypatch, known=0)
+    with pytest.raises(UserError, match=r"data\.labelled: every pixel of all 4 masks is ignored"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*/step_*"))
+    with pytest.raises(UserError, match="every pixel"):
+        try_out(load(FinetuneConfig, finetuning()))
+
+
+def put_kinds(root: Path) -> dict[str, Any]:
+    """Photographs of plants sorted into a folder a kind, with masks; the data set that reads them."""
+    random = np.random.default_rng(0)
+    for kind, name in enumerate(("ash", "birch", "cedar", "oak", "pine"), start=1):
+        for number in range(2):
+            mask = np.zeros((40, 40), dtype=np.uint8)
+            mask[8:32, 8:32] = kind
+            photograph = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            write_image(root / "images" / name / f"{number}.png", photograph)
+            write_mask(root / "masks" / name / f"{number}.png", mask)
+    return {"type": "folder", "images": f"{root}/images", "masks": f"{root}/masks", "classes": 6}
+
+
+def test_a_kind_that_is_held_out_whole_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {**finetuning(steps=1), "data": {"labelled": put_kinds(tmp_path)}}
+    config = load(FinetuneConfig, values)
+    try_out(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if "none of the 8 masks" in line]
+    assert len(told) == 1
+    assert re.match(r"data\.val: shows class_\d, and none of .* it will be scored 0; give data\.val", told[0])
+    finetune(config, Options(tmp_path / "run"))
+    assert told[0] in capsys.readouterr().err.splitlines()
+    finetune(config, Options(tmp_path / "run"))
+    assert told[0] not in capsys.readouterr().err.splitlines()  # it has been told, and no mask is read again for it
+
+
+def test_one_class_is_refused_whatever_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Textured, "class_names", ("disc",))
+    with pytest.raises(UserError, match=r"data\.labelled: one class, 'disc', leaves nothing to tell it from"):
+        resolve(load(FinetuneConfig, finetuning()))
 
 
 def test_the_receipts_are_kept(pretrained: Path, tmp_path: Path) -> None:
