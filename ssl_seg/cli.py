@@ -332,6 +332,8 @@ def run(command: Callable[[], Any]) -> int:
             return _complain(error.format_message())
         except UserError as error:
             return _complain(str(error), error.exit_code, alone=error.of_one_process)
+        except PermissionError as error:
+            return _complain(f"{error.filename}: {error.strerror}; mend the rights, or name what is yours")
         except Interrupted as error:
             return _complain(str(error), 128 + error.signum, alone=True)
 
