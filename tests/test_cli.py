@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -191,6 +192,7 @@ def test_dry_run_prints_shapes_and_costs_and_writes_nothing(
     assert f"-> {head.split(': ')[1]}" in said
     assert "M parameters" in said
     assert "s per step, peak" in said
+    assert re.search(r"\d+ steps \(train.steps\): \d+:\d\d, without reading", said)
     assert not list(tmp_path.iterdir())
 
 

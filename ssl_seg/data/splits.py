@@ -108,7 +108,10 @@ class Labels(Config):
         if self.fraction is not None:
             wanted = max(1, round(self.fraction * available))
         if wanted > available:
-            raise UserError(f"labels.count: {wanted} is more than the {available} labelled images; ask for fewer")
+            raise UserError(
+                f"labels.count: {wanted} is more than the {available} labelled images to train on "
+                "(without data.val some are held out); ask for fewer"
+            )
         return wanted
 
     def choose(self, dataset: Examples) -> Subset:

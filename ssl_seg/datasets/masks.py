@@ -142,7 +142,10 @@ class Meaning:
         names = self.names
         if coloured:
             shown = [_colour_name(value) for value in values]
-            return f"colours {_some(shown)} are in no mapping; add lines such as mapping: {{'{shown[0]}': ignore}}"
+            return (
+                f'colours {_some(shown)} are in no mapping; add the class of each, such as mapping: {{"{shown[0]}": '
+                f"{names[0]}}}, or ignore where it is to be left out"
+            )
         first = values[0]
         if first < len(names):
             return (
@@ -207,7 +210,7 @@ def _one_channel(values: np.ndarray) -> np.ndarray:
     if _is_grey(values):
         return values[..., 0]
     shown = [_colour_name(code) for code in np.unique(_colour_codes(values))]
-    raise ValueError(f"holds colours ({_some(shown)}); say what they mean: mapping: {{'{shown[0]}': 0, ...}}")
+    raise ValueError(f'holds colours ({_some(shown)}); say what they mean: mapping: {{"{shown[0]}": 0, ...}}')
 
 
 # ---- all masks of a folder ----
@@ -390,7 +393,7 @@ def ask_for_classes(folder: Path, names: Sequence[str]) -> str:
     lead = f"{show_path(folder)}: classes is missing; {len(probed)} of {len(names)} masks hold"
     if colours:
         first = min(colours)
-        return f"{lead} colours {_some(sorted(colours))}: write classes and mapping: {{'{first}': 0, ...}}"
+        return f'{lead} colours {_some(sorted(colours))}: write classes and mapping: {{"{first}": 0, ...}}'
     if ids == BLACK_AND_WHITE:
         return f"{lead} ids 0 and 255: write classes: 2 and mapping: {{255: 1}}"
     highest = max(ids - {IGNORE}, default=0)

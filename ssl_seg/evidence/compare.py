@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ IDLE = ("train.workers", "train.worker_timeout", "train.log_every", "train.save_
 TIMM = "model.encoder.pretrained"
 # What a fine-tuning from scratch has otherwise than its pretrained twin.
 STARTS = ("init", "init_allow", "transfer", TIMM)
+KEYS_TOLD = 4  # of those in which an arm differs from the runs from scratch
 SEED_IN_NAME = re.compile(r"[_\-. ]*(?:p|s|seed)?[_\-. ]*[0-9]+$")  # of pretrained_0, four_p1, run-seed2
 # Of images, for an interval at a glance: its ends then move by 3 % of its width from seed to seed, and 500 runs take
 # seconds. A study's own tables take more.
@@ -65,15 +66,15 @@ def group(outcomes: Sequence[Outcome], unfinished: Sequence[str] = ()) -> Compar
         differing = {"init": starts, **{key: values for key, values in differing.items() if key != "init"}}
     labels = _labels(kinds, differing)
     arms = tuple(Arm(label, tuple(own), _is_scratch(own)) for label, own in zip(labels, kinds, strict=True))
-    tables = _tables(arms)
+    tables, baselines = _tables(arms), _baselines(arms)
     return Comparison(
         arms=arms,
-        baselines=_baselines(arms),
+        baselines=baselines,
         tables=tables,
         bases=tuple(arm for arm in arms if arm.from_scratch),
         resamples=RESAMPLES,
         differing=differing,
-        apart=_apart(arms, tables),
+        apart=(*_apart(arms, tables), *_without_baseline(arms, baselines)),
         unfinished=tuple(unfinished),
     )
 
@@ -195,6 +196,30 @@ def _apart(arms: Sequence[Arm], tables: Sequence[Sequence[Arm]]) -> tuple[str, .
     if unknown:
         lines.append(f"no passport, so nothing says whether the images are the same: {labels_of(unknown)}")
     return tuple(lines)
+
+
+def _without_baseline(arms: Sequence[Arm], baselines: Mapping[Arm, Arm]) -> Iterator[str]:
+    """A line for each arm that has no gain though there are runs from scratch: in what the most alike of them differs.
+
+    One that has the same settings differs in its passport, which `_apart` tells.
+    """
+    for arm in arms:
+        if arm in baselines or arm.from_scratch or not _is_finetuned(arm.outcomes[0]):
+            continue
+        scratch = [other for other in arms if other.from_scratch and other.stage == arm.stage]
+        keys = min((_differing_keys(arm, other) for other in scratch), key=len, default=[])
+        if keys:
+            more = f" and {len(keys) - KEYS_TOLD} more" if len(keys) > KEYS_TOLD else ""
+            yield (
+                f"no gain of {arm.label}: the runs from scratch differ in {', '.join(keys[:KEYS_TOLD])}{more}; "
+                "make some with its settings, all but init"
+            )
+
+
+def _differing_keys(arm: Arm, other: Arm) -> list[str]:
+    """Settings in which two arms differ beside what they start from."""
+    keys = arm.settings.keys() | other.settings.keys()
+    return sorted(key for key in keys if not _is_start(key) and arm.settings.get(key) != other.settings.get(key))
 
 
 # ---- what differs ----

@@ -21,7 +21,7 @@ from ssl_seg import files
 from ssl_seg.config import Config, UserError
 from ssl_seg.images import resize_image, write_image
 from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, altered, equal, fingerprint
-from ssl_seg.leaks.neighbours import frames_apart, how_judged, neighbours
+from ssl_seg.leaks.neighbours import TOO_FEW, frames_apart, how_judged, neighbours
 from ssl_seg.leaks.record import (
     Compared,
     Kind,
@@ -45,6 +45,7 @@ ROWS = 8  # pairs on the sheet
 PANEL = 320  # pixels of the longer side of a picture on the sheet
 FILES = ("leaks.json", "leaks.png", "images.json", "fingerprints.safetensors")
 MANY = 1_000  # images whose reading takes so long that it is announced
+Pair = tuple[str, str]  # of parts: trained on, scored
 HEARTBEAT = 2.0  # seconds after which waiting processes hear that the first is at work
 
 
@@ -80,7 +81,7 @@ class Question:
     inits: Mapping[str, str | None] = field(default_factory=dict)
     # Parts (trained, scored) that the run itself has cut from one data set: frames beside the cut are written down and
     # let pass, for the user has not chosen it and one clip cannot be cut without.
-    own_cuts: frozenset[tuple[str, str]] = frozenset()
+    own_cuts: frozenset[Pair] = frozenset()
 
     @property
     def given(self) -> dict[str, Examples]:
@@ -206,7 +207,7 @@ def make_record(
     result: Compared,
     scored: set[str],
     config: Leaks,
-    own_cuts: Collection[tuple[str, str]] = (),
+    own_cuts: Collection[Pair] = (),
 ) -> dict[str, Any]:
     """leaks.json: what was compared and how, every leak with whether it is allowed, and images to look at.
 
@@ -219,6 +220,8 @@ def make_record(
         for part, prints in [*trained.items(), *((part, None) for part in result.unknown)]
         for other, theirs in against.items()
     ]
+    unjudged = {(pair["part"], pair["scored_part"]) for pair in pairs if pair["names"] == TOO_FEW}
+    at_own_cut = {leak for leak in result.leaks if _is_at_own_cut(leak, own_cuts, unjudged, config.frames)}
     return {
         "basis": dict(basis),
         "checked": config.check,
@@ -226,7 +229,7 @@ def make_record(
         "scored": {part: len(prints) for part, prints in against.items()},
         "pairs": pairs,
         "doubts": {part: own for part, prints in result.prints.items() if (own := _doubts(prints))},
-        "leaks": [_recorded(leak, config, own_cuts) for leak in _worst_first(result.leaks)],
+        "leaks": [_recorded(leak, config, leak in at_own_cut) for leak in _worst_first(result.leaks)],
     }
 
 
@@ -235,8 +238,20 @@ def _doubts(prints: Fingerprints) -> dict[str, str]:
     return {name: words for name, words in zip(prints.names, prints.doubts, strict=False) if words}
 
 
-def _recorded(leak: Leak, config: Leaks, own_cuts: Collection[tuple[str, str]]) -> dict[str, Any]:
-    at_own_cut = leak.kind == "sequence" and (leak.part, leak.scored_part) in own_cuts
+def _is_at_own_cut(leak: Leak, own_cuts: Collection[Pair], unjudged: Collection[Pair], frames: int) -> bool:
+    """Whether the run's own cut has parted neighbours.
+
+    Where pictures are too few to say that numbers are time, two that are much alike and close in number are taken for
+    neighbours too: a run of sixteen frames is cut between two.
+    """
+    pair = (leak.part, leak.scored_part)
+    if pair not in own_cuts:
+        return False
+    apart = frames_apart(leak.name, leak.scored) or 0
+    return leak.kind == "sequence" or (leak.kind == "altered" and pair in unjudged and 0 < apart <= frames)
+
+
+def _recorded(leak: Leak, config: Leaks, at_own_cut: bool) -> dict[str, Any]:
     return {**asdict(leak), "allowed": at_own_cut or is_allowed(leak, config.allow), "at_own_cut": at_own_cut}
 
 

@@ -79,8 +79,14 @@ def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
 
 
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """The parts of a model that were given, on those of another."""
-    return base.model_copy(update={name: getattr(model, name) for name in model.model_fields_set})
+    """What was given of a model, on another: key by key, where encoder or decoder are of the same type."""
+    given: dict[str, Any] = {name: getattr(model, name) for name in model.model_fields_set}
+    for part in given.keys() & {"encoder", "decoder"}:
+        below, own = getattr(base, part), given[part]
+        if type(own) is type(below):
+            update = {name: getattr(own, name) for name in own.model_fields_set}
+            given[part] = below.model_copy(update=update)
+    return base.model_copy(update=given)
 
 
 def _inherit(exported: ModelConfig, given: ModelConfig, config: StageConfig) -> ModelConfig:

@@ -30,7 +30,7 @@ from ssl_seg.rng import seeded
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.scoring import device_of, predict_ids
 from ssl_seg.tasks import Stream
-from ssl_seg.terminal import say
+from ssl_seg.terminal import clock, say
 from ssl_seg.training.config import frozen_at
 from ssl_seg.training.learner import MOMENTS, Learner
 from ssl_seg.training.loop import SMALLER_STEPS, backward, finish_gradients, passes_of
@@ -54,12 +54,19 @@ class DryRun:
     parameters: dict[str, int]
     shapes: dict[str, str]
     seconds_per_step: float
+    steps: int
     peak_memory_mib: float
 
     def lines(self) -> list[str]:
         counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
         shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
-        return [*counted, *shown, f"{self.seconds_per_step:.3g} s per step, peak {self.peak_memory_mib:.0f} MiB"]
+        whole = clock(self.steps * self.seconds_per_step)
+        return [
+            *counted,
+            *shown,
+            f"{self.seconds_per_step:.3g} s per step, peak {self.peak_memory_mib:.0f} MiB",
+            f"{self.steps} steps (train.steps): {whole}, without reading and evaluating",
+        ]
 
 
 def dry_run(learner: Learner, sources: Mapping[Stream, Samples], judged: Judged | None = None) -> DryRun:
@@ -96,7 +103,7 @@ def dry_run(learner: Learner, sources: Mapping[Stream, Samples], judged: Judged 
         "encoder": _numbers_in(module.encoder),
         **{name: _numbers_in(head) for name, head in module.heads.items()},
     }
-    return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
+    return DryRun(parameters, shapes, seconds, config.steps, peak_memory(learner.processes.device))
 
 
 def _shapes(inputs: Sequence[Any], output: Any) -> str:

@@ -95,7 +95,7 @@ def outline(config: StudyConfig, out: Path) -> list[str]:
     for words, cells in (*runs.items(), ("cells", plan.cells)):
         done = sum(_is_finished(_folder(out, cell)) for cell in cells)
         lines += [f"{len(cells)} {words}, {done} of them finished"] if cells else []
-    return lines
+    return [*lines, "leaks are looked for at the start, which reads every image"]
 
 
 def _plan(config: StudyConfig, out: Path) -> Plan:

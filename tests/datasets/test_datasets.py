@@ -376,7 +376,7 @@ def test_colours_without_a_mapping_are_listed(tmp_path):
     message = refusal(folder.read, 0)
     assert f"{tmp_path}/masks/a b/é.png (mask of {tmp_path}/images/a b/é.png)" in message
     assert "#000000, #0080ff, #010203, #ff0000" in message
-    assert "mapping: {'#000000': 0, ...}" in message
+    assert 'mapping: {"#000000": 0, ...}' in message
     partly = Folder(images=folder.images, masks=folder.masks, classes=4, mapping={"#000000": 0, "#ff0000": 1})
     assert "colours #0080ff, #010203 are in no mapping" in refusal(partly.read, 0)
 

@@ -219,6 +219,16 @@ def test_the_baseline_has_the_same_labels_and_steps() -> None:
     assert gains["50"] is None
 
 
+def test_an_arm_without_a_gain_says_why() -> None:
+    scratch = [finetuned(0.1), finetuned(0.1, train__steps=7, model__decoder__type="fpn")]
+    found = group([*scratch, finetuned(0.3, {}, init="runs/pre", train__steps=800)])
+    (line,) = found.apart
+    told = "the runs from scratch differ in train.steps; make some with its settings, all but init"
+    assert line == f"no gain of {found.arms[2].label}: {told}"
+    assert not group([finetuned(0.1), finetuned(0.3, {}, init="runs/pre")]).apart
+    assert not group([finetuned(0.3, {}, init="runs/pre")]).apart
+
+
 def test_weights_of_timm_are_no_scratch() -> None:
     found = group([finetuned(0.3, model__encoder__pretrained=True), finetuned(0.1)])
     assert found.arms[0].label.startswith("scratch")

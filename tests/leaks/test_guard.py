@@ -449,6 +449,19 @@ def test_a_glob_of_the_kind_or_of_either_name_allows_a_leak(allow: list[str], pa
     assert is_allowed(bracketed if allow == ["d[1].png"] else LEAK, allow) is passes
 
 
+def test_in_a_short_clip_copies_beside_the_runs_own_cut_are_taken_for_neighbours() -> None:
+    """Of so few pictures nothing tells whether numbers are time; the run has parted these two, and not the user."""
+    clip = load(Synthetic, {"kind": {"type": "street"}, "count": 8, "clip": 8, "size": [120, 160]})
+    parts = {"labelled": Subset(clip, tuple(range(6))), "val": Subset(clip, (6, 7))}
+    seen = {part: finished(near_duplicates.fingerprint(own)) for part, own in parts.items()}
+    leaks = finished(compare("labelled", seen["labelled"], "val", seen["val"], Leaks()))
+    assert {leak.kind for leak in leaks} == {"altered"}
+    result = Compared(prints=seen, leaks=leaks)
+    for own_cut in ((), {("labelled", "val")}):
+        record = guard.make_record({}, result, {"val"}, Leaks(), own_cut)
+        assert {written["allowed"] for written in record["leaks"]} == {bool(own_cut)}
+
+
 def test_frames_beside_the_runs_own_cut_are_written_down_and_let_pass() -> None:
     at_cut = Leak("sequence", "labelled", "a_1", "val", "a_2", None, "1 frames apart")
     others = [

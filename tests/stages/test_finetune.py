@@ -179,6 +179,14 @@ def test_what_the_config_leaves_out_of_the_model_is_that_of_init(pretrained: Pat
     assert (resolved.encoder.name, resolved.decoder.type, resolved.norm) == ("mobilenetv2_035", "unet", "group")
 
 
+def test_what_the_config_leaves_out_of_encoder_or_decoder_is_that_of_init_too(pretrained: Path) -> None:
+    model = {"encoder": {"drop_path": 0.1, "pretrained": True}, "decoder": {"type": "fpn", "dropout": 0.0}}
+    resolved, start = resolve(load(FinetuneConfig, {**finetuning(), "model": model, "init": str(pretrained)}))
+    encoder, decoder = resolved.model.encoder.dump(), resolved.model.decoder.dump()
+    assert (encoder["name"], encoder["drop_path"], start.kind) == ("mobilenetv2_035", 0.1, "init")
+    assert (decoder["channels"], decoder["pyramid_channels"], decoder["dropout"]) == (64, 32, 0.0)
+
+
 def test_crops_that_enlarge_the_images_are_told() -> None:
     values = finetuning()
     size = load(FinetuneConfig, values).data.labelled.image(0).image.shape[:2]
