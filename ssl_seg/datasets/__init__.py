@@ -62,16 +62,12 @@ class Dataset(Plugin, ABC):
         """
         return ""
 
-    def caution(self) -> str:
-        """What a person should know of the data set before it is used, in one line; '' for nothing. Looks at a few."""
-        return ""
-
     def sequence(self, index: int) -> str:
         """The clip, drive or subfolder an image belongs to: splits keep a sequence whole. '' where there is none."""
         return ""
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
-        """What a person should know of how files were taken or passed over, a line each; told when a run starts.
+        """What a person should know of the files that are taken or passed over, a line each; told when a run starts.
 
         `with_labels` says that the masks are going to be read.
         """

@@ -185,22 +185,8 @@ class Folder(Dataset):
     def doubt(self, index: int) -> str:
         return doubt(self._image_folder / self.name(index))
 
-    def caution(self) -> str:
-        if self.range is not None:
-            return ""
-        probed = range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
-        found = [largest_value(self._image_folder / self.name(index)) for index in probed]
-        largest = [value for value in found if value is not None]
-        if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
-            return ""
-        white = 2 ** max(largest).bit_length() - 1
-        return (
-            f"{show_path(self._image_folder)}: nearly black: in {len(largest)} images of 16 bits that were read no "
-            f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]"
-        )
-
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
-        lines = self._scanned.notes
+        lines = self._scanned.notes + self._note_dark()
         if with_labels and self.masks is not None:
             lines += (f"{show_path(self._mask_folder)}: {self._reading.note}",) if self._reading.note else ()
             lines += self._note_turned()
@@ -275,6 +261,21 @@ class Folder(Dataset):
             raise UserError(_say_missing(folder, masks, missing, len(names)))
         pairs = tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
         return _Scanned(pairs, tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))))
+
+    def _note_dark(self) -> tuple[str, ...]:
+        """A word where 16 bits are used so little that images are nearly black."""
+        if self.range is not None:
+            return ()
+        probed = range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
+        found = [largest_value(self._image_folder / self.name(index)) for index in probed]
+        largest = [value for value in found if value is not None]
+        if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
+            return ()
+        white = 2 ** max(largest).bit_length() - 1
+        return (
+            f"{show_path(self._image_folder)}: nearly black: in {len(largest)} images of 16 bits that were read no "
+            f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]",
+        )
 
     def _note_turned(self) -> tuple[str, ...]:
         """A word where EXIF turns images but not their masks, and sizes do not tell what a mask was drawn on."""

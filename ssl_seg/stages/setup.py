@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
-from ssl_seg.terminal import Signals, say, tells, watch_signals
+from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
@@ -127,18 +126,9 @@ def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_chan
 
 
 def check_images(key: str, dataset: Dataset) -> None:
-    """An empty data set would only be noticed as a division by zero; one of black images never."""
+    """An empty data set would only be noticed as a division by zero."""
     if len(dataset) == 0:
         raise UserError(f"{key}: holds no image; name a folder with some")
-    caution = dataset.caution()
-    if caution:
-        _caution_once(caution)
-
-
-@cache
-def _caution_once(text: str) -> None:
-    """Several parts, and every arm of a study, may have one folder."""
-    say(f"CAUTION: {text}", not tells())
 
 
 def say_clamped_zoom(samples: Samples, quiet: bool) -> None:

@@ -447,22 +447,23 @@ def deep(root: Path, *largest: int) -> Folder:
 
 
 def test_pictures_that_use_a_part_of_16_bits_are_told_with_the_range_to_write(tmp_path):
-    folder = deep(tmp_path / "dark", *[900] * 20, 3500)
-    assert "no value is above 900 of 65535; if less than that is white, write range: [0, 1023]" in folder.caution()
+    (note,) = deep(tmp_path / "dark", *[900] * 20, 3500).notes()
+    assert "no value is above 900 of 65535; if less than that is white, write range: [0, 1023]" in note
     folder = deep(tmp_path / "darker", *[3500] * 3)
-    assert f"{tmp_path}/darker: nearly black: in 3 images" in folder.caution()
-    assert "range: [0, 4095]" in folder.caution()
+    (note,) = folder.notes(with_labels=False)
+    assert f"{tmp_path}/darker: nearly black: in 3 images" in note
+    assert "range: [0, 4095]" in note
     mended = Folder(images=folder.images, range=(0, 4095))
-    assert mended.caution() == ""
+    assert mended.notes() == ()
     assert folder.image(0).image.max() == 14
     assert mended.image(0).image.max() == round(3500 / 4095 * 255)
 
 
 def test_pictures_that_are_dark_for_good_are_not_spoken_of(tmp_path):
-    assert deep(tmp_path / "night", 900, 900, 50_000, 900).caution() == ""
-    assert deep(tmp_path / "cap", 0, 0).caution() == ""
+    assert deep(tmp_path / "night", 900, 900, 50_000, 900).notes() == ()
+    assert deep(tmp_path / "cap", 0, 0).notes() == ()
     put_images(tmp_path / "eight bits", "a", "b")
-    assert Folder(images=str(tmp_path / "eight bits")).caution() == ""
+    assert Folder(images=str(tmp_path / "eight bits")).notes() == ()
 
 
 def test_a_range_is_in_the_config_where_it_is_given_and_moves_the_digest(tmp_path):
