@@ -10,7 +10,7 @@ import math
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from ssl_seg import losses, metrics, rng
@@ -36,12 +36,12 @@ class Inpaint(PretextTask):
     # (experiments/camvid_tasks), is 0.42, 0.34 and 0.40 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 0.5
     mask: Literal["squares", "strokes", "grid"] = "squares"
-    number: PositiveInt = 4  # squares or strokes
+    number: Annotated[int, Field(ge=1, le=1000)] = 4  # squares or strokes; each takes time
     # Sides of squares, and lengths of a stroke's segments, as shares of the image's short side.
     size: tuple[PositiveFloat, PositiveFloat] = (0.15, 0.35)
     width: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.15)  # of strokes, as shares of the short side
     # SimMIM's defaults: cells of 32 pixels of a 224-pixel image, 0.6 of them erased.
-    grid: Annotated[int, Field(ge=2)] = 7
+    grid: Annotated[int, Field(ge=2, le=1000)] = 7
     share: Annotated[float, Field(gt=0, lt=1)] = 0.6
     # The mean colour of what is left gives no edge brighter or darker than the image has; Pathak fill alike.
     fill: Literal["mean", "zero", "noise"] = "mean"

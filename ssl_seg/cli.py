@@ -350,6 +350,8 @@ def run(command: Callable[[], Any]) -> int:
             if isinstance(error.__cause__, EOFError):  # click takes any for the end of what a person types
                 raise error.__cause__ from None
             return 130
+        except PermissionError as error:
+            return _complain(f"{error.filename}: {error.strerror}; mend the rights, or name what is yours")
         except Interrupted as error:
             return _complain(str(error), 128 + error.signum, alone=True)
 

@@ -52,6 +52,7 @@ RECIPES = "ssl_seg.configs"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 # What a text that is no YAML, or none of ours, raises on its way through PyYAML and OmegaConf.
 YAML_ERRORS = (YAMLError, OmegaConfBaseException, ValueError, ArithmeticError, RecursionError)
+UNION_MEMBER = re.compile(r"(bool|int|float|str|tuple\[.*|list\[.*|literal\[.*|function-.*)")  # pydantic's, in no key
 MAX_NUMBER = 2**64  # seeds of 64 bits are in use; no other key wants more
 
 
@@ -290,7 +291,10 @@ def load(cls: type[C], words: Sequence[str] | Mapping[str, Any]) -> C:
 def explain(error: ValidationError) -> str:
     """One line for the first thing that is wrong: the key, the value and what to do."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"]) or "config"
+    parts = [str(part) for part in first["loc"]]
+    if parts and UNION_MEMBER.fullmatch(parts[-1]):
+        del parts[-1]
+    key = ".".join(parts) or "config"
     message = first["msg"].removeprefix("Value error, ")
     others = error.error_count() - 1
     more = f" (and {others} more)" if others else ""

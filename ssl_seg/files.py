@@ -147,6 +147,31 @@ def append(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is anything by that name. Raises UserError where that cannot be seen, for it is not absent then."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _hidden(path, error) from error
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is none. Raises UserError where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _hidden(folder, error) from error
+
+
+def _hidden(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); mend the rights, or leave it out")
+
+
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether a regular file is the folder's own, and is not reached by a link that leads out of it.
 

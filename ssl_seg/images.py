@@ -29,8 +29,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
-from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from pydantic import AfterValidator, PositiveInt
 
 from ssl_seg.config import UserError
@@ -76,8 +76,9 @@ ANIMATIONS = ("GIF", "PNG", "WEBP")
 NO_DATA = 1 | 4
 SMALLER_COPY = 2  # the same in SubfileType, which it has replaced
 IMAGE_DEPTH = 32997  # tag of the slices of a volume
-# What libjpeg says where pixels are lost; it fills them with grey.
-NUMBER = r"\d+ "  # in what it says, so that equal faults are told together
+PAGE_SIDES = (ExifTags.Base.ImageLength, ExifTags.Base.ImageWidth, ExifTags.Base.SamplesPerPixel)
+NUMBER = r"\d+ "  # in what libjpeg says: equal faults are told together
+# What it says where pixels are lost; it fills them with grey.
 LOST = ("premature end of data segment", "bad Huffman code")
 GREY_STEPS = {"2": 85, "4": 17}  # by bits a pixel: Pillow spreads 2 and 4 bit greys over 0..255
 TURNS = {  # EXIF orientation: the turn that undoes it
@@ -239,6 +240,8 @@ def _decode_quietly(path: Path, shown: str, convert: Callable[[ImageFile, Path],
         raise UserError(_unidentified(path, shown)) from error
     except Image.DecompressionBombError as error:
         raise UserError(_too_large(shown)) from error
+    except PermissionError as error:
+        raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from error
     except DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "raw mode" in reason:
@@ -333,12 +336,16 @@ def _check_tiff(file: _Pieces, shown: str) -> None:
     if not _is_picture(tags):
         raise UserError(f"{shown}: its first page is a smaller copy of the picture; save the picture alone")
     _check_strips(tags, shown)
+    compression = _number(tags, ExifTags.Base.Compression)
+    if compression not in COMPRESSION_INFO:
+        raise UserError(
+            f"{shown}: a TIFF of compression {compression}, which is not read; save it with deflate or none"
+        )
     bands = _number(tags, ExifTags.Base.SamplesPerPixel)
     if bands == 2 and _all(tags, ExifTags.Base.ExtraSamples) == (0,):  # Pillow leaves the second out
         raise UserError(f"{shown}: {_not_read(tags)}")
-    is_raw = _number(tags, ExifTags.Base.Compression) == 1
-    has_colours = _number(tags, ExifTags.Base.PhotometricInterpretation) == 2
-    if has_colours and _bits(tags) > 8 and _is_planar(tags) and is_raw:
+    has_colours = _number(tags, ExifTags.Base.PhotometricInterpretation) in (2, 5)  # RGB, CMYK
+    if has_colours and _bits(tags) > 8 and _is_planar(tags) and compression == 1:
         # Pillow 13 takes each byte of a plane for a pixel: stripes.
         raise UserError(
             f"{shown}: uncompressed 16-bit colours, plane by plane, are not read; save them pixel by pixel "
@@ -394,9 +401,10 @@ def _said_pages(tags: ImageFileDirectory_v2) -> int:
     images = re.match(r"ImageJ=.*?^images=(\d{1,9})$", words, re.DOTALL | re.MULTILINE)
     if images:
         return max(depth, int(images[1]))
-    shape = re.match(r'\{"shape": \[(\d{1,9})(, \d{1,9}){2,}\].*"truncated": true', words)
+    shape = re.match(r'\{"shape": \[([\d, ]{1,99})\].*"truncated": true', words)
     if shape:
-        return max(depth, int(shape[1]))
+        page = math.prod(_number(tags, tag) for tag in PAGE_SIDES)
+        return max(depth, math.prod(map(int, shape[1].split(","))) // max(1, page))
     return depth
 
 
@@ -440,7 +448,8 @@ def _not_read(tags: ImageFileDirectory_v2) -> str:
     bands = _number(tags, ExifTags.Base.SamplesPerPixel)
     kind = {2: "signed ", 3: "float ", 5: "complex ", 6: "complex "}.get(_number(tags, ExifTags.Base.SampleFormat), "")
     contents = f"{bands} band{'s' * (bands != 1)} of {_bits(tags)}-bit {kind}values"
-    return f"a TIFF of {contents}, which are not read; save grey or RGB of 8 or 16 bits"
+    meaning = _number(tags, ExifTags.Base.PhotometricInterpretation)
+    return f"a TIFF of {contents} (photometric {meaning}), which are not read; save grey or RGB of 8 or 16 bits"
 
 
 def _unidentified(path: Path, shown: str) -> str:
@@ -476,8 +485,8 @@ def _to_rgb(image: ImageFile, path: Path) -> np.ndarray:
     if upright.has_transparency_data:
         # Nobody chose the colour under a transparent pixel (most programs leave black); viewers show white there.
         colours = upright.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        upright = Image.alpha_composite(white, colours)
+        paper = Image.new("RGBA", colours.size, "white")
+        upright = Image.alpha_composite(paper, colours)
     return np.array(upright.convert("RGB"))
 
 

@@ -208,6 +208,13 @@ def test_a_long_value_is_cut_and_other_errors_are_counted():
     assert "(and 1 more)" in message
 
 
+def test_a_value_of_several_types_is_named_by_its_key_alone():
+    class Either(Config):
+        pretrained: bool | str = False
+
+    assert one_line(Either, {"pretrained": [1]}).startswith("pretrained: ")
+
+
 def test_a_missing_key_says_how_to_give_it():
     class Needs(Config):
         images: str

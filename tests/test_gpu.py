@@ -5,6 +5,7 @@ Skipped where torch sees no CUDA device. None of it needs more than one.
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pretext.inpaint import Inpaint
 from pretext.jigsaw import Jigsaw
 from pretext.rotate import Rotate
 from ssl_seg import files, rng
-from ssl_seg.config import load
+from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Samples
 from ssl_seg.models import ModelConfig
 from ssl_seg.norm.convert import convert_norm
@@ -36,6 +37,7 @@ from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
+from ssl_seg.stages.trial import fit_in_memory
 from ssl_seg.tasks import PretextTask, View
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import NonFiniteError, Step, backward, finish_gradients, train
@@ -248,6 +250,44 @@ def test_norms_are_those_of_the_cpu(kind: str, exact: None) -> None:
         answers.append((answer.detach().cpu(), stem.grad.cpu()))
     for here, there in zip(*answers, strict=True):
         torch.testing.assert_close(there, here, rtol=0, atol=1e-2 * here.abs().max().item())
+
+
+# ---- memory ----
+
+
+def test_auto_finds_a_cut_that_fits_and_a_batch_beyond_the_memory_is_one_line() -> None:
+    """With a hundredth of the GPU: by torch's own limit on this process."""
+    total = torch.cuda.mem_get_info()[1]
+    share = (torch.cuda.memory_allocated() + 1.5 * 2**30) / total
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        learner, sources = make("cuda", steps=2, batch_size=256)
+        with pytest.raises(
+            UserError, match=r"step 1: 256 crops of 64 x 64 at a time: out of memory on .* GiB"
+        ) as caught:
+            list(run(learner, sources))
+        assert "train.accumulate=auto" in str(caught.value)
+        del learner
+        gc.collect()
+        torch.cuda.empty_cache()
+        learner, sources = make("cuda", steps=2, batch_size=256, accumulate="auto")
+        before = {name: value.clone() for name, value in learner.tensors().items()}
+        fit_in_memory(learner)
+        torch.testing.assert_close(learner.tensors(), before, rtol=0, atol=0)
+        assert learner.config.accumulate > 1
+        assert [math.isfinite(step.metrics["train/loss"]) for step in run(learner, sources)] == [True, True]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+def test_weights_that_are_not_finite_are_found_with_one_wait() -> None:
+    learner, sources = make("cuda", steps=1, ema=0.9)
+    list(run(learner, sources))
+    assert learner.not_finite() == []
+    name = list(learner.tensors())[-1]
+    learner.tensors()[name].view(-1)[-1] = math.inf
+    assert learner.not_finite() == [name]
 
 
 # ---- whole runs ----

@@ -282,6 +282,7 @@ def test_bands_that_are_neither_grey_nor_colours_are_counted(tmp_path):
         assert "a TIFF of 5 bands of 8-bit values" in refusal(function, five)
         assert "a TIFF of 2 bands of 8-bit values" in refusal(function, two)
         assert "a TIFF of 1 band of 64-bit float values" in refusal(function, double)
+        assert "compression 34712" in refusal(function, put(tmp_path / "jp2.tif", tiff({259: 34712}, bytes(9))))
 
 
 @pytest.mark.parametrize("function", [read_image, read_mask])
@@ -294,6 +295,9 @@ def test_pages_are_counted_and_refused(tmp_path, function):
     words = b'{"shape": [3, 12, 16], "axes": "ZYX", "truncated": true}\0'
     assert "a TIFF of 3 pages" in refusal(function, put(tmp_path / "b.tif", tiff({270: words}, IDS.tobytes() * 3)))
     assert "a TIFF of 4 pages" in refusal(function, put(tmp_path / "c.tif", tiff({32997: 4}, IDS.tobytes() * 4)))
+    words = b'{"shape": [12, 16, 3], "truncated": true}\0'
+    one = tiff({258: (8,) * 3, 262: 2, 277: 3, 270: words}, PICTURE.tobytes())
+    np.testing.assert_array_equal(function(put(tmp_path / "d.tif", one)), PICTURE)
 
 
 @pytest.mark.parametrize("kind", [{254: 1}, {254: 4}, {255: 2}, {254: 5}])

@@ -124,6 +124,7 @@ def test_a_stream_that_takes_nothing_is_no_traceback(line: str, code: int, said:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_verb_takes_every_stream(tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = tmp_path / "config.yaml"

@@ -19,6 +19,7 @@ from ssl_seg.models import SegmentationModel
 from ssl_seg.runs import checkpoint
 from ssl_seg.scores import COLUMNS
 from ssl_seg.segment import Segment
+from ssl_seg.stages import trial
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, finetune, resolve
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
@@ -143,6 +144,25 @@ def meet_nan() -> dict[str, Any]:
     return {"weights": weights, "of_last": processes.gather([weights[-1].sum().item()])}
 
 
+def settle_accumulate(room: int) -> dict[str, Any]:
+    """What `auto` becomes where the last process alone has no room for more images than `room`; what it has changed."""
+    values = joining(accumulate="auto", batch_size=8)
+    config, start = resolve(load(FinetuneConfig, values))
+    processes = Processes(config.train)
+    learner, _ = assemble(config, start, processes, None, config.labels.choose(config.data.labelled), quiet=True)
+    before = {name: value.clone() for name, value in learner.tensors().items()}
+
+    def with_little_room(learner: Learner, packed: dict[str, Packed], last: bool) -> dict[str, torch.Tensor]:
+        if processes.rank == processes.world - 1 and len(packed["pool"].image) > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return backward(learner, packed, last)
+
+    with mock.patch.object(trial, "backward", with_little_room):
+        trial.fit_in_memory(learner)
+    changed = [name for name, value in learner.tensors().items() if not torch.equal(value, before[name])]
+    return {"found": processes.gather([learner.config.accumulate]), "changed": processes.gather(changed)}
+
+
 def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
     """Dropout draws from the process's own generator, so with it one process and two differ."""
     encoder = {key: value for key, value in model["encoder"].items() if key != "drop_path"}
@@ -182,6 +202,7 @@ def compare_modes(out: str) -> None:
     seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}
     seen["taught"] = {encode: taught(encode) for encode in ("together", "in_turn")}
     seen["nan"] = meet_nan()
+    seen["auto"] = settle_accumulate(room=2)
     if Processes(load(PretrainConfig, pretraining()).train).is_main:
         torch.save(seen, out)
 

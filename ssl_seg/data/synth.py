@@ -66,9 +66,6 @@ def synth(
     with files.naming(out):
         if out.exists() or out.is_symlink():
             raise UserError(f"--out {out}: exists already; name a new folder")
-    height, width = dataset.size
-    if height * width > images.MAX_PIXELS:
-        raise UserError(f"--size {width}x{height}: no image of more than {images.MAX_PIXELS} pixels is read back")
     wanted = tuple(extra for extra in EXTRAS if extra in extras)
     _check_extras(dataset, extras)
     drawn = Drawn(out, len(dataset), dataset.class_names)

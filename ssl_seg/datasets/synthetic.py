@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, SerializeAsAny, model_validator
 
 from ssl_seg import rng
 from ssl_seg.datasets import Dataset, Example
+from ssl_seg.images import check_size
 from ssl_seg.worlds import Scene, World
 from ssl_seg.worlds.squares import Squares
 
@@ -21,8 +22,8 @@ class Synthetic(Dataset):
     """
 
     kind: SerializeAsAny[World] = Squares()
-    count: PositiveInt = 500
-    size: tuple[Side, Side] = (512, 512)  # (H, W)
+    count: int = Field(default=500, ge=1, le=1_000_000)  # every start of a run lists their names
+    size: Annotated[tuple[Side, Side], AfterValidator(check_size)] = (512, 512)  # (H, W)
     seed: int = 0
     clip: PositiveInt = 1  # frames of one scene that follow each other, where the world moves
 

@@ -6,6 +6,7 @@ passports (another definition, other images) are never ranked together: they sta
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def outcome(
     from are under `init.`.
     """
     seeds = sorted((key, description[key]) for key in SEEDS if key in description)
-    init = Path(description.get("init", "null")).resolve()
+    init = Path(os.path.expanduser(description.get("init", "null"))).resolve()  # `~`, and a stranger's `~name`
     home = init.parent if init.name == "encoder" else init  # one pretraining, however it was named
     from_scratch = init.name == "null"
     return Outcome(

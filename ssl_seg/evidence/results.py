@@ -57,7 +57,7 @@ class Study(Comparison):
 def read(folder: str | Path) -> Study:
     """Raises UserError for what is no study's folder."""
     folder = Path(folder)
-    if not (folder / STUDY_FILE).is_file():
+    if not files.is_there(folder / STUDY_FILE):
         raise UserError(
             f"{folder}: is no study (it has no {STUDY_FILE}); give the folder that ssl-seg study --out named"
         )

@@ -6,6 +6,7 @@ A decoder says what it needs of them, so that any two fit each other or are refu
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -259,7 +260,24 @@ class SegmentationModel(nn.Module):
         self.class_names = tuple(class_names)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.encoder(image), image.shape[-2:])
+        size = image.shape[-2:]
+        with telling_small_maps(size):
+            return self.head(self.encoder(image), size)
+
+
+@contextmanager
+def telling_small_maps(size: Sequence[int]) -> Iterator[None]:
+    """A norm layer that has one value a channel, without a variance, becomes one line about images of `size` (H, W)."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.match("Expected more than 1 (value per channel|spatial element)", str(error)):
+            raise
+        height, width = size
+        raise UserError(
+            f"an image of {height} x {width} leaves a norm layer one value a channel, without a variance; give larger "
+            "ones (augment.crop, data.resize), or another model.norm or model.decoder"
+        ) from error
 
 
 @contextmanager

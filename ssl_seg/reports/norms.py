@@ -50,7 +50,7 @@ def norms(run: str | Path) -> Norms:
 
 def read_parts(folder: Path) -> tuple[Part, ...]:
     """What `norms` shows, nothing written; raises UserError as it does."""
-    if not (folder / "run.json").is_file():
+    if not files.is_there(folder / "run.json"):
         raise UserError(f"{folder}: is no run folder (it has no run.json); give one that --out named")
     stage = files.read_json(folder / "run.json").get("stage")
     parts = _of_model(folder) if stage == "finetune" else _of_pretraining(folder)

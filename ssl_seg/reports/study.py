@@ -74,7 +74,7 @@ Kind = tuple[str, Markup | None, Sequence[RunFolder]]  # runs of one kind, with 
 
 
 def is_study(folder: str | Path) -> bool:
-    return (Path(folder) / STUDY_FILE).is_file()
+    return files.is_there(Path(folder) / STUDY_FILE)
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Report:

@@ -52,7 +52,7 @@ class Records:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """None where there is no such file."""
         path = self.folder / name
-        return files.read_json(path) if path.exists() else None
+        return files.read_json(path) if files.is_there(path) else None
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """NaN and infinity become null."""
@@ -69,7 +69,7 @@ class RunFolder:
     def open(cls, folder: str | Path) -> RunFolder:
         """Raises UserError for what is no run folder, or none of ours."""
         found = cls(Path(folder))
-        if not (found.folder / "run.json").is_file():
+        if not files.is_there(found.folder / "run.json"):
             raise UserError(f"{folder}: is no run folder (it has no run.json); give one that --out named")
         record = files.read_json(found.folder / "run.json")
         if not isinstance(record.get("config"), Mapping) or "stage" not in record:
@@ -114,14 +114,20 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it has none."""
         path = self.folder / name
-        return read_checked(path) if path.exists() else None
+        return read_checked(path) if files.is_there(path) else None
 
     def metrics(self) -> list[dict[str, float]]:
         return read_metrics(self.folder)
 
     def files_in(self, name: str) -> list[Path]:
-        """Every file in a folder of the run and in those below it; none that a link outside leads to."""
-        return [path for path in sorted((self.folder / name).rglob("*")) if files.lies_in(path, self.folder)]
+        """Every file in a folder of the run and in those below it, sorted; none that a link outside leads to."""
+        found: list[Path] = []
+        for path in (self.folder / name / entry for entry in files.names_in(self.folder / name)):
+            if path.is_dir() and not path.is_symlink():
+                found += self.files_in(str(path.relative_to(self.folder)))
+            elif files.lies_in(path, self.folder):
+                found.append(path)
+        return found
 
     def pictures(self) -> list[Picture]:
         """All that were made while training, by name and step."""
@@ -137,10 +143,10 @@ def find_runs(folders: Iterable[str | Path]) -> list[RunFolder]:
 
 
 def _runs_in(folder: Path) -> list[RunFolder]:
-    inside = sorted(path.parent for path in folder.glob("*/run.json"))
-    if (folder / "run.json").is_file() or not inside:
+    if files.is_there(folder / "run.json"):
         return [RunFolder.open(folder)]
-    return [RunFolder.open(run) for run in inside]
+    inside = [folder / name for name in files.names_in(folder) if files.is_there(folder / name / "run.json")]
+    return [RunFolder.open(run) for run in inside or [folder]]
 
 
 def beside(weights: str | Path, name: str) -> Path | None:
@@ -170,7 +176,7 @@ def origin(init: str | None) -> dict[str, Any] | None:
 
 
 def _pool_in(path: Path) -> dict[str, Any]:
-    pool = read_checked(path).get("pool") if path.exists() else None
+    pool = read_checked(path).get("pool") if files.is_there(path) else None
     return {} if pool is None else {"pool": f"{pool['images']} images, names {pool['sha256_of_names'][:12]}"}
 
 
@@ -289,7 +295,7 @@ def _is_number(value: Any) -> bool:
 
 def metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line of a metrics file with its content. A line is whole once its line break is written."""
-    if not path.exists():
+    if not files.is_there(path):
         return
     try:
         text = files.read_bytes(path).decode(errors="replace")

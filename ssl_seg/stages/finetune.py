@@ -38,8 +38,8 @@ from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.segment import Segment
-from ssl_seg.stages import panels, scoring
-from ssl_seg.stages.fit import DryRun, Evaluator, Job, StopRule, drawing, dry_run, fit
+from ssl_seg.stages import panels, scoring, trial
+from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit
 from ssl_seg.stages.setup import (
     Options,
     StageConfig,
@@ -213,7 +213,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             score="val/miou" if config.select == "best" or config.stop != StopRule() else None,
             stop=config.stop,
             quiet=quiet,
-        ).resume()
+        )
+        trial.Judged(model, scored, resize).check()
+        job.resume()
+        trial.fit_in_memory(learner, quiet)
         steps = fit(job)
         selected = steps
         best = job.progress.best_step if job.progress.best_score is not None else steps  # no score: no mask counted
@@ -245,7 +248,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     )
 
 
-def try_out(config: FinetuneConfig) -> DryRun:
+def try_out(config: FinetuneConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
     config, start = resolve(config)
     processes = Processes(config.train)
@@ -255,7 +258,9 @@ def try_out(config: FinetuneConfig) -> DryRun:
     for line in of_untrained_classes(labelled, val):
         say(line)
     learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
-    return dry_run(learner, sources)
+    scored = {"val": val, **({} if config.data.test is None else {"test": config.data.test})}
+    model = SegmentationModel(learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names)
+    return trial.dry_run(learner, sources, trial.Judged(model, scored, config.data.resize))
 
 
 def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[FinetuneConfig, Start]:

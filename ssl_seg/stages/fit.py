@@ -1,4 +1,4 @@
-"""Steps into a run folder: log, evaluate, draw, save and stop when it is time; and one step on trial (`--dry-run`).
+"""Steps into a run folder: log, evaluate, draw, save and stop when it is time.
 
 Every decision that ends a run is taken from numbers all processes share, at a step all of them reach.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import numpy as np
-import torch
 from pydantic import Field, PositiveInt
 
 from ssl_seg import images
@@ -24,61 +23,12 @@ from ssl_seg.terminal import Signals, reporter, say
 from ssl_seg.tracking import Mirror
 from ssl_seg.training.config import TrainConfig, due
 from ssl_seg.training.learner import Learner
-from ssl_seg.training.loop import backward, finish_gradients, train
+from ssl_seg.training.loop import train
 from ssl_seg.training.multitask import dealing
 from ssl_seg.training.processes import Processes, peak_memory
 
 SAVES_PER_RUN = 10
 LEAST_BETWEEN_SAVES = 200  # steps: writing one of resnet18 takes as long as ten of small crops on a CPU
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What one batch through every head showed; nothing was written."""
-
-    parameters: dict[str, int]
-    shapes: dict[str, str]
-    seconds_per_step: float
-    peak_memory_mib: float
-
-    def lines(self) -> list[str]:
-        counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
-        shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
-        return [*counted, *shown, f"{self.seconds_per_step:.3g} s per step, peak {self.peak_memory_mib:.0f} MiB"]
-
-
-def dry_run(learner: Learner, sources: Mapping[Stream, Samples]) -> DryRun:
-    """One batch forward and backward through every head, twice: the second is timed, the first warms up."""
-    module, config = learner.module, learner.config
-    streams = open_streams(sources, config.model_copy(update={"workers": 0}), learner.processes, module.tasks, 0)
-    packed: dict[Stream, Packed] = {stream: next(batches) for stream, batches in streams.items()}
-    shapes: dict[str, str] = {}
-    hooks = [
-        head.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: _shapes(inputs, output)}))
-        for name, head in module.heads.items()
-    ]
-    for _ in range(2):
-        started = time.perf_counter()
-        learner.optimizer.zero_grad()
-        backward(learner, packed, last=True)
-        finish_gradients(learner)
-        learner.optimizer.step()  # its moments are a good part of the memory
-        if learner.processes.device.type == "cuda":
-            torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) * config.accumulate
-    for hook in hooks:
-        hook.remove()
-    parameters = {"encoder": _count(module.encoder), **{name: _count(head) for name, head in module.heads.items()}}
-    return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
-
-
-def _shapes(inputs: Sequence[Any], output: Any) -> str:
-    features = ", ".join("x".join(str(side) for side in level.shape) for level in inputs[0])
-    return f"{features} -> {'x'.join(str(side) for side in output.shape)}"
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class StopRule(Config):
@@ -197,6 +147,8 @@ class Job:
         self.count_time()
         images = step * self.learner.config.batch_size * len(self.sources)
         memory = peak_memory(self.learner.processes.device)
+        if self.learner.auto:
+            self.run.note(accumulate=self.learner.config.accumulate)
         self.run.note(cost={"seconds": self.progress.seconds, "images": images, "peak_memory_mib": memory})
 
 
@@ -314,7 +266,7 @@ def open_streams(
     for stream, samples in sources.items():
         deal, at_once = dealing(tasks, stream, config.views == "split")
         place = {"rank": processes.rank, "world": processes.world}
-        parts = {"deal": deal, "accumulate": config.accumulate, "at_once": at_once}
+        parts = {"deal": deal, "accumulate": config.micro_batches, "at_once": at_once}
         draws = Draws(config.batch_size, start, config.steps, **place, **parts)
         streams[stream] = loader(samples, draws, config.reading, pin=processes.device.type == "cuda")
     return streams

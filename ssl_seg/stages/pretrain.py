@@ -17,8 +17,8 @@ from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.runs.writer import Run
-from ssl_seg.stages import panels, scoring
-from ssl_seg.stages.fit import DryRun, Evaluator, Job, drawing, dry_run, fit
+from ssl_seg.stages import panels, scoring, trial
+from ssl_seg.stages.fit import Evaluator, Job, drawing, fit
 from ssl_seg.stages.setup import (
     Options,
     StageConfig,
@@ -141,7 +141,10 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             mirror=mirror,
             quiet=quiet,
         )
-        steps = fit(job.resume())
+        trial.check_crops(learner)
+        job.resume()
+        trial.fit_in_memory(learner, quiet)
+        steps = fit(job)
         scores = latest or score()  # the last step has been evaluated, unless a former start made it
         # After the scores, whose views are corrupted, and after the last checkpoint: only the export has it.
         if recalibrate(learner, sources["pool"], config.recalibrate):
@@ -154,14 +157,15 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     return Pretrained(run.folder, run.folder / "encoder", steps, scores)
 
 
-def try_out(config: PretrainConfig) -> DryRun:
+def try_out(config: PretrainConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
     config, start = resolve(config)
     processes = Processes(config.train)
     check(config, processes)
     tell_notes({"pool": config.data.pool, "val": config.data.val})
     learner, sources = assemble(config, start, processes, None, quiet=True)
-    return dry_run(learner, sources)
+    trial.check_crops(learner)
+    return trial.dry_run(learner, sources)
 
 
 def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[PretrainConfig, Start]:

@@ -25,9 +25,12 @@ from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import evaluating
 from ssl_seg.scores import ImageConfusions, Row
 from ssl_seg.tasks import PretextTask, Task
+from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask, dealing, make_views
 from ssl_seg.training.processes import Processes
 
+SMALLER_IMAGES = "give smaller images, train with data.resize=[H,W], or choose a device with more memory (device=cpu)"
+SMALLER_CROPS = "give a smaller augment.crop"
 WITHOUT_MASK = "{}: has no mask, so it cannot be scored; name a labelled data set"
 
 
@@ -107,10 +110,12 @@ def count_image(index: int, packed: Packed, ids: Tensor, num_classes: int) -> Ro
 
 def predict_ids(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
     """Class ids `(B, *size)` int64, of `size` (H, W), for images `(B, 3, H, W)` in [0, 1]."""
-    logits = model(image)
-    if tuple(logits.shape[-2:]) != tuple(size):
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return logits.argmax(dim=1)
+    height, width = image.shape[-2:]
+    with enough_memory(f"a prediction of {height} x {width} pixels at once", SMALLER_IMAGES, image.device):
+        logits = model(image)
+        if tuple(logits.shape[-2:]) != tuple(size):
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits.argmax(dim=1)
 
 
 def score_tasks(
@@ -133,8 +138,9 @@ def score_tasks(
     sums: dict[str, Tensor] = {}
     with evaluating(module):
         for packed in loader(CenterCrops(examples, augment, resize), batches, workers):
-            views = make_views(tasks, {"pool": packed.to(device)})
-            predictions = module.predict(views)
+            with enough_memory(f"scoring {len(packed.names)} crops at once", SMALLER_CROPS, device):
+                views = make_views(tasks, {"pool": packed.to(device)})
+                predictions = module.predict(views)
             for name, view in views.items():
                 prediction = predictions[name].float()
                 figures = {"loss": tasks[name].loss(prediction, view), **tasks[name].metrics(prediction, view)}

@@ -110,7 +110,7 @@ def check_training(
     check_tasks(tasks, streams, has_teacher=config.ema is not None)
     for stream in streams:
         deal, at_once = dealing(tasks, stream, config.views == "split")
-        check_batch_size(config.batch_size, processes.world, deal, config.accumulate, at_once)
+        check_batch_size(config.batch_size, processes.world, deal, config.micro_batches, at_once)
 
 
 def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_changed: Sequence[str]) -> None:

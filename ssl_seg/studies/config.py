@@ -22,6 +22,7 @@ from ssl_seg.evidence.statistics import LEVEL
 from ssl_seg.runs.folder import transfer_in_words
 
 IMAGENET = "imagenet"  # an `init`: the weights that timm publishes for the encoder
+MAX_SEEDS = 10_000  # each is a run of every arm
 ARM_AXES = ("init", "transfer")  # keys of the grid that are compared, not conditions of the comparison
 
 
@@ -89,7 +90,11 @@ class StudyConfig(Config):
     @field_validator("seeds", mode="before")
     @classmethod
     def _number_of_seeds(cls, seeds: Any) -> Any:
-        return tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+        if not isinstance(seeds, int) or isinstance(seeds, bool):
+            return seeds
+        if seeds > MAX_SEEDS:
+            raise ValueError(f"{seeds}: {MAX_SEEDS} pairs at most; name fewer")
+        return tuple(range(seeds))
 
     @field_validator("seeds")
     @classmethod

@@ -291,7 +291,7 @@ def _start_digest(init: str | None, transfer: str) -> str | None:
     _, _, task = transfer.partition("+")
     part = "model/model.json" if transfer == WHOLE else f"decoders/{task}.json" if task else None
     others = [folder / part for folder in (user_path(init), user_path(init).parent)] if part else []
-    return "+".join([digest, *(files.read_json(path).get("sha256", "") for path in others if path.is_file())])
+    return "+".join([digest, *(str(files.read_json(path).get("sha256", "")) for path in others if path.is_file())])
 
 
 def _short(key: str) -> str:

@@ -33,6 +33,7 @@ def check_dataset(dataset: Dataset, *, reads: int = 8) -> None:
         _check_example(where, example, len(dataset.class_names))
         assert example.name == names[index], f"{where} is named {example.name!r}, but name({index}) is {names[index]!r}"
         assert isinstance(dataset.sequence(index), str), f"sequence({index}) is not a str; give '' where there is none"
+        assert isinstance(dataset.doubt(index), str), f"doubt({index}) is not a str; give '' where there is none"
         kept = pickle.loads(pickle.dumps(example))
         _check_same_example(f"{where} is not pure: a second read", dataset.read(index), kept)
         _check_same_example(f"{where} after pickling the data set", travelled.read(index), kept)

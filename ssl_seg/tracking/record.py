@@ -33,7 +33,7 @@ class Record(Config):
 def read_record(folder: Path) -> Record | None:
     """None where the folder was never mirrored. Raises UserError for a record that is not as it was written."""
     path = folder / FOLDER / RECORD
-    if not path.exists():
+    if not files.is_there(path):
         return None
     try:
         return load(Record, files.read_json(path))

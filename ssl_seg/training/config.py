@@ -31,7 +31,8 @@ class TrainConfig(Config):
 
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 16  # global, of each stream; divided among processes, tasks (views: split), micro-batches
-    accumulate: PositiveInt = 1  # micro-batches a step
+    # Micro-batches a step; auto: as few as fit into memory, found by a trial before the first step and kept to the end.
+    accumulate: PositiveInt | Literal["auto"] = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
     # Factor on lr for the encoder: below 1 keeps a pretrained one closer to its start, 0 freezes it.
@@ -70,6 +71,11 @@ class TrainConfig(Config):
     def reading(self) -> Workers:
         """How the images are read."""
         return Workers(self.workers, self.worker_timeout)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many a step has: 1 where `accumulate: auto` has not been settled yet."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
     @model_validator(mode="before")
     @classmethod

@@ -32,6 +32,7 @@ class Learner:
         self, module: MultiTask, config: TrainConfig, processes: Processes, size: tuple[int, int] = (64, 64)
     ) -> None:
         self.config = config
+        self.auto = config.accumulate == "auto"  # `cut` then settles it
         self.processes = processes
         self.accelerator = processes.accelerator
         self.module = module.to(processes.device)
@@ -51,6 +52,17 @@ class Learner:
     def evaluated(self) -> MultiTask:
         """The module that is evaluated and exported: the teacher's, where there is one."""
         return self.module if self.teacher is None else self.teacher.module
+
+    @property
+    def crops_at_once(self) -> str:
+        """What is in memory at a time, in words."""
+        count = self.config.batch_size // self.config.micro_batches // self.processes.world
+        height, width = self.size
+        return f"{count} crop{'s' if count > 1 else ''} of {height} x {width} at a time"
+
+    def cut(self, accumulate: int) -> None:
+        """Settle into how many micro-batches a step is cut, where the config leaves it open."""
+        self.config = self.config.model_copy(update={"accumulate": accumulate})
 
     def teach(self, head: str, image: Tensor) -> Tensor:
         """What the teacher's head named so makes of images, in the run's precision; float32."""
@@ -104,7 +116,11 @@ class Learner:
     def data(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
         scaler = self.accelerator.scaler
-        return {"bad_in_a_row": self.bad_in_a_row, "scaler": scaler.state_dict() if scaler else None}
+        return {
+            "bad_in_a_row": self.bad_in_a_row,
+            "scaler": scaler.state_dict() if scaler else None,
+            "accumulate": self.config.accumulate,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Put back what `tensors()` and `data()` gave.
@@ -129,6 +145,8 @@ class Learner:
             if part == "optimizer" and kind in MOMENTS[self.config.optimizer]:
                 self._inner.state[parameters[name]][kind] = _like(value, parameters[name], kind)
         self.bad_in_a_row = data["bad_in_a_row"]
+        if self.auto:
+            self.cut(data.get("accumulate", 1))  # version 0.1 knew no other
         if self.accelerator.scaler and data["scaler"]:
             self.accelerator.scaler.load_state_dict(data["scaler"])
 

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import UserError
 from ssl_seg.data.loading import Packed
-from ssl_seg.tasks import Batch, Stream
+from ssl_seg.tasks import Batch, Stream, View
 from ssl_seg.training.config import frozen_at, lr_at
 from ssl_seg.training.learner import Learner
+from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import make_views, weighted_total
 from ssl_seg.training.processes import Processes
 
 PATIENCE_FOR_NAN = 10  # bad steps in a row before the run stops; a scaler of fp16 settles in fewer
+
+SMALLER_STEPS = "give train.accumulate=auto, a smaller augment.crop, train.encode=in_turn or train.precision=bf16"
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,20 @@ def train(
         before = [buffer.clone() for buffer in learner.buffers]
         totals: dict[str, Tensor] = {}
         names: list[str] = []
-        for micro in range(config.accumulate):
+        for micro in range(config.micro_batches):
             packed: dict[Stream, Packed] = {stream: next(batches) for stream, batches in streams.items()}
             names += [name for batch in packed.values() for name in batch.names]
             seed_torch(rng.fold_in(rng.fold_in(rng.fold_in(key, step), micro), learner.processes.rank))
-            for name, loss in backward(learner, packed, last=micro == config.accumulate - 1).items():
-                totals[name] = totals.get(name, 0.0) + loss / config.accumulate
+            with enough_memory(f"step {step + 1}: {learner.crops_at_once}", SMALLER_STEPS, learner.processes.device):
+                means = backward(learner, packed, last=micro == config.micro_batches - 1)
+            for name, loss in means.items():
+                totals[name] = totals.get(name, 0.0) + loss / config.micro_batches
         losses, stop = agree(learner.processes, totals, wants_stop())
         norm = finish_gradients(learner)
         finite = math.isfinite(norm) and all(math.isfinite(loss) for loss in losses.values())
         if finite:
-            learner.optimizer.step()
+            with enough_memory(f"step {step + 1}: the optimizer's moments", SMALLER_STEPS, learner.processes.device):
+                learner.optimizer.step()
             learner.bad_in_a_row = 0
             learner.processes.average(learner.statistics)
             if learner.teacher is not None:
@@ -103,19 +109,23 @@ def train(
 def backward(learner: Learner, packed: Mapping[Stream, Packed], last: bool) -> dict[str, Tensor]:
     """Add one micro-batch's gradients; gives each task's mean loss over this process's samples, detached."""
     config, accelerator = learner.config, learner.accelerator
-    device = learner.processes.device
-    batches: dict[Stream, Batch] = {stream: batch.to(device, config.channels_last) for stream, batch in packed.items()}
-    views = make_views(learner.module.tasks, batches, config.views == "split", learner.teach)
-    passes = [views] if config.encode == "together" else [{name: view} for name, view in views.items()]
     waits = learner.uses_ddp and not last  # DDP averages at the last micro-batch only
     means: dict[str, Tensor] = {}
-    for chosen in passes:
+    for chosen in passes_of(learner, packed):
         with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
             with accelerator.autocast():
                 sample_losses = learner.wrapped(chosen)
-            accelerator.backward(weighted_total(learner.module.tasks, sample_losses) / config.accumulate)
+            accelerator.backward(weighted_total(learner.module.tasks, sample_losses) / config.micro_batches)
         means.update({name: values.detach().mean() for name, values in sample_losses.items()})
     return means
+
+
+def passes_of(learner: Learner, packed: Mapping[Stream, Packed]) -> list[dict[str, View]]:
+    """The views of a micro-batch, in one pass or in one for each task."""
+    config, device = learner.config, learner.processes.device
+    batches: dict[Stream, Batch] = {stream: batch.to(device, config.channels_last) for stream, batch in packed.items()}
+    views = make_views(learner.module.tasks, batches, config.views == "split", learner.teach)
+    return [views] if config.encode == "together" else [{name: view} for name, view in views.items()]
 
 
 def finish_gradients(learner: Learner) -> float:

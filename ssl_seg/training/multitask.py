@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_seg import rng
-from ssl_seg.models import EncoderNet, EncoderSpec, Features
+from ssl_seg.models import EncoderNet, EncoderSpec, Features, telling_small_maps
 from ssl_seg.rng import seeded
 from ssl_seg.tasks import PAIR, Batch, Stream, Task, View, readers
 
@@ -85,9 +85,10 @@ class MultiTask(nn.Module):
             groups.setdefault((apart, *view.input.shape[-2:]), []).append(name)
         predictions: dict[str, Tensor] = {}
         for (_, height, width), names in groups.items():
-            features = self._encode([views[name].input for name in names])
-            for name, own in zip(names, features, strict=True):
-                predictions[name] = self.heads[head_of(self.tasks, name)](own, (height, width))
+            with telling_small_maps((height, width)):
+                features = self._encode([views[name].input for name in names])
+                for name, own in zip(names, features, strict=True):
+                    predictions[name] = self.heads[head_of(self.tasks, name)](own, (height, width))
         return predictions
 
     def _encode(self, inputs: list[Tensor]) -> list[Features]:

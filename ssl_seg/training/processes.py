@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from ssl_seg.config import UserError
@@ -135,6 +136,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**30)
         if not mallopt(M_MMAP_THRESHOLD, 2**30):
             mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room, or the process was given none."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def peak_memory(device: torch.device) -> float:

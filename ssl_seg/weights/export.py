@@ -96,7 +96,7 @@ def exported_config(path: str | Path, info: Mapping[str, Any]) -> ModelConfig:
     try:
         return load(ModelConfig, info["config"])
     except UserError as error:
-        raise UserError(f"{path}: its .json describes no network that there is here (config: {error})") from error
+        raise UserError(f"{path}: its .json describes no network that there is here ({error})") from error
 
 
 def export_decoder(folder: str | Path, task_name: str, module: nn.Module) -> Path:

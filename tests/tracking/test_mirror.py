@@ -49,7 +49,7 @@ from tests.processes import Child
 from tests.small import finetuning, pretraining
 from tests.test_cli import SMALL, as_words
 
-PATIENCE = 40  # seconds for what happens in another process
+PATIENCE = 120  # seconds for what happens in another process
 
 
 # ---- parts ----
@@ -1066,6 +1066,30 @@ def test_a_server_killed_in_mid_run_and_started_again_misses_nothing(tmp_path: P
         assert status_of(uri) == "FINISHED"
     finally:
         servers[1].__exit__(None, None, None)
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_and_never_answers_misses_nothing_later(tmp_path: Path) -> None:
+    """A real one, halted in the middle of a run: what was sent to it waits in its queue, and may yet be done."""
+    port, folder = free_port(), tmp_path / "runs" / "a"
+    with mlflow_server(tmp_path / "server", port) as uri:
+        (server,) = [child for child in psutil.Process().children() if str(port) in child.cmdline()]
+
+        def between(step: int) -> None:
+            if step == 10:
+                wait_for(lambda: is_sent(folder), "nothing was sent")
+            if step == 20:
+                os.killpg(server.pid, signal.SIGSTOP)
+                time.sleep(1)  # for a message that is not answered
+            if step == 40:  # the run is over before it answers again
+                time.sleep(12)  # longer than the mirror waits for an answer
+                os.killpg(server.pid, signal.SIGCONT)
+
+        mirrored_run(folder, uri, between, mirrored_by_a_process)
+        wait_for_mirror(folder)
+        mirror.track(folder, uri)
+        assert_mirrors(uri, folder)
+        assert status_of(uri) == "FINISHED"
 
 
 @pytest.mark.parametrize(

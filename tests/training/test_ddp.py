@@ -74,6 +74,11 @@ def test_nan_on_one_process_is_skipped_by_all(two: dict[str, Any]) -> None:
     assert first == second, "the processes hold the same weights"
 
 
+def test_processes_agree_how_finely_a_batch_is_cut_where_one_has_little_memory(two: dict[str, Any]) -> None:
+    """Each has four of the eight images, so two micro-batches are needed; neither waits for the one that failed."""
+    assert two["auto"] == {"found": [2, 2], "changed": []}
+
+
 def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("not a run")
     pair = start_pair(cli.main, ["pretrain", "squares", "--out", str(tmp_path)])

@@ -477,7 +477,7 @@ def test_any_other_value_in_the_json_of_an_export_is_one_line_or_means_the_same(
     assert taken <= free
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: "absent" if other is ABSENT else str(other))
 def test_any_other_value_in_the_json_of_a_decoder_is_one_line_or_means_the_same(tmp_path: Path, other: Any) -> None:
     export_decoder(tmp_path, "model", Decoder())
     path = tmp_path / "decoders" / "model.json"

@@ -1,0 +1,358 @@
+"""What is tried before the first step: whether it and the evaluations can work; and that step alone (`--dry-run`).
+
+What runs out of memory, or meets an image too small for a norm layer, is then told at once and not after the training.
+On a GPU a trial that is too large raises an error; on a CPU it is a kill, so there memory is counted on a small one.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_seg import rng
+from ssl_seg.config import UserError
+from ssl_seg.data.loading import Packed, Samples
+from ssl_seg.data.splits import NUM_DIGESTED, Examples
+from ssl_seg.images import Size, show_path
+from ssl_seg.models import evaluating, telling_small_maps
+from ssl_seg.rng import seeded
+from ssl_seg.stages.fit import open_streams
+from ssl_seg.stages.scoring import device_of, predict_ids
+from ssl_seg.tasks import Stream
+from ssl_seg.terminal import say
+from ssl_seg.training.config import frozen_at
+from ssl_seg.training.learner import MOMENTS, Learner
+from ssl_seg.training.loop import SMALLER_STEPS, backward, finish_gradients, passes_of
+from ssl_seg.training.memory import GIB, available, bytes_of, enough_memory, in_words
+from ssl_seg.training.multitask import dealing
+from ssl_seg.training.processes import is_out_of_memory, peak_memory
+
+# Bytes of a pixel in training that no network is known to exceed: a resnet18 U-Net takes 1.8 kB for each task, large
+# transformers some 20. A step that fits even so is not counted.
+MOST_OF_A_PIXEL = 2**16
+MOST_OF_A_WHOLE_PIXEL = 2**14  # the same without gradients; a resnet18 U-Net takes 0.5 kB
+GREY = 128
+LESS = "give a smaller augment.crop or model, train.encode=in_turn or train.precision=bf16"
+PROBED = 128  # pixels of a side of the square by which the memory of whole images is counted
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one batch through every head showed; nothing was written."""
+
+    parameters: dict[str, int]
+    shapes: dict[str, str]
+    seconds_per_step: float
+    peak_memory_mib: float
+
+    def lines(self) -> list[str]:
+        counted = [f"{name}: {count / 1e6:.2f} M parameters" for name, count in self.parameters.items()]
+        shown = [f"{name}: {shape}" for name, shape in self.shapes.items()]
+        return [*counted, *shown, f"{self.seconds_per_step:.3g} s per step, peak {self.peak_memory_mib:.0f} MiB"]
+
+
+def dry_run(learner: Learner, sources: Mapping[Stream, Samples], judged: Judged | None = None) -> DryRun:
+    """One batch forward and backward through every head, twice: the second is timed, the first warms up.
+
+    Then the largest of the images that are to be scored whole, for the memory that this takes.
+    """
+    fit_in_memory(learner)
+    if judged is not None:
+        judged.check()
+    module, config = learner.module, learner.config
+    streams = open_streams(sources, config.model_copy(update={"workers": 0}), learner.processes, module.tasks, 0)
+    packed: dict[Stream, Packed] = {stream: next(batches) for stream, batches in streams.items()}
+    shapes: dict[str, str] = {}
+    hooks = [
+        head.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: _shapes(inputs, output)}))
+        for name, head in module.heads.items()
+    ]
+    for _ in range(2):
+        started = time.perf_counter()
+        learner.optimizer.zero_grad()
+        with enough_memory(learner.crops_at_once, SMALLER_STEPS, learner.processes.device):
+            backward(learner, packed, last=True)
+        finish_gradients(learner)
+        learner.optimizer.step()  # its moments are a good part of the memory
+        if learner.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) * config.micro_batches
+    for hook in hooks:
+        hook.remove()
+    if judged is not None:
+        judged.predict_largest()
+    parameters = {
+        "encoder": _numbers_in(module.encoder),
+        **{name: _numbers_in(head) for name, head in module.heads.items()},
+    }
+    return DryRun(parameters, shapes, seconds, peak_memory(learner.processes.device))
+
+
+def _shapes(inputs: Sequence[Any], output: Any) -> str:
+    features = ", ".join("x".join(str(side) for side in level.shape) for level in inputs[0])
+    return f"{features} -> {'x'.join(str(side) for side in output.shape)}"
+
+
+def _numbers_in(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- memory of a step ----
+
+
+def fit_in_memory(learner: Learner, quiet: bool = True) -> None:
+    """Settle `train.accumulate: auto`, the same on every process, and refuse on a CPU a step that would be killed.
+
+    Weights, moments and statistics stay as they are. Raises UserError where no step fits.
+    """
+    config, processes = learner.config, learner.processes
+    if not learner.auto:
+        if processes.device.type == "cpu" and not _surely_fits(learner):
+            _refuse_beyond_memory(learner)
+        return
+    if config.accumulate in _cuts(learner):
+        return  # found by a former start
+    for accumulate in _cuts(learner):
+        learner.cut(accumulate)
+        if fits(learner):
+            say(f"train.accumulate: auto is {accumulate}, {learner.crops_at_once}", quiet)
+            return
+    raise UserError(
+        f"train.accumulate: auto: {learner.crops_at_once} is too much for {in_words(processes.device)}; {LESS}"
+    )
+
+
+def fits(learner: Learner) -> bool:
+    """Whether a step cut as it is now fits into the memory of every process: counted on a CPU, then tried."""
+    processes = learner.processes
+    counted = processes.device.type != "cpu" or _surely_fits(learner) or bytes_of_step(learner) <= _share(learner)
+    return not processes.any(not (counted and rehearse(learner)))
+
+
+def rehearse(learner: Learner) -> bool:
+    """Learn from a grey micro-batch without a step; False where memory runs out. Leaves the learner as it was.
+
+    Not through DDP: a process that fails would keep the others waiting.
+    """
+    module, config = learner.module, learner.config
+    before = [buffer.clone() for buffer in learner.buffers]
+    wrapped, learner.wrapped = learner.wrapped, module
+    uses_ddp, learner.uses_ddp = learner.uses_ddp, False
+    held: list[torch.Tensor] = []
+    packed = _grey(learner, _crops(learner))
+    try:
+        with seeded(rng.as_key("trial")), _at_its_largest(learner):
+            held = [torch.empty_like(weight) for weight in _learning(module) for _ in _moments(learner)]
+            for _ in range(min(2, config.micro_batches)):  # the second meets the gradients of the first
+                backward(learner, packed, last=True)
+        fitted = True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fitted = False
+    held.clear()
+    learner.wrapped, learner.uses_ddp = wrapped, uses_ddp
+    learner.optimizer.zero_grad()
+    for buffer, old in zip(learner.buffers, before, strict=True):
+        buffer.copy_(old)
+    gc.collect()
+    if learner.processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fitted
+
+
+def _refuse_beyond_memory(learner: Learner) -> None:
+    needed, free = bytes_of_step(learner), _share(learner)
+    if not learner.processes.any(needed > free):
+        return
+    finer = [count for count in _cuts(learner) if count > learner.config.micro_batches]
+    fitting = next((count for count in finer if bytes_of_step(learner, count) <= free), None)
+    remedy = LESS if fitting is None else f"give train.accumulate={fitting} or auto, or a smaller augment.crop"
+    raise UserError(
+        f"train.batch_size: a step of {learner.crops_at_once} takes more than {needed / GIB:.1f} GiB, and each process "
+        f"has {free / GIB:.1f} GiB of memory; {remedy}"
+    )
+
+
+def bytes_of_step(learner: Learner, accumulate: int | None = None) -> float:
+    """At least how many bytes a step takes: what a few images leave for their backward pass, for as many as there are.
+
+    Beside that one gradient and the moments of every weight.
+    """
+    module = learner.module
+    few = _unit(learner)
+    before = [buffer.clone() for buffer in learner.buffers]
+    packed = _grey(learner, few)
+
+    def forward(chosen: dict[str, Any]) -> None:
+        with learner.accelerator.autocast():
+            _ = module(chosen)
+
+    with seeded(rng.as_key("trial")), _at_its_largest(learner):
+        largest = max(bytes_of(lambda views=views: forward(views)) for views in passes_of(learner, packed))
+        weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
+    for buffer, old in zip(learner.buffers, before, strict=True):
+        buffer.copy_(old)
+    return weights + largest / few * _crops(learner, accumulate)
+
+
+def _surely_fits(learner: Learner) -> bool:
+    height, width = learner.size
+    pixels = _crops(learner) * height * width * len(learner.module.tasks)
+    return pixels * MOST_OF_A_PIXEL < _share(learner)
+
+
+def _share(learner: Learner) -> float:
+    """What each process of this machine may take; the first one's measure, for all are to decide alike."""
+    own = available() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return learner.processes.from_first(own)
+
+
+def _cuts(learner: Learner) -> list[int]:
+    """Into how many micro-batches the batch may be cut, the fewest first."""
+    most, rest = divmod(learner.config.batch_size, learner.processes.world * _unit(learner))
+    return [count for count in range(1, most + 1) if most % count == 0 and rest == 0]
+
+
+def _unit(learner: Learner) -> int:
+    """The fewest images of each stream that can be shared out."""
+    tasks, split = learner.module.tasks, learner.config.views == "split"
+    return math.lcm(*(math.prod(dealing(tasks, stream, split)) for stream in _streams(learner)))
+
+
+def _streams(learner: Learner) -> list[Stream]:
+    return list(dict.fromkeys(stream for task in learner.module.tasks.values() for stream in task.streams))
+
+
+def _crops(learner: Learner, accumulate: int | None = None) -> int:
+    """Images of each stream that a process has in memory at a time."""
+    config = learner.config
+    return config.batch_size // (accumulate or config.micro_batches) // learner.processes.world
+
+
+def _grey(learner: Learner, count: int) -> dict[Stream, Packed]:
+    image = torch.full((count, 3, *learner.size), GREY, dtype=torch.uint8)
+    label = torch.zeros((count, *learner.size), dtype=torch.uint8)
+    key, names = torch.arange(count), ["grey"] * count
+    return {stream: Packed(image, key, label if stream == "labelled" else None, names) for stream in _streams(learner)}
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in module.parameters() if weight.requires_grad]
+
+
+def _moments(learner: Learner) -> list[str]:
+    """Those that the optimizer will make of each weight, and has not yet."""
+    made = bool(learner.optimizer.state)
+    return [] if made else [kind for kind in MOMENTS[learner.config.optimizer] if kind != "step"]
+
+
+@contextmanager
+def _at_its_largest(learner: Learner) -> Iterator[None]:
+    """With the encoder as it is at the last step: one that begins frozen takes more memory later."""
+    module, config = learner.module, learner.config
+    former = module.frozen
+    module.train()
+    module.freeze(frozen_at(config, config.steps - 1))
+    try:
+        yield
+    finally:
+        module.freeze(former)
+
+
+# ---- evaluations to come ----
+
+
+def check_crops(learner: Learner) -> None:
+    """Raise UserError where a network that learns from several crops at a time cannot be asked about a single one."""
+    module, device = learner.evaluated, learner.processes.device
+    with evaluating(module), telling_small_maps(learner.size):
+        features = module.encoder(torch.full((1, 3, *learner.size), 0.5, device=device))
+        for head in module.heads.values():
+            head(features, learner.size)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model and the images that it is to predict whole, by their part's name."""
+
+    model: nn.Module
+    parts: Mapping[str, Examples]
+    resize: Size | None = None
+
+    def check(self) -> None:
+        """Raise UserError for an image that is too small for the network's norm layers, or too large for the memory.
+
+        The smallest is known exactly; the largest is that of up to 32 images of each part, evenly apart.
+        """
+        if device_of(self.model).type == "cpu":
+            self._refuse_beyond_memory()
+        # What is fed one pixel, padded to the network's smallest input, is fed anything.
+        if self._fails_at(self.resize or (1, 1)) is None:
+            return
+        tried: dict[Size, str | None] = {}
+        for part, examples in self.parts.items():
+            for index in range(len(examples)):
+                size = self._size(examples, index)
+                if size not in tried:
+                    tried[size] = self._fails_at(size)
+                if tried[size] is not None:
+                    raise UserError(f"data.{part}: {show_path(examples.name(index))}: {tried[size]}")
+
+    def predict_largest(self) -> None:
+        """Predict an image of the size of the largest."""
+        self._predict(max((size for _, size in self._largest.values()), key=math.prod))
+
+    @cached_property
+    def _largest(self) -> dict[str, tuple[str, Size]]:
+        """Of each part the largest image that was looked at, its name and size."""
+        found = {}
+        for part, examples in self.parts.items():
+            last = len(examples) - 1
+            chosen = np.linspace(0, last, min(NUM_DIGESTED, len(examples))).round().astype(int).tolist()
+            sizes = [(examples.name(index), self._size(examples, index)) for index in chosen]
+            found[part] = max(sizes, key=lambda named: math.prod(named[1]))
+        return found
+
+    def _size(self, examples: Examples, index: int) -> Size:
+        if self.resize is not None:
+            return self.resize
+        height, width = examples.image(index).image.shape[:2]
+        return height, width
+
+    def _refuse_beyond_memory(self) -> None:
+        for part, (name, size) in self._largest.items():
+            free = available()
+            if math.prod(size) * MOST_OF_A_WHOLE_PIXEL < free:
+                continue
+            needed = bytes_of(lambda: self._predict((PROBED, PROBED))) / PROBED**2 * math.prod(size)
+            if needed > free:
+                height, width = size
+                raise UserError(
+                    f"data.{part}: {show_path(name)}: {height} x {width} pixels at once take more "
+                    f"than {needed / GIB:.1f} GiB to predict, and {free / GIB:.1f} GiB are free; give smaller images, "
+                    "or train with data.resize=[H,W]"
+                )
+
+    def _fails_at(self, size: Size) -> str | None:
+        """Why an image of this size cannot be predicted; None where it can."""
+        try:
+            self._predict(size)
+        except (UserError, RuntimeError, ValueError) as error:
+            return " ".join(str(error).split())
+        return None
+
+    def _predict(self, size: Size) -> None:
+        with evaluating(self.model):
+            predict_ids(self.model, torch.full((1, 3, *size), 0.5, device=device_of(self.model)), size)
