@@ -598,10 +598,13 @@ def _to_stored(image: ImageFile, path: Path) -> np.ndarray:
     array = np.array(upright).astype(np.uint8)  # mode 1 comes as bool
     if isinstance(image, TiffImageFile) and _is_signed(image.tag_v2) and array.max() > 127:
         raise UserError(f"{shown}: holds negative ids; save the mask with unsigned ones, 255 for what is ignored")
-    if upright.mode in ("LA", "PA"):
-        return np.ascontiguousarray(array[..., 0])
-    if upright.mode == "RGBA":
-        return np.ascontiguousarray(array[..., :3])
+    if upright.mode in ("LA", "PA", "RGBA"):
+        opaque, alpha = array[..., :-1], array[..., -1]
+        if (opaque == opaque[0, 0]).all() and (alpha != alpha[0, 0]).any():
+            raise UserError(
+                f"{shown}: one colour throughout, and only its transparency differs; save the mask as ids or colours"
+            )
+        return np.ascontiguousarray(opaque if upright.mode == "RGBA" else opaque[..., 0])
     if upright.mode == "L":
         return array // GREY_STEPS.get(layout[:1], 1)
     return array

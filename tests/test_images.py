@@ -753,6 +753,15 @@ def test_a_palette_mask_gives_indices(tmp_path, suffix):
     np.testing.assert_array_equal(read_mask(saved(tmp_path / f"ids.{suffix}", image, **options)), IDS)
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_a_mask_that_differs_in_transparency_alone_is_refused(tmp_path, mode):
+    image = Image.new(mode, IDS.shape[::-1])
+    image.putalpha(Image.fromarray((IDS > 5).astype(np.uint8) * 255))
+    assert "only its transparency differs" in refusal(read_mask, saved(tmp_path / "cut_out.png", image))
+    image.putalpha(0)
+    assert not read_mask(saved(tmp_path / "empty.png", image)).any()
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "gif"])
 def test_the_palette_of_a_mask_is_what_a_viewer_shows(tmp_path, suffix):
     image = Image.fromarray(IDS)

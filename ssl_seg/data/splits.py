@@ -168,7 +168,8 @@ def has_labelled_pixels(examples: Examples) -> bool:
 
 def untrained_classes(trained: Examples, scored: Examples, count: int = NUM_DIGESTED) -> tuple[str, ...]:
     """The names of classes that up to `count` masks of `scored`, evenly apart, show and no mask of `trained` does."""
-    left = set().union(*(_classes(scored, index) for index in _spread(len(scored), count)))
+    shown = set().union(*(_classes(scored, index) for index in _spread(len(scored), count)))
+    left = shown & set(range(len(scored.class_names)))  # another id is told where all of them are read
     for index in range(len(trained)):
         if not left:
             break

@@ -61,6 +61,11 @@ MADE_BY_US = {
     "classes.json": {"classes", "model"},  # of `predict`
     "changed.json": set[str](),  # of `compare --pictures`
 }
+# Pictures that cameras and programs write and `images` does not read.
+OTHER_SUFFIXES = frozenset(
+    {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".tga", ".exr", ".psd"}
+    | {".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".rw2"}
+)
 LOST_AND_FOUND = "lost+found"  # the file system's own, at the root of a disk, which only root may read
 
 StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
@@ -309,15 +314,17 @@ class Found:
     files: tuple[str, ...]  # relative posix paths, sorted
     made_by_us: tuple[str, ...]  # subfolders that commands of ours have written
     loops: tuple[str, ...]  # links to folders that they lie in themselves
+    unread: tuple[str, ...]  # pictures of OTHER_SUFFIXES
 
     def notes(self, folder: Path) -> tuple[str, ...]:
         """A line for each kind that was passed over."""
         passed_over = {
-            "that a run or another command has written, which are left out": self.made_by_us,
-            "that are links to a folder above them, which are not followed": self.loops,
+            "subfolders that a run or another command has written, which are left out": self.made_by_us,
+            "links to a folder above them, which are not followed": self.loops,
+            "pictures of a kind that is not read; convert them, or take them out": self.unread,
         }
         kinds = [(why, names) for why, names in passed_over.items() if names]
-        return tuple(f"{show_path(folder)}: subfolders {why}: {len(names)} ({_some(names)})" for why, names in kinds)
+        return tuple(f"{show_path(folder)}: {why}: {len(names)} ({_some(names)})" for why, names in kinds)
 
 
 def find_files(folder: Path, suffixes: Collection[str], without: Path | None = None) -> Found:
@@ -332,6 +339,7 @@ def find_files(folder: Path, suffixes: Collection[str], without: Path | None = N
     files: list[str] = []
     made_by_us: list[str] = []
     loops: list[str] = []
+    unread: list[str] = []
     entered = {_identity(without)} - {_identity(folder)} if without is not None and is_folder(without) else set()
     waiting, links = [""], []
     while waiting or links:
@@ -359,10 +367,12 @@ def find_files(folder: Path, suffixes: Collection[str], without: Path | None = N
                 (links if entry.is_symlink() else waiting).append(name)
             elif kind == "file" and suffix in suffixes:
                 files.append(name)
+            elif kind == "file" and suffix in OTHER_SUFFIXES:
+                unread.append(name)
             elif kind == "gone" and (suffix in suffixes or not suffix):
                 what = "a link to a file" if suffix else "a link to a folder or file"
                 raise UserError(f"{show_path(folder / name)}: {what} that is missing; mend or remove it")
-    return Found(tuple(sorted(files)), tuple(sorted(made_by_us)), tuple(sorted(loops)))
+    return Found(*(tuple(sorted(names)) for names in (files, made_by_us, loops, unread)))
 
 
 def is_folder(path: Path) -> bool:

@@ -250,6 +250,14 @@ class _Painted:
         """The same for a palette of greys."""
         return {value: code & 0xFF for value, code in self.codes.items()}
 
+    @property
+    def looks_alike(self) -> bool:
+        """Whether a value that occurs is shown as one before it is: then the picture has lost what the values tell."""
+        first_of = {
+            code: value for value, code in reversed([*enumerate(_colour_codes(self.palette[None])[0].tolist())])
+        }
+        return any(first_of[code] != value for value, code in self.codes.items())
+
 
 def how_to_read(meaning: Meaning, folder: Path, names: Sequence[str]) -> Reading:
     """Decide from all masks; their headers alone are read, where these leave no doubt.
@@ -289,9 +297,7 @@ def _of_palettes(meaning: Meaning, painted: Sequence[_Painted], count: int) -> R
     if meaning.colours and (not meaning.ids or all(meaning.names_colours(own.codes.values()) for own in painted)):
         return Reading("colour")  # with colours alone in mapping there is no other way; one it lacks is told when met
     if not all(_is_grey(own.palette) for own in painted):
-        longest = max((own.palette for own in painted), key=len)
-        if not all(np.array_equal(own.palette, longest[: len(own.palette)]) for own in painted):
-            _refuse_other_palettes(meaning, painted)
+        _refuse_other_palettes(meaning, painted)
         return Reading()
     others = [own for own in painted if not _is_identity(own.palette)]
     beside = len(others) < count  # masks whose values are shown as they are
@@ -300,6 +306,9 @@ def _of_palettes(meaning: Meaning, painted: Sequence[_Painted], count: int) -> R
         return Reading()  # black is 0 and white is 1: 255 is stored nowhere
     pairs = {pair for own in others for pair in own.greys.items()}
     if all(value == grey for value, grey in pairs):
+        return Reading()
+    if any(own.looks_alike for own in others):  # a palette that tells nothing
+        _refuse_other_palettes(meaning, others)
         return Reading()
     values, greys = sorted({value for value, _ in pairs}), sorted({grey for _, grey in pairs})
     if not settled and IGNORE in greys and BLACK_AND_WHITE.issuperset(greys):
@@ -337,6 +346,9 @@ def _refuse_other_palettes(meaning: Meaning, painted: Sequence[_Painted]) -> Non
 
     But not where the config names all indices as ids.
     """
+    longest = max((own.palette for own in painted), key=len, default=None)
+    if longest is None or all(np.array_equal(own.palette, longest[: len(own.palette)]) for own in painted):
+        return
     indices = sorted({index for own in painted for index in own.codes})
     if meaning.names_ids(indices):
         return

@@ -499,6 +499,19 @@ def test_classes_that_are_validated_but_not_trained_are_named() -> None:
     assert untrained_classes(trained, scored, count=1) == ("d",)  # of many, some are looked at
 
 
+class Wrong(Striped):
+    """With an id that is no class, which is told by whoever reads every mask that is scored."""
+
+    def read(self, index: int) -> Example:
+        example = super().read(index)
+        example.label[0, 0] = 77
+        return example
+
+
+def test_ids_that_are_no_classes_are_not_taken_for_untrained_ones() -> None:
+    assert untrained_classes(Striped(), Wrong()) == ()
+
+
 class Ignored(Striped):
     """Of these only the last has a pixel that counts."""
 

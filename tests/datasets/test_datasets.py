@@ -227,6 +227,16 @@ def test_what_runs_have_drawn_is_left_out_and_told(tmp_path):
     assert "which are left out: 1 (one)" in refusal(len, Folder(images=f"{tmp_path}/runs"))
 
 
+def test_pictures_that_are_not_read_are_told(tmp_path):
+    put_images(tmp_path, "a")
+    for name in ("IMG_1.HEIC", "raw/b.cr2", "raw/.c.dng", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (note,) = Folder(images=str(tmp_path)).notes()
+    assert "pictures of a kind that is not read; convert them, or take them out: 2 (IMG_1.HEIC, raw/b.cr2)" in note
+    assert "not read; convert them, or take them out: 1 (b.cr2)" in refusal(len, Folder(images=f"{tmp_path}/raw"))
+
+
 def test_names_match_however_unicode_writes_their_letters(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "forêt/é") for form in ("NFC", "NFD"))
     put_images(tmp_path / "images", decomposed)

@@ -188,6 +188,16 @@ def test_greys_among_colours_are_only_for_viewers(tmp_path):
     assert folder.notes() == ()
 
 
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_palette_that_shows_all_alike_tells_nothing(tmp_path, shade):
+    alike = [(shade, shade, shade)] * 256
+    masks = {"a": with_palette(ids_of(0, 1), alike), "b": with_palette(ids_of(2), alike)}
+    folder = folder_of(tmp_path, masks, classes=3)
+    assert labels_of(folder) == [[0, 1], [2]]
+    assert folder.notes() == ()
+    assert "b.png" in refusal(Folder(images=folder.images, masks=folder.masks, classes=2))
+
+
 def test_palettes_that_differ_are_refused_with_both_ways_to_write_it(tmp_path):
     ids = ids_of(0, 1, 2)
     masks = {"a": painted(ids, (0, 1, 2)), "b": painted(ids, (2, 0, 1))}
