@@ -25,6 +25,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask fo
 # Seconds within which a signal that comes again is the same one. What torch 2.14's torchrun passes on came within 7 ms
 # of the first, on two busy cores (16 times); a person who presses Ctrl-C a second time takes longer than this.
 SAME_SIGNAL = 0.3
+STOPPED = "stopped; the same command continues"  # what a run says of itself
 SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
 
 
@@ -96,7 +97,7 @@ class Signals:
     passes on to each process what systemd or Slurm has told every process of the job already.
     """
 
-    def __init__(self, told: str) -> None:
+    def __init__(self, told: str = STOPPED) -> None:
         self.told = told
         self.noted: int | None = None
         self.noted_at = 0.0
@@ -131,7 +132,7 @@ class Signals:
 
 
 @contextmanager
-def watch_signals(told: str = "stopped; the same command continues") -> Iterator[Signals]:
+def watch_signals(told: str = STOPPED) -> Iterator[Signals]:
     """Inside, a signal is an `Interrupted` with that text. A hangup that is ignored stays so: nohup asks for it."""
     signals = Signals(told)
     former = {}
