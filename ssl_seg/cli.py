@@ -17,7 +17,7 @@ import typer
 
 from ssl_seg.config import Interrupted, UserError, find_recipe, load, names_file, read_words, use_plugin, user_path
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
-from ssl_seg.terminal import STOPPED, print_lines, say, tells, usable_streams, watch_signals
+from ssl_seg.terminal import print_lines, say, tells, usable_streams, watch_signals
 
 if TYPE_CHECKING:
     from ssl_seg.training.processes import DeviceName
@@ -358,7 +358,7 @@ def run(command: Callable[[], Any]) -> int:
 
 def _ended(command: Callable[[], Any]) -> int:
     """What a command returns, once what it has printed is out; raises what the user must know."""
-    with watch_signals() as signals:
+    with watch_signals("stopped") as signals:
         try:
             code = command() or 0
             sys.stdout.flush()
@@ -366,7 +366,7 @@ def _ended(command: Callable[[], Any]) -> int:
             # A signal amid an import comes out as whatever the library makes of it.
             if signals.raised is None or isinstance(error, Interrupted):
                 raise
-            raise Interrupted(signals.raised, STOPPED) from error
+            raise Interrupted(signals.raised, signals.told) from error
     return code
 
 

@@ -25,7 +25,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask fo
 # Seconds within which a signal that comes again is the same one. What torch 2.14's torchrun passes on came within 7 ms
 # of the first, on two busy cores (16 times); a person who presses Ctrl-C a second time takes longer than this.
 SAME_SIGNAL = 0.3
-STOPPED = "stopped; the same command continues"
+STOPPED = "stopped; the same command continues"  # what a run says of itself
 SECONDS_BETWEEN_LINES = 5.0  # of a log without a terminal
 
 
@@ -97,7 +97,8 @@ class Signals:
     passes on to each process what systemd or Slurm has told every process of the job already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: str = STOPPED) -> None:
+        self.told = told
         self.noted: int | None = None
         self.noted_at = 0.0
         self.defers = False
@@ -127,13 +128,13 @@ class Signals:
         if self.defers and signum == self.noted and now - self.noted_at < SAME_SIGNAL:
             return
         self.raised = signum
-        raise Interrupted(signum, STOPPED)
+        raise Interrupted(signum, self.told)
 
 
 @contextmanager
-def watch_signals() -> Iterator[Signals]:
-    """A hangup that is ignored stays so: it was asked for, by nohup."""
-    signals = Signals()
+def watch_signals(told: str = STOPPED) -> Iterator[Signals]:
+    """Inside, a signal is an `Interrupted` with that text. A hangup that is ignored stays so: nohup asks for it."""
+    signals = Signals(told)
     former = {}
     wanted = [number for number in STOPPING if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
     try:

@@ -37,6 +37,7 @@ from ssl_seg.config import Config, Interrupted, UserError, load
 from ssl_seg.evidence import compare
 from ssl_seg.evidence.cautions import notes
 from ssl_seg.runs.folder import TIME, RunFolder, described, leak_word, read_metrics
+from ssl_seg.runs.lock import hold
 from ssl_seg.runs.writer import Run
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
@@ -584,6 +585,15 @@ def test_a_folder_that_cannot_be_tracked_fails_no_run(tmp_path: Path, capsys: py
         beside.start()
     assert "MLflow: no mirror (" in capsys.readouterr().err
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_mirror_ends_though_another_program_bears_the_number_of_its_run(tmp_path: Path) -> None:
+    """The number of a process is free once that has ended; the lock of the folder tells who holds it."""
+    folder = written(tmp_path / "runs" / "a", status="running")
+    assert mirror.follow(folder, os.getpid()) == 0
+    assert status_of(sqlite_uri(tmp_path / "runs")) == "KILLED"
+    with hold(folder):  # a run that was started again is another mirror's
+        assert mirror.follow(folder, os.getppid()) == 0
 
 
 def test_a_mirror_leaves_a_folder_that_another_run_has_taken(tmp_path: Path) -> None:
