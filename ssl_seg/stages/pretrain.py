@@ -117,8 +117,10 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         def score() -> dict[str, float]:
             if config.data.val is None:
                 return {}
-            workers = config.train.reading
-            return scoring.score_tasks(learner.evaluated, **evaluation, workers=workers, processes=processes)
+            # Where memory has been found to be short, no more than a step takes.
+            at_once = min(scoring.CROPS, learner.crops) if learner.auto else scoring.CROPS
+            place = {"batch_size": at_once, "workers": config.train.reading, "processes": processes}
+            return scoring.score_tasks(learner.evaluated, **evaluation, **place)
 
         latest: dict[str, float] = {}
 

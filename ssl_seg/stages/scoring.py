@@ -30,6 +30,7 @@ from ssl_seg.training.multitask import MultiTask, dealing, make_views
 from ssl_seg.training.processes import Processes
 
 SMALLER_IMAGES = "give smaller images, train with data.resize=[H,W], or choose a device with more memory (device=cpu)"
+CROPS = 16  # scored at a time
 SMALLER_CROPS = "give a smaller augment.crop"
 WITHOUT_MASK = "{}: has no mask, so it cannot be scored; name a labelled data set"
 
@@ -123,7 +124,7 @@ def score_tasks(
     examples: Examples,
     augment: Augment,
     resize: Size | None = None,
-    batch_size: int = 16,
+    batch_size: int = CROPS,
     workers: Workers = ALONE,
     processes: Processes | None = None,
 ) -> dict[str, float]:

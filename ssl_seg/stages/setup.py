@@ -28,7 +28,7 @@ from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import NonFiniteError
 from ssl_seg.training.multitask import MultiTask, dealing
-from ssl_seg.training.processes import Processes
+from ssl_seg.training.processes import Processes, has_lost_another
 from ssl_seg.weights.export import export_decoder
 
 CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
@@ -100,6 +100,12 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
         except NonFiniteError as error:
             run.write_json("nonfinite.json", {"images": error.names})
             raise
+        except RuntimeError as error:
+            if processes.world == 1 or not has_lost_another(error):
+                raise
+            lost = UserError("another process of this run has ended, and has said why; the same command continues")
+            lost.of_one_process = True
+            raise lost from error
 
 
 def check_training(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from ssl_seg.models import evaluating, telling_small_maps
 from ssl_seg.rng import seeded
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.scoring import device_of, predict_ids
-from ssl_seg.tasks import Stream
+from ssl_seg.tasks import Stream, View
 from ssl_seg.terminal import clock, say
 from ssl_seg.training.config import frozen_at
 from ssl_seg.training.learner import MOMENTS, Learner
@@ -38,10 +38,13 @@ from ssl_seg.training.memory import GIB, available, bytes_of, enough_memory, in_
 from ssl_seg.training.multitask import dealing
 from ssl_seg.training.processes import is_out_of_memory, peak_memory
 
-# Bytes of a pixel in training that no network is known to exceed: a resnet18 U-Net takes 1.8 kB for each task, large
-# transformers some 20. A step that fits even so is not counted.
+# Bytes of a pixel in training, for each task, that no network is known to exceed: a resnet18 U-Net takes 1.4 kB,
+# swin_base with UPerNet 8. A step that fits even so is not counted.
 MOST_OF_A_PIXEL = 2**16
-MOST_OF_A_WHOLE_PIXEL = 2**14  # the same without gradients; a resnet18 U-Net takes 0.5 kB
+MOST_OF_A_WHOLE_PIXEL = 2**14  # the same without gradients: 0.4 and 0.9 kB
+ROOM = (
+    2.0  # times the bytes counted, for a trial that is not to be killed: it took 1.45 times those of a resnet18 U-Net
+)
 GREY = 128
 LESS = "give a smaller augment.crop or model, train.encode=in_turn or train.precision=bf16"
 PROBED = 128  # pixels of a side of the square by which the memory of whole images is counted
@@ -123,107 +126,95 @@ def fit_in_memory(learner: Learner, quiet: bool = True) -> None:
 
     Weights, moments and statistics stay as they are. Raises UserError where no step fits.
     """
-    config, processes = learner.config, learner.processes
-    if not learner.auto:
-        if processes.device.type == "cpu" and not _surely_fits(learner):
-            _refuse_beyond_memory(learner)
-        return
-    if config.accumulate in _cuts(learner):
+    cuts = _cuts(learner)
+    if learner.auto and learner.config.accumulate in cuts:
         return  # found by a former start
-    for accumulate in _cuts(learner):
+    counted = Counted.of(learner) if learner.processes.device.type == "cpu" else None
+    if not learner.auto:
+        if counted is not None:
+            counted.refuse_beyond_memory(learner)
+        return
+    for accumulate in cuts:
         learner.cut(accumulate)
-        if fits(learner):
+        if fits(learner, counted):
             say(f"train.accumulate: auto is {accumulate}, {learner.crops_at_once}", quiet)
             return
-    raise UserError(
-        f"train.accumulate: auto: {learner.crops_at_once} is too much for {in_words(processes.device)}; {LESS}"
-    )
+    place = in_words(learner.processes.device)
+    raise UserError(f"train.accumulate: auto: {learner.crops_at_once} is too much for {place}; {LESS}")
 
 
-def fits(learner: Learner) -> bool:
-    """Whether a step cut as it is now fits into the memory of every process: counted on a CPU, then tried."""
-    processes = learner.processes
-    counted = processes.device.type != "cpu" or _surely_fits(learner) or bytes_of_step(learner) <= _share(learner)
-    return not processes.any(not (counted and rehearse(learner)))
+def fits(learner: Learner, counted: Counted | None) -> bool:
+    """Whether a step cut as it is now fits into the memory of every process: by the count, if any, and tried."""
+    may = counted is None or ROOM * counted.bytes_of_step(learner) <= counted.free
+    return not learner.processes.any(not (may and rehearse(learner)))
 
 
 def rehearse(learner: Learner) -> bool:
-    """Learn from a grey micro-batch without a step; False where memory runs out. Leaves the learner as it was.
+    """Learn from a grey micro-batch without a step; False where memory runs out.
 
     Not through DDP: a process that fails would keep the others waiting.
     """
-    module, config = learner.module, learner.config
-    before = [buffer.clone() for buffer in learner.buffers]
+    module = learner.module
     wrapped, learner.wrapped = learner.wrapped, module
     uses_ddp, learner.uses_ddp = learner.uses_ddp, False
     held: list[torch.Tensor] = []
-    packed = _grey(learner, _crops(learner))
     try:
-        with seeded(rng.as_key("trial")), _at_its_largest(learner):
-            held = [torch.empty_like(weight) for weight in _learning(module) for _ in _moments(learner)]
-            for _ in range(min(2, config.micro_batches)):  # the second meets the gradients of the first
-                backward(learner, packed, last=True)
+        with _rehearsing(learner):
+            held += [torch.empty_like(weight) for weight in _learning(module) for _ in _moments(learner)]
+            for _ in range(min(2, learner.config.micro_batches)):  # the second meets the gradients of the first
+                backward(learner, _grey(learner, _crops(learner)), last=True)
         fitted = True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         fitted = False
-    held.clear()
     learner.wrapped, learner.uses_ddp = wrapped, uses_ddp
     learner.optimizer.zero_grad()
-    for buffer, old in zip(learner.buffers, before, strict=True):
-        buffer.copy_(old)
+    held.clear()
     gc.collect()
     if learner.processes.device.type == "cuda":
         torch.cuda.empty_cache()
     return fitted
 
 
-def _refuse_beyond_memory(learner: Learner) -> None:
-    needed, free = bytes_of_step(learner), _share(learner)
-    if not learner.processes.any(needed > free):
-        return
-    finer = [count for count in _cuts(learner) if count > learner.config.micro_batches]
-    fitting = next((count for count in finer if bytes_of_step(learner, count) <= free), None)
-    remedy = LESS if fitting is None else f"give train.accumulate={fitting} or auto, or a smaller augment.crop"
-    raise UserError(
-        f"train.batch_size: a step of {learner.crops_at_once} takes more than {needed / GIB:.1f} GiB, and each process "
-        f"has {free / GIB:.1f} GiB of memory; {remedy}"
-    )
+@dataclass(frozen=True)
+class Counted:
+    """What the tensors of a step take at least, counted on a few images: a process would be killed for more."""
 
+    of_weights: int  # bytes of their gradients, and of the moments that are still to be made
+    of_image: float  # bytes that an image of each stream leaves for the backward pass
+    free: float  # bytes that this process may take
 
-def bytes_of_step(learner: Learner, accumulate: int | None = None) -> float:
-    """At least how many bytes a step takes: what a few images leave for their backward pass, for as many as there are.
+    @classmethod
+    def of(cls, learner: Learner) -> Counted | None:
+        """None where a step surely fits. The same on all processes: they share what the first one finds free."""
+        processes, (height, width) = learner.processes, learner.size
+        free = processes.from_first(available()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        pixels = _crops(learner) * height * width * len(learner.module.tasks)
+        if pixels * MOST_OF_A_PIXEL < free:
+            return None
+        module, few = learner.module, _unit(learner)
 
-    Beside that one gradient and the moments of every weight.
-    """
-    module = learner.module
-    few = _unit(learner)
-    before = [buffer.clone() for buffer in learner.buffers]
-    packed = _grey(learner, few)
+        def learn(views: Mapping[str, View]) -> None:
+            with learner.accelerator.autocast():
+                _ = module(views)
 
-    def forward(chosen: dict[str, Any]) -> None:
-        with learner.accelerator.autocast():
-            _ = module(chosen)
+        with _rehearsing(learner):
+            most = max(bytes_of(partial(learn, views)) for views in passes_of(learner, _grey(learner, few)))
+            weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
+        return cls(weights, most / few, free)
 
-    with seeded(rng.as_key("trial")), _at_its_largest(learner):
-        largest = max(bytes_of(lambda views=views: forward(views)) for views in passes_of(learner, packed))
-        weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
-    for buffer, old in zip(learner.buffers, before, strict=True):
-        buffer.copy_(old)
-    return weights + largest / few * _crops(learner, accumulate)
+    def bytes_of_step(self, learner: Learner, accumulate: int | None = None) -> float:
+        return self.of_weights + self.of_image * _crops(learner, accumulate)
 
-
-def _surely_fits(learner: Learner) -> bool:
-    height, width = learner.size
-    pixels = _crops(learner) * height * width * len(learner.module.tasks)
-    return pixels * MOST_OF_A_PIXEL < _share(learner)
-
-
-def _share(learner: Learner) -> float:
-    """What each process of this machine may take; the first one's measure, for all are to decide alike."""
-    own = available() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return learner.processes.from_first(own)
+    def refuse_beyond_memory(self, learner: Learner) -> None:
+        needed = self.bytes_of_step(learner)
+        if needed <= self.free:
+            return
+        finer = [count for count in _cuts(learner) if self.bytes_of_step(learner, count) <= self.free]
+        remedy = f"give train.accumulate={finer[0]} or auto, or a smaller augment.crop" if finer else LESS
+        room = f"{needed / GIB:.1f} GiB, and a process has {self.free / GIB:.1f} GiB of memory"
+        raise UserError(f"train.batch_size: a step of {learner.crops_at_once} takes more than {room}; {remedy}")
 
 
 def _cuts(learner: Learner) -> list[int]:
@@ -266,16 +257,22 @@ def _moments(learner: Learner) -> list[str]:
 
 
 @contextmanager
-def _at_its_largest(learner: Learner) -> Iterator[None]:
-    """With the encoder as it is at the last step: one that begins frozen takes more memory later."""
-    module, config = learner.module, learner.config
-    former = module.frozen
+def _rehearsing(learner: Learner) -> Iterator[None]:
+    """With the encoder as it is at the last step, since one that begins frozen takes more memory later.
+
+    Statistics of norms and torch's generator are as before afterwards.
+    """
+    module, config, former = learner.module, learner.config, learner.module.frozen
+    before = [buffer.clone() for buffer in learner.buffers]
     module.train()
     module.freeze(frozen_at(config, config.steps - 1))
     try:
-        yield
+        with seeded(rng.as_key("rehearsal")):
+            yield
     finally:
         module.freeze(former)
+        for buffer, old in zip(learner.buffers, before, strict=True):
+            buffer.copy_(old)
 
 
 # ---- evaluations to come ----

@@ -54,11 +54,15 @@ class Learner:
         return self.module if self.teacher is None else self.teacher.module
 
     @property
+    def crops(self) -> int:
+        """Images of each stream that a process has in memory at a time."""
+        return self.config.batch_size // self.config.micro_batches // self.processes.world
+
+    @property
     def crops_at_once(self) -> str:
-        """What is in memory at a time, in words."""
-        count = self.config.batch_size // self.config.micro_batches // self.processes.world
+        """The same in words."""
         height, width = self.size
-        return f"{count} crop{'s' if count > 1 else ''} of {height} x {width} at a time"
+        return f"{self.crops} crop{'s' if self.crops > 1 else ''} of {height} x {width} at a time"
 
     def cut(self, accumulate: int) -> None:
         """Settle into how many micro-batches a step is cut, where the config leaves it open."""

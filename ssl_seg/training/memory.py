@@ -5,6 +5,7 @@ Ours is the reading of a container's limit, which psutil leaves to its users: it
 
 from __future__ import annotations
 
+import resource
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,8 +52,10 @@ def in_words(device: torch.device) -> str:
 
 
 def available() -> float:
-    """Bytes that this process may still take: what the machine has free, or less by the limit of a container."""
-    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+    """Bytes that this process may still take: what the machine has free, or less by a limit (cgroups, `ulimit -v`)."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    own = [] if limit == resource.RLIM_INFINITY else [max(0, limit - psutil.Process().memory_info().vms)]
+    return min([psutil.virtual_memory().available, *own, *_left_in_cgroups()])
 
 
 def _left_in_cgroups() -> Iterator[float]:

@@ -138,10 +138,21 @@ def keep_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
 
 
+def has_lost_another(error: BaseException) -> bool:
+    """Whether a message between the processes failed because one of them has ended, which has said why itself."""
+    told = ("Connection closed by peer", "Connection reset by peer")  # of gloo, torch 2.14, which has no class for it
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in told)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no room, or the process was given none."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, Exception) and should_reduce_batch_size(error))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # What oneDNN says where `ulimit -v` gives it no room, and elsewhere for other reasons.
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if is_limited and "could not create a primitive" in str(error):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -403,17 +404,20 @@ def test_weights_that_are_not_finite_are_not_saved(optimizer: str, tmp_path: Pat
         pretrain(load(PretrainConfig, values), Options(tmp_path / "new", quiet=True))
 
 
-@pytest.mark.parametrize("part", ["model/", "teacher/", "optimizer/"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_every_tensor_of_the_state_is_looked_at(part: str, value: float) -> None:
+def test_every_tensor_of_the_state_is_looked_at() -> None:
     config = load(PretrainConfig, pretraining(ema=0.9))
     learner, sources = assemble(config, find_start(config), Processes(config.train), None)
     streams = open_streams(sources, config.train, learner.processes, learner.module.tasks, 0)
     next(train(learner, streams, 0, seed=0))
     assert not learner.not_finite()
-    name = [name for name, tensor in learner.tensors().items() if name.startswith(part) and tensor.ndim][-1]
-    learner.tensors()[name].view(-1)[-1] = value
-    assert learner.not_finite() == [name]
+    for part in ("model/", "teacher/", "optimizer/"):
+        name = [name for name, tensor in learner.tensors().items() if name.startswith(part) and tensor.ndim][-1]
+        last = learner.tensors()[name].view(-1)[-1:]
+        kept = last.clone()
+        for value in (math.nan, math.inf, -math.inf):
+            last.fill_(value)
+            assert learner.not_finite() == [name]
+        last.copy_(kept)
 
 
 def test_overwrite_starts_anew(tmp_path: Path) -> None:

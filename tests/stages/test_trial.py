@@ -145,18 +145,23 @@ def test_a_step_beyond_the_memory_is_refused_with_a_cut_that_fits(monkeypatch: p
     values = joining(batch_size=32)
     learner = learner_of(values)
     before = {name: value.clone() for name, value in learner.tensors().items()}
-    whole, quarter = (trial.bytes_of_step(learner, cut) for cut in (1, 4))
-    has_free((quarter + whole) / 2 / GIB / 2, monkeypatch)
-    assert quarter < (quarter + whole) / 4 < whole
+    has_free(0.001, monkeypatch)
+    counted = trial.Counted.of(learner)
+    assert counted is not None
+    whole, half, quarter = (counted.bytes_of_step(learner, cut) for cut in (1, 2, 4))
+    assert quarter < half < whole
+    has_free((quarter + half) / 2 / GIB, monkeypatch)
     said = message_of(lambda: trial.fit_in_memory(learner))
     assert "a step of 32 crops of 64 x 64 at a time takes more than" in said
     assert "train.accumulate=4 or auto" in said
     torch.testing.assert_close(learner.tensors(), before, rtol=0, atol=0)
-    for accumulate in (4, "auto"):
+    with_room = next(cut for cut in (1, 2, 4, 8, 16) if trial.ROOM * counted.bytes_of_step(learner, cut) <= whole)
+    for accumulate, free, found in ((4, (quarter + half) / 2, 4), ("auto", whole, with_room)):
+        has_free(free / GIB, monkeypatch)
         values["train"]["accumulate"] = accumulate
         learner = learner_of(values)
         trial.fit_in_memory(learner)
-        assert learner.config.accumulate == 4
+        assert learner.config.accumulate == found
     for accumulate in (1, "auto"):
         values["train"]["accumulate"] = accumulate
         learner = learner_of(values)
@@ -165,7 +170,7 @@ def test_a_step_beyond_the_memory_is_refused_with_a_cut_that_fits(monkeypatch: p
 
 
 def test_what_surely_fits_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "bytes_of_step", None)
+    monkeypatch.setattr(trial, "bytes_of", None)
     monkeypatch.setattr(trial, "backward", None)
     has_free(4, monkeypatch)
     trial.fit_in_memory(learner_of(finetuning()))

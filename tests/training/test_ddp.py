@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from ssl_seg import cli
+from ssl_seg.config import UserError, load
+from ssl_seg.data import loading
+from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.setup import Options
 from tests.processes import in_pair, start_pair, start_torchrun
+from tests.small import pretraining
 from tests.training.test_loop import ROUNDING
 from tests.two_processes import MODES, compare_modes, evaluate, jointly, record, score_one_image, taught
 
@@ -88,6 +97,31 @@ def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(
     assert len(said) == 1, stderr
     assert "letter.txt" in said[0]
     assert "Traceback" not in stderr
+
+
+def run_until_one_fails(folder: str) -> None:
+    """A run whose second process meets a file that cannot be read, at the third step."""
+    real = loading.Samples.__getitem__
+
+    def read(samples: loading.Samples, draw: int) -> loading.Sample:
+        if os.environ["RANK"] == "1" and draw >= 8:
+            raise UserError("b.png: damaged")
+        return real(samples, draw)
+
+    with mock.patch.object(loading.Samples, "__getitem__", read):
+        config = load(PretrainConfig, pretraining(steps=6, save_every=1))
+        sys.exit(cli.run(lambda: pretrain(config, Options(folder, quiet=True))))
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_others_in_a_line(tmp_path: Path) -> None:
+    pair = start_pair(run_until_one_fails, str(tmp_path))
+    first, second = (child.communicate()[1] for child in pair)
+    assert [child.returncode for child in pair] == [2, 2]
+    assert second == "ssl-seg: b.png: damaged\n"
+    assert first.splitlines()[-1].startswith("ssl-seg: another process of this run has ended")
+    assert "Traceback" not in first
+    assert load_state(tmp_path).step == 2
 
 
 def test_a_leak_that_only_the_first_process_looks_for_ends_all_and_is_told_once(tmp_path: Path) -> None:
