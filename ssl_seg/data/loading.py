@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -178,7 +177,10 @@ class Whole:
     examples: Examples
     resize: tuple[int, int] | None = None
     with_labels: bool = True
-    nbytes: ClassVar[int] = 0  # images differ in size
+
+    @property
+    def nbytes(self) -> int:
+        return 0  # images differ in size
 
     def name(self, index: int) -> str:
         return self.examples.name(index)

@@ -168,12 +168,21 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _written(dataset: Synthetic, folder: Path, extras: Sequence[str], jobs: int) -> Iterator[Iterator[None]]:
     """Writes every scene; an item comes for each that is on the disk, in their order."""
     write = partial(_write, dataset, folder, extras)
+    if jobs == 1:
+        yield map(write, range(len(dataset)))
+        return
     # Forked where that is possible: a fresh process would import torch for seconds, and know no --plugin.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # before the fork: it ends OpenCV's threads, and a child that ends them waits for ever (seen)
-    pool = ProcessPoolExecutor(min(jobs, len(dataset)), context, _prepare_worker, (os.getpid(),))
+    try:
+        pool = ProcessPoolExecutor(min(jobs, len(dataset)), context, _prepare_worker, (os.getpid(),))
+    except OSError as error:  # no semaphores: shared memory is full or cannot be written
+        cv2.setNumThreads(threads)
+        raise UserError(
+            f"--jobs {jobs}: processes that draw cannot be started ({error.strerror}); give --jobs 1"
+        ) from error
     try:
         yield pool.map(write, range(len(dataset)), chunksize=CHUNK)
     except BrokenProcessPool as error:

@@ -17,10 +17,12 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -78,8 +80,8 @@ class Drawable(Protocol):
         """Of one sample's pixels; 0 where they differ, or do not travel in shared memory."""
         ...
 
-    def name(self, draw: int) -> str: ...
-    def __getitem__(self, draw: int) -> Any: ...
+    def name(self, draw: int, /) -> str: ...
+    def __getitem__(self, draw: int, /) -> Any: ...
 
 
 class Handed(ABC):
@@ -158,10 +160,10 @@ def _free_shared_memory() -> float | None:
 
 def _no_room(workers: Workers, nbytes: int, processes: int = 1) -> WorkersError:
     free, needed = _free_shared_memory() or 0, _room(workers, nbytes) * processes
-    what = f"{_waiting(workers)} batches of {nbytes / 1e6:.1f} MB" if nbytes else "queues"
+    what = f"{_waiting(workers)} batches of {nbytes / 1e6:.3g} MB" if nbytes else "queues"
     return WorkersError(
-        f"{SHARED_MEMORY}: {free / 1e6:.1f} MB of shared memory are free, and {workers.count} loader workers need "
-        f"{needed / 1e6:.1f} ({what}{f' in each of {processes} processes' if processes > 1 else ''}); "
+        f"{SHARED_MEMORY}: {free / 1e6:.3g} MB of shared memory are free, and {workers.count} loader workers need "
+        f"{needed / 1e6:.3g} ({what}{f' in each of {processes} processes' if processes > 1 else ''}); "
         f"set {workers.section}workers=0, or give it more (docker run --shm-size=1g)"
     )
 
@@ -217,10 +219,16 @@ class _Reading(Dataset[Any]):
         return made
 
     def _shared(self, made: Handed) -> Handed | WorkersError:
-        """The batch in shared memory: left to torch it gets there in a thread whose errors nobody hears of."""
+        """The batch in shared memory: left to torch it gets there in a thread whose errors nobody hears of.
+
+        With handles to spare: that thread needs some for each batch that is fetched.
+        """
         try:
             made.share()
-        except RuntimeError as error:
+            with ExitStack() as spare:
+                for _ in range(SPARE_HANDLES // 2):
+                    spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except (RuntimeError, OSError) as error:
             if os.strerror(errno.EMFILE) in str(error):
                 return _no_handles(self.workers, os.strerror(errno.EMFILE))
             return _no_room(self.workers, made.nbytes)
@@ -231,12 +239,10 @@ class _Reading(Dataset[Any]):
         if worker is not None:
             self.draws[worker.id] = draw
 
-    def in_hand(self, pids: Sequence[int | None], draws: Sequence[int]) -> str | None:
-        """The image that one of these processes has in hand, or that of one of these draws; None where none is."""
-        for pid, draw in zip(self.pids, self.draws, strict=True):
-            if draw != NOTHING and (pid in pids or draw in draws):
-                return self.name(draw)
-        return None
+    def in_hand(self, pid: int | None) -> str | None:
+        """The image that this process has in hand, None where it has none."""
+        draw = dict(zip(self.pids, self.draws, strict=True)).get(pid, NOTHING)
+        return None if draw == NOTHING else self.name(draw)
 
     def busy(self) -> set[int]:
         """The processes that have an image in hand."""
@@ -264,6 +270,10 @@ class _Team:
         )
         self.made: Iterator[Any] = iter(())
         self.processes: list[BaseProcess] = []
+        self.over = threading.Event()
+        self.waits = self.late = False
+        self.waited = 0.0  # seconds for the batch that is due
+        self.received = 0
 
     def __enter__(self) -> Self:
         atexit.register(self._end)  # where an error holds on to the loader until then, nobody else ends them
@@ -278,6 +288,7 @@ class _Team:
             ) from error
         finally:
             self.processes = [child for child in multiprocessing.active_children() if child not in others]
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -288,6 +299,7 @@ class _Team:
 
     def _end(self) -> None:
         """None is left: this process could not end before one that stands still."""
+        self.over.set()
         with _deaths_unheard():
             for process in self.processes:
                 if process.pid in self.reading.busy():  # it reads, so it holds no lock that others wait for
@@ -300,41 +312,67 @@ class _Team:
 
     def wait_for(self, due: Sequence[int]) -> Any:
         """The next batch, which is that of the draws `due`."""
-        # Looks are counted, and no clock is read: it goes on while Ctrl-Z holds all processes.
-        for _ in range(math.ceil(self.workers.timeout / self.loading.timeout)):
+        self.waited, self.waits = 0.0, True
+        try:
+            made = self._next(due)
+        finally:
+            self.waits = False
+        if isinstance(made, WorkersError):
+            raise made
+        self.received += 1
+        return made
+
+    def _next(self, due: Sequence[int]) -> Any:
+        """The next batch, or an error, which raised in here would hold on to torch's iterator, and so to workers."""
+        while True:
             try:
-                made = next(self.made)
+                return next(self.made)
             except (RuntimeError, OSError, EOFError) as error:
-                gone = [process for process in self.processes if not process.is_alive()]
-                if not gone and str(error).startswith(TIMED_OUT):
-                    continue
-                if not gone and not _speaks_of_handles(error):
+                # A worker that ends closes its pipes first, and counts as alive for an instant more.
+                moment = GLANCE if isinstance(error, ConnectionError | EOFError) else 0.0
+                ended = wait([process.sentinel for process in self.processes], moment)
+                gone = [process for process in self.processes if process.sentinel in ended]
+                if self.late:
+                    return self._standing_still(due)
+                if gone:
+                    return self._gone(gone)
+                if _speaks_of_handles(error):
+                    return _no_handles(self.workers, os.strerror(errno.EMFILE))
+                if not str(error).startswith(TIMED_OUT):
                     raise
-                problem = self._gone(gone) if gone else _no_handles(self.workers, os.strerror(errno.EMFILE))
-            else:
-                if not isinstance(made, WorkersError):
-                    return made
-                problem = made
-            break  # raised below: in `except` it would hold on to torch's iterator, and so to the workers
-        else:
-            problem = self._standing_still(due)
-        raise problem
+
+    def _watch(self) -> None:
+        """In a thread: end them where this process has waited too long.
+
+        It cannot see to that itself: for the memory of a batch torch asks the worker that made it, and waits for ever
+        for one that stands still. Seconds are counted by looks, and no clock is read: Ctrl-Z holds all processes.
+        """
+        while not self.over.wait(self.loading.timeout):
+            if self.waits:
+                self.waited += self.loading.timeout
+            if self.waits and self.waited > self.workers.timeout:
+                self.late = True
+                for process in self.processes:
+                    process.kill()
+                return
 
     def _gone(self, gone: Sequence[BaseProcess]) -> WorkersError:
         """About workers that have ended though nobody asked them to."""
+        gone[0].join()
         code = gone[0].exitcode or 0
         how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
         why = REASONS.get(-code, "whatever reads it has crashed: look at it, or remove it")
-        name = self.reading.in_hand([process.pid for process in gone], ())
+        name = self.reading.in_hand(gone[0].pid)
         if name is None:
             return WorkersError(f"{self.workers.section}workers: one was ended {how} between two images; {why}")
         return WorkersError(f"{name}: the loader worker that was reading it was ended {how}; {why}")
 
     def _standing_still(self, due: Sequence[int]) -> WorkersError:
-        name = self.reading.in_hand((), due) or self.reading.name(due[0])
+        pid = self.reading.pids[self.received % self.workers.count]  # torch deals batches out in turn
+        name = self.reading.in_hand(pid) or self.reading.name(due[0])
         return WorkersError(
-            f"{name}: not read by its loader worker within {self.workers.timeout:g} s; see whether its disk answers, "
-            f"or wait longer with {self.workers.section}worker_timeout"
+            f"{name}: not handed over by its loader worker within {self.workers.timeout:g} s; see whether its disk "
+            f"answers, or wait longer with {self.workers.section}worker_timeout"
         )
 
 

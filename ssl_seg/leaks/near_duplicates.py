@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -107,7 +107,10 @@ class _Seen:
     """A map from indices to digest, fingerprint and doubt, as a loader's workers run it."""
 
     examples: Images
-    nbytes: ClassVar[int] = 0  # they are few, and go by pipe
+
+    @property
+    def nbytes(self) -> int:
+        return 0  # what is handed over is small, and goes by pipe
 
     def name(self, index: int) -> str:
         return self.examples.name(index)

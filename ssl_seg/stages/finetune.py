@@ -47,6 +47,7 @@ from ssl_seg.stages.setup import (
     check_images,
     check_same_images,
     check_training,
+    check_whole,
     export_heads,
     open_run,
     say_clamped_zoom,
@@ -287,8 +288,11 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
 def check(config: FinetuneConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
     streams = ("labelled",) if config.data.pool is None else ("labelled", "pool")
-    check_training(config.train, processes, {SEGMENT: config.segment, **config.tasks}, streams)
+    check_training(config.train, processes, {SEGMENT: config.segment, **config.tasks}, streams, config.augment.crop)
     check_data(config)
+    for scored in (candidates(config)[1], config.data.test):
+        if scored is not None:
+            check_whole(config.train.reading, scored, config.data.resize)
 
 
 def check_data(config: FinetuneConfig) -> None:

@@ -178,7 +178,7 @@ def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[P
 
 def check(config: PretrainConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done."""
-    check_training(config.train, processes, config.tasks, ("pool",))
+    check_training(config.train, processes, config.tasks, ("pool",), config.augment.crop)
     check_images("data.pool", config.data.pool)
     if config.data.val is not None:
         check_images("data.val", config.data.val)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from ssl_seg import tracking
 from ssl_seg.config import NAME, Config, Interrupted, UserError, user_path
-from ssl_seg.data.loading import Samples, check_batch_size, loader
+from ssl_seg.data.loading import Samples, Whole, check_batch_size, loader, pack
 from ssl_seg.data.splits import Examples, manifest
+from ssl_seg.data.workers import Workers, check_room
 from ssl_seg.datasets import Dataset
+from ssl_seg.images import Size
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import Run
@@ -109,13 +112,18 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
 
 
 def check_training(
-    config: TrainConfig, processes: Processes, tasks: Mapping[str, Task], streams: Sequence[Stream]
+    config: TrainConfig, processes: Processes, tasks: Mapping[str, Task], streams: Sequence[Stream], crop: Size
 ) -> None:
-    """Refuse tasks that cannot be trained, and a batch size that cannot be shared out, before any work is done."""
+    """Refuse what cannot be trained before any work is done.
+
+    Tasks, a batch size that cannot be shared out, crops for which workers have no room.
+    """
     check_tasks(tasks, streams, has_teacher=config.ema is not None)
     for stream in streams:
         deal, at_once = dealing(tasks, stream, config.views == "split")
         check_batch_size(config.batch_size, processes.world, deal, config.micro_batches, at_once)
+    at_a_time = len(streams) * config.batch_size // (processes.world * config.micro_batches)
+    check_room(config.reading, at_a_time * math.prod(crop) * 3)
 
 
 def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_changed: Sequence[str]) -> None:
@@ -155,6 +163,11 @@ def tell_notes(parts: Mapping[str, Dataset | None], labelled: Collection[str] = 
     for part, dataset in parts.items():
         for note in () if dataset is None else dataset.notes(with_labels=part in labelled):
             say(f"data.{part}: {note}", quiet)
+
+
+def check_whole(reading: Workers, examples: Examples, resize: Size | None) -> None:
+    """That workers can hand over whole images, by the first one: the first evaluation may be hours away."""
+    check_room(reading, pack([Whole(examples, resize)[0]]).nbytes)
 
 
 def recalibrate(learner: Learner, pool: Samples, count: int) -> int:

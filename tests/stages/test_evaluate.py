@@ -130,6 +130,23 @@ def test_pictures_have_a_row_an_image() -> None:
         assert (below == colour).all(axis=2).any()
 
 
+def test_pictures_of_large_images_are_as_large_as_other_panels() -> None:
+    class Large(Halves):
+        def read(self, index: int) -> Example:
+            example = super().read(index)
+            return Example(
+                *(np.repeat(np.repeat(pixels, 20, 0), 20, 1) for pixels in (example.image, example.label)), ""
+            )
+
+    panel = prediction_panel(Brightness(), Large(count=1))
+    assert panel.shape[1] == 3 * PANEL_SIDE + 2 * GAP
+    colours = {tuple(colour) for colour in panel[:100, PANEL_SIDE + GAP :].reshape(-1, 3).tolist()}
+    assert colours <= {*map(tuple, palette(3)[:3].tolist()), IGNORE_COLOUR, (255, 255, 255)}, "ids are not mixed"
+    config = load(PretrainConfig, {**pretraining(), "augment": {"crop": [64, 512]}})
+    sheets = task_pictures(build_module(config.model, config.tasks, 0), config.data.val, config.augment)
+    assert sheets["denoise"].shape == (3 * 50 + 2 * GAP, 3 * PANEL_SIDE + 2 * GAP, 3)
+
+
 def test_each_image_has_scikit_learn_s_confusion_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl_seg.metrics.BAND_WIDTH", 0.1)  # wider than the ignored line between the halves
     found = image_confusions(Brightness(), Unmasked())
