@@ -274,6 +274,7 @@ WRONG = [
     (["pretrain", *PRETRAIN, "train.lr=.inf", "--out", "x"], "train.lr: "),
     (["pretrain", *PRETRAIN, "augment.crop=[100000,100000]", "--out", "x"], "augment.crop: "),
     (["pretrain", *PRETRAIN, "data.resize=[100000,100000]", "--out", "x"], "data.resize: "),
+    (["pretrain", *PRETRAIN, "train.batch_size=1e12", "--out", "x"], "train.batch_size: "),
     (["pretrain", *PRETRAIN, "recalibrate=1e18", "--out", "x"], "recalibrate: "),
     (["pretrain", *PRETRAIN, "tasks.inpaint.number=1000000000", "--out", "x"], "tasks.inpaint.number: "),
     (["study", "finetune={}", "seeds=1000000000", "--out", "x"], "seeds: 1000000000: 10000 pairs at most"),

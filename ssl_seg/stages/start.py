@@ -24,6 +24,7 @@ from ssl_seg.runs.writer import Run, former_config
 from ssl_seg.stages.setup import StageConfig
 from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
+from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.weights.export import exported_config, read_encoder_info
 from ssl_seg.weights.receipt import Receipt
@@ -103,10 +104,14 @@ def _inherit(exported: ModelConfig, given: ModelConfig, config: StageConfig) -> 
 
 
 def build_module(model: ModelConfig, tasks: Mapping[str, Task], seed: int) -> MultiTask:
-    """Encoder and heads with first weights that depend on the seed and on each part's name alone."""
-    with seeded(rng.fold_in(rng.as_key(seed), "encoder")):
-        encoder = model.build_encoder()
-    return MultiTask(encoder, model.spec(encoder), tasks, seed)
+    """Encoder and heads with first weights that depend on the seed and on each part's name alone.
+
+    Raises UserError for a network that is larger than the memory.
+    """
+    with enough_memory("model", "choose a smaller encoder, or fewer channels of the decoder", torch.device("cpu")):
+        with seeded(rng.fold_in(rng.as_key(seed), "encoder")):
+            encoder = model.build_encoder()
+        return MultiTask(encoder, model.spec(encoder), tasks, seed)
 
 
 def start_module(

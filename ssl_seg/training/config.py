@@ -30,7 +30,8 @@ class TrainConfig(Config):
     """How the weights are fitted. The unit of time is the step: one update of the optimizer."""
 
     steps: PositiveInt = 1000
-    batch_size: PositiveInt = 16  # global, of each stream; divided among processes, tasks (views: split), micro-batches
+    # Global, of each stream; divided among processes, tasks (views: split), micro-batches.
+    batch_size: int = Field(default=16, gt=0, le=1_000_000)
     # Micro-batches a step; auto: as few as fit into memory, found by a trial before the first step and kept to the end.
     accumulate: PositiveInt | Literal["auto"] = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from pretext.denoise import Denoise
 from ssl_seg.config import UserError, load
+from ssl_seg.models import ModelConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain, resolve
 from ssl_seg.stages.setup import Options
-from ssl_seg.stages.start import Start, find_start, origins
+from ssl_seg.stages.start import Start, build_module, find_start, origins
 from tests.small import finetuning, pretraining
 
 
@@ -46,6 +48,12 @@ def test_weights_of_a_file_may_have_seen_images_and_those_of_a_tag_are_known(tmp
         assert origins(config, find_start(config)) == {"pretrained": asked}
     config = load(FinetuneConfig, {**finetuning(), "init": "runs/a"})
     assert origins(config, start_of(None)) == {"init": "runs/a"}
+
+
+def test_a_network_larger_than_the_memory_is_one_line() -> None:
+    model = load(ModelConfig, {**pretraining()["model"], "decoder": {"type": "segformer", "channels": 10**15}})
+    with pytest.raises(UserError, match=r"model: out of memory on .*choose a smaller encoder"):
+        build_module(model, {"denoise": Denoise()}, seed=0)
 
 
 def test_a_run_that_goes_on_does_not_look_for_what_it_started_from(pretrained: Path, tmp_path: Path) -> None:
