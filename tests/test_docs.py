@@ -137,6 +137,16 @@ def test_every_page_is_in_the_index() -> None:
     assert [page.name for page in DOCS if page.name != "README.md" and f"({page.name})" not in index] == []
 
 
+def test_every_row_of_reliability_ends_in_a_test_that_is_there() -> None:
+    rows = [line for line in (ROOT / "docs/RELIABILITY.md").read_text().splitlines() if line.startswith("| ")]
+    tests = [row.split(" | ")[-1] for row in rows if not row.endswith("| test |")]
+    assert len(tests) > 40
+    for words in tests:
+        named = re.findall(r"`([^`]+)`", words)
+        assert named or words == "*by hand* |", words
+        assert not [name for name in named if not (ROOT / "tests" / name).exists()], words
+
+
 @pytest.mark.parametrize(
     ("text", "broken"),
     [
