@@ -37,9 +37,9 @@ from ssl_seg.terminal import STOPPING
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps what processes share: batches on their way, and semaphores
 AHEAD = 2  # batches that each worker makes before they are asked for; torch's own figure
 GLANCE = 1.0  # seconds between two looks at the workers while a batch is waited for
-TIMEOUT = 120.0  # seconds; a batch of 64 photographs of 12 megapixels takes 15 on a slow core
+TIMEOUT = 120.0  # seconds; to decode 64 photographs of 12 megapixels takes one core 7
 TIMED_OUT = "DataLoader timed out"  # how torch says that there is no batch yet
-REASONS = {  # by signal: what is behind it, and what to do
+REASONS: dict[int, str] = {  # by signal: what is behind it, and what to do
     signal.SIGKILL: "Linux does so where memory runs out: set fewer workers or a smaller batch",
     signal.SIGBUS: "shared memory is full perhaps: give it more (docker run --shm-size=1g), or set no workers",
 }
@@ -69,7 +69,7 @@ ALONE = Workers()
 class Batches(Sized, Protocol):
     """Draws by batch, the same ones each time it is asked."""
 
-    def __iter__(self) -> Iterator[Sequence[int]]: ...
+    def __iter__(self) -> Iterator[list[int]]: ...
 
 
 class Drawable(Protocol):
@@ -185,9 +185,8 @@ class _Reading(Dataset[Any]):
         self.collate = collate
         self.workers = workers
         # Shared with the main process, one a worker: the process's number, and the draw that it has in hand.
-        self.pids, self.draws = (
-            multiprocessing.RawArray("q", workers.count) if workers.count else () for _ in range(2)
-        )
+        self.pids: Any = multiprocessing.RawArray("q", workers.count) if workers.count else ()
+        self.draws: Any = multiprocessing.RawArray("q", workers.count) if workers.count else ()
 
     def begin(self, worker: int) -> None:
         """In a worker, first of all.

@@ -200,7 +200,7 @@ def mask_names(dataset: Dataset) -> tuple[str, ...]:
         problem = None
         if counts[mask] > 1:
             others = (other for other, same in zip(names, masks, strict=True) if same == mask and other != name)
-            problem = f"would be given the same mask as {images.show_path(next(others, name))}"
+            problem = f"would be given the same mask as {images.show_path(str(next(others, name)))}"
         elif mask in folders:
             problem = "would be given a mask with the name of a folder of masks"
         elif name.is_absolute() or ".." in name.parts:
@@ -208,5 +208,5 @@ def mask_names(dataset: Dataset) -> tuple[str, ...]:
         elif max(len(os.fsencode(part)) for part in PurePosixPath(mask).parts) > LONGEST_NAME:
             problem = f"would be given a mask whose name has more than {LONGEST_NAME} bytes"
         if problem:
-            raise UserError(f"data.images: {images.show_path(name)} {problem}; rename it")
+            raise UserError(f"data.images: {images.show_path(str(name))} {problem}; rename it")
     return tuple(masks)
