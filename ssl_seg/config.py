@@ -88,7 +88,9 @@ def user_path(written: str | Path) -> Path:
     except ValueError as error:  # a zero byte, half of a surrogate pair
         raise UserError(f"{shown}: is no path ({_first_line(error)}); write it anew") from error
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM):
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{shown}: cannot be a path here ({error.strerror}); choose another") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
             raise UserError(f"{shown}: cannot be read ({error.strerror}); mend its rights or choose another") from error
         return Path(written).expanduser()
     return path

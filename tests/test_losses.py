@@ -484,7 +484,7 @@ def test_faulty_masks_train_and_are_scored(tmp_path: Path, segment: dict[str, An
 
 @pytest.mark.parametrize("eval_every", [None, 1])
 def test_masks_of_which_nothing_counts_are_no_score_and_no_end(tmp_path: Path, eval_every: int | None) -> None:
-    parts = {"labelled": "ignored", "val": "ignored", "test": "ignored"}
+    parts = {"val": "ignored", "test": "ignored"}
     result = faulty(tmp_path / "run", parts, SEGMENTS[-1], eval_every=eval_every)
     assert result["selected_step"] == result["steps"] == 3, "no step is the best one, so the last is taken"
     for part in ("val", "test"):

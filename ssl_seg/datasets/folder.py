@@ -272,8 +272,11 @@ class Folder(Dataset):
         if self.range is not None:
             return ()
         probed = range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
-        found = [largest_value(self._image_folder / self.name(index)) for index in probed]
-        largest = [value for value in found if value is not None]
+        largest = []
+        for index in probed:
+            with suppress(UserError):  # of a file that cannot be read whoever needs it speaks
+                value = largest_value(self._image_folder / self.name(index))
+                largest += [] if value is None else [value]
         if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
             return ()
         white = 2 ** max(largest).bit_length() - 1

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from ssl_seg import images, load
-from ssl_seg.config import UserError
+from ssl_seg import images
+from ssl_seg.config import UserError, load
 from ssl_seg.data.synth import SHEET_WIDTH, sheet, synth
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.folder import Folder
@@ -136,8 +136,8 @@ def test_what_the_world_does_not_draw_is_refused_before_anything_is_written(tmp_
     for extras, named in ((("depth",), "squares does not draw it"), (("deph",), "choose of depth, instances, edges")):
         with pytest.raises(UserError, match=named):
             synth(squares, out, extras, 1)
-    with pytest.raises(UserError, match="no image of more than"):
-        synth(Synthetic(count=1, size=(10**5, 10**5)), out)
+    with pytest.raises(UserError, match="size: 100000 x 100000 are more than"):
+        load(Synthetic, {"count": 1, "size": (10**5, 10**5)})
     assert not list(tmp_path.iterdir())
     assert (synth(squares, out, ("edges",), 1).out / "edges" / "squares_000001.png").is_file()
     before = digests(out)

@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_any_work(model: Bright, pho
     cases = [
         (tmp_path / "file", "exists already; name a new folder"),
         (tmp_path / "file" / "out", "cannot be written (Not a directory)"),
-        (tmp_path / ("x" * 300), "cannot be written (File name too long)"),
+        (tmp_path / ("x" * 300), "cannot be a path here (File name too long)"),
         (Path("/proc/out"), "cannot be written (No such file or directory)"),
         (tmp_path / "mine", "exists already; name a new folder"),
     ]
