@@ -246,7 +246,9 @@ def check_call(words: list[str]) -> None:
     given = command.make_context(name, rest).params
     for plugin in given.get("plugin") or []:
         use_plugin(plugin)
-    if name in STAGES:
+    if name == "select":
+        load(SelectConfig, {"data": {"pool": {"type": "folder", "images": given["pool"]}}, "init": given["init"]})
+    elif name in STAGES:
         load(STAGES[name], given["words"] or [])
     if name == "synth":
         width, height = map(int, given["size"].split("x"))
