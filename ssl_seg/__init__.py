@@ -28,6 +28,7 @@ _HOMES = {
     "stages.fit": ("open_streams",),
     "stages.predict": ("PredictConfig", "predict"),
     "stages.pretrain": ("PretrainConfig", "assemble", "pretrain"),
+    "stages.select": ("SelectConfig", "select"),
     "stages.setup": ("Options",),
     "stages.start": ("find_start",),
     "studies.config": ("StudyConfig",),

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssl_seg.config import Interrupted, UserError, find_recipe, load, names_file, read_words, use_plugin, user_path
+from ssl_seg.config import (
+    Interrupted,
+    UserError,
+    find_recipe,
+    load,
+    merge,
+    names_file,
+    read_words,
+    use_plugin,
+    user_path,
+)
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
 from ssl_seg.terminal import print_lines, say, tells, usable_streams, watch_signals
 
@@ -159,6 +169,33 @@ def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None
 
     result = predict.predict(load(PredictConfig, values), _needed(out))
     print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+
+
+@app.command("select")
+def select_command(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="A folder of images, or a YAML file with data.pool.")],
+    words: Words = None,
+    count: Annotated[int | None, typer.Option(min=1, help="How many images; 20 by default.")] = None,
+    init: Annotated[str | None, typer.Option("--with", metavar="RUN", help="Whose encoder compares them.")] = None,
+    out: Out = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Choose which images to label next: those that together look like the whole pool."""
+    folder = _needed(out)
+    given = [] if user_path(pool).is_dir() else [pool]
+    values = _values([*given, *(words or [])], plugin)
+    if not given:
+        values = merge({"data": {"pool": {"type": "folder", "images": pool}}}, values)
+    values |= {key: value for key, value in (("count", count), ("init", init)) if value is not None}
+    from ssl_seg.stages import select
+    from ssl_seg.stages.select import SelectConfig
+
+    chosen = select.select(load(SelectConfig, values), folder, quiet)
+    print_lines([f"{share * 100:4.0f} %  {name}" for name, share in zip(chosen.names, chosen.shares, strict=True)])
+    before = f", {chosen.covered_before * 100:.0f} % before" if chosen.covered_before else ""
+    cover = f"they cover {chosen.covered * 100:.0f} % of what the pool shows{before}"
+    print_lines([f"{len(chosen.names)} images: {chosen.out} (look at {chosen.out / 'sheet.png'}); {cover}"])
 
 
 @app.command("compare")

@@ -38,6 +38,7 @@ from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.predict import PredictConfig
 from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.select import SelectConfig
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.plan import make_plan
 from ssl_seg.tracking import Tracking
@@ -52,6 +53,7 @@ STAGES = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "select": SelectConfig,
     "study": StudyConfig,
 }
 POOL = {"data": {"pool": {"type": "folder", "images": "photos"}}, "tasks": {"denoise": {}}}
@@ -254,7 +256,9 @@ def check_call(words: list[str]) -> None:
     given = command.make_context(name, rest).params
     for plugin in given.get("plugin") or []:
         use_plugin(plugin)
-    if name in STAGES:
+    if name == "select":
+        load(SelectConfig, {"data": {"pool": {"type": "folder", "images": given["pool"]}}, "init": given["init"]})
+    elif name in STAGES:
         load(STAGES[name], given["words"] or [])
     if name == "synth":
         width, height = map(int, given["size"].split("x"))

@@ -90,19 +90,25 @@ def subset_of(dataset: Dataset, names: Sequence[str]) -> Subset:
 class Labels(Config):
     """How many of the labelled images are used, and which: the sets of one seed are nested and cover the classes."""
 
-    count: PositiveInt | None = None  # None and no fraction: all of them
+    count: PositiveInt | None = None  # None, no fraction and no names: all of them
     fraction: PositiveFloat | None = Field(default=None, le=1.0)
+    names: tuple[str, ...] | None = None  # these, as the data set names them: what `ssl-seg select` has chosen
     seed: int = 0
 
     @model_validator(mode="after")
     def _only_one(self) -> Labels:
-        if self.count is not None and self.fraction is not None:
-            raise ValueError("count and fraction are both given; keep one of them")
+        given = [key for key in ("count", "fraction", "names") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; keep one of them")
+        if self.names is not None and len(set(self.names)) < max(1, len(self.names)):
+            raise ValueError("names: is empty, or holds a name twice; name each image once")
         return self
 
     def number(self, available: int) -> int:
         """How many of the available images are used. Raises UserError for more than there are."""
         wanted = available
+        if self.names is not None:
+            return len(self.names)
         if self.count is not None:
             wanted = self.count
         if self.fraction is not None:
@@ -117,11 +123,25 @@ class Labels(Config):
     def choose(self, dataset: Examples) -> Subset:
         """The first images of a seeded order whose prefixes cover the classes as early as they can."""
         available = len(dataset)
+        if self.names is not None:
+            return self._named(dataset, self.names)
         wanted = self.number(available)
         if wanted == available:
             return Subset(dataset, tuple(range(available)))
         classes = [_classes(dataset, index) for index in range(available)]
         return Subset(dataset, tuple(covering_order(classes, self.seed)[:wanted]))
+
+    @staticmethod
+    def _named(dataset: Examples, names: Sequence[str]) -> Subset:
+        index_of = {dataset.name(index): index for index in range(len(dataset))}
+        unknown = [name for name in names if name not in index_of]
+        if unknown:
+            raise UserError(
+                f"labels.names: {images.show_path(unknown[0])} is none of the {len(dataset)} labelled images that are "
+                f"not held out, such as {images.show_path(dataset.name(0))}; name those, and give data.val if the "
+                "images that judge are others"
+            )
+        return Subset(dataset, tuple(index_of[name] for name in names))
 
 
 def sample_digest(examples: Examples, count: int = NUM_DIGESTED, with_labels: bool = True) -> str:

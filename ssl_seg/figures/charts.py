@@ -352,6 +352,22 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
+def draw_map(groups: Mapping[str, np.ndarray]) -> Figure:
+    """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last is the ground."""
+    side = 5.6
+    figure, panel = _panel(side, bottom=0.5, left=0.1, right=0.1, width=side + 0.2, top=0.1)
+    looks = [Style("vermilion", "o"), Style("blue", "s"), Style("base", ".")][-len(groups) :]
+    for height, (name, points) in enumerate(reversed(list(groups.items()))):
+        style = looks[len(groups) - 1 - height]
+        is_ground = height == 0
+        dot = _dot(style, 4.0 if is_ground else 7.0)
+        panel.plot(*points.T, **dot, alpha=0.5 if is_ground else 1.0, label=f"{name} ({len(points)})", zorder=height)
+    panel.set_xticks([])
+    panel.set_yticks([])
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(groups), frameon=False, fontsize=TEXT)
+    return figure
+
+
 def thin(steps: Numbers, values: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """At most POINTS points of a line: means of neighbours, nan where none of them is a number."""
     chunks = min(POINTS, len(steps))

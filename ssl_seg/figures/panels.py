@@ -19,6 +19,7 @@ WRONG_COLOUR = (255, 90, 0)  # light beside the dimmed image, for those too who 
 MENDED_COLOUR = (60, 170, 255)
 WRONG_SHADING = 0.4  # its share that the image may take away
 DIMMED = 0.4
+CAPTION = 24  # pixels of a line's height
 PANEL_SIDE = 400  # pixels of a panel's longer side: four of them fill a page, and a row takes about 300 kB
 
 
@@ -155,6 +156,27 @@ def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, clas
     names = [*(class_names[index] for index in shown), "wrong", "ignored"]
     swatches = [*colours[shown], WRONG_COLOUR, IGNORE_COLOUR]
     return np.vstack([row, legend(names, np.array(swatches, dtype=np.uint8), row.shape[1])])
+
+
+def boxed(image: np.ndarray, side: int) -> np.ndarray:
+    """An image `(H, W, 3)` of any size in the middle of a grey square `(side, side, 3)`."""
+    scale = side / max(image.shape[:2])
+    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+    panel = np.full((side, side, 3), 128, dtype=np.uint8)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    panel[top : top + size[0], left : left + size[1]] = resize_image(image, size)
+    return panel
+
+
+def caption(text: str, width: int) -> np.ndarray:
+    """A line of text as RGB `(H, width, 3)` uint8, to stand above a row; what does not fit is cut off.
+
+    OpenCV's letters are ASCII: others are written as `?`.
+    """
+    strip = np.full((CAPTION, width, 3), 255, dtype=np.uint8)
+    plain = text.encode("ascii", "replace").decode()
+    cv2.putText(strip, plain, (GAP, CAPTION - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return strip
 
 
 def _panel_size(size: tuple[int, int]) -> tuple[int, int]:

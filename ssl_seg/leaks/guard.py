@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt
 
 from ssl_seg import files
 from ssl_seg.config import Config, UserError
-from ssl_seg.images import resize_image, write_image
+from ssl_seg.images import write_image
 from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, altered, equal, fingerprint
 from ssl_seg.leaks.neighbours import TOO_FEW, frames_apart, how_judged, neighbours
 from ssl_seg.leaks.record import (
@@ -317,13 +317,13 @@ def compare(
 
 def sheet(found: Sequence[Leak], given: Mapping[str, Examples], seen: Mapping[str, Fingerprints]) -> np.ndarray:
     """Rows of what is trained on | what is scored, the pairs in the order given, RGB uint8 `(H, W, 3)`."""
-    from ssl_seg.figures.panels import grid
+    from ssl_seg.figures.panels import boxed, grid
 
     rows = []
     for leak in found[:ROWS]:
         ours = _picture(leak.part, leak.name, given, seen)
         theirs = _picture(leak.scored_part, leak.scored, given, seen)
-        rows.append([_boxed(ours), _boxed(theirs)])
+        rows.append([boxed(ours, PANEL), boxed(theirs, PANEL)])
     return grid(rows)
 
 
@@ -335,13 +335,3 @@ def _picture(part: str, name: str, given: Mapping[str, Examples], seen: Mapping[
     thumbs = seen[part].thumbs
     grey = np.zeros((SIDE, SIDE), dtype=np.uint8) if thumbs is None else thumbs[index]
     return np.repeat(grey[..., None], 3, axis=-1)  # (H, W) -> (H, W, 3)
-
-
-def _boxed(image: np.ndarray) -> np.ndarray:
-    """An image of any size in the middle of a grey square of `PANEL`."""
-    scale = PANEL / max(image.shape[:2])
-    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
-    panel = np.full((PANEL, PANEL, 3), 128, dtype=np.uint8)
-    top, left = (PANEL - size[0]) // 2, (PANEL - size[1]) // 2
-    panel[top : top + size[0], left : left + size[1]] = resize_image(image, size)
-    return panel

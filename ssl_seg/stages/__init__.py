@@ -1,1 +1,1 @@
-"""The stages: pretrain, finetune, evaluate and predict, and what they share."""
+"""The stages: pretrain, finetune, evaluate, predict and select, and what they share."""
