@@ -13,7 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from ssl_seg import images, rng
@@ -103,6 +110,11 @@ class Labels(Config):
         if self.names is not None and len(set(self.names)) < max(1, len(self.names)):
             raise ValueError("names: is empty, or holds a name twice; name each image once")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`names` are written where they are given: runs of version 0.1, which had none, go on and stay one group."""
+        return {key: value for key, value in dump(self).items() if key != "names" or value is not None}
 
     def number(self, available: int) -> int:
         """How many of the available images are used. Raises UserError for more than there are."""
