@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from ssl_seg.cli import main
+from ssl_seg.config import load, read_words, use_plugin
 from ssl_seg.evidence.compare import compare
 from ssl_seg.evidence.passport import verify
 from ssl_seg.evidence.results import read
 from ssl_seg.reports import runs, study
+from ssl_seg.studies.config import StudyConfig
+from ssl_seg.studies.plan import make_plan
 from ssl_seg.weights.export import load_model
 from tests import ROOT
 
@@ -98,3 +101,10 @@ def test_runs_and_a_study_are_compared_and_reported(old: Path) -> None:
     results = read(old / "runs" / "study")
     assert [sum(bool(run.scores) for run in arm.at(results.conditions[0])) for arm in results.arms] == [2, 2]
     assert "Too few runs to tell (n = 2)" in study.report([old / "runs" / "study"]).headline
+
+
+def test_the_cells_of_a_study_keep_their_names(old: Path) -> None:
+    """A key that is new must not make them others: the study would train all of them again."""
+    use_plugin("narrow.py")
+    plan = make_plan(load(StudyConfig, read_words(["study.yaml"])), (old / "runs" / "study").resolve())
+    assert {cell.id for cell in plan.cells} == {folder.name for folder in (old / "runs/study/cells").iterdir()}
