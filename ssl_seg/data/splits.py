@@ -7,7 +7,7 @@ sequences, since the frames of one video are nearly copies. Ours, because both c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,15 +82,22 @@ class Subset:
         return self.dataset.sequence(self.indices[index])
 
 
-def subset_of(dataset: Dataset, names: Sequence[str]) -> Subset:
-    """The labelled images of these names, as a run has recorded them. Raises UserError for one that is gone."""
+def _say_gone(name: str) -> str:
+    return (
+        f"data.labelled: {name} is not there any more, and the run began with it; "
+        "put it back, or start anew with --overwrite"
+    )
+
+
+def subset_of(dataset: Examples, names: Sequence[str], say_gone: Callable[[str], str] = _say_gone) -> Subset:
+    """The images of these names, in their order; as a run has recorded them, where `say_gone` is left out.
+
+    Raises UserError with what `say_gone` says of one that is not there.
+    """
     index_of = {dataset.name(index): index for index in range(len(dataset))}
     gone = [name for name in names if name not in index_of]
     if gone:
-        raise UserError(
-            f"data.labelled: {images.show_path(gone[0])} is not there any more, and the run began with it; "
-            "put it back, or start anew with --overwrite"
-        )
+        raise UserError(say_gone(images.show_path(gone[0])))
     return Subset(dataset, tuple(index_of[name] for name in names))
 
 
@@ -136,24 +143,20 @@ class Labels(Config):
         """The first images of a seeded order whose prefixes cover the classes as early as they can."""
         available = len(dataset)
         if self.names is not None:
-            return self._named(dataset, self.names)
+            return subset_of(
+                dataset,
+                self.names,
+                lambda name: (
+                    f"labels.names: {name} is none of the {available} labelled images that are not held out, such as "
+                    f"{images.show_path(dataset.name(0))}; name those, and give data.val if the images that judge are "
+                    "others"
+                ),
+            )
         wanted = self.number(available)
         if wanted == available:
             return Subset(dataset, tuple(range(available)))
         classes = [_classes(dataset, index) for index in range(available)]
         return Subset(dataset, tuple(covering_order(classes, self.seed)[:wanted]))
-
-    @staticmethod
-    def _named(dataset: Examples, names: Sequence[str]) -> Subset:
-        index_of = {dataset.name(index): index for index in range(len(dataset))}
-        unknown = [name for name in names if name not in index_of]
-        if unknown:
-            raise UserError(
-                f"labels.names: {images.show_path(unknown[0])} is none of the {len(dataset)} labelled images that are "
-                f"not held out, such as {images.show_path(dataset.name(0))}; name those, and give data.val if the "
-                "images that judge are others"
-            )
-        return Subset(dataset, tuple(index_of[name] for name in names))
 
 
 def sample_digest(examples: Examples, count: int = NUM_DIGESTED, with_labels: bool = True) -> str:
