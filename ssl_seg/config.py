@@ -21,7 +21,7 @@ import re
 import signal
 import sys
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -166,6 +166,15 @@ def _check_numbers(given: Any, taken: Any) -> None:
             raise ValueError(f"a finite number is wanted, not {taken}")
         if isinstance(taken, int) and not -MAX_NUMBER < taken < MAX_NUMBER:
             raise ValueError("a number of 64 bits at most is wanted")
+
+
+def known_to_0_1(config: Config, dumped: Mapping[str, Any], since: Collection[str]) -> dict[str, Any]:
+    """What a config dumps, less those keys `since` version 0.1 that are at their defaults.
+
+    So a run without them is described as then, and is of one group, and of one cell of a study, with runs of then.
+    """
+    fields = type(config).model_fields
+    return {key: value for key, value in dumped.items() if key not in since or value != fields[key].default}
 
 
 class Plugin(Config, ABC):

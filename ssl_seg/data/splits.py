@@ -24,7 +24,7 @@ from pydantic import (
 from torch import Tensor
 
 from ssl_seg import images, rng
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, UserError, known_to_0_1
 from ssl_seg.datasets import Dataset, Example, numbering
 
 IGNORE = 255
@@ -120,8 +120,7 @@ class Labels(Config):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`names` are written where they are given: runs of version 0.1, which had none, go on and stay one group."""
-        return {key: value for key, value in dump(self).items() if key != "names" or value is not None}
+        return known_to_0_1(self, dump(self), since=("names",))
 
     def number(self, available: int) -> int:
         """How many of the available images are used. Raises UserError for more than there are."""

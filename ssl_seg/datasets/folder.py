@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from ssl_seg.config import PathText, UserError, user_path
+from ssl_seg.config import PathText, UserError, known_to_0_1, user_path
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.masks import (
     MAX_STORED,
@@ -136,8 +136,7 @@ class Folder(Dataset):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`range` is written where it is used alone: runs of earlier versions, which had none, stay of one group."""
-        return {name: value for name, value in dump(self).items() if name != "range" or value is not None}
+        return known_to_0_1(self, dump(self), since=("range",))
 
     @property
     def class_names(self) -> tuple[str, ...]:

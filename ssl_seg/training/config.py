@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ssl_seg.config import Config
+from ssl_seg.config import Config, known_to_0_1
 from ssl_seg.data.workers import TIMEOUT, Workers
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -87,14 +87,7 @@ class TrainConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys that version 0.1 did not know are written where they are not at their defaults.
-
-        So a run without them is described as then, and is of one group, and of one cell of a study, with runs of then.
-        """
-        known = type(self).model_fields
-        return {
-            name: value for name, value in dump(self).items() if name not in SINCE_0_1 or value != known[name].default
-        }
+        return known_to_0_1(self, dump(self), since=SINCE_0_1)
 
 
 def frozen_at(config: TrainConfig, step: int) -> bool:
