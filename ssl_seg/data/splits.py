@@ -104,31 +104,35 @@ def subset_of(dataset: Examples, names: Sequence[str], say_gone: Callable[[str],
 class Labels(Config):
     """How many of the labelled images are used, and which: the sets of one seed are nested and cover the classes."""
 
-    count: PositiveInt | None = None  # None, no fraction and no names: all of them
+    count: PositiveInt | None = None  # None and no fraction: all of them, or of the names
     fraction: PositiveFloat | None = Field(default=None, le=1.0)
-    names: tuple[str, ...] | None = None  # these, as the data set names them: what `ssl-seg select` has chosen
+    # The first `count` of these, as the data set names them: what `ssl-seg select` has chosen.
+    names: tuple[str, ...] | None = None
+    # True: drawn by chance alone, as by one who has no masks yet; else masks are read, to cover the classes.
+    blind: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
-    def _only_one(self) -> Labels:
-        given = [key for key in ("count", "fraction", "names") if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both given; keep one of them")
+    def _one_way(self) -> Labels:
+        for one, other in (("count", "fraction"), ("fraction", "names"), ("names", "blind")):
+            if getattr(self, one) not in (None, False) and getattr(self, other) not in (None, False):
+                raise ValueError(f"{one} and {other} are both given; keep one of them")
         if self.names is not None and len(set(self.names)) < max(1, len(self.names)):
             raise ValueError("names: is empty, or holds a name twice; name each image once")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("names",))
+        return known_to_0_1(self, dump(self), since=("names", "blind"))
 
     def number(self, available: int) -> int:
         """How many of the available images are used. Raises UserError for more than there are."""
-        wanted = available
         if self.names is not None:
-            return len(self.names)
-        if self.count is not None:
-            wanted = self.count
+            wanted = self.count or len(self.names)
+            if wanted > len(self.names):
+                raise UserError(f"labels.count: {wanted} is more than the {len(self.names)} labels.names; name more")
+            return wanted
+        wanted = self.count or available
         if self.fraction is not None:
             wanted = max(1, round(self.fraction * available))
         if wanted > available:
@@ -139,21 +143,23 @@ class Labels(Config):
         return wanted
 
     def choose(self, dataset: Examples) -> Subset:
-        """The first images of a seeded order whose prefixes cover the classes as early as they can."""
+        """The first images of `names`, else of a seeded order whose prefixes cover the classes as early as they can."""
         available = len(dataset)
+        wanted = self.number(available)
         if self.names is not None:
             return subset_of(
                 dataset,
-                self.names,
+                self.names[:wanted],
                 lambda name: (
                     f"labels.names: {name} is none of the {available} labelled images that are not held out, such as "
                     f"{images.show_path(dataset.name(0))}; name those, and give data.val if the images that judge are "
                     "others"
                 ),
             )
-        wanted = self.number(available)
         if wanted == available:
             return Subset(dataset, tuple(range(available)))
+        if self.blind:
+            return Subset(dataset, tuple(covering_order([set()] * available, self.seed)[:wanted]))
         classes = [_classes(dataset, index) for index in range(available)]
         return Subset(dataset, tuple(covering_order(classes, self.seed)[:wanted]))
 

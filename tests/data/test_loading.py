@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ssl_seg import rng
 from ssl_seg.config import UserError, load
@@ -353,6 +355,35 @@ def test_label_subsets_follow_their_seed() -> None:
     chosen = {Labels(count=3, seed=seed).choose(Striped()).indices for seed in range(8)}
     assert len(chosen) > 3
     assert Labels(fraction=0.25).choose(Striped()).indices == Labels(count=3).choose(Striped()).indices
+
+
+def test_blind_labels_are_nested_drawn_by_the_seed_and_look_at_no_mask() -> None:
+    names = [Labels(count=count, seed=3, blind=True).choose(Unmasked()).indices for count in (2, 5, 9)]
+    assert [len(part) for part in names] == [2, 5, 9]
+    assert names[2][:5] == names[1]
+    assert names[1][:2] == names[0]
+    assert len({Labels(count=3, seed=seed, blind=True).choose(Unmasked()).indices for seed in range(8)}) > 3
+
+
+def test_of_named_labels_the_first_are_taken() -> None:
+    names = ("striped_7", "striped_2", "striped_11")
+    assert Labels(names=names).choose(Striped()).indices == (7, 2, 11)
+    assert Labels(names=names, count=2).choose(Striped()).indices == (7, 2)
+    with pytest.raises(UserError, match=r"^labels.count: 4 is more than the 3 labels.names; name more$"):
+        Labels(names=names, count=4).choose(Striped())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"count": 2, "fraction": 0.5}, "count and fraction are both given"),
+        ({"fraction": 0.5, "names": ("a",)}, "fraction and names are both given"),
+        ({"names": ("a",), "blind": True}, "names and blind are both given"),
+    ],
+)
+def test_labels_are_asked_for_in_one_way(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Labels(**keys)
 
 
 class Unmasked(Striped):

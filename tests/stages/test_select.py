@@ -76,7 +76,7 @@ def test_the_names_can_be_laid_on_a_fine_tuning(pool: Path, tmp_path: Path) -> N
     assert tuple(chosen.name(index) for index in range(2)) == found.names
     with pytest.raises(UserError, match=r"^labels.names: stripes.png is none of the 12 labelled images"):
         Labels(names=("stripes.png",)).choose(Folder(images=str(pool)))
-    for wrong in ({"names": []}, {"names": ["a", "a"]}, {"names": ["a"], "count": 1}):
+    for wrong in ({"names": []}, {"names": ["a", "a"]}, {"names": ["a"], "fraction": 0.5}):
         with pytest.raises(UserError):
             load(Labels, wrong)
 
