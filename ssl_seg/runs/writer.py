@@ -77,7 +77,7 @@ CHANGING = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 # Config keys that may change when a run goes on: the weights do not come from them.
-FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout")
+FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout", "train.process_timeout")
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 
 
@@ -347,9 +347,14 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "started": timestamp(),
         "git_commit": _git_commit(),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "environment": {name: os.environ[name] for name in CHANGING if name in os.environ},
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages on which the weights depend."""
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}}
 
 
 def _git_commit() -> str | None:

@@ -86,8 +86,12 @@ class Job:
     counted: float | None = None  # up to when the time spent is in `progress`; None: the clock stands
 
     def resume(self) -> Self:
-        """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds."""
+        """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds.
+
+        Either way all processes go on from the same weights.
+        """
         self._restore()
+        self.learner.share()
         self.run.go_on()
         return self
 

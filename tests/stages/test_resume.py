@@ -16,7 +16,6 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ssl_seg import cli
@@ -32,12 +31,10 @@ from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import find_start
 from ssl_seg.training.loop import train
 from ssl_seg.training.processes import Processes
-from tests import ROOT
 from tests.processes import Child, command, in_pair, start_torchrun
-from tests.small import finetuning, joining, pretraining
+from tests.small import finetuning, joining, pretraining, words
 from tests.two_processes import cut_after, resume, resume_after_every_step, without_dropout
 
-SMALL = ROOT / "tests" / "small.py"
 STAGES = {
     "pretrain": (pretraining, PretrainConfig, pretrain),
     "finetune": (finetuning, FinetuneConfig, finetune),
@@ -126,13 +123,6 @@ def assert_all_the_same(folder: Path, count: int = 5) -> None:
         for exported in ("encoder/encoder.safetensors", "model/model.safetensors"):
             if (whole / exported).exists():
                 torch.testing.assert_close(load_file(part / exported), load_file(whole / exported), rtol=0, atol=0)
-
-
-def words(values: dict[str, Any], folder: Path) -> list[str]:
-    """The values as a YAML file for a command."""
-    path = folder / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    return [str(path), "--plugin", str(SMALL)]
 
 
 def finish(process: Child) -> int:
