@@ -11,6 +11,7 @@ goes on from.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -164,6 +165,12 @@ class Run:
         """Drop the metrics after `step`: they are made again."""
         if self._lock is not None:
             _rewind_metrics(self.folder / "metrics.jsonl", step)
+
+    def line_of(self, step: int) -> dict[str, float] | None:
+        """The metrics of `step` as they were written, NaN for null; None where there is no such line."""
+        records = [record for _, record in metric_lines(self.folder / "metrics.jsonl") if record["step"] == step]
+        line = records[-1] if records else {}
+        return {name: math.nan if value is None else value for name, value in line.items()} or None
 
     def save_state(
         self, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], keep: Collection[int] = ()

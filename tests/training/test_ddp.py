@@ -30,7 +30,7 @@ from ssl_seg.training.processes import Processes
 from tests.processes import Child, in_pair, start_pair, start_torchrun
 from tests.small import pretraining, words
 from tests.training.test_loop import ROUNDING
-from tests.two_processes import MODES, compare_modes, evaluate, jointly, record, score_one_image, taught
+from tests.two_processes import MODES, begin_alike, compare_modes, evaluate, jointly, record, score_one_image, taught
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes saw in all modes."""
     out = tmp_path_factory.mktemp("ddp") / "seen.pt"
     in_pair(compare_modes, str(out))
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """How two processes begin: which of them wait for each other, and what they refuse to begin with."""
+    out = tmp_path_factory.mktemp("begun") / "seen.pt"
+    in_pair(begin_alike, str(out))
     return torch.load(out, weights_only=True)
 
 
@@ -96,6 +104,40 @@ def test_nan_on_one_process_is_skipped_by_all(two: dict[str, Any]) -> None:
 def test_processes_agree_how_finely_a_batch_is_cut_where_one_has_little_memory(two: dict[str, Any]) -> None:
     """Each has four of the eight images, so two micro-batches are needed; neither waits for the one that failed."""
     assert two["auto"] == {"found": [2, 2], "changed": []}
+
+
+def test_none_waits_in_a_synchronised_norm_for_one_that_runs_out_of_memory(begun: dict[str, Any]) -> None:
+    assert begun["auto amid norms"] == [2, 2]
+
+
+TOLD_APART = {
+    "seed": "seed: 0 for rank 0 and 7 for rank 1 (process ",
+    "crop": "augment.crop: [64, 64] for rank 0 and [32, 32] for rank 1",
+    "steps": "train.steps: 6 for rank 0 and 8 for rank 1",
+    "task": 'tasks.rotate.type: "rotate" for rank 0 and null for rank 1',
+    "cannot": "rank 1 (process ",
+    "folder": "--out: ",
+    "fewer": "data.pool.images: 12 for rank 0 and 11 for rank 1",
+    "names": "data.pool.sha256_of_names: ",
+    "pixels": "data.pool.sha256_of_some: ",
+}
+
+
+@pytest.mark.parametrize("case", TOLD_APART)
+def test_processes_that_would_train_on_different_things_are_refused(begun: dict[str, Any], case: str) -> None:
+    first, second = begun["apart"][case]
+    assert first == second
+    assert first.startswith(TOLD_APART[case])
+
+
+def test_processes_may_differ_in_what_no_weight_comes_from(begun: dict[str, Any]) -> None:
+    assert begun["apart"]["nothing"] == [None, None]
+
+
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_all_processes_begin_with_the_weights_of_the_first(begun: dict[str, Any], encode: str) -> None:
+    first, second = begun["shared"][encode]
+    assert first == second
 
 
 def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(tmp_path: Path) -> None:
