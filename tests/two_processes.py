@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed import distributed_c10d
 
 from ssl_seg import files
 from ssl_seg.config import UserError, load
@@ -29,6 +30,7 @@ from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions, score_tasks
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
+from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import backward, finish_gradients, train
 from ssl_seg.training.multitask import make_views
@@ -279,9 +281,16 @@ def compare_modes(out: str) -> None:
         torch.save(seen, out)
 
 
+def group_timeout() -> float:
+    """Seconds that gloo waits."""
+    backend = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    return backend.options._timeout.total_seconds()
+
+
 def begin_alike(out: str) -> None:
     seen = {
         "apart": start_apart(Path(out).parent / "apart"),
+        "timeout": Processes(TrainConfig(device="cpu")).gather([group_timeout()]),
         "shared": {encode: share_state(encode) for encode in ("together", "in_turn")},
         "auto amid norms": settle_accumulate_amid_norms(room=4),  # two images for each of two tasks
     }

@@ -254,17 +254,19 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
 def try_out(config: FinetuneConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
-    config, start = resolve(config)
     processes = Processes(config.train)
-    check(config, processes)
-    labelled, val = choose_images(config)
-    tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED)
-    for line in of_untrained_classes(labelled, val):
-        say(line)
-    learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
-    scored = {"val": val, **({} if config.data.test is None else {"test": config.data.test})}
-    model = SegmentationModel(learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names)
-    return trial.dry_run(learner, sources, trial.Judged(model, scored, config.data.resize))
+    with processes.ending_together():
+        config, start = resolve(config)
+        check(config, processes)
+        labelled, val = choose_images(config)
+        tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED, not processes.is_main)
+        for line in of_untrained_classes(labelled, val):
+            say(line, not processes.is_main)
+        learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
+        scored = {"val": val, **({} if config.data.test is None else {"test": config.data.test})}
+        head = learner.module.heads[SEGMENT]
+        model = SegmentationModel(learner.module.encoder, head, config.data.labelled.class_names)
+        return trial.dry_run(learner, sources, trial.Judged(model, scored, config.data.resize))
 
 
 def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[FinetuneConfig, Start]:

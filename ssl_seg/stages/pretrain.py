@@ -163,13 +163,14 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
 def try_out(config: PretrainConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
-    config, start = resolve(config)
     processes = Processes(config.train)
-    check(config, processes)
-    tell_notes({"pool": config.data.pool, "val": config.data.val})
-    learner, sources = assemble(config, start, processes, None, quiet=True)
-    trial.check_crops(learner)
-    return trial.dry_run(learner, sources)
+    with processes.ending_together():
+        config, start = resolve(config)
+        check(config, processes)
+        tell_notes({"pool": config.data.pool, "val": config.data.val}, quiet=not processes.is_main)
+        learner, sources = assemble(config, start, processes, None, quiet=True)
+        trial.check_crops(learner)
+        return trial.dry_run(learner, sources)
 
 
 def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[PretrainConfig, Start]:

@@ -68,7 +68,8 @@ class Processes:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "no" if config.precision == "fp32" else config.precision
         self.timeout = config.process_timeout
-        group = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout))
+        # A millisecond more: accelerate 1.15 drops what is NCCL's default, and gloo would wait for half an hour.
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout, milliseconds=1))
         with _unheeded() as unheeded, _all_coming(self.timeout):
             self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, group])
         wishes = {name: value for name, value in unheeded.items() if value.lower() not in NO_WISH}

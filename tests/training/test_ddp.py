@@ -130,6 +130,12 @@ def test_processes_that_would_train_on_different_things_are_refused(begun: dict[
     assert first.startswith(TOLD_APART[case])
 
 
+def test_the_processes_wait_for_each_other_as_long_as_the_config_says(begun: dict[str, Any]) -> None:
+    """gloo's own half hour is not meant, nor accelerate's idea of which times need not be handed on."""
+    first, second = begun["timeout"]
+    assert first == second == pytest.approx(TrainConfig().process_timeout, abs=0.01)
+
+
 def test_processes_may_differ_in_what_no_weight_comes_from(begun: dict[str, Any]) -> None:
     assert begun["apart"]["nothing"] == [None, None]
 
