@@ -27,7 +27,7 @@ from ssl_seg.config import (
     user_path,
 )
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
-from ssl_seg.terminal import print_lines, say, tells, usable_streams, watch_signals
+from ssl_seg.terminal import print_lines, say, tells_here, usable_streams, watch_signals
 
 if TYPE_CHECKING:
     from ssl_seg.training.processes import DeviceName
@@ -407,8 +407,9 @@ def _ended(command: Callable[[], Any]) -> int:
     return code
 
 
-def _complain(message: str, code: int = 2, alone: bool = False) -> int:
-    say(f"ssl-seg: {' '.join(message.split())}", quiet=not (alone or tells()))
+def _complain(message: str, code: int = 2, alone: bool | None = None) -> int:
+    """Say it, if this process is the one of several to do so; where it is not known (None), one of each machine is."""
+    say(f"ssl-seg: {' '.join(message.split())}", quiet=not (tells_here() if alone is None else alone))
     return code
 
 

@@ -60,7 +60,7 @@ class UserError(Exception):
     """Something the user can mend: one line with what is wrong, where, and what to do next."""
 
     exit_code = 2  # of the CLI
-    of_one_process = False  # of several: then this one has to tell it, else the first tells it for all
+    of_one_process: bool | None = None  # of several: whether this one tells it; None: the first of each machine does
 
 
 class Interrupted(Exception):

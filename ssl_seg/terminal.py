@@ -157,8 +157,13 @@ def clock(seconds: float) -> str:
 
 
 def tells() -> bool:
-    """Of several processes that come to the same result or the same error, the first tells it."""
+    """Of several processes that come to the same result, the first tells it."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def tells_here() -> bool:
+    """Of several processes that meet an error before they know of each other, the first of each machine tells it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def print_lines(lines: Sequence[str]) -> None:

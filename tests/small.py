@@ -6,10 +6,12 @@ Also a plug-in module, so that commands can be tested on the same scenes: `--plu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ssl_seg import losses, rng
@@ -112,6 +114,13 @@ def joining(**train: Any) -> dict[str, Any]:
     values = finetuning(**{"ema": 0.9, **train})
     values["data"]["pool"] = POOL
     return {**values, "tasks": {"denoise": {}, "consistent": {}}}
+
+
+def words(values: dict[str, Any], folder: Path) -> list[str]:
+    """The values as a YAML file in a folder, for a command."""
+    path = folder / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return [str(path), "--plugin", __file__]
 
 
 if "tests" in __name__:  # imported by a test; the commands name the file themselves

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed import distributed_c10d
 
 from ssl_seg import files
-from ssl_seg.config import load
+from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.models import SegmentationModel
+from ssl_seg.norm.layers import SwitchNorm2d
 from ssl_seg.runs import checkpoint
 from ssl_seg.scores import COLUMNS
 from ssl_seg.segment import Segment
@@ -26,6 +30,7 @@ from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions, score_tasks
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
+from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import backward, finish_gradients, train
 from ssl_seg.training.multitask import make_views
@@ -163,6 +168,25 @@ def settle_accumulate(room: int) -> dict[str, Any]:
     return {"found": processes.gather([learner.config.accumulate]), "changed": processes.gather(changed)}
 
 
+def settle_accumulate_amid_norms(room: int) -> list[int]:
+    """The same where memory runs out in the middle of the network, whose norms take all images of all processes."""
+    model = {**MODEL, "norm": "switch_sync"}
+    config = load(PretrainConfig, {**pretraining(accumulate="auto", batch_size=8), "model": model})
+    processes = Processes(config.train)
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, processes)
+    layers = [layer for layer in learner.module.encoder.modules() if isinstance(layer, SwitchNorm2d)]
+
+    def with_little_room(_: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        if processes.rank == processes.world - 1 and len(given[0]) > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = layers[len(layers) // 2].register_forward_pre_hook(with_little_room)
+    trial.fit_in_memory(learner)
+    hook.remove()
+    assert all(layer.sync for layer in layers)
+    return processes.gather([learner.config.accumulate])
+
+
 def without_dropout(model: dict[str, Any]) -> dict[str, Any]:
     """Dropout draws from the process's own generator, so with it one process and two differ."""
     encoder = {key: value for key, value in model["encoder"].items() if key != "drop_path"}
@@ -195,6 +219,56 @@ def resume_after_every_step(
             run(folder / f"after_{step}")
 
 
+def start_apart(folder: Path) -> dict[str, list[str | None]]:
+    """What each of the processes is told where the last of them is started with, or sees, something else."""
+    processes = Processes(load(PretrainConfig, pretraining()).train)
+    is_last = processes.rank == processes.world - 1
+    cases: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 7},
+        "crop": {"augment": {"crop": [32, 32]}},
+        "steps": {"train": {**pretraining()["train"], "steps": 8}},
+        "task": {"tasks": {"denoise": {}}},
+        "cannot": {"train": {**pretraining()["train"], "batch_size": 5}},
+    }
+    read = Textured.read
+    views: dict[str, tuple[str, Any]] = {
+        "fewer": ("__len__", lambda self: 11),
+        "names": ("name", lambda self, index: f"other_{index}"),
+        "pixels": ("read", lambda self, index: replace(read(self, index), image=255 - read(self, index).image)),
+    }
+    told = {}
+    for name, changed in cases.items():
+        told[name] = refusal_of({**pretraining(), **(changed if is_last else {})}, folder / name)
+    told["folder"] = refusal_of(pretraining(), folder / f"rank_{processes.rank}")
+    for name, (method, other) in views.items():
+        with mock.patch.object(Textured, method, other) if is_last else nullcontext():
+            told[name] = refusal_of(pretraining(), folder / name)
+    told["nothing"] = refusal_of(pretraining(steps=1, workers=int(is_last)), folder / "nothing")
+    return {name: processes.gather([text]) for name, text in told.items()}
+
+
+def refusal_of(values: dict[str, Any], folder: Path) -> str | None:
+    try:
+        pretrain_quietly(load(PretrainConfig, values), folder)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def share_state(encode: str) -> list[float]:
+    """A sum over the state of each process, where each has begun with other weights."""
+    config = load(PretrainConfig, pretraining(encode=encode, ema=0.9, channels_last=True))
+    processes = Processes(config.train)
+    module = build_module(config.model, config.tasks, seed=processes.rank)
+    learner = Learner(module, config.train, processes)
+    learner.share()
+    total = sum(value.double().sum().item() for value in learner.tensors().values())
+    alone = sum(value.double().sum().item() for value in build_module(config.model, config.tasks, 0).parameters())
+    weights = sum(value.double().sum().item() for value in learner.module.parameters())
+    assert weights == alone
+    return processes.gather([total])
+
+
 def compare_modes(out: str) -> None:
     seen = {f"{views}-{encode}": record(views, encode) for views, encode in MODES}
     seen["confusions"] = [evaluate(count) for count in range(4)]
@@ -203,6 +277,23 @@ def compare_modes(out: str) -> None:
     seen["taught"] = {encode: taught(encode) for encode in ("together", "in_turn")}
     seen["nan"] = meet_nan()
     seen["auto"] = settle_accumulate(room=2)
+    if Processes(load(PretrainConfig, pretraining()).train).is_main:
+        torch.save(seen, out)
+
+
+def group_timeout() -> float:
+    """Seconds that gloo waits."""
+    backend = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    return backend.options._timeout.total_seconds()
+
+
+def begin_alike(out: str) -> None:
+    seen = {
+        "apart": start_apart(Path(out).parent / "apart"),
+        "timeout": Processes(TrainConfig(device="cpu")).gather([group_timeout()]),
+        "shared": {encode: share_state(encode) for encode in ("together", "in_turn")},
+        "auto amid norms": settle_accumulate_amid_norms(room=4),  # two images for each of two tasks
+    }
     if Processes(load(PretrainConfig, pretraining()).train).is_main:
         torch.save(seen, out)
 

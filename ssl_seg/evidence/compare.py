@@ -27,7 +27,15 @@ from ssl_seg.runs.folder import (
 
 SEEDS = ("seed", "labels.seed")  # keys that only draw random numbers: runs that differ in them are one arm
 # By which no weight and no score comes out differently: runs on different machines may be one arm.
-IDLE = ("train.workers", "train.worker_timeout", "train.log_every", "train.save_every", "workers", "worker_timeout")
+IDLE = (
+    "train.workers",
+    "train.worker_timeout",
+    "train.process_timeout",
+    "train.log_every",
+    "train.save_every",
+    "workers",
+    "worker_timeout",
+)
 TIMM = "model.encoder.pretrained"
 # What a fine-tuning from scratch has otherwise than its pretrained twin.
 STARTS = ("init", "init_allow", "transfer", TIMM)

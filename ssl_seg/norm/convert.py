@@ -236,15 +236,32 @@ def _averaging(module: nn.Module, layers: Sequence[BatchNorm | SwitchNorm2d]) ->
     for layer in layers:
         layer.training = True  # not `train()`: the dropout inside a BatchNormAct2d stays off
         layer.momentum = None  # a cumulative average
-    shared = [layer for layer in layers if isinstance(layer, SwitchNorm2d) and layer.sync]
-    for layer in shared:
-        layer.sync = False  # every process sees the same images; together they would count each several times
     try:
-        yield
+        with unsynchronised(module):  # every process sees the same images; together they would count each several times
+            yield
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for layer in shared:
-            layer.sync = True
         for part, training in modes:
             part.training = training
+
+
+# ---- several processes ----
+
+
+@contextmanager
+def unsynchronised(module: nn.Module) -> Iterator[None]:
+    """Inside, `sync` and `switch_sync` take a process's own images alone: none waits in a norm layer for another."""
+    shared = [layer for layer in module.modules() if isinstance(layer, SwitchNorm2d | SyncNorm) and layer.sync]
+    for layer in shared:
+        layer.sync = False
+    try:
+        yield
+    finally:
+        for layer in shared:
+            layer.sync = True
+
+
+def is_always_synchronised(module: nn.Module) -> bool:
+    """Whether it has synchronised norms of another maker, which `keep` has kept and `unsynchronised` leaves alone."""
+    return any(isinstance(layer, nn.SyncBatchNorm) and not isinstance(layer, SyncNorm) for layer in module.modules())

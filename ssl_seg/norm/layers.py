@@ -233,16 +233,22 @@ class FrozenNorm(nn.Module):
 
 
 class SyncNorm(nn.SyncBatchNorm):
-    """torch's synchronised batch norm; where that refuses to run, on the CPU, plain batch norm after one warning."""
+    """torch's synchronised batch norm; where that refuses to run, on the CPU, plain batch norm after one warning.
+
+    Plain too where `sync` is taken away for a while.
+    """
 
     def __init__(self, layer: BatchNorm) -> None:
         super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        self.sync = True
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu":
+        on_cpu = x.device.type == "cpu"
+        if self.training and on_cpu and self.sync:
             _warn_of_cpu()
+        if self.training and (on_cpu or not self.sync):
             normal = super(nn.SyncBatchNorm, self).forward(x)
         else:
             normal = super().forward(x)

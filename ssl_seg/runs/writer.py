@@ -11,6 +11,7 @@ goes on from.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -77,7 +78,7 @@ CHANGING = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 # Config keys that may change when a run goes on: the weights do not come from them.
-FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout")
+FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout", "train.process_timeout")
 OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
 
 
@@ -164,6 +165,12 @@ class Run:
         """Drop the metrics after `step`: they are made again."""
         if self._lock is not None:
             _rewind_metrics(self.folder / "metrics.jsonl", step)
+
+    def line_of(self, step: int) -> dict[str, float] | None:
+        """The metrics of `step` as they were written, NaN for null; None where there is no such line."""
+        records = [record for _, record in metric_lines(self.folder / "metrics.jsonl") if record["step"] == step]
+        line = records[-1] if records else {}
+        return {name: math.nan if value is None else value for name, value in line.items()} or None
 
     def save_state(
         self, step: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any], keep: Collection[int] = ()
@@ -347,9 +354,14 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "started": timestamp(),
         "git_commit": _git_commit(),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "environment": {name: os.environ[name] for name in CHANGING if name in os.environ},
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages on which the weights depend."""
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}}
 
 
 def _git_commit() -> str | None:

@@ -41,10 +41,12 @@ from ssl_seg.segment import Segment
 from ssl_seg.stages import panels, scoring, trial
 from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit
 from ssl_seg.stages.setup import (
+    SAME_FILES,
     Options,
     StageConfig,
     TaskMapping,
     check_images,
+    check_processes,
     check_same_images,
     check_training,
     check_whole,
@@ -156,12 +158,13 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config, start = resolve(config, None if options.overwrite else options.folder)
     processes = Processes(config.train)
+    config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
-    check(config, processes)
+    processes.together(partial(check, config, processes))
+    given = {part: getattr(config.data, part) for part in PARTS}
+    check_processes("finetune", config, options, given, processes)
     with open_run("finetune", config, options, processes) as (run, signals, mirror):
-        given = {part: getattr(config.data, part) for part in PARTS}
         check_same_images(run, given, options.allow_changed)
         recorded = run.read_json("split.json")
         labelled, val = choose_images(config, recorded)
@@ -181,10 +184,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             scoring.read_once(scored.values(), config.train.reading, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
         held_out = {"val": names_of(val)} if config.data.val is None else {}
-        if processes.is_main:
-            split = {"labels": config.labels.dump(), "labelled": names_of(labelled), **held_out}
-            split["sha256_of_labelled"] = sample_digest(labelled)
-            run.write_json("split.json", split)
+        split = {"labels": config.labels.dump(), "labelled": names_of(labelled), **held_out}
+        split["sha256_of_labelled"] = sample_digest(labelled)
+        processes.check_same({"split": split}, SAME_FILES)
+        run.write_json("split.json", split)
         resize = config.data.resize
         judged = learner.evaluated
         model = SegmentationModel(judged.encoder, judged.heads[SEGMENT], config.data.labelled.class_names)
@@ -251,17 +254,19 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
 def try_out(config: FinetuneConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
-    config, start = resolve(config)
     processes = Processes(config.train)
-    check(config, processes)
-    labelled, val = choose_images(config)
-    tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED)
-    for line in of_untrained_classes(labelled, val):
-        say(line)
-    learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
-    scored = {"val": val, **({} if config.data.test is None else {"test": config.data.test})}
-    model = SegmentationModel(learner.module.encoder, learner.module.heads[SEGMENT], config.data.labelled.class_names)
-    return trial.dry_run(learner, sources, trial.Judged(model, scored, config.data.resize))
+    with processes.ending_together():
+        config, start = resolve(config)
+        check(config, processes)
+        labelled, val = choose_images(config)
+        tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED, not processes.is_main)
+        for line in of_untrained_classes(labelled, val):
+            say(line, not processes.is_main)
+        learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
+        scored = {"val": val, **({} if config.data.test is None else {"test": config.data.test})}
+        head = learner.module.heads[SEGMENT]
+        model = SegmentationModel(learner.module.encoder, head, config.data.labelled.class_names)
+        return trial.dry_run(learner, sources, trial.Judged(model, scored, config.data.resize))
 
 
 def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[FinetuneConfig, Start]:

@@ -86,8 +86,12 @@ class Job:
     counted: float | None = None  # up to when the time spent is in `progress`; None: the clock stands
 
     def resume(self) -> Self:
-        """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds."""
+        """Take up the newest whole checkpoint of the run folder, if there is one: the one that rank 0 finds.
+
+        Either way all processes go on from the same weights.
+        """
         self._restore()
+        self.learner.share()
         self.run.go_on()
         return self
 
@@ -104,11 +108,19 @@ class Job:
         self.learner.restore(state.tensors, state.data["learner"])
         self.progress = Progress(**state.data["progressed"])
         self.start = step
-        self.owed = state.data.get("owed")  # version 0.1 knew none
-        if self.owed is not None:
-            self.run.rewind(step - 1)
+        self.owed = self._settled(step, state.data.get("owed"))  # version 0.1 knew none
         over = step == self.learner.config.steps or should_stop(self)
         say("already finished; nothing is left to train" if over else f"resuming after step {step}", self.quiet)
+
+    def _settled(self, step: int, owed: dict[str, float] | None) -> dict[str, float] | None:
+        """What is still owed of `step`: nothing where its line was written, which is after its evaluation."""
+        processes = self.learner.processes
+        line = processes.from_first(self.run.line_of(step) if processes.is_main else None)
+        if owed is None or line is None:
+            return owed
+        if self.score in line:
+            self.progress.better(step, line[self.score])
+        return None
 
     def save(self, step: int, owed: Mapping[str, float] | None = None) -> None:
         """Commit the state after `step`; `owed` are its figures, where it is saved before it is evaluated.
@@ -156,7 +168,8 @@ def fit(job: Job) -> int:
     """Run the steps that are left; gives the number of the last one made.
 
     A step that is both saved and evaluated is saved first: a damaged file that ends the evaluation costs no training.
-    The same command then makes that evaluation before it goes on, so its record is that of a run without a stop.
+    The same command then makes that evaluation before it goes on, unless it finds it in the metrics: so its record is
+    that of a run without a stop, and no step is saved twice.
     """
     if job.mirror is not None:
         job.mirror.start()  # not before: what a resumed run drops and makes again is not sent
@@ -165,8 +178,6 @@ def fit(job: Job) -> int:
     last = job.start
     if job.owed is not None:
         evaluate_and_log(job, last, job.owed)
-        if last == config.steps or should_stop(job):
-            job.save(last)
     if should_stop(job):
         job.note_cost(last)
         return last  # stopped before, by its own rule
@@ -196,8 +207,7 @@ def fit(job: Job) -> int:
                 job.run.metrics(last, figures)
             report.step(last, {**step.metrics, **figures})
             enough = should_stop(job)
-            is_over = stop or enough or last == config.steps  # then nothing is to be left owing
-            if is_over or ((saves or new_best) and not saved):
+            if (saves or new_best or stop or enough) and not saved:
                 job.save(last)
             if stop:
                 interrupt(job, last)

@@ -24,6 +24,7 @@ from ssl_seg.stages.setup import (
     StageConfig,
     TaskMapping,
     check_images,
+    check_processes,
     check_same_images,
     check_training,
     export_heads,
@@ -101,12 +102,13 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    config, start = resolve(config, None if options.overwrite else options.folder)
     processes = Processes(config.train)
+    config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
-    check(config, processes)
+    processes.together(partial(check, config, processes))
+    pool, val = {"pool": config.data.pool}, {"val": config.data.val}
+    check_processes("pretrain", config, options, {**pool, **val}, processes)
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
-        pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
         tell_notes({**pool, **val}, quiet=quiet)
         question = Question(pool, val, config.leaks, origins(config, start))
@@ -161,13 +163,14 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
 def try_out(config: PretrainConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
-    config, start = resolve(config)
     processes = Processes(config.train)
-    check(config, processes)
-    tell_notes({"pool": config.data.pool, "val": config.data.val})
-    learner, sources = assemble(config, start, processes, None, quiet=True)
-    trial.check_crops(learner)
-    return trial.dry_run(learner, sources)
+    with processes.ending_together():
+        config, start = resolve(config)
+        check(config, processes)
+        tell_notes({"pool": config.data.pool, "val": config.data.val}, quiet=not processes.is_main)
+        learner, sources = assemble(config, start, processes, None, quiet=True)
+        trial.check_crops(learner)
+        return trial.dry_run(learner, sources)
 
 
 def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[PretrainConfig, Start]:

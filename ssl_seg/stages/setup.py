@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,15 +16,15 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
 from ssl_seg import tracking
-from ssl_seg.config import NAME, Config, Interrupted, UserError, user_path
+from ssl_seg.config import NAME, Config, Interrupted, UserError, flatten, user_path
 from ssl_seg.data.loading import Samples, Whole, check_batch_size, loader, pack
-from ssl_seg.data.splits import Examples, manifest
+from ssl_seg.data.splits import Examples, manifest, sample_digest
 from ssl_seg.data.workers import Workers, check_room
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
-from ssl_seg.runs.writer import Run
+from ssl_seg.runs.writer import FREE, Run, versions
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
 from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
@@ -31,9 +32,10 @@ from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import NonFiniteError
 from ssl_seg.training.multitask import MultiTask, dealing
-from ssl_seg.training.processes import Processes, has_lost_another
+from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_decoder
 
+SAME_FILES = "give every machine the same files"
 CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
 
 
@@ -83,18 +85,11 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
-    run, refusal = None, None
-    try:
-        run = Run.open(out, stage, config, **flags, **place)
-    except UserError as error:
-        refusal = str(error)
-    refusal = processes.from_first(refusal)  # so that no process waits for one that has given up
-    if run is None or refusal:
-        raise UserError(refusal)
+    run = processes.together(partial(Run.open, out, stage, config, **flags, **place))
     for wish in processes.unheeded:
         say(f"{wish}: has no effect; give train.precision, train.accumulate or train.device", not processes.is_main)
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
-    with mirror, watch_signals() as signals, run:
+    with mirror, watch_signals() as signals, run, processes.ending_together():
         try:
             yield Opened(run, signals, mirror)
         except Interrupted:
@@ -103,12 +98,27 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
         except NonFiniteError as error:
             run.write_json("nonfinite.json", {"images": error.names})
             raise
-        except RuntimeError as error:
-            if processes.world == 1 or not has_lost_another(error):
-                raise
-            lost = UserError("another process of this run has ended, and has said why; the same command continues")
-            lost.of_one_process = True
-            raise lost from error
+
+
+def check_processes(
+    stage: str, config: StageConfig, options: Options, parts: Mapping[str, Examples | None], processes: Processes
+) -> None:
+    """Refuse processes that were not started alike, or see other images, before anything is written.
+
+    What is recorded is the first one's, and batches are dealt out by what each of them is told.
+    """
+    if processes.world == 1:
+        return
+    keys = {key: value for key, value in flatten(config.dump()).items() if not any(fnmatchcase(key, to) for to in FREE)}
+    started = {"stage": stage, "--out": str(options.out), **keys, "versions": versions()}
+    processes.check_same(started, "start all processes with the same command and the same packages")
+
+    def seen() -> dict[str, Any]:
+        given = {part: examples for part, examples in parts.items() if examples is not None}
+        digests = {part: sample_digest(examples, with_labels=False) for part, examples in given.items()}
+        return {part: {**manifest(given[part]), "sha256_of_some": digest} for part, digest in digests.items()}
+
+    processes.check_same({"data": processes.together(seen)}, SAME_FILES)
 
 
 def check_training(

@@ -26,6 +26,7 @@ from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.data.splits import NUM_DIGESTED, Examples
 from ssl_seg.images import Size, show_path
 from ssl_seg.models import evaluating, telling_small_maps
+from ssl_seg.norm.convert import is_always_synchronised, unsynchronised
 from ssl_seg.rng import seeded
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.scoring import device_of, predict_ids
@@ -134,6 +135,11 @@ def fit_in_memory(learner: Learner, quiet: bool = True) -> None:
         if counted is not None:
             counted.refuse_beyond_memory(learner)
         return
+    if learner.processes.world > 1 and is_always_synchronised(learner.module):
+        raise UserError(
+            "train.accumulate: auto: a process that runs out of memory would keep the others waiting in the network's "
+            "own synchronised norms; give a number, or norm=sync"
+        )
     for accumulate in cuts:
         learner.cut(accumulate)
         if fits(learner, counted):
@@ -260,6 +266,7 @@ def _moments(learner: Learner) -> list[str]:
 def _rehearsing(learner: Learner) -> Iterator[None]:
     """With the encoder as it is at the last step, since one that begins frozen takes more memory later.
 
+    A norm layer takes this process's own images alone: one that runs out of memory would keep the others waiting there.
     Statistics of norms and torch's generator are as before afterwards.
     """
     module, config, former = learner.module, learner.config, learner.module.frozen
@@ -267,7 +274,7 @@ def _rehearsing(learner: Learner) -> Iterator[None]:
     module.train()
     module.freeze(frozen_at(config, config.steps - 1))
     try:
-        with seeded(rng.as_key("rehearsal")):
+        with seeded(rng.as_key("rehearsal")), unsynchronised(module):
             yield
     finally:
         module.freeze(former)

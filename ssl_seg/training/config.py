@@ -23,7 +23,7 @@ from ssl_seg.data.workers import TIMEOUT, Workers
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
-SINCE_0_1 = ("freeze_encoder", "ema", "worker_timeout")  # keys that version 0.1 did not know
+SINCE_0_1 = ("freeze_encoder", "ema", "worker_timeout", "process_timeout")  # keys that version 0.1 did not know
 
 
 class TrainConfig(Config):
@@ -64,6 +64,10 @@ class TrainConfig(Config):
     encode: Literal["together", "in_turn"] = "together"
     workers: NonNegativeInt = 2
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its batch by then ends the run
+    # Seconds that a process waits for the others; one that has not answered by then ends the run. torch's own figure
+    # for NCCL, a third of that for gloo. What one does while the others wait takes seconds: to save, draw and export
+    # (the leak check tells them every two seconds that it is at work); a batch may take `worker_timeout`.
+    process_timeout: PositiveFloat = 600.0
     eval_every: PositiveInt | None = None  # steps; None: at the end only
     save_every: PositiveInt | None = None  # steps; None: ten times a run, but not more often than every 200
     log_every: PositiveInt = 10

@@ -154,6 +154,10 @@ class Learner:
         if self.accelerator.scaler and data["scaler"]:
             self.accelerator.scaler.load_state_dict(data["scaler"])
 
+    def share(self) -> None:
+        """Give all processes the first one's state: they may have read other files, or drawn on another kind of CPU."""
+        self.processes.share(self.tensors().values())
+
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self._inner.state.get(parameter, {})
         return {kind: value for kind, value in state.items() if isinstance(value, Tensor)}

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import json
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeVar, cast
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
-from ssl_seg.config import UserError
+from ssl_seg import files
+from ssl_seg.config import UserError, diff
 from ssl_seg.training.config import TrainConfig
 
 DeviceName = Literal["auto", "cpu"]
@@ -26,6 +38,10 @@ T = TypeVar("T")
 HEEDED = frozenset({"ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"})
 NO_WISH = frozenset({"", "0", "1", "false", "no", "none", "default"})  # values that `accelerate launch` sets unasked
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+TIMED_OUT = ("Timed out waiting", "Timed out after", "wait timeout after")  # of gloo and of the store, torch 2.14
+ENDED = ("Connection closed by peer", "Connection reset by peer")  # of gloo, which has no class for it
+ROLL_CALL = 3.0  # seconds for the others to say that they are there, once one has waited too long
+SHOWN = 60  # characters of a value in a message
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -39,7 +55,7 @@ class Processes:
     """The processes of a run and this one's device, behind the few words that the rest of the project needs.
 
     What is trained is in the config alone: `unheeded` are the wishes that accelerate's own environment variables have.
-    Raises UserError for fp16 without a GPU, which torch would silently ignore.
+    Raises UserError for fp16 without a GPU, which torch would silently ignore, and for processes that do not come.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -51,8 +67,11 @@ class Processes:
         # Buffers are averaged by the loop in both ways of encoding; DDP's own broadcast would only see one of them.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "no" if config.precision == "fp32" else config.precision
-        with _unheeded() as unheeded:
-            self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        self.timeout = config.process_timeout
+        # A millisecond more: accelerate 1.15 drops what is NCCL's default, and gloo would wait for half an hour.
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout, milliseconds=1))
+        with _unheeded() as unheeded, _all_coming(self.timeout):
+            self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, group])
         wishes = {name: value for name, value in unheeded.items() if value.lower() not in NO_WISH}
         self.unheeded: list[str] = [f"{name}={value}" for name, value in wishes.items()]
         self.rank: int = self.accelerator.process_index
@@ -61,6 +80,12 @@ class Processes:
         self.is_main = self.rank == 0
         if self.world > 1:
             atexit.register(leave_group)
+            _get_default_store().set(f"place/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        if self.world > 1 and config.workers and config.worker_timeout >= config.process_timeout:
+            raise UserError(
+                f"train.process_timeout: after {config.process_timeout:g} s the other processes would not wait for a "
+                f"loader worker that may take {config.worker_timeout:g} s (train.worker_timeout); give it more"
+            )
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world == 1:
@@ -93,6 +118,103 @@ class Processes:
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by rank 0's."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            torch.distributed.broadcast(whole, 0)
+            tensor.detach().copy_(whole)
+
+    def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
+        """Raise UserError, on all processes, where one has other facts than the first: then they would train apart.
+
+        Facts are what JSON can say, by (nested) name.
+        """
+        with self.ending_together():
+            first, *others = self.gather([facts])
+            for rank, own in enumerate(others, start=1):
+                for key, (here, there) in diff(first, own).items():
+                    place = f"rank {rank}{self._place(rank)}"
+                    raise UserError(f"{key}: {_shown(here)} for rank 0 and {_shown(there)} for {place}; {remedy}")
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this process; a UserError of some is raised on all. It must not wait for the others."""
+        made: list[T] = []
+        refusal = None
+        try:
+            made.append(work())
+        except UserError as error:
+            refusal = error
+        with self.ending_together():
+            for rank, text in enumerate(self.gather([None if refusal is None else str(refusal)])):
+                if text is not None:
+                    raise UserError(f"rank {rank}{self._place(rank)}: {text}" if rank else text) from refusal
+        return made[0]
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Inside, what ends one process ends all of them, each with one line where it is not their own mistake.
+
+        An error that several meet is told by the first of them. A process that does not answer for
+        `train.process_timeout` is named by the first that has waited so long: with gloo. NCCL waits on the device, and
+        torch itself ends a process that it keeps waiting, with a message of its own.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self.world > 1 and error.of_one_process is None:
+                error.of_one_process = self._is_first_to_tell(str(error))
+            raise
+        except RuntimeError as error:
+            if self.world == 1 or not has_lost_another(error):
+                raise
+            lost = self._lost(is_late=_speaks(error, TIMED_OUT))
+            lost.of_one_process = self._is_first_to_tell(str(lost))
+            raise lost from error
+
+    def _lost(self, is_late: bool) -> UserError:
+        """About another process, of which this one has heard nothing more."""
+        absent = self._absent()
+        if not is_late or not absent:
+            return UserError("another process of this run has ended, and has said why; the same command continues")
+        named = " and ".join(f"rank {rank} of {self.world}{self._place(rank)}" for rank in absent)
+        return UserError(
+            f"{named}: no answer within {self.timeout:g} s, while others waited; if it stands still, end it, and the "
+            "same command goes on from the newest checkpoint; if it was at work, give a larger train.process_timeout"
+        )
+
+    def _absent(self) -> list[int]:
+        """A roll call of those whose waiting has come to an end: the ranks that do not answer within `ROLL_CALL`."""
+        others = [rank for rank in range(self.world) if rank != self.rank]
+
+        def call() -> list[int]:
+            store, until = _get_default_store(), time.monotonic() + ROLL_CALL
+            store.set(f"present/{self.rank}", "")
+            while absent := [rank for rank in others if not store.check([f"present/{rank}"])]:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.05)
+            return absent
+
+        return _asked(call, if_silent=[0] if self.rank else others)
+
+    def _place(self, rank: int) -> str:
+        """Where a rank is, in brackets; nothing where nobody can say."""
+        key = f"place/{rank}"
+
+        def call() -> str:
+            store = _get_default_store()
+            return f" ({store.get(key).decode()})" if store.check([key]) else ""
+
+        return _asked(call, if_silent="")
+
+    def _is_first_to_tell(self, text: str) -> bool:
+        """Whether no other process has said so yet: rather twice than never."""
+        key = f"told/{files.sha256(text.encode())}"
+        return _asked(lambda: _get_default_store().add(key, 1), if_silent=1) == 1
 
 
 @contextmanager
@@ -138,10 +260,48 @@ def keep_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
 
 
+@contextmanager
+def _all_coming(timeout: float) -> Iterator[None]:
+    """Where others do not come to the meeting of all processes, that is one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not has_lost_another(error):
+            raise
+        missing = UserError(
+            f"not all processes of the run have come within {timeout:g} s ({str(error).splitlines()[0]}); "
+            "see what keeps the others, or give a larger train.process_timeout"
+        )
+        missing.of_one_process = True
+        raise missing from error
+
+
 def has_lost_another(error: BaseException) -> bool:
-    """Whether a message between the processes failed because one of them has ended, which has said why itself."""
-    told = ("Connection closed by peer", "Connection reset by peer")  # of gloo, torch 2.14, which has no class for it
-    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in told)
+    """Whether a message between the processes failed because one of them has ended or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or _speaks(error, (*ENDED, *TIMED_OUT))
+
+
+def _speaks(error: BaseException, of: tuple[str, ...]) -> bool:
+    return any(words in str(error) for words in of)
+
+
+def _asked(call: Callable[[], T], if_silent: T) -> T:
+    """What the store of the processes answers; it may be gone, or kept by the very process that stands still."""
+    answers: list[T] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):
+            answers.append(call())
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ROLL_CALL + 1.0)
+    return answers[0] if answers else if_silent
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

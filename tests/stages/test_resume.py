@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ from unittest import mock
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from ssl_seg import cli
 from ssl_seg.config import UserError, load
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics, software_of
-from ssl_seg.runs.writer import CHANGING
+from ssl_seg.runs.writer import CHANGING, Run
 from ssl_seg.stages import fit
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.fit import open_streams
@@ -32,12 +32,10 @@ from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import find_start
 from ssl_seg.training.loop import train
 from ssl_seg.training.processes import Processes
-from tests import ROOT
 from tests.processes import Child, command, in_pair, start_torchrun
-from tests.small import finetuning, joining, pretraining
+from tests.small import finetuning, joining, pretraining, words
 from tests.two_processes import cut_after, resume, resume_after_every_step, without_dropout
 
-SMALL = ROOT / "tests" / "small.py"
 STAGES = {
     "pretrain": (pretraining, PretrainConfig, pretrain),
     "finetune": (finetuning, FinetuneConfig, finetune),
@@ -104,7 +102,43 @@ def test_a_run_that_ends_between_a_save_and_its_evaluation_makes_that_first(tmp_
         ends = [load_state(folder).data for folder in (tmp_path / "whole", out)]
         for end in ends:
             del end["progressed"]["seconds"]
+            del end["owed"]["images_per_s"]
         assert ends[0] == ends[1]
+
+
+def test_no_step_is_saved_twice_nor_evaluated_once_more(tmp_path: Path) -> None:
+    """Not even the last, which is saved before it is evaluated: what is missing there is read from the metrics."""
+    values = finetuning(steps=4, eval_every=2, save_every=2)
+    values["stop"] = {"patience": 9}
+    config = load(FinetuneConfig, values)
+    saved: list[int] = []
+    real = Run.save_state
+
+    def note(run: Run, step: int, *arguments: Any) -> None:
+        saved.append(step)
+        real(run, step, *arguments)
+
+    with mock.patch.object(Run, "save_state", note):
+        finetune(config, Options(tmp_path, quiet=True))
+    assert saved == [2, 4]
+    scores = {line["step"]: line["val/miou"] for line in figures(tmp_path) if "val/miou" in line}
+    progress: list[fit.Progress] = []
+    real_fit = fit.fit
+
+    def look(job: fit.Job) -> int:
+        progress.append(job.progress)
+        return real_fit(job)
+
+    with (
+        mock.patch.object(Run, "save_state", note),
+        mock.patch.object(fit, "evaluate", side_effect=AssertionError),
+        mock.patch.object(sys.modules[finetune.__module__], "fit", look),
+    ):
+        again = finetune(config, Options(tmp_path, quiet=True))
+    assert saved == [2, 4]
+    assert again.selected_step == progress[0].best_step == max(scores, key=scores.__getitem__)
+    assert progress[0].best_score == max(scores.values())
+    assert {line["step"] for line in figures(tmp_path)} == {1, 2, 3, 4}
 
 
 def test_two_processes_resume_after_every_step_to_the_same_bits(tmp_path: Path) -> None:
@@ -126,13 +160,6 @@ def assert_all_the_same(folder: Path, count: int = 5) -> None:
         for exported in ("encoder/encoder.safetensors", "model/model.safetensors"):
             if (whole / exported).exists():
                 torch.testing.assert_close(load_file(part / exported), load_file(whole / exported), rtol=0, atol=0)
-
-
-def words(values: dict[str, Any], folder: Path) -> list[str]:
-    """The values as a YAML file for a command."""
-    path = folder / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    return [str(path), "--plugin", str(SMALL)]
 
 
 def finish(process: Child) -> int:

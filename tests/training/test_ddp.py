@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from ssl_seg import cli
 from ssl_seg.config import UserError, load
 from ssl_seg.data import loading
 from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.writer import Run
+from ssl_seg.stages import scoring
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
-from tests.processes import in_pair, start_pair, start_torchrun
-from tests.small import pretraining
+from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.processes import Processes
+from tests.processes import Child, in_pair, start_pair, start_torchrun
+from tests.small import pretraining, words
 from tests.training.test_loop import ROUNDING
-from tests.two_processes import MODES, compare_modes, evaluate, jointly, record, score_one_image, taught
+from tests.two_processes import MODES, begin_alike, compare_modes, evaluate, jointly, record, score_one_image, taught
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +38,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes saw in all modes."""
     out = tmp_path_factory.mktemp("ddp") / "seen.pt"
     in_pair(compare_modes, str(out))
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """How two processes begin: which of them wait for each other, and what they refuse to begin with."""
+    out = tmp_path_factory.mktemp("begun") / "seen.pt"
+    in_pair(begin_alike, str(out))
     return torch.load(out, weights_only=True)
 
 
@@ -88,6 +106,46 @@ def test_processes_agree_how_finely_a_batch_is_cut_where_one_has_little_memory(t
     assert two["auto"] == {"found": [2, 2], "changed": []}
 
 
+def test_none_waits_in_a_synchronised_norm_for_one_that_runs_out_of_memory(begun: dict[str, Any]) -> None:
+    assert begun["auto amid norms"] == [2, 2]
+
+
+TOLD_APART = {
+    "seed": "seed: 0 for rank 0 and 7 for rank 1 (process ",
+    "crop": "augment.crop: [64, 64] for rank 0 and [32, 32] for rank 1",
+    "steps": "train.steps: 6 for rank 0 and 8 for rank 1",
+    "task": 'tasks.rotate.type: "rotate" for rank 0 and null for rank 1',
+    "cannot": "rank 1 (process ",
+    "folder": "--out: ",
+    "fewer": "data.pool.images: 12 for rank 0 and 11 for rank 1",
+    "names": "data.pool.sha256_of_names: ",
+    "pixels": "data.pool.sha256_of_some: ",
+}
+
+
+@pytest.mark.parametrize("case", TOLD_APART)
+def test_processes_that_would_train_on_different_things_are_refused(begun: dict[str, Any], case: str) -> None:
+    first, second = begun["apart"][case]
+    assert first == second
+    assert first.startswith(TOLD_APART[case])
+
+
+def test_the_processes_wait_for_each_other_as_long_as_the_config_says(begun: dict[str, Any]) -> None:
+    """gloo's own half hour is not meant, nor accelerate's idea of which times need not be handed on."""
+    first, second = begun["timeout"]
+    assert first == second == pytest.approx(TrainConfig().process_timeout, abs=0.01)
+
+
+def test_processes_may_differ_in_what_no_weight_comes_from(begun: dict[str, Any]) -> None:
+    assert begun["apart"]["nothing"] == [None, None]
+
+
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_all_processes_begin_with_the_weights_of_the_first(begun: dict[str, Any], encode: str) -> None:
+    first, second = begun["shared"][encode]
+    assert first == second
+
+
 def test_a_folder_that_cannot_be_used_is_told_once_and_keeps_no_process_waiting(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("not a run")
     pair = start_pair(cli.main, ["pretrain", "squares", "--out", str(tmp_path)])
@@ -135,3 +193,115 @@ def test_a_leak_that_only_the_first_process_looks_for_ends_all_and_is_told_once(
     assert "ssl_seg/leaks.py" not in stderr, "no traceback of ours; torchrun prints its own"
     assert (tmp_path / "run" / "leaks.png").is_file()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- processes that do not answer ----
+
+
+def said_of(stderr: str) -> list[str]:
+    assert "Traceback" not in stderr.partition("torch/distributed/")[0], "torchrun prints one of its own"
+    return [line for line in stderr.splitlines() if line.startswith("ssl-seg: ")]
+
+
+def stand_still(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def meet(still: str) -> None:
+    """Two processes that meet, and would do so again, but the one of rank `still` stands still."""
+
+    def wait_for_all() -> None:
+        processes = Processes(TrainConfig(device="cpu"))
+        processes.barrier()
+        if os.environ["RANK"] == still:
+            stand_still()
+        # Not from the beginning: on a busy machine they do not even start within a second of each other.
+        processes.timeout = 1
+        distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+        with processes.ending_together():
+            processes.barrier()
+
+    sys.exit(cli.run(wait_for_all))
+
+
+def ended_without(still: int, pair: list[Child]) -> str:
+    """What the process that waited in vain says; the other is killed, as torchrun does after 30 seconds."""
+    waiting = pair[1 - still]
+    waiting.process.join(120)
+    assert waiting.returncode == 2, waiting.communicate()
+    assert psutil.Process(pair[still].pid).status() == psutil.STATUS_STOPPED
+    pair[still].kill()
+    pair[still].communicate()
+    (line,) = said_of(waiting.communicate()[1])
+    return line
+
+
+@pytest.mark.parametrize("still", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_does_not_answer_is_named(still: int) -> None:
+    """Also the first, who keeps the addresses of all: without torchrun nobody can be asked then where it is."""
+    pair = start_pair(meet, str(still))
+    line = ended_without(still, pair)
+    assert line.startswith(f"ssl-seg: rank {still} of 2")
+    assert "no answer within 1 s" in line
+    assert "train.process_timeout" in line
+    assert still == 0 or f"(process {pair[still].pid} on " in line
+
+
+def run_until_one_stands_still(folder: str, place: str) -> None:
+    """A run whose second process stands still at its third step or an evaluation, or whose first one when it saves."""
+    read = {
+        "step": (loading.Samples, "__getitem__"),
+        "evaluation": (scoring, "score_tasks"),
+        "save": (Run, "save_state"),
+    }
+    owner, name = read[place]
+    real: Callable[..., Any] = getattr(owner, name)
+
+    def until_then(*arguments: Any, **options: Any) -> Any:
+        if place == "evaluation":
+            is_then = os.environ["RANK"] == "1"
+        elif place == "step":
+            is_then = os.environ["RANK"] == "1" and arguments[1] >= 8
+        else:
+            is_then = os.environ["RANK"] == "0" and arguments[1] == 4
+        if is_then:
+            stand_still()
+        return real(*arguments, **options)
+
+    with mock.patch.object(owner, name, until_then):
+        config = load(PretrainConfig, pretraining(steps=6, save_every=2, eval_every=3, process_timeout=30))
+        sys.exit(cli.run(lambda: pretrain(config, Options(folder, quiet=True))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "still"), [("step", 1), ("evaluation", 1), ("save", 0)])
+def test_a_process_that_stands_still_ends_the_run_with_its_checkpoint_whole(
+    tmp_path: Path, place: str, still: int
+) -> None:
+    line = ended_without(still, start_pair(run_until_one_stands_still, str(tmp_path), place))
+    assert line.startswith(f"ssl-seg: rank {still} of 2")
+    assert load_state(tmp_path).step == 2
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == ("failed" if still else "running")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("still", [0, 1])
+def test_torchrun_ends_where_a_process_stands_still(tmp_path: Path, still: int) -> None:
+    """With loader workers, which end with it."""
+    values = pretraining(steps=4000, save_every=2, workers=1, worker_timeout=5, process_timeout=30)
+    out = tmp_path / "run"
+    started = start_torchrun("-m", "ssl_seg", "pretrain", *words(values, tmp_path), "--out", out)
+    while not list(out.glob("state/step_*")):
+        assert started.poll() is None, started.communicate()
+    launcher = psutil.Process(started.pid)
+    (one,) = [child for child in launcher.children() if child.environ().get("RANK") == str(still)]
+    children = launcher.children(recursive=True)
+    one.send_signal(signal.SIGSTOP)
+    _, stderr = started.communicate(timeout=120)
+    assert started.returncode != 0
+    (line,) = said_of(stderr)
+    assert line.startswith(f"ssl-seg: rank {still} of 2 (process {one.pid} on ")
+    state = load_state(out)
+    assert state.step >= 2
+    assert not state.skipped
+    assert not psutil.wait_procs(children, timeout=10)[1], "none is left"
