@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import numpy as np
@@ -65,6 +65,13 @@ class Dataset(Plugin, ABC):
     def sequence(self, index: int) -> str:
         """The clip, drive or subfolder an image belongs to: splits keep a sequence whole. '' where there is none."""
         return ""
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files that an example is read from: the image's, then the mask's if it has one; () where there are none.
+
+        By their size and time a run that goes on notices other pictures under the same names.
+        """
+        return ()
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         """What a person should know of the files that are taken or passed over, a line each; told when a run starts.

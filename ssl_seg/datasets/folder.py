@@ -186,6 +186,11 @@ class Folder(Dataset):
         parent = str(PurePosixPath(self.name(index)).parent)
         return "" if parent == "." else parent
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        image_name, mask_name = self._files[index]
+        masks = () if self.masks is None else (self._mask_folder / mask_name,)
+        return self._image_folder / image_name, *masks
+
     def doubt(self, index: int) -> str:
         return doubt(self._image_folder / self.name(index))
 

@@ -53,6 +53,7 @@ from ssl_seg.stages.setup import (
     say_clamped_zoom,
     tell_notes,
 )
+from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.tasks import Stream, readers
 from ssl_seg.terminal import say
@@ -176,7 +177,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
         question = Question(trained, scored, config.leaks, origins(config, start), own_cuts)
+        read = Sources(question.given, LABELLED, processes)
+        read.check(run, config.train.reading, options.allow_changed, quiet)
         guard(run, question, processes, config.train.reading, quiet)
+        read.record(run)
         if not config.leaks.check:  # else the guard has read them
             scoring.read_once(scored.values(), config.train.reading, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)

@@ -32,6 +32,7 @@ from ssl_seg.stages.setup import (
     say_clamped_zoom,
     tell_notes,
 )
+from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
 from ssl_seg.terminal import say
@@ -110,7 +111,10 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         check_same_images(run, {**pool, **val}, options.allow_changed)
         tell_notes({**pool, **val}, quiet=quiet)
         question = Question(pool, val, config.leaks, origins(config, start))
+        read = Sources(question.given, (), processes)
+        read.check(run, config.train.reading, options.allow_changed, quiet)
         guard(run, question, processes, config.train.reading, quiet)
+        read.record(run)
         learner, sources = assemble(config, start, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 

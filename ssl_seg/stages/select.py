@@ -113,6 +113,9 @@ class _Both:
     def sequence(self, index: int) -> str:
         return ""
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        return ()
+
     def _at(self, index: int) -> tuple[Examples, int]:
         count = len(self.pool)
         return (self.pool, index) if self.labelled is None or index < count else (self.labelled, index - count)
