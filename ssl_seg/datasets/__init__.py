@@ -6,11 +6,12 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
 from ssl_seg.config import Plugin
+from ssl_seg.images import Range
 
 SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "leftImg8bit"})
 NUMBER = re.compile(r"\d+(?![0-9A-Za-z])")
@@ -72,6 +73,17 @@ class Dataset(Plugin, ABC):
         By their size and time a run that goes on notices other pictures under the same names.
         """
         return ()
+
+    def value_range(self) -> Range | None:
+        """The stored values that become black and white, of images of more than 8 bits a channel; None for others.
+
+        An export keeps it, and images that are read by another one are told of.
+        """
+        return None
+
+    def in_range(self, value_range: Range) -> Self:
+        """The data set with these values as black and white, where it gives none of its own; else as it is."""
+        return self
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         """What a person should know of the files that are taken or passed over, a line each; told when a run starts.

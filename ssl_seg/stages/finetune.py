@@ -51,6 +51,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     say_clamped_zoom,
+    say_other_ranges,
     tell_notes,
 )
 from ssl_seg.stages.sources import Sources
@@ -167,6 +168,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         recorded = run.read_json("split.json")
         labelled, val = choose_images(config, recorded)
         tell_notes(given, LABELLED, quiet)
+        say_other_ranges(given, start.exported_range, quiet=quiet)
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
         of_classes = of_untrained_classes(labelled, val) if recorded is None else []
@@ -233,10 +235,11 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         if config.data.test is not None:
             found["test"] = (config.data.test, confuse(config.data.test))
         if processes.is_main:
-            extra = {"resize": resize, "step": selected}
+            seen = {"range": config.data.labelled.value_range()}
+            extra = {"resize": resize, "step": selected, **seen}
             export_model(run.folder, model, start.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
-            export_encoder(run.folder, judged.encoder, start.model.dump())
+            export_encoder(run.folder, judged.encoder, start.model.dump(), seen)
             export_heads(run, judged)
             panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
         processes.barrier()
@@ -259,7 +262,9 @@ def try_out(config: FinetuneConfig) -> trial.DryRun:
     processes = Processes(config.train)
     check(config, processes)
     labelled, val = choose_images(config)
-    tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED)
+    given = {part: getattr(config.data, part) for part in PARTS}
+    tell_notes(given, LABELLED)
+    say_other_ranges(given, start.exported_range)
     for line in of_untrained_classes(labelled, val):
         say(line)
     learner, sources = assemble(config, start, processes, None, labelled, quiet=True)

@@ -29,10 +29,10 @@ from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
 from ssl_seg.stages.scoring import predict_ids
-from ssl_seg.stages.setup import check_images, tell_notes
+from ssl_seg.stages.setup import as_trained, check_images, tell_notes
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_model, read_model_info
+from ssl_seg.weights.export import load_model, range_of, read_model_info
 
 RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
 MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
@@ -75,8 +75,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     are kept. Raises UserError for any other folder before any work is done, and at the end, when all others have their
     masks, for images that cannot be read; `config.Interrupted` after a signal.
     """
-    dataset = config.data.images
-    check_images("data.images", dataset)
+    check_images("data.images", config.data.images)
+    dataset = as_trained("images", config.data.images, range_of(read_model_info(config.model)))
     tell_notes({"images": dataset})
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:

@@ -30,6 +30,7 @@ from ssl_seg.stages.setup import (
     open_run,
     recalibrate,
     say_clamped_zoom,
+    say_other_ranges,
     tell_notes,
 )
 from ssl_seg.stages.sources import Sources
@@ -110,6 +111,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         pool, val = {"pool": config.data.pool}, {"val": config.data.val}
         check_same_images(run, {**pool, **val}, options.allow_changed)
         tell_notes({**pool, **val}, quiet=quiet)
+        say_other_ranges({**pool, **val}, start.exported_range, quiet=quiet)
         question = Question(pool, val, config.leaks, origins(config, start))
         read = Sources(question.given, (), processes)
         read.check(run, config.train.reading, options.allow_changed, quiet)
@@ -156,7 +158,8 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         if recalibrate(learner, sources["pool"], config.recalibrate):
             say(f"batch statistics of the export are those of {config.recalibrate} clean images", quiet)
         if processes.is_main:
-            export_encoder(run.folder, learner.evaluated.encoder, config.model.dump())
+            seen = {"range": config.data.pool.value_range()}
+            export_encoder(run.folder, learner.evaluated.encoder, config.model.dump(), seen)
             export_heads(run, learner.evaluated)
             run.write_json("result.json", {"steps": steps, "val": scores})
         processes.barrier()
@@ -169,6 +172,7 @@ def try_out(config: PretrainConfig) -> trial.DryRun:
     processes = Processes(config.train)
     check(config, processes)
     tell_notes({"pool": config.data.pool, "val": config.data.val})
+    say_other_ranges({"pool": config.data.pool, "val": config.data.val}, start.exported_range)
     learner, sources = assemble(config, start, processes, None, quiet=True)
     trial.check_crops(learner)
     return trial.dry_run(learner, sources)

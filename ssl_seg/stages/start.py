@@ -15,6 +15,7 @@ import torch
 from ssl_seg import rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Samples, loader
+from ssl_seg.images import Range
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm.convert import Kind, are_one, convert_norm, has_batch_norm, is_fresh, loads_as
 from ssl_seg.norm.layers import FrozenNorm
@@ -26,7 +27,7 @@ from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask
-from ssl_seg.weights.export import exported_config, read_encoder_info
+from ssl_seg.weights.export import exported_config, range_of, read_encoder_info
 from ssl_seg.weights.receipt import Receipt
 
 T = TypeVar("T", bound=Task)
@@ -43,6 +44,7 @@ class Start:
     model: ModelConfig  # the whole network
     loaded_norm: Kind  # the norm that the weights of `init` fit; `model.norm` where nothing is loaded from there
     exported_norm: Kind  # the norm that `init` was trained with
+    exported_range: Range | None = None  # the values that were black and white there, in images of more than 8 bits
 
 
 def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
@@ -69,7 +71,7 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
         return Start(kind, model, model.norm, model.norm)
     # Weights of another origin are taken for the architecture's own.
     norm = "keep" if exported is None else exported.norm
-    return Start("init", model, loads_as(norm, model.norm), norm)
+    return Start("init", model, loads_as(norm, model.norm), norm, range_of(info))
 
 
 def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
