@@ -5,6 +5,7 @@ The answer is one `Start`. It is found before the run's folder is opened, and wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from ssl_seg.weights.receipt import Receipt
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
+MOST_PREPARED = 64 * 1024**2  # pixels of them, a GiB as floats: of larger crops there are fewer
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def prepare_tasks(tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorde
     prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
     if pool is not None and any(type(task).prepare is not TaskPlugin.prepare for task in new.values()):
-        draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
+        fitting = max(1, MOST_PREPARED // math.prod(pool.augment.crop))
+        draws = [list(range(min(NUM_PREPARED, fitting, len(pool.examples))))]
         sample = next(loader(pool, draws)).to(torch.device("cpu")).image
         new = {name: task.prepare(sample) for name, task in new.items()}
     return {name: prepared[name] or new[name] for name in tasks}
