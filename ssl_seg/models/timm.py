@@ -44,7 +44,7 @@ MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; a
 PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DistributedDataParallel's, torch.compile's, DINO's
 MAX_REASON = 300  # characters of what timm says: of a file that does not fit it names every tensor
-MOST_TENSORS = 20_000  # weights and buffers of a network; timm's largest have some 3,000
+MOST_TENSORS = 10_000  # weights and buffers of a network; timm's largest have some 3,000
 MOST_OF_AN_OPTION = 2**20  # a whole number in `options`; some become as many layers, or a list of that length
 HUB_TIMEOUT = 5.0  # seconds to wait for the first answer of the hub
 BUILT_IN = ("features_only", "in_chans", "output_stride", "drop_path_rate", "out_indices")
@@ -177,6 +177,9 @@ class Timm(Encoder):
                 raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
             except UserError:
                 raise
+            except _TooLargeError as error:
+                refusal = error
+                break
             except refusals as error:
                 # Swin took the first word without heeding it before timm 1.0.31: a failure is no reason to stop at it.
                 unknown = any_size and next(iter(any_size)) in str(error)
