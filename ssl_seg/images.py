@@ -136,6 +136,14 @@ def largest_value(path: str | Path) -> int | None:
     return _decode(Path(path), _largest)
 
 
+def default_range(path: str | Path) -> Range | None:
+    """The values that `read_image` takes for black and white where no range is given; None of 8 bits a channel.
+
+    No pixel is decoded.
+    """
+    return _decode(Path(path), _default_range)
+
+
 def doubt(path: str | Path) -> str:
     """What a person should look at in a picture that can be decoded, in a few words; '' for nothing.
 
@@ -553,6 +561,11 @@ def _largest(image: ImageFile, _: Path) -> int | None:
     if _white(image) == 65535 and image.format != "PPM":
         return int(np.asarray(image).max())
     return int(np.asarray(image).max()) * 256 + 255 if is_deep and image.mode == "RGB" else None
+
+
+def _default_range(image: ImageFile, _: Path) -> Range | None:
+    white = _white(image) or (65535 if _layout(image).startswith("16") else None)
+    return None if white is None else (0.0, float(white))
 
 
 def _doubt(image: ImageFile, path: Path) -> str:

@@ -215,6 +215,7 @@ class _Output:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.failure: UserError | None = None
 
     def write(self, text: str) -> int:
         with self._told():
@@ -230,6 +231,8 @@ class _Output:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
+        if self.failure is not None:  # whoever tries it first may keep it to himself, as typer does before its help
+            raise self.failure
         try:
             yield
         except OSError as error:
@@ -238,6 +241,7 @@ class _Output:
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
             if not isinstance(error, BrokenPipeError):
-                raise UserError(
+                self.failure = UserError(
                     f"stdout: cannot be written ({error.strerror}); make room, or lead the output elsewhere"
-                ) from error
+                )
+                raise self.failure from error

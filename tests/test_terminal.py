@@ -114,6 +114,8 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ("ssl-seg --version | true", 0, ""),
         ("ssl-seg --version >&- 2>&- <&-", 0, ""),
         ("ssl-seg --version > /dev/full", 2, "ssl-seg: stdout: cannot be written (No space left on device); "),
+        ("ssl-seg --help > /dev/full", 2, "ssl-seg: stdout: cannot be written (No space left on device); "),
+        ("ssl-seg --help | true", 0, ""),
     ],
 )
 def test_a_stream_that_takes_nothing_is_no_traceback(line: str, code: int, said: str) -> None:

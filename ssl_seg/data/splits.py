@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,7 @@ class Examples(Protocol):
     def name(self, index: int) -> str: ...
     def doubt(self, index: int) -> str: ...
     def sequence(self, index: int) -> str: ...
+    def files(self, index: int) -> tuple[Path, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Subset:
 
     def sequence(self, index: int) -> str:
         return self.dataset.sequence(self.indices[index])
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return self.dataset.files(self.indices[index])
 
 
 def _say_gone(name: str) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 
 from ssl_seg import files, images
 from ssl_seg.config import Interrupted, UserError
+from ssl_seg.data.workers import GLANCE
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.figures.panels import grid, legend, palette
 from ssl_seg.terminal import reporter, watch_signals
@@ -32,6 +35,10 @@ EXTRAS = ("depth", "instances", "edges")  # what can be written beside the masks
 SHEET_SCENES = 12
 SHEET_WIDTH = 1800  # about; the width of a screen, where a legend can be read
 CHUNK = 4  # scenes a worker is given at once: few, so that the last ones end together
+# Seconds for the scenes that are due, beside some for their pixels: a street of 480 x 360 takes a core 0.05 s, and one
+# of 100 megapixels half a minute. A world that draws for longer has --jobs 1.
+PATIENCE = 120.0
+PATIENCE_FOR_A_MEGAPIXEL = 10.0
 
 
 @dataclass(frozen=True)
@@ -168,31 +175,67 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _written(dataset: Synthetic, folder: Path, extras: Sequence[str], jobs: int) -> Iterator[Iterator[None]]:
     """Writes every scene; an item comes for each that is on the disk, in their order."""
     write = partial(_write, dataset, folder, extras)
+    count = len(dataset)
     if jobs == 1:
-        yield map(write, range(len(dataset)))
+        yield map(write, range(count))
         return
     # Forked where that is possible: a fresh process would import torch for seconds, and know no --plugin.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
+    begun = context.RawArray("b", count)  # a 1 for each scene that a process has begun
+    others = multiprocessing.active_children()
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # before the fork: it ends OpenCV's threads, and a child that ends them waits for ever (seen)
     try:
-        pool = ProcessPoolExecutor(min(jobs, len(dataset)), context, _prepare_worker, (os.getpid(),))
+        pool = ProcessPoolExecutor(min(jobs, count), context, _prepare_worker, (os.getpid(), begun))
     except OSError as error:  # no semaphores: shared memory is full or cannot be written
         cv2.setNumThreads(threads)
         raise UserError(
             f"--jobs {jobs}: processes that draw cannot be started ({error.strerror}); give --jobs 1"
         ) from error
     try:
-        yield pool.map(write, range(len(dataset)), chunksize=CHUNK)
-    except BrokenProcessPool as error:
-        raise UserError(f"--jobs {jobs}: a process was killed, by want of memory perhaps; give fewer") from error
+        chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+        futures = [pool.submit(_write_some, write, chunk) for chunk in chunks]
+        yield _in_time(dataset, chunks, futures, begun)
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            if process not in others:  # one that stands still would be waited for
+                process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(f"--jobs {jobs}: a process was killed, by want of memory perhaps; give fewer") from error
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads)
 
 
-def _prepare_worker(parent: int) -> None:
+def _in_time(
+    dataset: Synthetic, chunks: Sequence[range], futures: Sequence[Future[None]], begun: Sequence[int]
+) -> Iterator[None]:
+    """An item for each scene once its chunk is written. Raises UserError for one that is due and does not come.
+
+    Seconds are counted by looks, and no clock is read: Ctrl-Z holds all processes.
+    """
+    patience = PATIENCE + PATIENCE_FOR_A_MEGAPIXEL * CHUNK * math.prod(dataset.size) / 1e6
+    for chunk, future in zip(chunks, futures, strict=True):
+        waited = 0.0
+        while not wait([future], GLANCE).done:
+            waited += GLANCE
+            if waited > patience:
+                # The last that was begun; those before it are written.
+                index = next((index for index in reversed(chunk) if begun[index]), chunk[0])
+                raise UserError(
+                    f"--jobs: image {index} ({dataset.name(index)}) was not drawn within {patience:.0f} s, so its "
+                    "process stands still; nothing was written, and the same command draws anew; --jobs 1 waits longer"
+                )
+        future.result()
+        for _ in chunk:
+            yield
+
+
+def _prepare_worker(parent: int, begun: Any) -> None:
+    global _begun
+    _begun = begun
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach all; the first process ends the others
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -206,6 +249,15 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def _write_some(write: Callable[[int], None], chunk: range) -> None:
+    for index in chunk:
+        _begun[index] = 1
+        write(index)
+
+
+_begun: Any = ()  # of a worker: shared with the first process, a 1 for each scene that was begun
 
 
 def _write(dataset: Synthetic, folder: Path, extras: Sequence[str], index: int) -> None:

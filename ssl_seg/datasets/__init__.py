@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
-from typing import ClassVar
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, Self
 
 import numpy as np
 
 from ssl_seg.config import Plugin
+from ssl_seg.images import Range
 
 SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "leftImg8bit"})
 NUMBER = re.compile(r"\d+(?![0-9A-Za-z])")
@@ -65,6 +66,24 @@ class Dataset(Plugin, ABC):
     def sequence(self, index: int) -> str:
         """The clip, drive or subfolder an image belongs to: splits keep a sequence whole. '' where there is none."""
         return ""
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files that an example is read from: the image's, then the mask's if it has one; () where there are none.
+
+        By their size and time a run that goes on notices other pictures under the same names.
+        """
+        return ()
+
+    def value_range(self) -> Range | None:
+        """The stored values that become black and white, of images of more than 8 bits a channel; None for others.
+
+        An export keeps it, and images that are read by another one are told of.
+        """
+        return None
+
+    def in_range(self, value_range: Range) -> Self:
+        """The data set with these values as black and white, where it gives none of its own; else as it is."""
+        return self
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         """What a person should know of the files that are taken or passed over, a line each; told when a run starts.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -76,6 +76,10 @@ class Camvid(Dataset):
     def doubt(self, index: int) -> str:
         split, position = self._frames[index]
         return self._folders[split].doubt(position)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        split, position = self._frames[index]
+        return self._folders[split].files(position)
 
     def label(self, index: int) -> np.ndarray | None:
         split, position = self._frames[index]

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from ssl_seg.config import PathText, UserError, known_to_0_1, user_path
+from ssl_seg.config import PathText, UserError, known_to_0_1, load, user_path
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.masks import (
     MAX_STORED,
@@ -44,6 +44,7 @@ from ssl_seg.images import (
     MASK_SUFFIXES,
     Range,
     Size,
+    default_range,
     doubt,
     largest_value,
     read_header,
@@ -186,8 +187,21 @@ class Folder(Dataset):
         parent = str(PurePosixPath(self.name(index)).parent)
         return "" if parent == "." else parent
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        image_name, mask_name = self._files[index]
+        masks = () if self.masks is None else (self._mask_folder / mask_name,)
+        return self._image_folder / image_name, *masks
+
     def doubt(self, index: int) -> str:
         return doubt(self._image_folder / self.name(index))
+
+    def value_range(self) -> Range | None:
+        return self.range or next((own for own in self._default_ranges if own is not None), None)
+
+    def in_range(self, value_range: Range) -> Self:
+        if self.range is not None or None in self._default_ranges:  # no range for images of 8 bits
+            return self
+        return load(type(self), {**self.dump(), "range": value_range})
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         lines = self._scanned.notes + self._note_dark()
@@ -204,6 +218,20 @@ class Folder(Dataset):
     def _mask_folder(self) -> Path:
         assert self.masks is not None  # nobody asks before it is known that there are masks
         return user_path(self.masks)
+
+    @cached_property
+    def _default_ranges(self) -> list[Range | None]:
+        """Of some images. Of a file that cannot be read whoever needs it speaks."""
+        found = []
+        for index in self._probed:
+            with suppress(UserError):
+                found.append(default_range(self._image_folder / self.name(index)))
+        return found
+
+    @property
+    def _probed(self) -> Sequence[int]:
+        """Images that speak for all: up to `PROBED_IMAGES`, evenly apart."""
+        return range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
 
     @cached_property
     def _names_beside(self) -> tuple[str, ...]:
@@ -270,9 +298,8 @@ class Folder(Dataset):
         """A word where 16 bits are used so little that images are nearly black."""
         if self.range is not None:
             return ()
-        probed = range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
         largest = []
-        for index in probed:
+        for index in self._probed:
             with suppress(UserError):  # of a file that cannot be read whoever needs it speaks
                 value = largest_value(self._image_folder / self.name(index))
                 largest += [] if value is None else [value]

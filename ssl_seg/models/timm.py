@@ -7,6 +7,7 @@ have a single stride, and errors of one line (its own attempt at missing weights
 
 from __future__ import annotations
 
+import copy
 import logging
 import ssl
 import warnings
@@ -19,6 +20,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import huggingface_hub
+import psutil
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -28,6 +30,10 @@ from timm.layers.norm import LayerNorm2d
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.models import Encoder, EncoderNet
@@ -38,6 +44,8 @@ MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; a
 PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DistributedDataParallel's, torch.compile's, DINO's
 MAX_REASON = 300  # characters of what timm says: of a file that does not fit it names every tensor
+MOST_TENSORS = 10_000  # weights and buffers of a network; timm's largest have some 3,000
+MOST_OF_AN_OPTION = 2**20  # a whole number in `options`; some become as many layers, or a list of that length
 HUB_TIMEOUT = 5.0  # seconds to wait for the first answer of the hub
 BUILT_IN = ("features_only", "in_chans", "output_stride", "drop_path_rate", "out_indices")
 LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -82,6 +90,9 @@ class Timm(Encoder):
         for key in RESERVED:
             if key in options:
                 raise ValueError(f"'{key}' is set by the encoder itself; remove it from options")
+        for key, value in options.items():
+            if _largest_in(value) > MOST_OF_AN_OPTION:
+                raise ValueError(f"{key}: no network takes numbers above {MOST_OF_AN_OPTION}; lower it")
         return options
 
     @model_validator(mode="after")
@@ -154,27 +165,56 @@ class Timm(Encoder):
             extra["drop_path_rate"] = self.drop_path
         arguments = {"features_only": True, **weights, **extra, **self.options}
         refusal: Exception | None = None
+        refusals = (Exception,) if self.options else REFUSALS  # what timm makes of an option nobody can know
         for any_size in ANY_SIZE if self._has_fixed_size else ANY_SIZE[-1:]:
             try:
                 network = self._loaded(arguments | any_size)
-                return network, _measure(network)
-            except REFUSALS as error:
+                shapes = _measure(network)
+                if self.options:
+                    _train_once(network)
+                return network, shapes
+            except OSError as error:
+                raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
+            except UserError:
+                raise
+            except _TooLargeError as error:
+                refusal = error
+                break
+            except refusals as error:
                 # Swin took the first word without heeding it before timm 1.0.31: a failure is no reason to stop at it.
                 unknown = any_size and next(iter(any_size)) in str(error)
                 refusal = refusal or (None if unknown else error)
-            except OSError as error:
-                raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
         assert refusal is not None, "the last attempt adds no word that could be unknown"
+        if self.options:
+            keys = ", ".join(self.options)
+            raise UserError(
+                f"model.encoder.options ({keys}): encoder {self.name}: timm refuses: {_one_line(refusal)}; mend or "
+                "remove them"
+            ) from refusal
         raise UserError(f"encoder {self.name}: timm refuses: {_one_line(refusal)}; choose another") from refusal
 
     def _loaded(self, arguments: dict[str, Any]) -> nn.Module:
+        if self.options:
+            self._sketch(arguments)
         with _quiet():
-            network = timm.create_model(self._full_name, **arguments)
+            with _bounded():
+                network = timm.create_model(self._full_name, **arguments)
             if self.weights_file:
                 _require_all_loaded(network, timm.create_model(self.name, **arguments), user_path(self.weights_file))
         cfg = cast("dict[str, Any]", network.pretrained_cfg)
         cfg.pop("state_dict", None)  # every copy of the network would hold its first weights too
         return network
+
+    def _sketch(self, arguments: dict[str, Any]) -> None:
+        """Build the network without its numbers, which is quick: one that is too large is refused before it is made."""
+        without = {key: value for key, value in arguments.items() if key not in LOADING}
+        try:
+            with _quiet(), _bounded(), torch.device("meta"):
+                timm.create_model(self.name, **without)
+        except _TooLargeError:
+            raise
+        except Exception:  # not every network can be built so; whatever is wrong is met again
+            return
 
     def _weights(self) -> dict[str, Any]:
         """timm's arguments for the weights: a file wherever there is one, so that nothing waits for a network."""
@@ -297,6 +337,48 @@ def _measure(network: nn.Module) -> list[MapShape]:
         if tuple(side * stride for side in sides) != PROBE_SIZE:
             raise ValueError(f"its map of {sides} for an image of {PROBE_SIZE} is at no whole stride")
     return [MapShape(level.shape[1], PROBE_SIZE[0] // level.shape[2]) for level in maps]
+
+
+def _train_once(network: nn.Module) -> None:
+    """Learn from two small images: some options are only met in training, hours after the start of a study perhaps."""
+    trial = copy.deepcopy(network)  # statistics of norms stay as they are, and so do torch's random numbers
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        _channels_first(trial, torch.rand(2, 3, *PROBE_SIZE))
+
+
+class _TooLargeError(ValueError):
+    pass
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Inside, a network ends its building where it has more tensors, or bytes, than any that could be used here."""
+    count = nbytes = 0
+    most = psutil.virtual_memory().total
+
+    def note(_: nn.Module, __: str, tensor: Tensor | None) -> None:
+        nonlocal count, nbytes
+        count, nbytes = count + 1, nbytes + (0 if tensor is None else tensor.nbytes)
+        if count > MOST_TENSORS:
+            raise _TooLargeError(f"it would have more than {MOST_TENSORS} tensors")
+        if nbytes > most:
+            raise _TooLargeError(f"its weights would take more than the {most / 2**30:.1f} GiB of this machine")
+
+    hooks = [register_module_parameter_registration_hook(note), register_module_buffer_registration_hook(note)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _largest_in(value: Any) -> int:
+    """The largest whole number in an option, 0 where there is none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return max(map(_largest_in, value), default=0)
+    return value if isinstance(value, int) else 0
 
 
 def _is_plain(shapes: Sequence[MapShape]) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from ssl_seg import files
@@ -102,6 +102,24 @@ class _PartShape(Shape):
     sha256_of_names: str = ""
 
 
+class _FilesShape(Shape):
+    names: list[str]
+    bytes: list[int]
+    modified: list[int]
+    sha256: list[str | None]
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        if len({len(self.names), len(self.bytes), len(self.modified), len(self.sha256)}) > 1:
+            raise ValueError("its lists are not of one length")
+        return self
+
+
+class _ImagesShape(Shape):
+    names: list[str] = []
+    sha256: list[str] = []
+
+
 class _ExtremeShape(Shape):
     kind: str
     name: str
@@ -153,6 +171,8 @@ SHAPES = {
     "result.json": TypeAdapter(_ResultShape),
     "split.json": TypeAdapter(_SplitShape),
     "data.json": TypeAdapter(dict[str, _PartShape]),
+    "files.json": TypeAdapter(dict[str, _FilesShape]),
+    "images.json": TypeAdapter(dict[str, _ImagesShape]),
     "tasks.json": TypeAdapter(dict[str, _TaskShape]),
     "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
     "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),

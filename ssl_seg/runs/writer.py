@@ -50,6 +50,7 @@ RUN_FILES = (
     "nonfinite.json",
     "tasks.json",
     "data.json",
+    "files.json",
     "images.json",
     "fingerprints.safetensors",
     "leaks.json",
@@ -79,7 +80,8 @@ CHANGING = (
 )
 # Config keys that may change when a run goes on: the weights do not come from them.
 FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout", "train.process_timeout")
-OF_CONFIG = ("config.yaml", "data.json", "split.json", "tasks.json")  # what the config stands for in a run
+# What the config stands for in a run.
+OF_CONFIG = ("config.yaml", "data.json", "files.json", "split.json", "tasks.json")
 
 
 class Run:

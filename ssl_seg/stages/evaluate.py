@@ -26,9 +26,9 @@ from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import Scored, image_confusions
-from ssl_seg.stages.setup import check_images, tell_notes
+from ssl_seg.stages.setup import as_trained, check_images, tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_model
+from ssl_seg.weights.export import load_model, range_of, read_model_info
 
 OF_LABELLED = ("labelled", "sha256_of_labelled")  # what split.json says of the labelled images
 
@@ -76,6 +76,8 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
             f"the model of {config.model} has {', '.join(model.class_names)}; name the model's classes in that order"
         )
     check_images("data.test", data)
+    data = as_trained("test", data, range_of(read_model_info(config.model)))
+    config = config.model_copy(update={"data": EvaluateData(test=data)})  # as it is recorded, and read again by
     tell_notes({"test": data}, labelled=("test",))
     with _opened(config, out) as place:
         _guard(config, place)

@@ -53,8 +53,10 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     say_clamped_zoom,
+    say_other_ranges,
     tell_notes,
 )
+from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
 from ssl_seg.tasks import Stream, readers
 from ssl_seg.terminal import say
@@ -169,6 +171,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         recorded = run.read_json("split.json")
         labelled, val = choose_images(config, recorded)
         tell_notes(given, LABELLED, quiet)
+        say_other_ranges(given, start.exported_range, quiet=quiet)
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
         of_classes = of_untrained_classes(labelled, val) if recorded is None else []
@@ -179,7 +182,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
         question = Question(trained, scored, config.leaks, origins(config, start), own_cuts)
+        read = Sources(question.given, LABELLED, processes)
+        read.check(run, config.train.reading, options.allow_changed, quiet)
         guard(run, question, processes, config.train.reading, quiet)
+        read.record(run)
         if not config.leaks.check:  # else the guard has read them
             scoring.read_once(scored.values(), config.train.reading, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
@@ -232,10 +238,11 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         if config.data.test is not None:
             found["test"] = (config.data.test, confuse(config.data.test))
         if processes.is_main:
-            extra = {"resize": resize, "step": selected}
+            seen = {"range": config.data.labelled.value_range()}
+            extra = {"resize": resize, "step": selected, **seen}
             export_model(run.folder, model, start.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
-            export_encoder(run.folder, judged.encoder, start.model.dump())
+            export_encoder(run.folder, judged.encoder, start.model.dump(), seen)
             export_heads(run, judged)
             panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
         processes.barrier()
@@ -257,11 +264,14 @@ def try_out(config: FinetuneConfig) -> trial.DryRun:
     processes = Processes(config.train)
     with processes.ending_together():
         config, start = resolve(config)
+        quiet = not processes.is_main
         check(config, processes)
         labelled, val = choose_images(config)
-        tell_notes({part: getattr(config.data, part) for part in PARTS}, LABELLED, not processes.is_main)
+        given = {part: getattr(config.data, part) for part in PARTS}
+        tell_notes(given, LABELLED, quiet)
+        say_other_ranges(given, start.exported_range, quiet=quiet)
         for line in of_untrained_classes(labelled, val):
-            say(line, not processes.is_main)
+            say(line, quiet)
         learner, sources = assemble(config, start, processes, None, labelled, quiet=True)
         scored = {"val": val, **({} if config.data.test is None else {"test": config.data.test})}
         head = learner.module.heads[SEGMENT]

@@ -1,7 +1,7 @@
 """Masks for images: class ids as PNG files, and the same in colour over the image for a person.
 
-A folder of masks is made in one go or in several: an image that cannot be read is left out and named at the end, and
-the same command makes what is missing.
+A folder of masks is made in one go or in several: an image that cannot be read, or not be predicted, is left out and
+named at the end, and the same command makes what is missing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ssl_seg.figures import panels
 from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.scoring import predict_ids
-from ssl_seg.stages.setup import check_images, tell_notes
+from ssl_seg.stages.scoring import check_memory, predict_ids
+from ssl_seg.stages.setup import as_trained, check_images, tell_notes
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_model, read_model_info
+from ssl_seg.weights.export import load_model, range_of, read_model_info
 
 RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
 MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
@@ -73,10 +73,10 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
 
     The folder is new, or a former call with this model has left it without some masks: then those of unchanged images
     are kept. Raises UserError for any other folder before any work is done, and at the end, when all others have their
-    masks, for images that cannot be read; `config.Interrupted` after a signal.
+    masks, for images that cannot be read, or not be predicted; `config.Interrupted` after a signal.
     """
-    dataset = config.data.images
-    check_images("data.images", dataset)
+    check_images("data.images", config.data.images)
+    dataset = as_trained("images", config.data.images, range_of(read_model_info(config.model)))
     tell_notes({"images": dataset})
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
@@ -100,7 +100,14 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
                     continue
                 seen = original if resize is None else images.resize_image(original, resize)
                 batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
-                ids = predict_ids(model, batch, original.shape[:2])[0].byte().cpu().numpy()
+                size = original.shape[:2]
+                try:
+                    check_memory(model, seen.shape[:2], "predicting", size)
+                    ids = predict_ids(model, batch, size)[0].byte().cpu().numpy()
+                except UserError as error:  # too large for the memory, too small for the network: others may fit
+                    name = dataset.name(index)
+                    unread[name] = f"{images.show_path(name)}: {error}"
+                    continue
                 images.write_mask(mask, ids, colours)
                 if config.overlays:
                     images.write_image(overlay, panels.overlay(original, ids, colours))
@@ -181,8 +188,8 @@ def _say_unread(unread: Mapping[str, str], count: int, folder: Path) -> str:
         say(f"and {len(unread) - SHOWN} more: {folder / RECORD} has all of them")
     first = images.show_path(next(iter(unread)))
     return (
-        f"data.images: {len(unread)} of {count} images cannot be read and have no mask ({first} first); the others "
-        f"have theirs in {folder / 'masks'}: mend or remove them, and the same command does the rest"
+        f"data.images: {len(unread)} of {count} images cannot be predicted and have no mask ({first} first); the "
+        f"others have theirs in {folder / 'masks'}: mend or remove them, and the same command does the rest"
     )
 
 

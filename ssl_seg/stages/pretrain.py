@@ -31,8 +31,10 @@ from ssl_seg.stages.setup import (
     open_run,
     recalibrate,
     say_clamped_zoom,
+    say_other_ranges,
     tell_notes,
 )
+from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
 from ssl_seg.tasks import Stream, TaskPlugin
 from ssl_seg.terminal import say
@@ -111,8 +113,12 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
         check_same_images(run, {**pool, **val}, options.allow_changed)
         tell_notes({**pool, **val}, quiet=quiet)
+        say_other_ranges({**pool, **val}, start.exported_range, quiet=quiet)
         question = Question(pool, val, config.leaks, origins(config, start))
+        read = Sources(question.given, (), processes)
+        read.check(run, config.train.reading, options.allow_changed, quiet)
         guard(run, question, processes, config.train.reading, quiet)
+        read.record(run)
         learner, sources = assemble(config, start, processes, run, quiet)
         evaluation = {"examples": config.data.val, "augment": config.augment, "resize": config.data.resize}
 
@@ -154,7 +160,8 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         if recalibrate(learner, sources["pool"], config.recalibrate):
             say(f"batch statistics of the export are those of {config.recalibrate} clean images", quiet)
         if processes.is_main:
-            export_encoder(run.folder, learner.evaluated.encoder, config.model.dump())
+            seen = {"range": config.data.pool.value_range()}
+            export_encoder(run.folder, learner.evaluated.encoder, config.model.dump(), seen)
             export_heads(run, learner.evaluated)
             run.write_json("result.json", {"steps": steps, "val": scores})
         processes.barrier()
@@ -166,8 +173,11 @@ def try_out(config: PretrainConfig) -> trial.DryRun:
     processes = Processes(config.train)
     with processes.ending_together():
         config, start = resolve(config)
+        quiet = not processes.is_main
         check(config, processes)
-        tell_notes({"pool": config.data.pool, "val": config.data.val}, quiet=not processes.is_main)
+        given = {"pool": config.data.pool, "val": config.data.val}
+        tell_notes(given, quiet=quiet)
+        say_other_ranges(given, start.exported_range, quiet=quiet)
         learner, sources = assemble(config, start, processes, None, quiet=True)
         trial.check_crops(learner)
         return trial.dry_run(learner, sources)

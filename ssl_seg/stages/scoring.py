@@ -6,6 +6,7 @@ once at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_seg import images
 from ssl_seg.config import UserError
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Packed, Whole, loader
@@ -25,12 +27,18 @@ from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import evaluating
 from ssl_seg.scores import ImageConfusions, Row
 from ssl_seg.tasks import PretextTask, Task
-from ssl_seg.training.memory import enough_memory
+from ssl_seg.terminal import say
+from ssl_seg.training.memory import GIB, available, bytes_of, enough_memory
 from ssl_seg.training.multitask import MultiTask, dealing, make_views
 from ssl_seg.training.processes import Processes
 
 SMALLER_IMAGES = "give smaller images, train with data.resize=[H,W], or choose a device with more memory (device=cpu)"
 CROPS = 16  # scored at a time
+# Bytes of a pixel, without gradients, that no network is known to exceed: a resnet18 U-Net takes 0.4 kB, swin_base with
+# UPerNet 0.9. A prediction that fits even so is not counted.
+MOST_OF_A_WHOLE_PIXEL = 2**14
+PROBED = 128  # pixels of a side of the square by which the memory of whole images is counted
+TAKEN = 1.5  # times the bytes counted, that a prediction may take: five networks took 1.09 to 1.40 times as much
 SMALLER_CROPS = "give a smaller augment.crop"
 WITHOUT_MASK = "{}: has no mask, so it cannot be scored; name a labelled data set"
 
@@ -83,7 +91,9 @@ def image_confusions(
     rows: list[Row] = []
     with evaluating(model):
         for (index,), packed in zip(mine, loader(Whole(examples, resize), mine, workers), strict=True):
-            ids = predict_ids(model, packed.to(device).image, masks_of(packed).shape[-2:])
+            out = masks_of(packed).shape[-2:]
+            check_memory(model, packed.image.shape[-2:], images.show_path(packed.names[0]), out)
+            ids = predict_ids(model, packed.to(device).image, out)
             rows.append(count_image(index, packed, ids.cpu(), num_classes))
     if processes is not None:
         rows = processes.gather(rows)
@@ -117,6 +127,33 @@ def predict_ids(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
         if tuple(logits.shape[-2:]) != tuple(size):
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits.argmax(dim=1)
+
+
+def check_memory(model: nn.Module, size: Sequence[int], what: str, out: Sequence[int] | None = None) -> None:
+    """Foretell a prediction of an image of `size` (H, W), whose logits are brought to `out`, on a CPU.
+
+    There it is a kill, with nothing said, if it takes more than is free. Raises UserError that begins with `what`
+    where it surely does; where it may, a line tells it.
+    """
+    free = available()
+    pixels, of_logits = math.prod(size), 0 if out is None or tuple(out) == tuple(size) else math.prod(out)
+    if device_of(model).type != "cpu" or max(pixels, of_logits) * MOST_OF_A_WHOLE_PIXEL < free:
+        return
+    with evaluating(model):
+        probe = torch.full((1, 3, PROBED, PROBED), 0.5)
+        of_a_pixel = bytes_of(lambda: predict_ids(model, probe, probe.shape[-2:])) / PROBED**2
+        channels = model(probe).shape[1]
+    needed = of_a_pixel * pixels + of_logits * channels * torch.float32.itemsize
+    if TAKEN * needed < free:
+        return
+    height, width = size
+    takes = (
+        f"{what}: {height} x {width} pixels at once take more than {needed / GIB:.1f} GiB to predict, and "
+        f"{free / GIB:.1f} GiB are free"
+    )
+    if needed > free:
+        raise UserError(f"{takes}; give smaller images, or train with data.resize=[H,W]")
+    say(f"{takes}: the system may kill this; smaller images, or a model trained with data.resize=[H,W], would be safe")
 
 
 def score_tasks(

@@ -25,10 +25,10 @@ from ssl_seg.leaks.near_duplicates import fingerprint
 from ssl_seg.models import EncoderNet, ModelConfig
 from ssl_seg.stages.features import Described, describe
 from ssl_seg.stages.predict import mask_names
-from ssl_seg.stages.setup import check_images, tell_notes
+from ssl_seg.stages.setup import check_images, say_other_ranges, tell_notes
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_encoder, read_encoder_info
+from ssl_seg.weights.export import load_encoder, range_of, read_encoder_info
 
 OTHERS_SHOWN = 5  # beside each chosen image on the sheet: from the most alike to the least of those it stands for
 ROWS_SHOWN = 40
@@ -113,6 +113,9 @@ class _Both:
     def sequence(self, index: int) -> str:
         return ""
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        return ()
+
     def _at(self, index: int) -> tuple[Examples, int]:
         count = len(self.pool)
         return (self.pool, index) if self.labelled is None or index < count else (self.labelled, index - count)
@@ -132,6 +135,8 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
         if dataset is not None:
             check_images(f"data.{part}", dataset)
     tell_notes(dict(config.data), quiet=quiet)
+    trained = None if config.init is None else range_of(read_encoder_info(config.init))
+    say_other_ranges(dict(config.data), trained, quiet=quiet)
     names = mask_names(pool)
     both = _Both(pool, config.data.labelled)
     encoder = _encoder(config)

@@ -21,7 +21,7 @@ from ssl_seg.data.loading import Samples, Whole, check_batch_size, loader, pack
 from ssl_seg.data.splits import Examples, manifest, sample_digest
 from ssl_seg.data.workers import Workers, check_room
 from ssl_seg.datasets import Dataset
-from ssl_seg.images import Size
+from ssl_seg.images import Range, Size
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import FREE, Run, versions
@@ -173,6 +173,38 @@ def tell_notes(parts: Mapping[str, Dataset | None], labelled: Collection[str] = 
     for part, dataset in parts.items():
         for note in () if dataset is None else dataset.notes(with_labels=part in labelled):
             say(f"data.{part}: {note}", quiet)
+
+
+def say_other_ranges(
+    parts: Mapping[str, Dataset | None], trained: Range | None = None, whose: str = "init", quiet: bool = False
+) -> None:
+    """Tell which data sets take other values for black and white than the network, or than the first of them.
+
+    Nothing in such images looks wrong, and two cameras may well want two ranges: so it is said and not refused.
+    """
+    for part, dataset in parts.items():
+        own = None if dataset is None else dataset.value_range()
+        if own is None:
+            continue
+        trained, whose = (own, f"data.{part}") if trained is None else (trained, whose)
+        if own != trained:
+            (black, white), (theirs, bright) = own, trained
+            say(
+                f"data.{part}: {black:g} is black and {white:g} white, and for {whose} {theirs:g} and {bright:g} are; "
+                f"if the values mean the same, give data.{part}.range=[{theirs:g},{bright:g}]",
+                quiet,
+            )
+
+
+def as_trained(part: str, dataset: Dataset, trained: Range | None) -> Dataset:
+    """A data set that a model is to look at, with the model's range where it has none; told, as another range is."""
+    taken = dataset if trained is None or dataset.value_range() == trained else dataset.in_range(trained)
+    if taken is not dataset and trained is not None:
+        say(
+            f"data.{part}: no range is given; {trained[0]:g} is black and {trained[1]:g} white, as the model has learnt"
+        )
+    say_other_ranges({part: taken}, trained, "the model")
+    return taken
 
 
 def check_whole(reading: Workers, examples: Examples, resize: Size | None) -> None:

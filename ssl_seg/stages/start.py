@@ -5,6 +5,7 @@ The answer is one `Start`. It is found before the run's folder is opened, and wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ssl_seg import rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Samples, loader
+from ssl_seg.images import Range
 from ssl_seg.models import DenseHead, ModelConfig
 from ssl_seg.norm.convert import Kind, are_one, convert_norm, has_batch_norm, is_fresh, loads_as
 from ssl_seg.norm.layers import FrozenNorm
@@ -26,12 +28,13 @@ from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask
-from ssl_seg.weights.export import exported_config, read_encoder_info
+from ssl_seg.weights.export import exported_config, range_of, read_encoder_info
 from ssl_seg.weights.receipt import Receipt
 
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
+MOST_PREPARED = 64 * 1024**2  # pixels of them, a GiB as floats: of larger crops there are fewer
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Start:
     model: ModelConfig  # the whole network
     loaded_norm: Kind  # the norm that the weights of `init` fit; `model.norm` where nothing is loaded from there
     exported_norm: Kind  # the norm that `init` was trained with
+    exported_range: Range | None = None  # the values that were black and white there, in images of more than 8 bits
 
 
 def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
@@ -69,7 +73,7 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
         return Start(kind, model, model.norm, model.norm)
     # Weights of another origin are taken for the architecture's own.
     norm = "keep" if exported is None else exported.norm
-    return Start("init", model, loads_as(norm, model.norm), norm)
+    return Start("init", model, loads_as(norm, model.norm), norm, range_of(info))
 
 
 def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
@@ -165,7 +169,8 @@ def prepare_tasks(tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorde
     prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
     if pool is not None and any(type(task).prepare is not TaskPlugin.prepare for task in new.values()):
-        draws = [list(range(min(NUM_PREPARED, len(pool.examples))))]
+        fitting = max(1, MOST_PREPARED // math.prod(pool.augment.crop))
+        draws = [list(range(min(NUM_PREPARED, fitting, len(pool.examples))))]
         sample = next(loader(pool, draws)).to(torch.device("cpu")).image
         new = {name: task.prepare(sample) for name, task in new.items()}
     return {name: prepared[name] or new[name] for name in tasks}

@@ -29,7 +29,7 @@ from ssl_seg.models import evaluating, telling_small_maps
 from ssl_seg.norm.convert import is_always_synchronised, unsynchronised
 from ssl_seg.rng import seeded
 from ssl_seg.stages.fit import open_streams
-from ssl_seg.stages.scoring import device_of, predict_ids
+from ssl_seg.stages.scoring import TAKEN, check_memory, device_of, predict_ids
 from ssl_seg.tasks import Stream, View
 from ssl_seg.terminal import clock, say
 from ssl_seg.training.config import frozen_at
@@ -42,13 +42,12 @@ from ssl_seg.training.processes import is_out_of_memory, peak_memory
 # Bytes of a pixel in training, for each task, that no network is known to exceed: a resnet18 U-Net takes 1.4 kB,
 # swin_base with UPerNet 8. A step that fits even so is not counted.
 MOST_OF_A_PIXEL = 2**16
-MOST_OF_A_WHOLE_PIXEL = 2**14  # the same without gradients: 0.4 and 0.9 kB
 ROOM = (
     2.0  # times the bytes counted, for a trial that is not to be killed: it took 1.45 times those of a resnet18 U-Net
 )
+PROBED_CROP = 512  # pixels of the longer side of a crop, above which memory is counted on a smaller one
 GREY = 128
 LESS = "give a smaller augment.crop or model, train.encode=in_turn or train.precision=bf16"
-PROBED = 128  # pixels of a side of the square by which the memory of whole images is counted
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def fit_in_memory(learner: Learner, quiet: bool = True) -> None:
     counted = Counted.of(learner) if learner.processes.device.type == "cpu" else None
     if not learner.auto:
         if counted is not None:
-            counted.refuse_beyond_memory(learner)
+            counted.refuse_beyond_memory(learner, quiet)
         return
     if learner.processes.world > 1 and is_always_synchronised(learner.module):
         raise UserError(
@@ -185,7 +184,10 @@ def rehearse(learner: Learner) -> bool:
 
 @dataclass(frozen=True)
 class Counted:
-    """What the tensors of a step take at least, counted on a few images: a process would be killed for more."""
+    """What the tensors of a step take at least, counted on a few images: a process would be killed for more.
+
+    Of crops that take minutes a smaller part is counted: memory grows with the pixels, or faster.
+    """
 
     of_weights: int  # bytes of their gradients, and of the moments that are still to be made
     of_image: float  # bytes that an image of each stream leaves for the backward pass
@@ -199,23 +201,31 @@ class Counted:
         pixels = _crops(learner) * height * width * len(learner.module.tasks)
         if pixels * MOST_OF_A_PIXEL < free:
             return None
-        module, few = learner.module, _unit(learner)
+        module, few, size = learner.module, _unit(learner), _probed(learner.size)
 
         def learn(views: Mapping[str, View]) -> None:
             with learner.accelerator.autocast():
                 _ = module(views)
 
         with _rehearsing(learner):
-            most = max(bytes_of(partial(learn, views)) for views in passes_of(learner, _grey(learner, few)))
+            most = max(bytes_of(partial(learn, views)) for views in passes_of(learner, _grey(learner, few, size)))
+            most *= math.prod(learner.size) / math.prod(size)
             weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
         return cls(weights, most / few, free)
 
     def bytes_of_step(self, learner: Learner, accumulate: int | None = None) -> float:
         return self.of_weights + self.of_image * _crops(learner, accumulate)
 
-    def refuse_beyond_memory(self, learner: Learner) -> None:
+    def refuse_beyond_memory(self, learner: Learner, quiet: bool) -> None:
+        """Raise UserError where a step surely takes more than is free; tell it where it may."""
         needed = self.bytes_of_step(learner)
         if needed <= self.free:
+            told = (
+                f"train.batch_size: a step of {learner.crops_at_once} takes {needed / GIB:.1f} GiB or more, and a "
+                f"process has {self.free / GIB:.1f} GiB: it may take more than is free, and be killed; "
+                "train.accumulate=auto leaves room"
+            )
+            say(told, quiet or TAKEN * needed <= self.free)
             return
         finer = [count for count in _cuts(learner) if self.bytes_of_step(learner, count) <= self.free]
         remedy = f"give train.accumulate={finer[0]} or auto, or a smaller augment.crop" if finer else LESS
@@ -245,9 +255,16 @@ def _crops(learner: Learner, accumulate: int | None = None) -> int:
     return config.batch_size // (accumulate or config.micro_batches) // learner.processes.world
 
 
-def _grey(learner: Learner, count: int) -> dict[Stream, Packed]:
-    image = torch.full((count, 3, *learner.size), GREY, dtype=torch.uint8)
-    label = torch.zeros((count, *learner.size), dtype=torch.uint8)
+def _probed(size: Size) -> Size:
+    """A crop of the same shape that is quickly tried."""
+    times = -(-max(size) // PROBED_CROP)
+    return max(1, size[0] // times), max(1, size[1] // times)
+
+
+def _grey(learner: Learner, count: int, size: Size | None = None) -> dict[Stream, Packed]:
+    size = size or learner.size
+    image = torch.full((count, 3, *size), GREY, dtype=torch.uint8)
+    label = torch.zeros((count, *size), dtype=torch.uint8)
     key, names = torch.arange(count), ["grey"] * count
     return {stream: Packed(image, key, label if stream == "labelled" else None, names) for stream in _streams(learner)}
 
@@ -286,12 +303,15 @@ def _rehearsing(learner: Learner) -> Iterator[None]:
 
 
 def check_crops(learner: Learner) -> None:
-    """Raise UserError where a network that learns from several crops at a time cannot be asked about a single one."""
-    module, device = learner.evaluated, learner.processes.device
-    with evaluating(module), telling_small_maps(learner.size):
-        features = module.encoder(torch.full((1, 3, *learner.size), 0.5, device=device))
+    """Raise UserError where a network that learns from several crops at a time cannot be asked about a single one.
+
+    That happens to small ones: of a large one a part is tried.
+    """
+    module, device, size = learner.evaluated, learner.processes.device, _probed(learner.size)
+    with evaluating(module), telling_small_maps(size):
+        features = module.encoder(torch.full((1, 3, *size), 0.5, device=device))
         for head in module.heads.values():
-            head(features, learner.size)
+            head(features, size)
 
 
 @dataclass(frozen=True)
@@ -307,8 +327,8 @@ class Judged:
 
         The smallest is known exactly; the largest is that of up to 32 images of each part, evenly apart.
         """
-        if device_of(self.model).type == "cpu":
-            self._refuse_beyond_memory()
+        for part, (name, size) in self._largest.items():
+            check_memory(self.model, size, f"data.{part}: {show_path(name)}")
         # What is fed one pixel, padded to the network's smallest input, is fed anything.
         if self._fails_at(self.resize or (1, 1)) is None:
             return
@@ -341,20 +361,6 @@ class Judged:
             return self.resize
         height, width = examples.image(index).image.shape[:2]
         return height, width
-
-    def _refuse_beyond_memory(self) -> None:
-        for part, (name, size) in self._largest.items():
-            free = available()
-            if math.prod(size) * MOST_OF_A_WHOLE_PIXEL < free:
-                continue
-            needed = bytes_of(lambda: self._predict((PROBED, PROBED))) / PROBED**2 * math.prod(size)
-            if needed > free:
-                height, width = size
-                raise UserError(
-                    f"data.{part}: {show_path(name)}: {height} x {width} pixels at once take more "
-                    f"than {needed / GIB:.1f} GiB to predict, and {free / GIB:.1f} GiB are free; give smaller images, "
-                    "or train with data.resize=[H,W]"
-                )
 
     def _fails_at(self, size: Size) -> str | None:
         """Why an image of this size cannot be predicted; None where it can."""

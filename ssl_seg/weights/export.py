@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_seg import files
 from ssl_seg.config import UserError, load, user_path
-from ssl_seg.images import Size, check_size
+from ssl_seg.images import Range, Size, check_size
 from ssl_seg.models import EncoderNet, ModelConfig, SegmentationModel
 from ssl_seg.norm.convert import switch_layers
 from ssl_seg.runs.schema import Shape, check_shape
@@ -44,6 +44,9 @@ class _ExportShape(Shape):
 
     config: dict[str, Any]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    range: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)] | None = (
+        None
+    )
     tensors: dict[str, str] = Field(default={})
     switch_layers: list[str] = Field(default=[])
 
@@ -71,9 +74,14 @@ DECODER = TypeAdapter(_ExportShape)
 DECODERS = "decoders"  # the folder of a run that holds them
 
 
-def export_encoder(folder: str | Path, encoder: EncoderNet, config: Mapping[str, Any]) -> Path:
-    """Write the encoder to the run's encoder/, with `config` (a dumped ModelConfig) as JSON."""
-    info = {"config": config, "channels": encoder.channels, "strides": encoder.strides}
+def export_encoder(
+    folder: str | Path, encoder: EncoderNet, config: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the encoder to the run's encoder/, with `config` (a dumped ModelConfig) as JSON.
+
+    `extra` is JSON for encoder.json: `range` of the images that it was trained on, as `Dataset.value_range` gives it.
+    """
+    info = {"config": config, "channels": encoder.channels, "strides": encoder.strides, **(extra or {})}
     return _export(folder, "encoder", encoder, info)
 
 
@@ -120,7 +128,7 @@ def export_model(
 ) -> Path:
     """Write a segmentation model to the run's model/ with `config` (a dumped ModelConfig); gives that folder.
 
-    `extra` is JSON for model.json: `resize` (H, W) where the model wants one size, `metrics`.
+    `extra` is JSON for model.json: `resize` (H, W) where the model wants one size, `range` as that of an encoder.
     """
     info = {
         "config": config,
@@ -141,6 +149,12 @@ def read_model_info(path: str | Path) -> dict[str, Any]:
     if "class_names" not in info:
         raise UserError(f"{weights}: has no model.json beside it; name a run folder or its model/")
     return info
+
+
+def range_of(info: Mapping[str, Any]) -> Range | None:
+    """The values that were black and white in training, by the JSON of an export; None for 8 bits, and before 0.2."""
+    value_range = info.get("range")
+    return None if value_range is None else tuple(value_range)
 
 
 def read_export(path: str | Path, part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

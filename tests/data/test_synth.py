@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import time
 from hashlib import sha256
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from ssl_seg import images
+from ssl_seg import images, rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.synth import SHEET_WIDTH, sheet, synth
 from ssl_seg.datasets import Dataset
@@ -151,6 +153,36 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, jobs: int) -> None:
     with pytest.raises(UserError, match="cannot be drawn"):
         synth(Synthetic(kind=Sliding(fault=True), count=40, size=(8, 8)), tmp_path / "new" / "out", jobs=jobs)
     assert not list((tmp_path / "new").iterdir())
+
+
+class Halting(World):
+    """The seventh scene that is drawn stops its process, as long as a file is there."""
+
+    fault: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ("ground",)
+
+    def draw(self, key: Tensor, size: tuple[int, int], frame: int = 0) -> Scene:
+        if int(key) == int(rng.fold_in(rng.fold_in(rng.as_key(0), "halting"), 6)) and Path(self.fault).exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return Scene(np.full((*size, 3), int(key) % 251, dtype=np.uint8), np.zeros(size, dtype=np.uint8))
+
+
+def test_a_process_that_stands_still_is_told_with_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_seg.data.synth.PATIENCE", 1.0)
+    fault = tmp_path / "fault"
+    fault.touch()
+    dataset = Synthetic(kind=Halting(fault=str(fault)), count=24, size=(8, 8))
+    with pytest.raises(UserError, match=r"image 6 \(halting_000006\) was not drawn within 1 s") as caught:
+        synth(dataset, tmp_path / "out", jobs=2)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["fault"], "nothing half made is left"
+    assert not multiprocessing.active_children()
+    fault.unlink()
+    assert synth(dataset, tmp_path / "out", jobs=2).count == 24, "the same command goes on"
+    assert digests(synth(dataset, tmp_path / "alone", jobs=1).out) == digests(tmp_path / "out")
 
 
 def test_what_a_kill_has_left_is_cleared_by_the_next_start(tmp_path: Path) -> None:

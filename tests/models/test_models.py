@@ -423,6 +423,46 @@ def test_a_head_of_coarser_stride_averages_before_its_last_layer():
     torch.testing.assert_close(head(features, (53, 30)), expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"drop_block_rate": "x"}, "refuses"),
+        ({"drop_rate": 0.1, "drop_block_rate": [1]}, "refuses"),
+        ({"layers": [2, 2, 2, 10**5]}, "would have more than 300 tensors"),
+        ({"base_width": 10**6, "block_reduce_first": 1}, "refuses"),
+    ],
+)
+def test_an_option_of_any_kind_is_one_line_with_its_key(options, said, monkeypatch):
+    """Wrong types that are met in training alone, and networks that would be built for hours or fill the memory."""
+    hooks = torch.nn.modules.module._global_parameter_registration_hooks
+    monkeypatch.setattr("ssl_seg.models.timm.MOST_TENSORS", 300)
+    said_of = f"model.encoder.options \\({', '.join(options)}\\): encoder resnet18: timm .*{said}"
+    with pytest.raises(UserError, match=said_of) as caught:
+        Timm(options=options).build()
+    assert "\n" not in str(caught.value)
+    assert not hooks, "none is left behind"
+
+
+def test_a_network_larger_than_the_machine_is_refused_before_it_is_made(monkeypatch):
+    memory = type("Memory", (), {"total": 2**20})
+    monkeypatch.setattr("ssl_seg.models.timm.psutil.virtual_memory", lambda: memory)
+    with pytest.raises(UserError, match=r"would take more than the 0\.0 GiB of this machine"):
+        Timm(options={"stem_width": 64}).build()
+    with pytest.raises(ValueError, match="depths: no network takes numbers above"):
+        Timm(name="convnext_atto", options={"depths": [1, 1, 10**12, 1]})
+
+
+def test_options_change_no_random_number(monkeypatch):
+    """The look at what training makes of them costs no draw, and counts in no statistic of a norm."""
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        states.append((Timm(options={"drop_rate": 0.5}).build().state_dict(), torch.get_rng_state()))
+        monkeypatch.setattr("ssl_seg.models.timm._train_once", lambda network: None)
+    torch.testing.assert_close(*(state for state, _ in states), rtol=0, atol=0)
+    assert torch.equal(*(numbers for _, numbers in states))
+
+
 @pytest.mark.parametrize("encoder", NOT_DILATED)
 def test_deeplabv3plus_refuses_or_works_at_stride_32(encoder):
     with pytest.raises(UserError, match="encoder_stride: 32") as caught:

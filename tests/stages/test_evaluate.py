@@ -254,6 +254,7 @@ def test_evaluate_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = Brightness()
     model.class_names = Halves().class_names
     monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (model, None))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.read_model_info", lambda path: {})
     config = EvaluateConfig(model="x", data={"test": Unmasked()}, workers=0, device="cpu")
     evaluate(config, tmp_path / "out")
     summed = read_image_confusion(tmp_path / "out")["test"].total().tolist()
@@ -277,6 +278,7 @@ class Ground(Brightness):
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run of a model that was trained on two images, as `finetune` leaves it."""
     monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Ground(), None))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.read_model_info", lambda path: {})
     folder = tmp_path / "run"
     folder.mkdir()
     place = Run(folder, {}, os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
@@ -373,6 +375,7 @@ def test_the_model_s_classes_must_be_the_data_s(tmp_path, monkeypatch: pytest.Mo
     model = Brightness()
     model.class_names = ("ground", "disc")
     monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (model, None))
+    monkeypatch.setattr("ssl_seg.stages.evaluate.read_model_info", lambda path: {})
     assert evaluate(EvaluateConfig(model="x", data={"test": Textured(count=1)}, workers=0)).out is None
     with pytest.raises(UserError, match=r"data\.test: has the classes dark, bright, never"):
         evaluate(EvaluateConfig(model="x", data={"test": Halves()}))

@@ -68,7 +68,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_the_same_command_does_the_
 ) -> None:
     out = tmp_path / "out"
     said = message_of(lambda: predict(of(photos, workers=workers), out))
-    assert said.startswith(f"data.images: 1 of 3 images cannot be read and have no mask ({CUT} first)")
+    assert said.startswith(f"data.images: 1 of 3 images cannot be predicted and have no mask ({CUT} first)")
     assert f"{photos / CUT}: damaged or cut off" in capsys.readouterr().err
     assert json.loads((out / "classes.json").read_text())["unread"].keys() == {CUT}
     kept = (out / "masks" / "a.png").stat().st_mtime_ns

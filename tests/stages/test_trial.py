@@ -7,24 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from ssl_seg import cli
+from ssl_seg import cli, images
 from ssl_seg.config import load
 from ssl_seg.data.loading import Packed
-from ssl_seg.models import SegmentationModel
+from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.runs.checkpoint import load_state
-from ssl_seg.stages import trial
+from ssl_seg.stages import pretrain, scoring, trial
+from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import FinetuneConfig, assemble, choose_images, finetune, resolve
 from ssl_seg.stages.predict import PredictConfig, predict
 from ssl_seg.stages.setup import Options
 from ssl_seg.training import loop
 from ssl_seg.training.learner import Learner
-from ssl_seg.training.memory import GIB
+from ssl_seg.training.memory import GIB, bytes_of
 from ssl_seg.training.processes import Processes
+from ssl_seg.weights.export import load_model
 from tests.faults import message_of
-from tests.small import MODEL, Textured, finetuning, joining
+from tests.small import MODEL, Textured, finetuning, joining, pretraining
 from tests.stages.test_resume import assert_same_run
 from tests.two_processes import cut_after
 
@@ -112,7 +115,7 @@ def test_training_that_runs_out_of_memory_is_one_line_with_sizes(
 
 
 def test_an_image_that_does_not_fit_whole_is_one_line_and_costs_no_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load(FinetuneConfig, finetuning(steps=2))
     real = SegmentationModel.forward
@@ -131,14 +134,16 @@ def test_an_image_that_does_not_fit_whole_is_one_line_and_costs_no_training(
     photographs = {"type": "textured", "count": 2}
     asked = load(PredictConfig, {"model": str(tmp_path / "run"), "data": {"images": photographs}, "workers": 0})
     monkeypatch.setattr(SegmentationModel, "forward", forward)
-    assert "a prediction of 80 x 80 pixels at once" in message_of(lambda: predict(asked, tmp_path / "masks"))
+    assert "2 of 2 images cannot be predicted" in message_of(lambda: predict(asked, tmp_path / "masks"))
+    assert "textured_0_1: a prediction of 80 x 80 pixels at once" in capsys.readouterr().err
 
 
 # ---- a CPU, where running out is a kill ----
 
 
 def has_free(gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "available", lambda: gib * GIB)
+    for asking in (trial, scoring):
+        monkeypatch.setattr(asking, "available", lambda: gib * GIB)
 
 
 def test_a_step_beyond_the_memory_is_refused_with_a_cut_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +174,46 @@ def test_a_step_beyond_the_memory_is_refused_with_a_cut_that_fits(monkeypatch: p
         assert "give a smaller augment.crop or model" in message_of(lambda own=learner: trial.fit_in_memory(own))
 
 
+def test_what_may_be_too_much_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    learner = learner_of(joining(batch_size=32))
+    has_free(0.001, monkeypatch)
+    counted = trial.Counted.of(learner)
+    has_free(1.2 * counted.bytes_of_step(learner) / GIB, monkeypatch)
+    trial.fit_in_memory(learner, quiet=False)
+    assert "may take more than is free, and be killed" in capsys.readouterr().err
+    has_free(1.6 * counted.bytes_of_step(learner) / GIB, monkeypatch)
+    trial.fit_in_memory(learner, quiet=False)
+    assert not capsys.readouterr().err
+
+
+def test_a_huge_crop_is_counted_on_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of its size is computed before: in pretraining that took minutes."""
+    largest = 0
+    real = pretrain.MultiTask.forward
+
+    def forward(module: Any, views: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, *(max(view.input.shape) for view in views.values()))
+        return real(module, views)
+
+    monkeypatch.setattr(pretrain.MultiTask, "forward", forward)
+    values = pretraining()
+    values["augment"]["crop"] = [10_000, 6_400]
+    values["data"]["pool"] = {"type": "textured", "count": 2}
+    has_free(4, monkeypatch)
+    said = message_of(lambda: pretrain.try_out(load(pretrain.PretrainConfig, values)))
+    assert "a step of 4 crops of 10000 x 6400 at a time takes more than" in said
+    assert 0 < largest <= 512
+
+
+def test_a_count_on_a_smaller_crop_is_that_of_the_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(joining())
+    has_free(0.001, monkeypatch)
+    exact = trial.Counted.of(learner)
+    monkeypatch.setattr(trial, "PROBED_CROP", 32)
+    assert trial.Counted.of(learner).bytes_of_step(learner) == pytest.approx(exact.bytes_of_step(learner), rel=0.1)
+
+
 def test_what_surely_fits_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "bytes_of", None)
     monkeypatch.setattr(trial, "backward", None)
@@ -189,10 +234,39 @@ def test_a_whole_image_beyond_the_memory_is_named_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_predict_and_evaluate_count_before_they_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The large one is left out and named, the small ones are predicted; in between a line tells."""
+    photos = tmp_path / "photos"
+    for name, side in (("a.png", 64), ("b.png", 640), ("c.png", 96)):
+        images.write_image(photos / name, np.full((side, side, 3), 90, dtype=np.uint8))
+        images.write_mask(tmp_path / "masks" / name, np.zeros((side, side), np.uint8), np.zeros((2, 3), np.uint8))
+    run = finetune(load(FinetuneConfig, finetuning(steps=1)), Options(tmp_path / "run", quiet=True))
+    model, _ = load_model(run.folder)
+    probe = torch.zeros(1, 3, 128, 128)
+    with evaluating(model):
+        needed = bytes_of(lambda: scoring.predict_ids(model, probe, (128, 128))) / 128**2 * 640**2 / GIB
+    pictures = {"type": "folder", "images": str(photos)}
+    asked = load(PredictConfig, {"model": str(run.folder), "data": {"images": pictures}, "workers": 0})
+    has_free(0.9 * needed, monkeypatch)
+    assert "1 of 3 images cannot be predicted" in message_of(lambda: predict(asked, tmp_path / "out"))
+    assert "b.png: predicting: 640 x 640 pixels at once take more than" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {"a.png", "c.png"}
+    labelled = {**pictures, "masks": str(tmp_path / "masks"), "classes": ["ground", "disc"]}
+    scored = load(EvaluateConfig, {"model": str(run.folder), "data": {"test": labelled}, "workers": 0})
+    assert "b.png: 640 x 640 pixels at once take more" in message_of(lambda: evaluate(scored))
+    has_free(1.2 * needed, monkeypatch)
+    assert len(predict(asked, tmp_path / "out").names) == 3
+    assert "the system may kill this" in capsys.readouterr().err
+
+
 # ---- images too small for a norm layer ----
 
 
-def test_an_image_too_small_for_a_norm_layer_is_named_before_the_first_step(tmp_path: Path) -> None:
+def test_an_image_too_small_for_a_norm_layer_is_named_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """FPN's group norm has a channel a group here: of one pixel it has no variance. Its crops are large enough."""
     values = finetuning(steps=1)
     values["model"] = {**MODEL, "decoder": {"type": "fpn", "pyramid_channels": 32, "channels": 32}}
@@ -204,7 +278,8 @@ def test_an_image_too_small_for_a_norm_layer_is_named_before_the_first_step(tmp_
     done = finetune(load(FinetuneConfig, values), Options(tmp_path / "fine", quiet=True))
     assert done.steps == 1, "the same network is right for images of 80 x 80"
     tiny = load(PredictConfig, {"model": str(done.model), "data": {"images": {"type": "textured", "size": [16, 16]}}})
-    assert "an image of 16 x 16 leaves a norm layer" in message_of(lambda: predict(tiny, tmp_path / "masks"))
+    assert "12 of 12 images cannot be predicted" in message_of(lambda: predict(tiny, tmp_path / "masks"))
+    assert "textured_0_11: an image of 16 x 16 leaves a norm layer" in capsys.readouterr().err
 
 
 def test_one_crop_too_small_for_a_norm_layer_is_named_before_the_first_step() -> None:
