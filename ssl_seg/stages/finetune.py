@@ -45,6 +45,7 @@ from ssl_seg.stages.setup import (
     StageConfig,
     TaskMapping,
     check_images,
+    check_palettes,
     check_same_images,
     check_training,
     check_whole,
@@ -168,6 +169,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         recorded = run.read_json("split.json")
         labelled, val = choose_images(config, recorded)
         tell_notes(given, LABELLED, quiet)
+        check_palettes({part: given[part] for part in LABELLED})
         say_other_ranges(given, start.exported_range, quiet=quiet)
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
@@ -264,6 +266,7 @@ def try_out(config: FinetuneConfig) -> trial.DryRun:
     labelled, val = choose_images(config)
     given = {part: getattr(config.data, part) for part in PARTS}
     tell_notes(given, LABELLED)
+    check_palettes({part: given[part] for part in LABELLED})
     say_other_ranges(given, start.exported_range)
     for line in of_untrained_classes(labelled, val):
         say(line)
@@ -401,7 +404,7 @@ def assemble(
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
-    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
+    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet)}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
