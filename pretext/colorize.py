@@ -20,6 +20,7 @@ from ssl_seg.models import EncoderSpec
 from ssl_seg.tasks import PretextTask, View
 
 STRIDE = 4  # of the predicted colours, as in the paper: the eye sees less detail in colour than in lightness
+GREYEST = 2 / 255  # of a channel; what rounding makes of grey
 GRID = 10.0  # ab units between two bins, as in the paper (section 2.1)
 NEIGHBOURS = 5  # bins that share a colour, as in the paper (section 2.1)
 SIGMA = 5.0  # ab units: of the kernel that shares a colour out, and of the one that smooths the pool's colours
@@ -79,6 +80,13 @@ class Colorize(PretextTask):
         counts = torch.bincount(nearest.flatten().long(), minlength=len(bins())).cpu().double()
         frequencies = smoothed(counts / counts.sum())
         return self.model_copy(update={"frequencies": tuple(frequencies.tolist())})
+
+    def doubt(self, images: Tensor) -> str:
+        grey = (images.amax(dim=1) - images.amin(dim=1)).flatten(1).amax(dim=1) <= GREYEST
+        count = int(grey.sum())
+        if count <= len(images) / 2:
+            return ""
+        return f"{count} of {len(images)} images that were looked at are grey, and there is no colour to learn in them"
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         grey = (lightness(image) / 100.0).expand(-1, 3, -1, -1)

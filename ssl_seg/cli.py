@@ -7,6 +7,7 @@ imported inside the commands, after the words have been looked at, so `--help` a
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -27,7 +28,7 @@ from ssl_seg.config import (
     user_path,
 )
 from ssl_seg.reports.console import print_comparison, print_study, score_lines
-from ssl_seg.terminal import print_lines, say, tells_here, usable_streams, watch_signals
+from ssl_seg.terminal import print_lines, say, tells, tells_here, usable_streams, watch_signals
 
 if TYPE_CHECKING:
     from ssl_seg.training.processes import DeviceName
@@ -119,6 +120,7 @@ def pretrain_command(
     result = pretrain.pretrain(config, _options(out, resume, overwrite, allow_changed, quiet))
     print_lines([f"{name}: {value:.4f}" for name, value in result.scores.items()])
     print_lines([f"encoder: {result.encoder}"])
+    say(f"next: ssl-seg finetune CONFIG.yaml init={shlex.quote(str(result.folder))} --out FOLDER", quiet or not tells())
 
 
 @app.command("finetune")

@@ -101,6 +101,13 @@ class TaskPlugin(Task, Plugin, ABC):
         """Measure a fixed sample of the pool once, before step 0; the copy is recorded, a resumed run reads it back."""
         return self
 
+    def doubt(self, images: Tensor) -> str:
+        """What a person should know before the task learns from images such as these, in a few words; '' for nothing.
+
+        They are a fixed sample of the pool, `(N, 3, H, W)` in [0, 1], and are asked about once, before step 0.
+        """
+        return ""
+
 
 class PretextTask(TaskPlugin, ABC):
     """A task that makes its own answer from unlabelled images: corrupt them, and ask for what was there.

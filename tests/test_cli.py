@@ -58,6 +58,15 @@ def test_finetune_says_its_scores(runs: Path, capsys: pytest.CaptureFixture[str]
     assert receipts["encoder"]["share"] == receipts["decoder"]["share"] == 1.0
 
 
+def test_pretrain_says_what_comes_next(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*as_words(pretraining(steps=3)), "--out", runs / "pre"]
+    for quiet, told in (([], 1), (["--quiet"], 0)):
+        assert run("pretrain", *words, *quiet) == 0
+        said = capsys.readouterr()
+        assert said.err.count(f"next: ssl-seg finetune CONFIG.yaml init={runs / 'pre'} --out FOLDER") == told
+        assert f"encoder: {runs / 'pre' / 'encoder'}" in said.out
+
+
 def test_evaluate_gives_the_score_of_the_run(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores"
     test = as_words({"data": {"test": finetuning()["data"]["test"]}})

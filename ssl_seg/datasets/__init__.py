@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from ssl_seg.config import Plugin
+from ssl_seg.config import Plugin, builtin_type
 from ssl_seg.images import Range
 
 SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "leftImg8bit"})
@@ -31,6 +32,16 @@ class Dataset(Plugin, ABC):
 
     package: ClassVar[str] = "ssl_seg.datasets"
     group: ClassVar[str] = "ssl_seg.datasets"
+
+    @classmethod
+    def choose(cls, name: str) -> builtin_type[Self]:
+        """As `Plugin.choose`; the message knows that a folder alone was meant."""
+        try:
+            return super().choose(name)
+        except ValueError as error:
+            if not os.path.isdir(os.path.expanduser(name)):
+                raise
+            raise ValueError(f"'{name}' is a folder; write {{type: folder, images: {name}}}") from error
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -84,6 +95,14 @@ class Dataset(Plugin, ABC):
     def in_range(self, value_range: Range) -> Self:
         """The data set with these values as black and white, where it gives none of its own; else as it is."""
         return self
+
+    def greys_read(self) -> dict[str, str]:
+        """What was taken for ids where masks have palettes of greys: 'greys' or 'indices', by what the masks hold.
+
+        With the `mapping` that says the same by colours; empty where nothing had to be chosen. The parts of a run have
+        to agree.
+        """
+        return {}
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         """What a person should know of the files that are taken or passed over, a line each; told when a run starts.

@@ -92,6 +92,9 @@ class Camvid(Dataset):
     def sequence(self, index: int) -> str:
         return _drive(self.name(index))
 
+    def greys_read(self) -> dict[str, str]:
+        return {chosen: how for folder in self._folders.values() for chosen, how in folder.greys_read().items()}
+
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         return tuple(note for folder in self._folders.values() for note in folder.notes(with_labels))
 

@@ -203,6 +203,10 @@ class Folder(Dataset):
             return self
         return load(type(self), {**self.dump(), "range": value_range})
 
+    def greys_read(self) -> dict[str, str]:
+        chosen = None if self.masks is None else self._reading.chosen
+        return {} if chosen is None else {chosen: self._reading.mapping}
+
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         lines = self._scanned.notes + self._note_dark()
         if with_labels and self.masks is not None:

@@ -222,6 +222,9 @@ class Reading:
 
     by: Literal["value", "grey", "colour"] = "value"
     note: str = ""  # what a person should know of it
+    # Where palettes of greys were asked: what is taken for ids, and the mapping that says so by colours.
+    chosen: Literal["greys", "indices"] | None = None
+    mapping: str = ""
 
     def values(self, path: Path) -> np.ndarray:
         """Ids `(H, W)` or colours `(H, W, 3)` of a mask. Raises UserError as `read_mask`, and for a cut palette."""
@@ -325,8 +328,10 @@ def _of_palettes(meaning: Meaning, painted: Sequence[_Painted], count: int) -> R
 
 def _of_greys(meaning: Meaning, painted: Sequence[_Painted], values: list[int], greys: list[int]) -> Reading:
     """Greys where all are classes, else indices where all are."""
+    pairs = sorted({pair for own in painted for pair in own.greys.items()})
     if meaning.knows(greys):
-        return Reading("grey", f"palettes of greys: the greys are taken for ids ({_some(greys)}), not the indices")
+        note = f"palettes of greys: the greys are taken for ids ({_some(greys)}), not the indices"
+        return Reading("grey", note, "greys", _by_colour(meaning, {grey: grey for _, grey in pairs}))
     strange = next(grey for grey in greys if not meaning.knows([grey]))
     if not meaning.knows(values):
         path = next(own.path for own in painted if strange in own.greys.values())
@@ -338,7 +343,15 @@ def _of_greys(meaning: Meaning, painted: Sequence[_Painted], values: list[int], 
     # How many bits a grey has makes it brighter or darker, whatever it means.
     _refuse_other_palettes(meaning, [own for own in painted if not _is_spread(own.palette)])
     note = f"palettes of greys: the indices are taken for ids ({_some(values)}), since grey {strange} is no class"
-    return Reading("value", note)
+    return Reading("value", note, "indices", _by_colour(meaning, {grey: value for value, grey in pairs}))
+
+
+def _by_colour(meaning: Meaning, id_of: Mapping[int, int]) -> str:
+    """The mapping that gives each grey the class of its id."""
+    ids = _id_table(len(meaning.names), meaning.ids)
+    classes = {grey: int(ids[stored]) - 1 for grey, stored in sorted(id_of.items())}
+    words = {grey: "ignore" if class_id == IGNORE else class_id for grey, class_id in classes.items()}
+    return "{" + ", ".join(f"'{_colour_name(grey * 0x010101)}': {word}" for grey, word in words.items()) + "}"
 
 
 def _refuse_other_palettes(meaning: Meaning, painted: Sequence[_Painted]) -> None:

@@ -46,6 +46,7 @@ from ssl_seg.stages.setup import (
     StageConfig,
     TaskMapping,
     check_images,
+    check_palettes,
     check_processes,
     check_same_images,
     check_training,
@@ -171,6 +172,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         recorded = run.read_json("split.json")
         labelled, val = choose_images(config, recorded)
         tell_notes(given, LABELLED, quiet)
+        check_palettes({part: given[part] for part in LABELLED})
         say_other_ranges(given, start.exported_range, quiet=quiet)
         if config.data.val is None:
             say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
@@ -269,6 +271,7 @@ def try_out(config: FinetuneConfig) -> trial.DryRun:
         labelled, val = choose_images(config)
         given = {part: getattr(config.data, part) for part in PARTS}
         tell_notes(given, LABELLED, quiet)
+        check_palettes({part: given[part] for part in LABELLED})
         say_other_ranges(given, start.exported_range, quiet=quiet)
         for line in of_untrained_classes(labelled, val):
             say(line, quiet)
@@ -407,7 +410,7 @@ def assemble(
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
-    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded)}
+    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet)}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})

@@ -175,6 +175,24 @@ def tell_notes(parts: Mapping[str, Dataset | None], labelled: Collection[str] = 
             say(f"data.{part}: {note}", quiet)
 
 
+def check_palettes(parts: Mapping[str, Dataset | None]) -> None:
+    """Refuse data sets of which one takes greys of palettes for ids and another indices: one class would have two ids.
+
+    Each has chosen what its own masks allow.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for part, dataset in parts.items():
+        for chosen, mapping in ({} if dataset is None else dataset.greys_read()).items():
+            first.setdefault(chosen, (part, mapping))
+    if len(first) > 1:
+        (part, mapping), (other, theirs) = first["greys"], first["indices"]
+        raise UserError(
+            f"data.{part}: its masks have palettes of greys, whose greys are taken for ids, and of those of "
+            f"data.{other} the indices are; say what each grey is: data.{part}.mapping={mapping} and "
+            f"data.{other}.mapping={theirs}, where these are right"
+        )
+
+
 def say_other_ranges(
     parts: Mapping[str, Dataset | None], trained: Range | None = None, whose: str = "init", quiet: bool = False
 ) -> None:

@@ -164,16 +164,29 @@ def _loaded(module: MultiTask, start: Start, load: Callable[[MultiTask], dict[st
     return receipts
 
 
-def prepare_tasks(tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorded: Recorded) -> dict[str, TaskPlugin]:
-    """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the pool."""
+def prepare_tasks(
+    tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorded: Recorded, quiet: bool = True
+) -> dict[str, TaskPlugin]:
+    """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the pool.
+
+    What they doubt of the sample is told.
+    """
     prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
-    if pool is not None and any(type(task).prepare is not TaskPlugin.prepare for task in new.values()):
+    if pool is not None and any(_looks(type(task)) for task in new.values()):
         fitting = max(1, MOST_PREPARED // math.prod(pool.augment.crop))
         draws = [list(range(min(NUM_PREPARED, fitting, len(pool.examples))))]
         sample = next(loader(pool, draws)).to(torch.device("cpu")).image
+        for name, task in new.items():
+            doubt = task.doubt(sample)
+            say(f"tasks.{name}: {doubt}", quiet or not doubt)
         new = {name: task.prepare(sample) for name, task in new.items()}
     return {name: prepared[name] or new[name] for name in tasks}
+
+
+def _looks(kind: type[TaskPlugin]) -> bool:
+    """Whether tasks of this class look at a sample of the pool."""
+    return kind.prepare is not TaskPlugin.prepare or kind.doubt is not TaskPlugin.doubt
 
 
 def recall(task: T, record: Mapping[str, Any] | None) -> T | None:

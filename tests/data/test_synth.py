@@ -156,9 +156,10 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, jobs: int) -> None:
 
 
 class Halting(World):
-    """The seventh scene that is drawn stops its process, as long as a file is there."""
+    """The seventh scene that is drawn stops or ends its process, as long as a file is there."""
 
     fault: str
+    signum: int
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -166,16 +167,25 @@ class Halting(World):
 
     def draw(self, key: Tensor, size: tuple[int, int], frame: int = 0) -> Scene:
         if int(key) == int(rng.fold_in(rng.fold_in(rng.as_key(0), "halting"), 6)) and Path(self.fault).exists():
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), self.signum)
         return Scene(np.full((*size, 3), int(key) % 251, dtype=np.uint8), np.zeros(size, dtype=np.uint8))
 
 
-def test_a_process_that_stands_still_is_told_with_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("signum", "said"),
+    [
+        (signal.SIGSTOP, r"image 6 \(halting_000006\) was not drawn within 1 s"),
+        (signal.SIGKILL, "a process was killed"),
+    ],
+)
+def test_a_process_that_stands_still_or_dies_is_one_line(
+    signum: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ssl_seg.data.synth.PATIENCE", 1.0)
     fault = tmp_path / "fault"
     fault.touch()
-    dataset = Synthetic(kind=Halting(fault=str(fault)), count=24, size=(8, 8))
-    with pytest.raises(UserError, match=r"image 6 \(halting_000006\) was not drawn within 1 s") as caught:
+    dataset = Synthetic(kind=Halting(fault=str(fault), signum=signum), count=24, size=(8, 8))
+    with pytest.raises(UserError, match=said) as caught:
         synth(dataset, tmp_path / "out", jobs=2)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["fault"], "nothing half made is left"

@@ -457,6 +457,27 @@ def test_prepare_keeps_what_is_given_and_measures_nothing_for_regression():
     assert Colorize(target="ab").prepare(pictures()) == Colorize(target="ab")
 
 
+def test_a_pool_of_grey_images_is_told(capsys, monkeypatch):
+    """Of a pool with colours nothing is said."""
+
+    def pool():
+        return Samples(Textured(count=4), Augment(crop=(32, 32)), seed=0)
+
+    prepare_tasks({"colorize": Colorize()}, pool(), {}, quiet=False)
+    assert not capsys.readouterr().err
+    colours = Textured.read
+
+    def grey(dataset, index):
+        example = colours(dataset, index)
+        example.image[:] = example.image[..., :1]
+        return example
+
+    monkeypatch.setattr(Textured, "read", grey)
+    for task in (Colorize(), Colorize(target="ab")):
+        prepare_tasks({"colorize": task}, pool(), {}, quiet=False)
+        assert capsys.readouterr().err.startswith("tasks.colorize: 4 of 4 images that were looked at are grey")
+
+
 def test_a_resumed_run_reads_the_frequencies_back():
     pool = Samples(Textured(count=3), Augment(crop=(32, 32)), seed=0)
     given = {"colorize": Colorize()}

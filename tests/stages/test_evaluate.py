@@ -305,7 +305,9 @@ def test_images_that_the_model_was_trained_on_are_no_test(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where it writes if no folder is named
     for out in (tmp_path / "out", None):
-        with pytest.raises(LeakError, match=r"leak into data\.test: 2 exact.*textured_5_0") as raised:
+        with pytest.raises(
+            LeakError, match=r"^model: the labelled it was .*: leak into data\.test: 2 exact.*textured_5_0"
+        ) as raised:
             evaluate(of_textured(trained / "model", 5), out)
         assert Path(re.search(r"see (\S+leaks\.json)", str(raised.value))[1]).is_file()
         assert raised.value.exit_code == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from ssl_seg import images
-from ssl_seg.config import load
+from ssl_seg.config import load, read_words
 from ssl_seg.datasets import Dataset
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.predict import PredictConfig, predict
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
-from ssl_seg.stages.setup import Options
+from ssl_seg.stages.setup import Options, check_palettes
+from tests.faults import message_of
 from tests.small import Textured, finetuning, pretraining
 
 TWELVE_BITS = (0.0, 4095.0)
@@ -95,3 +97,48 @@ def test_eight_bits_have_no_range_that_could_differ(deep: Path, tmp_path: Path) 
     assert plain.in_range(TWELVE_BITS) is plain
     assert load(Dataset, of(deep)).value_range() == (0, 65535)
     assert load(Dataset, of(deep, range=TWELVE_BITS)).in_range((0, 9)).value_range() == TWELVE_BITS
+
+
+# ---- palettes of greys ----
+
+
+def paint(path: Path, indices: np.ndarray, greys: tuple[int, ...]) -> None:
+    """A mask whose palette shows its values as these greys."""
+    images.write_mask(path, indices, np.repeat(np.array(greys, np.uint8)[:, None], 3, axis=1))
+
+
+def test_parts_that_read_palettes_of_greys_otherwise_are_refused_with_the_mapping_to_write(tmp_path: Path) -> None:
+    """The greys of one part are all classes, those of the other are none: each alone is read rightly, and told."""
+    shown = {"labelled": (2, 0, 1), "val": (0, 120, 240)}
+    for seed, (part, greys) in enumerate(shown.items()):
+        for index in range(4):
+            example = Textured(seed=seed).read(index)
+            label = example.label.copy()
+            label[:8] = 2
+            images.write_image(tmp_path / part / "images" / f"{index}.png", example.image)
+            paint(tmp_path / part / "masks" / f"{index}.png", np.array([1, 2, 0], np.uint8)[label], greys)
+    data = {part: of(tmp_path / part, masks=str(tmp_path / part / "masks"), classes=3) for part in shown}
+    values = {**finetuning(steps=1), "data": data, "leaks": {"check": False}}
+    said = message_of(lambda: finetune(load(FinetuneConfig, values), Options(tmp_path / "run", quiet=True)))
+    assert said.startswith("data.labelled: its masks have palettes of greys, whose greys are taken for ids")
+    assert "data.labelled.mapping={'#000000': 0, '#010101': 1, '#020202': 2}" in said
+    assert "data.val.mapping={'#000000': 0, '#787878': 1, '#f0f0f0': 2}" in said
+    for part, mapping in re.findall(r"data\.(\w+)\.mapping=(\{[^}]*\})", said):
+        data[part] = {**data[part], "mapping": read_words([f"mapping={mapping}"])["mapping"]}
+    before = [load(Dataset, {**data["val"], "mapping": None}).label(0), load(Dataset, data["val"]).label(0)]
+    np.testing.assert_array_equal(*before)
+    assert finetune(load(FinetuneConfig, values), Options(tmp_path / "run", quiet=True)).steps == 1
+
+
+def test_one_part_with_palettes_agrees_with_any_other(tmp_path: Path) -> None:
+    paint(tmp_path / "masks" / "a.png", np.arange(3, dtype=np.uint8)[None], (2, 0, 1))
+    images.write_image(tmp_path / "images" / "a.png", np.zeros((1, 3, 3), np.uint8))
+    painted = load(Dataset, of(tmp_path, masks=str(tmp_path / "masks"), classes=3))
+    assert set(painted.greys_read()) == {"greys"}
+    check_palettes({"labelled": painted, "val": Textured(), "test": None})
+
+
+def test_a_folder_in_place_of_a_data_set_is_told_what_to_write(tmp_path: Path) -> None:
+    values = {**pretraining(), "data": {"pool": str(tmp_path)}}
+    said = message_of(lambda: load(PretrainConfig, values))
+    assert said == f"data.pool: '{tmp_path}' is a folder; write {{type: folder, images: {tmp_path}}}"
