@@ -114,7 +114,7 @@ TOLD_APART = {
     "seed": "seed: 0 for rank 0 and 7 for rank 1 (process ",
     "crop": "augment.crop: [64, 64] for rank 0 and [32, 32] for rank 1",
     "steps": "train.steps: 6 for rank 0 and 8 for rank 1",
-    "task": 'tasks.rotate.type: "rotate" for rank 0 and null for rank 1',
+    "task": "tasks.rotate.weight: 0.5 for rank 0 and null for rank 1",
     "cannot": "rank 1 (process ",
     "folder": "--out: ",
     "fewer": "data.pool.images: 12 for rank 0 and 11 for rank 1",
