@@ -10,16 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveFloat
 from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_seg.config import Config, PathText, load
 from ssl_seg.data.loading import Whole, loader
-from ssl_seg.data.splits import Examples, Subset
-from ssl_seg.data.workers import Workers
-from ssl_seg.models import EncoderNet, Features, evaluating
+from ssl_seg.data.splits import Examples, Subset, evenly
+from ssl_seg.data.workers import TIMEOUT, Workers
+from ssl_seg.models import EncoderNet, Features, ModelConfig, evaluating
+from ssl_seg.training.processes import DeviceName
+from ssl_seg.weights.export import load_encoder, read_encoder_info
 
 SIDE = 224  # pixels: what published encoders were trained on; at 224 ten thousand images take minutes on two cores
 # Where regions are looked at: a lattice of points of the maps, brought to one stride. By means over larger cells worse
@@ -29,6 +33,43 @@ COARSEST = 16  # stride of the maps that regions are described by: a coarser one
 COMPONENTS = 32
 NUM_FITTED = 256  # images by which the components are found
 BATCH = 16
+
+
+class Describing(Config):
+    """By which encoder images are compared, and how they are read: the keys of whatever compares images."""
+
+    init: PathText | None = (
+        None  # a run whose encoder compares the images; None: `model.encoder`, with ImageNet's weights
+    )
+    model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
+    workers: int = Field(default=2, ge=0)
+    worker_timeout: PositiveFloat = TIMEOUT
+    device: DeviceName = "auto"
+
+    @property
+    def reading(self) -> Workers:
+        """How the images are read."""
+        return Workers(self.workers, self.worker_timeout, section="")
+
+    @property
+    def encoder_name(self) -> str:
+        """Whose features these are, in words."""
+        if self.init is not None:
+            return f"the encoder of {self.init}"
+        options = self.model.encoder.dump()
+        weights = options.get("pretrained", False)
+        kind = {True: "ImageNet's weights", False: "random weights"}.get(weights, f"weights {weights}")
+        return f"{options.get('name', options['type'])} with {kind}"
+
+    def build_encoder(self) -> EncoderNet:
+        """Filled; raises UserError where the run has none, or its weights do not fit."""
+        if self.init is None:
+            return self.model.build_encoder()
+        info = read_encoder_info(self.init)
+        model = load(ModelConfig, info["config"]) if info else self.model
+        encoder = model.without_pretrained().build_encoder()
+        load_encoder(encoder, self.init)
+        return encoder
 
 
 class Described(NamedTuple):
@@ -46,7 +87,7 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     """
     encoder = encoder.to(device)
     count = len(examples)
-    chosen = np.linspace(0, count - 1, min(count, NUM_FITTED)).round().astype(int).tolist()
+    chosen = evenly(count, NUM_FITTED)
     sample = _stacked(_raw(encoder, Subset(examples, tuple(chosen)), workers, device))
     reductions = [_fitted(part) for part in sample]
     if len(chosen) == count:
@@ -58,16 +99,32 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     return Described(*_stacked(batches))
 
 
+def embed(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> np.ndarray:
+    """The mean of the coarsest map over each image, at length 1, `(N, C)` float32: what it shows, on any set's terms.
+
+    Images are squeezed to a square. Nothing is fitted to them, so features of two calls can be compared. Finer maps
+    were left out: by them a blur of half a per cent of the side counted for more than another kind of scene. Raises
+    UserError for an image that cannot be read.
+    """
+    batches = _maps(encoder.to(device), examples, workers, device)
+    return np.concatenate([F.normalize(maps[-1].float().mean(dim=(2, 3))).cpu().numpy() for maps in batches])
+
+
 def _raw(
     encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each batch `(B, D)` of the images and `(B, R, D')` of their regions."""
+    for maps in _maps(encoder, examples, workers, device):
+        yield _of_images(maps).cpu().numpy(), _of_regions(maps).cpu().numpy()
+
+
+def _maps(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> Iterator[Features]:
+    """Of each batch."""
     batches = [list(range(first, min(first + BATCH, len(examples)))) for first in range(0, len(examples), BATCH)]
     whole = Whole(examples, resize=(SIDE, SIDE), with_labels=False)
     with evaluating(encoder):
         for packed in loader(whole, batches, workers):
-            features = encoder(packed.to(device).image)
-            yield _of_images(features).cpu().numpy(), _of_regions(features).cpu().numpy()
+            yield encoder(packed.to(device).image)
 
 
 def _of_images(features: Features) -> Tensor:
