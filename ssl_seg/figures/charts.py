@@ -373,7 +373,8 @@ def draw_map(groups: Mapping[str, np.ndarray], grounds: int = 1) -> Figure:
         )
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False, fontsize=TEXT)
+    anchor = (0.5, 0.0)  # below the panel; the reverse of how they are drawn is the order of `groups`
+    panel.legend(loc="upper center", bbox_to_anchor=anchor, ncols=columns, reverse=True, frameon=False, fontsize=TEXT)
     return figure
 
 

@@ -58,7 +58,7 @@ class Describing(Config):
             return f"the encoder of {self.init}"
         options = self.model.encoder.dump()
         weights = options.get("pretrained", False)
-        kind = {True: "ImageNet's weights", False: "random weights"}.get(weights, f"weights {weights}")
+        kind = {True: "published weights", False: "random weights"}.get(weights, f"weights {weights}")
         return f"{options.get('name', options['type'])} with {kind}"
 
     def build_encoder(self) -> EncoderNet:

@@ -231,7 +231,8 @@ def _write(config: GapConfig, out: Path, gaps: Gaps, target: _Set, pools: Sequen
         strips += _rows(far, pool, target, apart.T, farthest=True)
         strips += _rows(f"target: farthest from {found.name}", target, pool, apart, farthest=True)
     record = {**_plain(gaps), "pools": entries, "level": LEVEL, "config": config.dump()}
-    out.mkdir(parents=True)
+    with files.naming(out):
+        out.mkdir(parents=True)
     files.write_atomic(out / "gap.json", files.json_bytes(record))
     images.write_image(out / "sheet.png", np.vstack(strips))
     files.write_atomic(out / "map.png", svg.to_png(charts.draw_map(_plane(gaps, target, pools), len(pools))))
