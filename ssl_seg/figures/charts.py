@@ -358,7 +358,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 def draw_map(groups: Mapping[str, np.ndarray], grounds: int = 1) -> Figure:
     """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last `grounds` below."""
     side = 5.6
-    names = [_cut(plain(f"{name} ({len(points)})"), LABEL_WIDTH) for name, points in groups.items()]
+    names = [f"{_cut(plain(name), LABEL_WIDTH)} ({len(points)})" for name, points in groups.items()]
     columns = min(len(names), 3) if max(map(len, names)) < LABEL_WIDTH / 2 else 1
     bottom = 0.3 + 0.2 * math.ceil(len(names) / columns)
     figure, panel = _panel(side, bottom=bottom, left=0.1, right=0.1, width=side + 0.2, top=0.1)

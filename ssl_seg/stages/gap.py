@@ -13,21 +13,23 @@ from typing import Annotated, Any, NamedTuple
 
 import cv2
 import numpy as np
-from pydantic import Field, PositiveInt, SerializeAsAny
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
 from sklearn.decomposition import PCA
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError, user_path
+from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.splits import Examples, Subset, evenly
+from ssl_seg.data.workers import TIMEOUT, Workers
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence import distance
 from ssl_seg.evidence.distance import Distance, Images
 from ssl_seg.evidence.statistics import LEVEL, MIN_BLOCKS, NEIGHBOURS, Interval, image_blocks
 from ssl_seg.figures import charts, panels, svg
-from ssl_seg.stages.features import Describing, embed
+from ssl_seg.models import ModelConfig
+from ssl_seg.stages.features import embed, open_encoder
 from ssl_seg.stages.setup import check_images, tell_notes
 from ssl_seg.terminal import say
-from ssl_seg.training.processes import choose_device
+from ssl_seg.training.processes import DeviceName, choose_device
 
 MOST = 2_000  # images of a set that are looked at: with as many the target's number alone says how sure a gap is
 ALTERED = 200  # of the target's that are altered
@@ -44,12 +46,32 @@ class GapData(Config):
     pools: Annotated[dict[str, SerializeAsAny[Dataset]], Field(min_length=1)]  # by a name for each
 
 
-class GapConfig(Describing):
+class GapConfig(Config):
     """`ssl-seg gap photos drawn others --with runs/pretrained --out gap`"""
 
     data: GapData
+    init: PathText | None = None  # a run whose encoder compares the images; None: `model.encoder`, published weights
+    model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     # Images in a block of neighbours by their numbers, which count as nearly one; 1 where they are no frames of videos.
     neighbours: PositiveInt = NEIGHBOURS
+    workers: int = Field(default=2, ge=0)
+    worker_timeout: PositiveFloat = TIMEOUT
+    device: DeviceName = "auto"
+
+    @property
+    def reading(self) -> Workers:
+        """How the images are read."""
+        return Workers(self.workers, self.worker_timeout, section="")
+
+    @property
+    def encoder_name(self) -> str:
+        """Whose features these are, in words."""
+        if self.init is not None:
+            return f"the encoder of {self.init}"
+        options = self.model.encoder.dump()
+        weights = options.get("pretrained", False)
+        kind = {True: "published weights", False: "random weights"}.get(weights, f"weights {weights}")
+        return f"{options.get('name', options['type'])} with {kind}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +158,7 @@ def gap(config: GapConfig, out: str | Path | None = None, quiet: bool = False) -
         check_images(f"data.{key}", dataset)
     tell_notes(keys, quiet=quiet)
     chosen = {key: _looked_at(key, dataset, config.neighbours, quiet) for key, dataset in keys.items()}
-    encoder, device = config.build_encoder(), choose_device(config.device)
+    encoder, device = open_encoder(config.init, config.model), choose_device(config.device)
 
     def seen(examples: Examples, blocks: np.ndarray) -> Images:
         return Images(embed(encoder, examples, config.reading, device), blocks)

@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt, SerializeAsAny
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError, user_path
+from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data import selection
 from ssl_seg.data.splits import Examples, Labels
+from ssl_seg.data.workers import TIMEOUT, Workers
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
 from ssl_seg.leaks.near_duplicates import fingerprint
-from ssl_seg.stages.features import Described, Describing, describe
+from ssl_seg.models import ModelConfig
+from ssl_seg.stages.features import Described, describe, open_encoder
 from ssl_seg.stages.predict import mask_names
 from ssl_seg.stages.setup import check_images, tell_notes
 from ssl_seg.terminal import say
-from ssl_seg.training.processes import choose_device
+from ssl_seg.training.processes import DeviceName, choose_device
 
 OTHERS_SHOWN = 5  # beside each chosen image on the sheet: from the most alike to the least of those it stands for
 ROWS_SHOWN = 40
@@ -42,12 +44,24 @@ class SelectData(Config):
     scored: SerializeAsAny[Dataset] | None = None
 
 
-class SelectConfig(Describing):
+class SelectConfig(Config):
     """`ssl-seg select photos --count 20 --with runs/pretrained --out to_label`"""
 
     data: SelectData
     count: PositiveInt = 20
+    init: PathText | None = (
+        None  # a run whose encoder compares the images; None: `model.encoder`, with ImageNet's weights
+    )
+    model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     leaks: Leaks = Leaks()
+    workers: int = Field(default=2, ge=0)
+    worker_timeout: PositiveFloat = TIMEOUT
+    device: DeviceName = "auto"
+
+    @property
+    def reading(self) -> Workers:
+        """How the images are read."""
+        return Workers(self.workers, self.worker_timeout, section="")
 
 
 class Named(Config):
@@ -119,7 +133,7 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
     tell_notes(dict(config.data), quiet=quiet)
     names = mask_names(pool)
     both = _Both(pool, config.data.labelled)
-    encoder = config.build_encoder()
+    encoder = open_encoder(config.init, config.model)
     left_out = _scored_too(config)
     seen = describe(encoder, both, config.reading, choose_device(config.device))
     labelled = range(len(pool), len(both))
