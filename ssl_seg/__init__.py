@@ -26,6 +26,7 @@ _HOMES = {
     "stages.evaluate": ("EvaluateConfig", "evaluate"),
     "stages.finetune": ("FinetuneConfig", "finetune"),
     "stages.fit": ("open_streams",),
+    "stages.gap": ("GapConfig", "gap"),
     "stages.predict": ("PredictConfig", "predict"),
     "stages.pretrain": ("PretrainConfig", "assemble", "pretrain"),
     "stages.select": ("SelectConfig", "select"),

@@ -27,7 +27,7 @@ from ssl_seg.config import (
     use_plugin,
     user_path,
 )
-from ssl_seg.reports.console import print_comparison, print_study, score_lines
+from ssl_seg.reports.console import gap_lines, print_comparison, print_study, score_lines
 from ssl_seg.terminal import print_lines, say, tells, tells_here, usable_streams, watch_signals
 
 if TYPE_CHECKING:
@@ -198,6 +198,39 @@ def select_command(
     before = f", {chosen.covered_before * 100:.0f} % before" if chosen.covered_before else ""
     cover = f"they cover {chosen.covered * 100:.0f} % of what the pool shows{before}"
     print_lines([f"{len(chosen.names)} images: {chosen.out} (look at {chosen.out / 'sheet.png'}); {cover}"])
+
+
+@app.command("gap")
+def gap_command(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET POOL ...", help="Folders of images, what the model is for first; or data.* and other keys."
+        ),
+    ],
+    init: Annotated[str | None, typer.Option("--with", metavar="RUN", help="Whose encoder compares them.")] = None,
+    out: Out = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tell how far pools of images, drawn ones say, lie from the images that a model is for; the nearest first."""
+    folders = [word for word in words if "=" not in word and user_path(word).is_dir()]
+    values = _values([word for word in words if word not in folders], plugin)
+    data = values["data"] if isinstance(values.get("data"), dict) else {}
+    named: dict[str, Any] = {}
+    if folders and "target" not in data:
+        named = {"target": {"type": "folder", "images": folders.pop(0)}}
+    if not folders and "pools" not in data:
+        raise UserError("gap: name the folder of the target images, then those of pools")
+    named |= {"pools": {folder: {"type": "folder", "images": folder} for folder in folders}}
+    values = merge({"data": named}, values) | ({} if init is None else {"init": init})
+    from ssl_seg.stages import gap
+    from ssl_seg.stages.gap import GapConfig
+
+    found = gap.gap(load(GapConfig, values), out, quiet)
+    print_lines(gap_lines(found))
+    if out is not None:
+        print_lines([f"pictures: {out} (look at {out / 'sheet.png'})"])
 
 
 @app.command("compare")

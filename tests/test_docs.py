@@ -36,6 +36,7 @@ from ssl_seg.norm.convert import Kind
 from ssl_seg.stages import finetune
 from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
+from ssl_seg.stages.gap import GapConfig
 from ssl_seg.stages.predict import PredictConfig
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.select import SelectConfig
@@ -53,6 +54,7 @@ STAGES = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "gap": GapConfig,
     "select": SelectConfig,
     "study": StudyConfig,
 }
@@ -258,6 +260,12 @@ def check_call(words: list[str]) -> None:
         use_plugin(plugin)
     if name == "select":
         load(SelectConfig, {"data": {"pool": {"type": "folder", "images": given["pool"]}}, "init": given["init"]})
+    elif name == "gap":
+        target, *pools = [{"type": "folder", "images": word} for word in given["words"]]
+        load(
+            GapConfig,
+            {"data": {"target": target, "pools": {own["images"]: own for own in pools}}, "init": given["init"]},
+        )
     elif name in STAGES:
         load(STAGES[name], given["words"] or [])
     if name == "synth":

@@ -172,11 +172,11 @@ class Labels(Config):
 def sample_digest(examples: Examples, count: int = NUM_DIGESTED, with_labels: bool = True) -> str:
     """sha256 of up to `count` examples, evenly apart: enough to notice other files under the same names."""
     read = examples.read if with_labels else examples.image
-    digests = [digest_of(read(index)) for index in _spread(len(examples), count)]
+    digests = [digest_of(read(index)) for index in evenly(len(examples), count)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _spread(number: int, count: int) -> list[int]:
+def evenly(number: int, count: int) -> list[int]:
     """Up to `count` of `number` indices, evenly apart."""
     return np.linspace(0, number - 1, min(count, number)).round().astype(int).tolist()
 
@@ -213,7 +213,7 @@ def has_labelled_pixels(examples: Examples) -> bool:
 
 def untrained_classes(trained: Examples, scored: Examples, count: int = NUM_DIGESTED) -> tuple[str, ...]:
     """The names of classes that up to `count` masks of `scored`, evenly apart, show and no mask of `trained` does."""
-    shown = set().union(*(_classes(scored, index) for index in _spread(len(scored), count)))
+    shown = set().union(*(_classes(scored, index) for index in evenly(len(scored), count)))
     left = shown & set(range(len(scored.class_names)))  # another id is told where all of them are read
     for index in range(len(trained)):
         if not left:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ssl_seg.norm.convert import Shares
 
 GROUP_COLOURS = ("blue", "vermilion", "green", "purple", "amber", "sky")
+GROUND_COLOURS = ("base", "vermilion", "green", "purple", "amber", "sky")  # of a map, under what is blue
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
 # Of the bar and of the number on it, the same on any paper.
@@ -39,6 +41,7 @@ SMALL, TEXT = 8.0, 9.0  # of numbers and of words
 LABEL_WIDTH = 52  # letters of a label in a line
 NUMBERED = 16  # classes up to which a confusion matrix has its numbers
 NAMED = 48  # and up to which each class has its name
+FEW_POINTS = 400  # of a map's ground: more cover each other
 POINTS = 80  # of a line; more cannot be told apart in a panel
 WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
 Numbers = Sequence[float] | np.ndarray
@@ -352,19 +355,26 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def draw_map(groups: Mapping[str, np.ndarray]) -> Figure:
-    """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last is the ground."""
+def draw_map(groups: Mapping[str, np.ndarray], grounds: int = 1) -> Figure:
+    """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last `grounds` below."""
     side = 5.6
-    figure, panel = _panel(side, bottom=0.5, left=0.1, right=0.1, width=side + 0.2, top=0.1)
-    looks = [Style("vermilion", "o"), Style("blue", "s"), Style("base", ".")][-len(groups) :]
-    for height, (name, points) in enumerate(reversed(list(groups.items()))):
-        style = looks[len(groups) - 1 - height]
-        is_ground = height == 0
-        dot = _dot(style, 4.0 if is_ground else 7.0)
-        panel.plot(*points.T, **dot, alpha=0.5 if is_ground else 1.0, label=f"{name} ({len(points)})", zorder=height)
+    names = [f"{_cut(plain(name), LABEL_WIDTH)} ({len(points)})" for name, points in groups.items()]
+    columns = min(len(names), 3) if max(map(len, names)) < LABEL_WIDTH / 2 else 1
+    bottom = 0.3 + 0.2 * math.ceil(len(names) / columns)
+    figure, panel = _panel(side, bottom=bottom, left=0.1, right=0.1, width=side + 0.2, top=0.1)
+    above = len(names) - grounds
+    looks = [Style("vermilion", "o"), Style("blue", "s")][-above:]
+    looks += [Style(GROUND_COLOURS[place % len(GROUND_COLOURS)], ".") for place in range(grounds)]
+    for place, (name, points, style) in reversed([*enumerate(zip(names, groups.values(), looks, strict=True))]):
+        is_ground = place >= above
+        size = 7.0 if not is_ground else 8.0 if len(points) < FEW_POINTS else 4.0
+        panel.plot(
+            *points.T, **_dot(style, size), alpha=0.5 if is_ground else 1.0, label=name, zorder=len(names) - place
+        )
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(groups), frameon=False, fontsize=TEXT)
+    anchor = (0.5, 0.0)  # below the panel; the reverse of how they are drawn is the order of `groups`
+    panel.legend(loc="upper center", bbox_to_anchor=anchor, ncols=columns, reverse=True, frameon=False, fontsize=TEXT)
     return figure
 
 

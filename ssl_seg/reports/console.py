@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ssl_seg.evidence.results import Study
     from ssl_seg.evidence.statistics import Interval
     from ssl_seg.scores import SegmentationScores
+    from ssl_seg.stages.gap import Gaps
 
     Cells = Callable[[Arm, Condition], list[str]]  # the row of an arm
 
@@ -29,6 +30,35 @@ def score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str
     averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
     over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
     return [f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}", *rows]
+
+
+def gap_lines(found: Gaps) -> list[str]:
+    """A row a pool, the nearest first; then what these numbers mean for this target."""
+    rows = [("gap", "95 % interval", "reaches", "inside", "pool")]
+    for pool in found.pools:
+        ends = "-" if pool.interval is None else f"{_gap(pool.interval.low)} to {_gap(pool.interval.high)}"
+        shares = (f"{pool.reached * 100:.0f} %", f"{pool.inside * 100:.0f} %")
+        rows.append((_gap(pool.gap), ends, *shares, f"{pool.name} ({pool.count} images)"))
+    widths = [max(len(row[place]) for row in rows) for place in range(4)]
+    table = [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    halves = "" if found.halves is None else f"19 of 20 halvings of the target below {_gap(found.halves)}; "
+    lines = [
+        f"from {found.count} target images, by {found.encoder}:",
+        *table,
+        f"for scale: {halves}the target itself without colour {_gap(found.grey)}, out of focus {_gap(found.blurred)}",
+    ]
+    nearest, *others = found.pools
+    if others:
+        behind = [pool.name for pool in others if pool.behind is None or pool.behind.low <= 0]
+        lines += [f"nearest: {nearest.name}" + (f"; not surely nearer than {', '.join(behind)}" if behind else "")]
+    lines += [f"{pool.name}: {pool.shared} of its images are the target's too" for pool in found.pools if pool.shared]
+    return lines
+
+
+def _gap(value: float) -> str:
+    return f"{value:.2f}" if round(value, 2) else "0.00"  # no -0.00
 
 
 def print_comparison(found: Comparison) -> None:

@@ -6,6 +6,7 @@ Ours is what is pooled; scikit-learn reduces it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_seg.data.loading import Whole, loader
-from ssl_seg.data.splits import Examples, Subset
+from ssl_seg.data.splits import Examples, Subset, evenly
 from ssl_seg.data.workers import Workers
-from ssl_seg.models import EncoderNet, Features, evaluating
+from ssl_seg.models import EncoderNet, Features, ModelConfig, evaluating
+from ssl_seg.weights.export import exported_config, load_encoder, read_encoder_info
 
 SIDE = 224  # pixels: what published encoders were trained on; at 224 ten thousand images take minutes on two cores
 # Where regions are looked at: a lattice of points of the maps, brought to one stride. By means over larger cells worse
@@ -38,15 +40,29 @@ class Described(NamedTuple):
     regions: np.ndarray  # (N, GRID * GRID, D) float32
 
 
+def open_encoder(init: str | Path | None, model: ModelConfig) -> EncoderNet:
+    """The encoder of the run or file `init`, built as its run says, else as `model` does; without it, that of `model`.
+
+    Raises UserError where there is none, or its weights do not fit.
+    """
+    if init is None:
+        return model.build_encoder()
+    info = read_encoder_info(init)
+    own = exported_config(init, info) if info else model
+    encoder = own.without_pretrained().build_encoder()
+    load_encoder(encoder, init)
+    return encoder
+
+
 def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> Described:
     """Mean and spread of every map over the image, and maps at points of it; standardized, as principal components.
 
     Images are squeezed to a square. The components are those of the examples themselves, so features of two calls
     cannot be compared: give all images at once. Raises UserError for an image that cannot be read.
     """
-    encoder = encoder.to(device)
+    encoder = encoder.to(device, memory_format=torch.channels_last)  # a quarter less time on a CPU, with a resnet18
     count = len(examples)
-    chosen = np.linspace(0, count - 1, min(count, NUM_FITTED)).round().astype(int).tolist()
+    chosen = evenly(count, NUM_FITTED)
     sample = _stacked(_raw(encoder, Subset(examples, tuple(chosen)), workers, device))
     reductions = [_fitted(part) for part in sample]
     if len(chosen) == count:
@@ -58,16 +74,33 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     return Described(*_stacked(batches))
 
 
+def embed(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> np.ndarray:
+    """The mean of the coarsest map over each image, at length 1, `(N, C)` float32: what it shows, on any set's terms.
+
+    Images are squeezed to a square. Nothing is fitted to them, so features of two calls can be compared. Finer maps
+    were left out: by them a blur of half a per cent of the side counted for more than another kind of scene. Raises
+    UserError for an image that cannot be read.
+    """
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    batches = _maps(encoder, examples, workers, device)
+    return np.concatenate([F.normalize(maps[-1].float().mean(dim=(2, 3))).cpu().numpy() for maps in batches])
+
+
 def _raw(
     encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each batch `(B, D)` of the images and `(B, R, D')` of their regions."""
+    for maps in _maps(encoder, examples, workers, device):
+        yield _of_images(maps).cpu().numpy(), _of_regions(maps).cpu().numpy()
+
+
+def _maps(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> Iterator[Features]:
+    """Of each batch."""
     batches = [list(range(first, min(first + BATCH, len(examples)))) for first in range(0, len(examples), BATCH)]
     whole = Whole(examples, resize=(SIDE, SIDE), with_labels=False)
     with evaluating(encoder):
         for packed in loader(whole, batches, workers):
-            features = encoder(packed.to(device).image)
-            yield _of_images(features).cpu().numpy(), _of_regions(features).cpu().numpy()
+            yield encoder(packed.to(device, channels_last=True).image)
 
 
 def _of_images(features: Features) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, PathText, UserError, load, user_path
+from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data import selection
 from ssl_seg.data.splits import Examples, Labels
 from ssl_seg.data.workers import TIMEOUT, Workers
@@ -22,13 +22,13 @@ from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
 from ssl_seg.leaks.near_duplicates import fingerprint
-from ssl_seg.models import EncoderNet, ModelConfig
-from ssl_seg.stages.features import Described, describe
+from ssl_seg.models import ModelConfig
+from ssl_seg.stages.features import Described, describe, open_encoder
 from ssl_seg.stages.predict import mask_names
 from ssl_seg.stages.setup import check_images, say_other_ranges, tell_notes
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_encoder, range_of, read_encoder_info
+from ssl_seg.weights.export import range_of, read_encoder_info
 
 OTHERS_SHOWN = 5  # beside each chosen image on the sheet: from the most alike to the least of those it stands for
 ROWS_SHOWN = 40
@@ -139,7 +139,7 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
     say_other_ranges(dict(config.data), trained, quiet=quiet)
     names = mask_names(pool)
     both = _Both(pool, config.data.labelled)
-    encoder = _encoder(config)
+    encoder = open_encoder(config.init, config.model)
     left_out = _scored_too(config)
     seen = describe(encoder, both, config.reading, choose_device(config.device))
     labelled = range(len(pool), len(both))
@@ -154,16 +154,6 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
     if len(choice.indices) < config.count:
         say(f"only {len(choice.indices)} images are left to choose from", quiet)
     return _write(config, out, names, seen, choice, left_out)
-
-
-def _encoder(config: SelectConfig) -> EncoderNet:
-    if config.init is None:
-        return config.model.build_encoder()
-    info = read_encoder_info(config.init)
-    model = load(ModelConfig, info["config"]) if info else config.model
-    encoder = model.without_pretrained().build_encoder()
-    load_encoder(encoder, config.init)
-    return encoder
 
 
 def _scored_too(config: SelectConfig) -> set[int]:
