@@ -1,0 +1,109 @@
+"""Fine-tunings on images chosen by `ssl-seg select` and on images drawn by chance: one row of scores.csv each.
+
+    python -m experiments.selection.run DATA lite0.safetensors --out runs/selection --sets nuclei wounds
+
+DATA holds, for each set, `labelled/` and `val/` with `images/` and `masks/`. Rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_seg import FinetuneConfig, Options, SelectConfig, finetune, load, select
+
+# Of each set the words that name its masks.
+STREET = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+MASKS: dict[str, dict[str, Any]] = {
+    "nuclei": {"classes": ["other", "nucleus"]},
+    "wounds": {"classes": ["skin", "wound"]},
+    "roads": {"classes": ["other", "road"]},
+    "camvid": {"classes": STREET, "ignore": [11]},
+}
+COUNTS = (5, 10, 20, 40)
+DRAWS, REPEATS = 8, 4  # of random images; of the chosen ones, with other seeds of the training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("weights", type=Path, help="of tf_efficientnet_lite0 on ImageNet, as timm names them")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=[*MASKS], choices=MASKS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = options.out / "scores.csv"
+    made = {tuple(row[:4]) for row in csv.reader(table.open())} if table.exists() else set()
+    encoder = {"name": "tf_efficientnet_lite0", "pretrained": str(options.weights)}
+    for name in options.sets:
+        folder = options.data / name
+        drawn_from, chosen = choose(folder, encoder, options.out / f"chosen_{name}")
+        for arm, draw, names in cells(name, drawn_from, chosen):
+            if (name, arm, str(draw), str(len(names))) in made:
+                continue
+            run = options.out / "run"
+            shutil.rmtree(run, ignore_errors=True)
+            config = load(FinetuneConfig, config_of(folder, MASKS[name], encoder, names, draw))
+            scores = finetune(config, Options(run, quiet=True)).val
+            with table.open("a") as file:
+                csv.writer(file).writerow([name, arm, draw, len(names), scores.miou, *scores.iou])
+
+
+def choose(folder: Path, encoder: dict[str, Any], out: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The names that may be drawn, which show nothing of what is scored, and those that are chosen."""
+    parts = {part: {"type": "folder", "images": str(folder / part / "images")} for part in ("labelled", "val")}
+    data = {"pool": parts["labelled"], "scored": parts["val"]}
+    shutil.rmtree(out, ignore_errors=True)
+    config = load(SelectConfig, {"data": data, "count": 10**6, "model": {"encoder": encoder}})
+    order = select(config, out, quiet=True).names
+    return sorted(order), order
+
+
+def cells(name: str, drawn_from: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, int, Sequence[str]]]:
+    """Arm, draw and images, draw by draw: a table that is cut short has whole draws."""
+    counts = [count for count in COUNTS if count <= len(drawn_from) / 2]
+    for draw in range(DRAWS):
+        order = list(drawn_from)
+        random.Random(f"{name} {draw}").shuffle(order)
+        for count in counts:
+            yield "random", draw, order[:count]
+            if draw < REPEATS:
+                yield "chosen", draw, chosen[:count]
+
+
+def config_of(
+    folder: Path, masks: dict[str, Any], encoder: dict[str, Any], names: Sequence[str], seed: int
+) -> dict[str, Any]:
+    data = {
+        part: {
+            "type": "folder",
+            "images": str(folder / part / "images"),
+            "masks": str(folder / part / "masks"),
+            **masks,
+        }
+        for part in ("labelled", "val")
+    }
+    return {
+        "data": data,
+        "labels": {"names": list(names)},
+        "model": {"encoder": encoder, "decoder": {"type": "unet", "channels": [128, 64, 48, 32, 24]}},
+        "segment": {"dice": 1.0},
+        "augment": {"crop": [96, 96], "zoom": [0.8, 1.5]},
+        "train": {"steps": 150, "batch_size": 8, "precision": "bf16", "channels_last": True, "workers": 0},
+        "select": "last",
+        "leaks": {"check": False},  # what leaks is left out beforehand
+        "tracking": "none",
+        "seed": seed,
+    }
+
+
+if __name__ == "__main__":
+    main()
