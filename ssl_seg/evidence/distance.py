@@ -2,8 +2,8 @@
 
 The energy distance (Székely and Rizzo 2013), as a share of the distance between the sets: 0 where an image of one is as
 far from those of the other as from its own, 1 where each set is a point. It is a kernel distance (MMD) whose kernel has
-no width to choose, and its estimate has no bias that grows as images get fewer, as the Fréchet distance has (Chong and
-Forsyth 2020): sets of twenty images can be measured.
+no width to choose. Where images are few its estimate has hardly a bias, and none where the sets are alike, unlike the
+Fréchet distance's (Chong and Forsyth 2020): sets of twenty images can be measured.
 
 Neighbouring frames are nearly one image. So pairs within a block of neighbours do not count, or two halves of a video
 would lie apart, and blocks are resampled whole.

@@ -60,7 +60,6 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     Images are squeezed to a square. The components are those of the examples themselves, so features of two calls
     cannot be compared: give all images at once. Raises UserError for an image that cannot be read.
     """
-    encoder = encoder.to(device, memory_format=torch.channels_last)  # a quarter less time on a CPU, with a resnet18
     count = len(examples)
     chosen = evenly(count, NUM_FITTED)
     sample = _stacked(_raw(encoder, Subset(examples, tuple(chosen)), workers, device))
@@ -81,7 +80,6 @@ def embed(encoder: EncoderNet, examples: Examples, workers: Workers, device: tor
     were left out: by them a blur of half a per cent of the side counted for more than another kind of scene. Raises
     UserError for an image that cannot be read.
     """
-    encoder = encoder.to(device, memory_format=torch.channels_last)
     batches = _maps(encoder, examples, workers, device)
     return np.concatenate([F.normalize(maps[-1].float().mean(dim=(2, 3))).cpu().numpy() for maps in batches])
 
@@ -96,6 +94,7 @@ def _raw(
 
 def _maps(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> Iterator[Features]:
     """Of each batch."""
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)  # a quarter less time on a CPU, with a resnet18
     batches = [list(range(first, min(first + BATCH, len(examples)))) for first in range(0, len(examples), BATCH)]
     whole = Whole(examples, resize=(SIDE, SIDE), with_labels=False)
     with evaluating(encoder):
