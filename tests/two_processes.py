@@ -243,6 +243,7 @@ def start_apart(folder: Path) -> dict[str, list[str | None]]:
     for name, (method, other) in views.items():
         with mock.patch.object(Textured, method, other) if is_last else nullcontext():
             told[name] = refusal_of(pretraining(), folder / name)
+    told["slow workers"] = refusal_of(pretraining(workers=1, worker_timeout=700), folder / "slow workers")
     told["nothing"] = refusal_of(pretraining(steps=1, workers=int(is_last)), folder / "nothing")
     return {name: processes.gather([text]) for name, text in told.items()}
 
@@ -281,6 +282,22 @@ def compare_modes(out: str) -> None:
         torch.save(seen, out)
 
 
+def who_tells() -> dict[str, list[bool | None]]:
+    """Which process tells an error that all meet, and one that the last meets alone; None: it has met none."""
+    processes = Processes(load(PretrainConfig, pretraining()).train)
+    told = {}
+    for who, meets_it in (("all", True), ("last", processes.rank == processes.world - 1)):
+        tells = None
+        try:
+            with processes.ending_together():
+                if meets_it:
+                    raise UserError(f"met by {who}")
+        except UserError as error:
+            tells = error.of_one_process
+        told[who] = processes.gather([tells])
+    return told
+
+
 def group_timeout() -> float:
     """Seconds that gloo waits."""
     backend = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
@@ -290,6 +307,7 @@ def group_timeout() -> float:
 def begin_alike(out: str) -> None:
     seen = {
         "apart": start_apart(Path(out).parent / "apart"),
+        "tells": who_tells(),
         "timeout": Processes(TrainConfig(device="cpu")).gather([group_timeout()]),
         "shared": {encode: share_state(encode) for encode in ("together", "in_turn")},
         "auto amid norms": settle_accumulate_amid_norms(room=4),  # two images for each of two tasks

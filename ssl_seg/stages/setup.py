@@ -126,8 +126,14 @@ def check_training(
 ) -> None:
     """Refuse what cannot be trained before any work is done.
 
-    Tasks, a batch size that cannot be shared out, crops for which workers have no room.
+    Tasks, a batch size that cannot be shared out, crops for which workers have no room, processes that would not wait
+    for each other's workers.
     """
+    if processes.world > 1 and config.workers and config.worker_timeout >= config.process_timeout:
+        raise UserError(
+            f"train.process_timeout: after {config.process_timeout:g} s the other processes would not wait for a "
+            f"loader worker that may take {config.worker_timeout:g} s (train.worker_timeout); give it more"
+        )
     check_tasks(tasks, streams, has_teacher=config.ema is not None)
     for stream in streams:
         deal, at_once = dealing(tasks, stream, config.views == "split")

@@ -81,11 +81,6 @@ class Processes:
         if self.world > 1:
             atexit.register(leave_group)
             _get_default_store().set(f"place/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        if self.world > 1 and config.workers and config.worker_timeout >= config.process_timeout:
-            raise UserError(
-                f"train.process_timeout: after {config.process_timeout:g} s the other processes would not wait for a "
-                f"loader worker that may take {config.worker_timeout:g} s (train.worker_timeout); give it more"
-            )
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world == 1:

@@ -117,6 +117,7 @@ TOLD_APART = {
     "task": "tasks.rotate.weight: 0.5 for rank 0 and null for rank 1",
     "cannot": "rank 1 (process ",
     "folder": "--out: ",
+    "slow workers": "train.process_timeout: after 600 s the other processes would not wait",
     "fewer": "data.pool.images: 12 for rank 0 and 11 for rank 1",
     "names": "data.pool.sha256_of_names: ",
     "pixels": "data.pool.sha256_of_some: ",
@@ -134,6 +135,11 @@ def test_the_processes_wait_for_each_other_as_long_as_the_config_says(begun: dic
     """gloo's own half hour is not meant, nor accelerate's idea of which times need not be handed on."""
     first, second = begun["timeout"]
     assert first == second == pytest.approx(TrainConfig().process_timeout, abs=0.01)
+
+
+def test_an_error_is_told_once_and_by_a_process_that_has_met_it(begun: dict[str, Any]) -> None:
+    assert sorted(begun["tells"]["all"]) == [False, True]
+    assert begun["tells"]["last"] == [None, True]
 
 
 def test_processes_may_differ_in_what_no_weight_comes_from(begun: dict[str, Any]) -> None:
