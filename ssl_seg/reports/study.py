@@ -71,17 +71,17 @@ OF_GAINS = (
     "and the runs as they are."
 )
 OF_WORTH = (
-    "With so many labels an arm scores what {over} needs this many more for, by its mean curve over the logarithm of the "
-    "number of labels; below 0 it costs labels. In intervals of {level}; an end is open where {over} was not measured "
-    "that far or is too flat. Each row is a comparison of its own."
+    "What an arm scores with so many labels, {over} scores with this many more, by its means and lines between them "
+    "over the logarithm of the labels; below 0 the arm costs labels. Intervals of {level}, open where {over} was not "
+    "measured that far or is too flat. Every row is a comparison of its own."
 )
 OF_AHEAD = (
-    "What lies ahead by power laws, with intervals of {level}, and how many labels more than were measured the next round "
-    f"score takes. No curve is followed beyond {label_curve.REACH} times the most labels."
+    "What lies ahead by power laws, with intervals of {level}, and how many labels more than were measured the next "
+    f"round score takes. No curve is followed beyond {label_curve.REACH} times the most labels."
 )
 OF_ARROWS = (
-    "The arrow leads from an arm to where the baseline scores as much, the bar behind it is the interval of its tip; at "
-    "the edge both are open. Dotted: power laws, with the growth of the last doubling taken as sure by half."
+    "The arrow leads from an arm to where the baseline scores as much; the bar behind it is the interval of its tip, "
+    "open where it ends at the edge. Dotted, with faint bands: what lies ahead by power laws."
 )
 Values = tuple[tuple[float, ...], Interval | None]  # what is drawn as dots, and the interval of their mean
 Kind = tuple[str, Markup | None, Sequence[RunFolder]]  # runs of one kind, with its label and its arm's mark
@@ -258,7 +258,8 @@ def _equivalent(
     bands = [_label_band(page, own) for own in sides]
     own = worth.at(at)
     height = 100 * float(worth.own[:, worth.counts.index(at)].mean())
-    arrow = charts.Arrow(height, at, *(at + more for more in (own.middle, own.low, own.high)), page.styles[worth.arm])
+    tip, low, high = (at + more for more in (own.middle, own.low, own.high))
+    arrow = charts.Arrow(height, at, tip, low, high, page.styles[worth.arm])
     every = [height, *(number for band in bands for number in _numbers(band))]
     under = f" ({condition_text(worth.held)})" if worth.held else ""
     axis = label_curve.AXIS
@@ -273,11 +274,11 @@ def _label_band(page: Page[Study], curve: label_curve.LabelCurve) -> charts.Band
     columns = [tuple(own) for own in curve.values.T.tolist()]
     band = _band(
         page.styles[curve.arm],
-        [(count, own, t_interval(own, curve.level)) for count, own in zip(curve.counts, columns, strict=True)],
+        [(float(count), own, t_interval(own, curve.level)) for count, own in zip(curve.counts, columns, strict=True)],
     )
     if not curve.can_look_ahead:
         return band
-    at = [curve.counts[-1] * times for times in (1, 2, label_curve.REACH)]
+    at = [float(curve.counts[-1] * times) for times in (1, 2, label_curve.REACH)]
     return replace(band, ahead=tuple(zip(at, *(100 * curve.ahead(at)).tolist(), strict=True)))
 
 
