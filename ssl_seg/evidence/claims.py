@@ -31,12 +31,11 @@ from ssl_seg.evidence.formatting import (
     spoken,
     state,
 )
-from ssl_seg.evidence.pairs import MIN_STARTS, Shared, Spread
+from ssl_seg.evidence.pairs import MIN_PAIRS, MIN_STARTS, Shared, Spread
 from ssl_seg.evidence.results import Study
 from ssl_seg.evidence.statistics import LEVEL, MAX_NEEDED, detectable, holm, pairs_needed, t_test_p
 from ssl_seg.runs.folder import RunFolder
 
-MIN_PAIRS = 3  # two pairs would have an interval of 12.7 standard errors to each side
 NAMED = 2  # comparisons that the headline tells one by one; more are counted
 LEAST_TOLD = 0.1  # points; a mean that is written as 0.0 is none
 Verdict = Literal["gain", "loss", "none", "few"]

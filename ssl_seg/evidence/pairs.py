@@ -21,7 +21,8 @@ import numpy as np
 from ssl_seg.evidence.statistics import LEVEL, Interval, block_bootstrap, t_interval
 from ssl_seg.scores import BAND, IMAGES_FILE, ImageConfusions, read_image_confusion
 
-MIN_STARTS = 3  # pretrainings; two means would have an interval of 12.7 standard errors to each side
+MIN_PAIRS = 3  # two would have an interval of 12.7 standard errors to each side
+MIN_STARTS = 3  # pretrainings, for the same reason
 Images = list[ImageConfusions | None]  # of some runs; None for one that kept none
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ssl_seg import files
 from ssl_seg.config import UserError
+from ssl_seg.evidence import label_curve
 from ssl_seg.evidence.compare import TIMM
 from ssl_seg.evidence.comparison import Arm, Comparison, Outcome
 from ssl_seg.evidence.pairs import MIN_STARTS
@@ -28,7 +29,7 @@ from ssl_seg.runs.schema import Finite, LeaksShape, Shape
 STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
 _AGAIN = "give the study's command again, which makes it anew from the cells"
-CELLS_FILE, GAINS_FILE = "cells.csv", "gains.csv"
+CELLS_FILE, GAINS_FILE, LABELS_FILE = "cells.csv", "gains.csv", "labels.csv"
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,9 +225,14 @@ class _StudyShape(Shape):
 
 
 def write_tables(study: Study) -> None:
-    """cells.csv, a row a cell, and gains.csv, a row a gain of mIoU or of a class: tidy, for a spreadsheet or pandas."""
+    """Tidy, for a spreadsheet or pandas: cells.csv, a row a cell, and gains.csv, a row a gain of mIoU or of a class.
+
+    Of learning curves also labels.csv, a row for each arm with each number of labels.
+    """
     files.write_atomic(study.folder / CELLS_FILE, _csv(cell_rows(study)))
     files.write_atomic(study.folder / GAINS_FILE, _csv(gain_rows(study)))
+    if labels := label_curve.rows(study):
+        files.write_atomic(study.folder / LABELS_FILE, _csv(labels))
 
 
 def cell_rows(study: Study) -> list[dict[str, Any]]:

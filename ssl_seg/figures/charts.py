@@ -94,6 +94,19 @@ class Band:
     values: tuple[tuple[float, ...], ...]  # at each place; none where nothing is known
     intervals: tuple[tuple[float, float] | None, ...]
     style: Style
+    ahead: tuple[tuple[float, float, float, float], ...] = ()  # places beyond, with low, middle and high of a forecast
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """How far apart two groups reach the same height; `low` and `high` are where its tip may be."""
+
+    height: float
+    start: float
+    tip: float
+    low: float
+    high: float
+    style: Style
 
 
 @dataclass(frozen=True)
@@ -192,15 +205,16 @@ def bands(
     reach: tuple[float, float],
     by_logarithm: bool = False,
     zero: bool = False,
+    arrow: Arrow | None = None,
 ) -> str:
     """Figures over a numeric axis: mean as a line, its interval as a band, every value as a small dot.
 
     Only places that have values are ticks. Dots of several groups stand beside each other, or they would hide each
     other. `reach` is what the upright axis holds, so that figures can share it. `zero` draws a line there, and numbers
-    have signs.
+    have signs. An arrow that reaches out of the figure ends at its edge.
     """
     figure, panel = _panel(2.15, bottom=0.46, left=0.5, right=0.14, top=0.1)
-    places = sorted({place for line in lines for place in line.places})
+    places = sorted({place for line in lines for place in (*line.places, *(own[0] for own in line.ahead))})
     to_axis, from_axis = (np.log, np.exp) if by_logarithm else (np.array, np.array)
     length = float(np.ptp(to_axis(places))) or 1.0
     for lane, line in enumerate(lines):
@@ -215,11 +229,21 @@ def bands(
             panel.plot(beside * len(values), values, **_dot(line.style, 2.4), alpha=0.5)
             if own is not None:  # a band has no width at a single place
                 panel.plot(beside * 2, own, color=line.style.hex, linewidth=0.8, alpha=0.6)
+        if line.ahead:
+            at, low, middle, high = np.array(line.ahead).T
+            panel.fill_between(at, low, high, color=line.style.hex, alpha=0.08, linewidth=0)
+            panel.plot(at, middle, color=line.style.hex, linewidth=1.3, linestyle=":")
     if zero:
         panel.axhline(0.0, color=light("muted"), linewidth=1.0, zorder=1)
     if by_logarithm:
         panel.set_xscale("log")
-    panel.set_xlim(*from_axis(to_axis([places[0], places[-1]]) + np.array([-0.07, 0.07]) * length))
+    ends = from_axis(to_axis([places[0], places[-1]]) + np.array([-0.07, 0.07]) * length)
+    panel.set_xlim(*ends)
+    if arrow is not None:
+        low, tip, high = np.clip([arrow.low, arrow.tip, arrow.high], *ends)
+        panel.plot([low, high], [arrow.height] * 2, color=arrow.style.hex, linewidth=6, alpha=0.25)
+        shape = {"arrowstyle": "-|>", "color": arrow.style.hex, "shrinkA": 0, "shrinkB": 0}
+        panel.annotate("", (tip, arrow.height), (arrow.start, arrow.height), arrowprops=shape)
     room = 0.05 * (reach[1] - reach[0]) or 0.5
     panel.set_ylim(reach[0] - room, reach[1] + room)
     panel.set_xticks(places, [_short(place) for place in places])

@@ -78,12 +78,15 @@ def print_comparison(found: Comparison) -> None:
 
 def print_study(study: Study) -> None:
     """A row an arm under each condition, the baseline first, and where everything is."""
+    from ssl_seg.evidence import label_curve
     from ssl_seg.evidence.claims import answer
-    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE
+    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE, LABELS_FILE
 
     _print_arms(_console(), study, study.arms, *_rows_of_study(study))
-    tables = f"{study.folder / CELLS_FILE}, {study.folder / GAINS_FILE}"
-    print_lines([answer(study).headline, f"tables: {tables}", f"report: {study.folder / 'report.html'}"])
+    written = [CELLS_FILE, GAINS_FILE, *[LABELS_FILE] * bool(label_curve.curves(study))]
+    tables = ", ".join(str(study.folder / name) for name in written)
+    told = [words for words in (answer(study).headline, label_curve.sentence(study)) if words]
+    print_lines([*told, f"tables: {tables}", f"report: {study.folder / 'report.html'}"])
 
 
 def _print_arms(console: Console, found: Comparison, arms: Sequence[Arm], heads: Sequence[str], cells: Cells) -> None:

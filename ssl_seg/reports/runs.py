@@ -18,7 +18,7 @@ from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.evidence import compare
 from ssl_seg.evidence.cautions import notes
-from ssl_seg.evidence.claims import MIN_PAIRS, answer, rules
+from ssl_seg.evidence.claims import answer, rules
 from ssl_seg.evidence.comparison import Arm, Comparison, Gain
 from ssl_seg.evidence.formatting import (
     NOTHING,
@@ -34,7 +34,7 @@ from ssl_seg.evidence.formatting import (
     unit_of,
     with_unit,
 )
-from ssl_seg.evidence.pairs import Spread
+from ssl_seg.evidence.pairs import MIN_PAIRS, Spread
 from ssl_seg.figures import charts
 from ssl_seg.figures.svg import to_svg, with_minus
 from ssl_seg.reports import sections

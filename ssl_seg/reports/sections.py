@@ -8,9 +8,9 @@ from typing import Any
 
 from ssl_seg import files
 from ssl_seg.config import flatten
-from ssl_seg.evidence.claims import MIN_PAIRS
 from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
 from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, percent, points
+from ssl_seg.evidence.pairs import MIN_PAIRS
 from ssl_seg.figures import charts
 from ssl_seg.leaks.record import sentence
 from ssl_seg.reports.arms import Page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -159,6 +160,21 @@ def test_figures_of_one_reach_have_one_scale() -> None:
         return re.search(r'<text[^>]*y="([0-9.]+)"[^>]*>0</text>', svg)[1]
 
     assert zero((1.0, 2.0)) == zero((-4.0,))
+
+
+def test_a_forecast_and_an_arrow_stay_within_the_figure() -> None:
+    style = charts.styles([False])[0]
+    ahead = ((10.0, 0.9, 1.0, 1.1), (40.0, 0.5, 1.0, 1.5))
+    line = Band((5.0, 10.0), ((1.0,), (1.0,)), (None, None), style, ahead)
+
+    def svg(**more: Any) -> str:
+        return charts.bands("bands", [line], "labels.count", "about", (0.0, 2.0), by_logarithm=True, **more)
+
+    assert "40" in texts(svg())
+    reaches = [charts.Arrow(1.0, 5.0, tip, 5.0, high, style) for tip, high in ((8.0, 9.0), (np.inf, np.inf))]
+    short, open_ended = (svg(arrow=arrow) for arrow in reaches)
+    assert len({svg(), short, open_ended}) == 3
+    assert not re.search(r"nan|inf", open_ended.replace("infinite", ""))
 
 
 def test_where_no_interval_is_known_none_is_drawn() -> None:

@@ -20,7 +20,7 @@ from scipy import stats
 
 from ssl_seg import cli
 from ssl_seg.config import UserError
-from ssl_seg.evidence import results
+from ssl_seg.evidence import label_curve, results
 from ssl_seg.evidence.claims import OF_CONDITIONS, answer, rules
 from ssl_seg.evidence.formatting import NOTHING, points
 from ssl_seg.evidence.statistics import detectable
@@ -262,7 +262,7 @@ def test_of_three_shared_pretrainings_their_means_decide(tmp_path: Path, monkeyp
     assert cells_of(section(page_of(tmp_path), "classes"), "road")[0] == f"+3.8 ({interval_of(means)})"
     low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     drawn = []
-    monkeypatch.setattr(charts, "bands", lambda name, bands, *_: drawn.append((name, bands)) or "")
+    monkeypatch.setattr(charts, "bands", lambda name, bands, *_, **__: drawn.append((name, bands)) or "")
     page_of(tmp_path)
     (four,) = dict(drawn)["gains0"]
     assert four.intervals[0] == pytest.approx((100 * low, 100 * high)), "the curves have it too"
@@ -358,7 +358,7 @@ def test_a_study_is_judged_at_its_own_level_everywhere(
     told = dict(answer(results.read(own)).single)["weak"]
     assert f"gave +2.0 points of mIoU over scratch (90 % interval {interval}, 3 pairs), on average over" in told
     drawn: dict[str, Sequence[Any]] = {}
-    monkeypatch.setattr(charts, "bands", lambda name, bands, *_: drawn.update({name: bands}) or "")
+    monkeypatch.setattr(charts, "bands", lambda name, bands, *_, **__: drawn.update({name: bands}) or "")
     monkeypatch.setattr(charts, "changes", lambda name, rows, columns, cells, *_: drawn.update({name: cells}) or "")
     page = page_of(own)
     assert drawn["gains0"][0].intervals[0] == pytest.approx((100 * low, 100 * high))
@@ -429,6 +429,44 @@ def test_curves_are_drawn_over_the_longest_axis_of_numbers(tmp_path: Path) -> No
     ]
     assert learning.count("over labels.count for") == 4
     assert learning.count('class="panels') == 2, "short and long beside each other, gains below"
+
+
+def test_what_labels_are_worth_is_one_sentence_on_the_page_and_in_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = results.read(write_study(tmp_path, {"four": [GAIN] * 3}, {"labels.count": [5, 10, 20]}, level=0.9))
+    told = label_curve.sentence(found)
+    assert told.startswith("With 10 labelled images pretraining (four) is worth 6 more (90 % interval ")
+    shown = section(page_of(tmp_path), "labels")
+    assert html.unescape(shown).count(told) == 1
+    assert shown.count("over labels.count for") == 1
+    assert cells_of(shown, "four")[:2] == ["5", "4"]
+    print_study(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert told in said
+    assert "labels.csv" in said
+    drawn = {}
+    monkeypatch.setattr(charts, "bands", lambda name, lines, *_, **more: drawn.update({name: (lines, more)}) or "")
+    page_of(tmp_path)
+    (scratch, four), more = drawn["labels0"]
+    (worth,) = label_curve.worths(found)
+    arrow, own = more["arrow"], worth.at(10)
+    assert (arrow.start, arrow.tip, arrow.low, arrow.high) == (10, 10 + own.middle, 10 + own.low, 10 + own.high)
+    assert arrow.height == pytest.approx(np.mean(four.values[1]))
+    assert [place for place, *_ in scratch.ahead] == [20, 40, 80]
+
+
+def test_without_numbers_of_labels_nothing_is_said_of_their_worth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path, {"four": [GAIN] * 2}, {"train.steps": [400, 1400]})
+    assert 'id="labels"' not in page_of(study)
+    print_study(results.read(study))
+    said = capsys.readouterr().out
+    assert "labels.csv" not in said
+    assert "labelled images" not in said
+    unfinished = write_study(tmp_path / "two", {"four": [GAIN[:2]] * 2})
+    assert "cannot be told" in section(page_of(unfinished), "labels")
 
 
 def test_without_an_axis_of_numbers_every_run_is_a_dot(tmp_path: Path) -> None:
