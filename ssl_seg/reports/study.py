@@ -73,10 +73,11 @@ OF_GAINS = (
 OF_WORTH = (
     "What an arm scores with so many labels, {over} scores with this many more, by its means and lines between them "
     "over the logarithm of the labels; below 0 the arm costs labels. Intervals of {level}, open where {over} was not "
-    "measured that far or is too flat. Every row is a comparison of its own."
+    "measured that far or is too flat; a dash where it was not measured on that side at all. Every row is a comparison "
+    "of its own."
 )
 OF_AHEAD = (
-    "What lies ahead by power laws, with intervals of {level}, and how many labels more than were measured the next "
+    "What twice the labels give by power laws, with intervals of {level}, and how many more than measured the next "
     f"round score takes. No curve is followed beyond {label_curve.REACH} times the most labels."
 )
 OF_ARROWS = (
@@ -239,7 +240,7 @@ def _labels(page: Page[Study]) -> Iterator[Section]:
     ahead_rows = [_ahead_row(page, own) for own in curves.values() if own.can_look_ahead]
     columns = ("Arm", *others, "Labels", "Independent pairs", "Worth, labels", "Interval")
     tables = [Table(OF_WORTH.format(over=study.over, level=page.level), columns, tuple(worth_rows))] * bool(worth_rows)
-    columns = ("Arm", *others, "mIoU, % with", "twice as many", "mIoU, %", "needs, labels more", "Interval")
+    columns = ("Arm", *others, "Labels", "mIoU, %", "Interval", "Next mIoU, %", "Labels more", "Interval")
     tables += [Table(OF_AHEAD.format(level=page.level), columns, tuple(ahead_rows))] * bool(ahead_rows)
     figures = [Panels(tuple(panels), page.legend(study.arms), shape="wide"), Text(OF_ARROWS)] * bool(panels)
     folds = [Fold("The numbers", tuple(tables))] * bool(tables)
@@ -292,7 +293,7 @@ def _worth_row(page: Page[Study], worth: label_curve.Worth, count: int) -> Table
 def _ahead_row(page: Page[Study], curve: label_curve.LabelCurve) -> TableRow:
     most, needs = curve.counts[-1], curve.needs
     low, middle, high = (100 * curve.ahead((2 * most,))[:, 0]).tolist()
-    cells = [*dict(curve.held).values(), f"{2 * most:,}: {middle:.1f}", f"{low:.1f} to {high:.1f}"]
+    cells = [*dict(curve.held).values(), f"{2 * most:,}", f"{middle:.1f}", f"{low:.1f} to {high:.1f}"]
     cells += [f"{100 * curve.next_score:.0f}", label_curve.needed_in_words(needs.middle, curve)]
     cells += [" to ".join(dict.fromkeys(label_curve.needed_in_words(end, curve) for end in (needs.low, needs.high)))]
     return TableRow(curve.arm.label, tuple(cells), page.marks[curve.arm])
