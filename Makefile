@@ -9,6 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python experiments/demo/run.py --out runs/demo
 
+# Bytecode is kept whatever the shell says of it: else the two processes compile all tests at each start, and every
+# command that a test starts compiles the package.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

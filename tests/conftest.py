@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported, which is left to the tests: the process that deals them out to others has no use for it.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
-import torch
 
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("quick")

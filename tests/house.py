@@ -89,13 +89,18 @@ def room_of(name: str) -> str:
 
 
 FILES = {module_name(path): path for path in sorted((ROOT / "ssl_seg").rglob("*.py")) if path.parent.name != "configs"}
-ARROWS = {name: own_modules(imported(path)) - {name} for name, path in FILES.items()}
+
+
+@cache
+def arrows() -> dict[str, set[str]]:
+    """What each module imports of the others."""
+    return {name: own_modules(imported(path)) - {name} for name, path in FILES.items()}
 
 
 def between_rooms() -> set[tuple[str, str]]:
     """Every arrow from a room to another that it imports."""
-    arrows = {(room_of(name), room_of(used)) for name, own in ARROWS.items() for used in own}
-    return {(room, used) for room, used in arrows if room and room != used}
+    found = {(room_of(name), room_of(used)) for name, own in arrows().items() for used in own}
+    return {(room, used) for room, used in found if room and room != used}
 
 
 def figures() -> str:

@@ -117,6 +117,16 @@ def command(*words: object, folder: Path = ROOT) -> Child:
     return Child(cli.main, [str(word) for word in words], folder=folder)
 
 
+def command_without(library: str, *words: object) -> Child:
+    """`ssl-seg WORDS` where a library is not installed."""
+    return Child(_run_without, library, [str(word) for word in words])
+
+
+def _run_without(library: str, words: list[str]) -> None:
+    sys.modules[library] = None
+    cli.main(words)
+
+
 def start_torchrun(*words: object, folder: Path = ROOT) -> subprocess.Popen[str]:
     """A start by torchrun itself: ten seconds of work, where `in_pair` shows the same of all but the start."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -10,7 +10,7 @@ import pytest
 
 import ssl_seg
 from tests import ROOT
-from tests.house import ARROWS, DRAWING, FILES, FLOOR_OF, drawing, imported, own_modules, room_of
+from tests.house import DRAWING, FILES, FLOOR_OF, arrows, drawing, imported, own_modules, room_of
 
 PRETEXT_MAY_IMPORT = {"config", "tasks", "rng", "losses", "metrics", "models"}
 PUBLIC_MODULES = {"datasets", "images", "losses", "metrics", "models", "rng", "tasks", "testing", "worlds"}
@@ -30,7 +30,7 @@ HOMES = {  # the only files that may import a heavy library
 def test_imports_point_up(name: str) -> None:
     room = room_of(name)
     assert room in FLOOR_OF, f"{name}: {room} is a new room; give it a floor"
-    down = {used for used in ARROWS[name] if FLOOR_OF[room_of(used)] > FLOOR_OF[room]}
+    down = {used for used in arrows()[name] if FLOOR_OF[room_of(used)] > FLOOR_OF[room]}
     assert not down, f"{name} imports {sorted(down)}, which stand below it"
 
 
@@ -41,7 +41,7 @@ def test_private_names_stay_in_their_file(name: str) -> None:
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    left = {name: set(used) for name, used in ARROWS.items()}
+    left = {name: set(used) for name, used in arrows().items()}
     while free := [name for name, used in left.items() if not used & left.keys()]:
         for name in free:
             del left[name]

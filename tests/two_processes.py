@@ -38,7 +38,7 @@ from ssl_seg.training.processes import Processes
 from tests.small import POOL, Textured, finetuning, joining, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
-STEPS = 20
+STEPS = 10
 # At ten times this rate AdamW's first steps, which are all signs, turn rounding into 0.2 % of the loss by step 20.
 LR = 1e-4
 # The default network, narrow: better conditioned than the small one of the other tests.
@@ -46,7 +46,7 @@ MODEL = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 1
 
 
 def record(views: str, encode: str) -> dict[str, Any]:
-    """The first step's gradients, and the losses of twenty AdamW steps; no dropout, which differs between processes."""
+    """The first step's gradients, and the losses of ten AdamW steps; no dropout, which differs between processes."""
     values = pretraining(views=views, encode=encode, steps=STEPS, batch_size=8, lr=LR)
     config = load(PretrainConfig, {**values, "model": MODEL, "augment": {"crop": [32, 32]}})
     processes = Processes(config.train)
@@ -316,8 +316,8 @@ def begin_alike(out: str) -> None:
         torch.save(seen, out)
 
 
-def resume(folder: str, encode: str, workers: int) -> None:
-    config = load(PretrainConfig, pretraining(encode=encode, workers=workers, save_every=1))
+def resume(folder: str, encode: str, workers: int, steps: int) -> None:
+    config = load(PretrainConfig, pretraining(encode=encode, workers=workers, steps=steps, save_every=1))
     run = partial(pretrain_quietly, config)
     resume_after_every_step(run, Path(folder) / "pretrained", config.train.steps, Processes(config.train))
     if encode == "together":

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 from urllib.error import HTTPError, URLError
@@ -280,11 +281,17 @@ class Maps(nn.Module):
 
         A part that gives maps has lost the list of the whole network, and writes a `_` for some dots in names.
         """
-        with torch.device("meta"):
-            whole = timm.create_model(self.name)
-        listed = {name.replace(".", "_") for name in getattr(whole, "no_weight_decay", set)()}
-        names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in listed]
+        spared = _not_decayed(self.name)
+        names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in spared]
         return {f"network.{name}" for name in names}
+
+
+@cache
+def _not_decayed(name: str) -> frozenset[str]:
+    """What timm's whole network lists, with `_` for dots; building one without weights takes as long as ten steps."""
+    with torch.device("meta"):
+        whole = timm.create_model(name)
+    return frozenset(own.replace(".", "_") for own in getattr(whole, "no_weight_decay", set)())
 
 
 class Pyramid(nn.Module):

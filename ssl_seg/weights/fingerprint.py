@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssl_seg import files, rng
 from ssl_seg.config import UserError
+from ssl_seg.models import evaluating
 
 PROBE = (2, 3, 64, 64)  # the smallest images that leave the stride-32 map more than one pixel
 PROBE_SEED = "ssl_seg.store.fingerprint"  # every export was compared under this word; another would refuse them all
@@ -30,8 +31,9 @@ ROUNDED_TOLERANCES = {torch.float16: 0.1, torch.bfloat16: 0.4}
 def fingerprint(net: nn.Module) -> list[list[float]]:
     """A few figures for each map that `net` makes of a fixed batch: mean, std and projections on keyed directions.
 
-    They change with any weight or statistic that changes the maps. A copy computes them, in float32 on the CPU, so the
-    device, the precision and the mode of `net` do not matter. Raises UserError for maps that are not finite.
+    They change with any weight or statistic that changes the maps. They are computed in float32 on the CPU, by a copy
+    where `net` is something else, so its device, precision and mode do not matter. Raises UserError for maps that are
+    not finite.
     """
     figures = figures_of(net)
     if not all(math.isfinite(value) for level in figures for value in level):
@@ -43,11 +45,20 @@ def figures_of(net: nn.Module) -> list[list[float]]:
     images, *shape = PROBE
     key = rng.as_key(PROBE_SEED)
     probe = rng.uniform(rng.fold_in(key, torch.arange(images)), tuple(shape))
-    copied = copy.deepcopy(net).to("cpu", torch.float32).eval()
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        output = copied(probe)
+    plain = net if _is_plain(net) else copy.deepcopy(net).to("cpu", torch.float32)
+    with evaluating(plain), torch.autocast("cpu", enabled=False):
+        output = plain(probe)
     maps = [output] if isinstance(output, Tensor) else output
     return [_summarise(level, rng.fold_in(key, f"level {index}")) for index, level in enumerate(maps)]
+
+
+def _is_plain(net: nn.Module) -> bool:
+    """Whether all of it is float32 on the CPU already."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return all(
+        tensor.device.type == "cpu" and (tensor.dtype == torch.float32 or not tensor.is_floating_point())
+        for tensor in tensors
+    )
 
 
 def _summarise(level: Tensor, key: Tensor) -> list[float]:

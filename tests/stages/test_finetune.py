@@ -302,8 +302,17 @@ def test_the_best_weights_are_selected_and_the_last_on_request(tmp_path: Path) -
     assert last.val.miou == pytest.approx(scores[30])
 
 
-def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tmp_path: Path) -> None:
-    tired = run(tmp_path / "tired", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+@pytest.fixture(scope="module")
+def tired(tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+    """A run that nothing improves."""
+    return run_tired(tmp_path_factory.mktemp("tired") / "run")
+
+
+def run_tired(folder: Path) -> Finetuned:
+    return run(folder, {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+
+
+def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tired: Finetuned, tmp_path: Path) -> None:
     scores = [line["val/miou"] for line in read_metrics(tired.folder)]
     assert tired.steps < 60
     assert max(scores[-2:]) <= max(scores[:-2])
@@ -312,12 +321,11 @@ def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tmp_path:
     assert reached.index(True) == len(reached) - 1
 
 
-def test_a_stopped_run_is_not_taken_up_again(tmp_path: Path) -> None:
-    first = run(tmp_path / "run", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
-    again = run(tmp_path / "run", {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
-    assert again.steps == first.steps
-    assert again.val.miou == first.val.miou
-    assert load_state(first.folder).step == first.steps
+def test_a_stopped_run_is_not_taken_up_again(tired: Finetuned, tmp_path: Path) -> None:
+    again = run_tired(shutil.copytree(tired.folder, tmp_path / "run"))
+    assert again.steps == tired.steps
+    assert again.val.miou == tired.val.miou
+    assert load_state(again.folder).step == tired.steps
 
 
 def test_validation_is_held_out_where_none_is_given() -> None:

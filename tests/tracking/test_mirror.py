@@ -46,7 +46,7 @@ from ssl_seg.tracking import Mirror, Tracking, TrackingField, client, experiment
 from ssl_seg.tracking.record import read_record
 from tests import ROOT
 from tests.faults import message_of
-from tests.processes import Child
+from tests.processes import Child, command, command_without
 from tests.small import finetuning, pretraining
 from tests.test_cli import SMALL, as_words
 
@@ -827,19 +827,15 @@ def test_tracking_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_without_mlflow_a_run_wants_tracking_none(tmp_path: Path) -> None:
-    script = (
-        "import sys\n"
-        "sys.modules['mlflow'] = None\n"
-        "from ssl_seg import cli\n"
-        "for words in (sys.argv[1:], [*sys.argv[1:], 'tracking=none']):\n"
-        "    print(cli.run(lambda: cli.app(args=words, standalone_mode=False)))\n"
-    )
     values = {key: value for key, value in pretraining(steps=1).items() if key != "tracking"}
     words = ["pretrain", *as_words(values), "--plugin", SMALL, "--quiet", "--out", str(tmp_path / "a")]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False, cwd=ROOT)
-    codes = [line for line in done.stdout.splitlines() if line.isdigit()]
-    assert codes == ["2", "0"], done.stderr
-    assert "ssl-seg: tracking: mlflow is not installed; pip install mlflow, or set tracking=none\n" in done.stderr
+    refused = command_without("mlflow", *words)
+    _, said = refused.communicate()
+    assert refused.returncode == 2, said
+    assert "ssl-seg: tracking: mlflow is not installed; pip install mlflow, or set tracking=none\n" in said
+    alone = command_without("mlflow", *words, "tracking=none")
+    _, said = alone.communicate()
+    assert alone.returncode == 0, said
     assert not (tmp_path / "a" / "tracking").exists()
 
 
@@ -849,9 +845,13 @@ def test_without_mlflow_a_run_wants_tracking_none(tmp_path: Path) -> None:
 LONG = {**pretraining(steps=4000, save_every=20, log_every=2), "tracking": {"every": 0.2}}
 
 
+def pretrain_long(out: Path, *words: str) -> list[str]:
+    return ["pretrain", *as_words(LONG), *words, "--plugin", SMALL, "--out", str(out)]
+
+
 def start_run(out: Path, *words: str, launcher: Sequence[str] = ("-m", "ssl_seg")) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, "pretrain", *as_words(LONG), *words, "--plugin", SMALL, "--out", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [sys.executable, *launcher, *pretrain_long(out, *words)]
+    return subprocess.Popen(started, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def has_lines(out: Path, number: int) -> bool:
@@ -872,7 +872,7 @@ def status_of(uri: str) -> str:
 def test_a_run_killed_without_a_word_is_killed_in_mlflow_and_goes_on_there(tmp_path: Path) -> None:
     out, uri = tmp_path / "runs" / "a", sqlite_uri(tmp_path / "runs")
     make_ready(tmp_path / "runs")
-    run = start_run(out)
+    run = command(*pretrain_long(out))
     wait_for(lambda: has_lines(out, 15) and is_sent(out), "no lines")
     run.kill()
     run.communicate()

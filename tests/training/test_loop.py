@@ -363,16 +363,16 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
 
 def print_page_faults(keep: bool) -> None:
-    """Those of five steps that need 128 MiB."""
+    """Those of three steps that need 64 MiB."""
     if keep:
         keep_freed_memory()
 
     def step() -> None:
-        _ = [torch.ones(2**23) for _ in range(4)]  # of 32 MiB: beyond what malloc learns to keep by itself
+        _ = [torch.ones(2**23) for _ in range(2)]  # of 32 MiB: beyond what malloc learns to keep by itself
 
     for _ in range(8):  # the heap finds its size: in two steps not always
         step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
+    for _ in range(3):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

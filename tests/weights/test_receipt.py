@@ -297,6 +297,18 @@ def test_features_are_equal_again_by_a_wide_margin_and_wrong_ones_far_off():
             parameter.data = kept
 
 
+def test_a_look_at_the_features_leaves_the_network_as_it_was():
+    """One in float32 on the CPU is looked at itself, any other in a copy: both find the same and change nothing."""
+    encoder = trained().train()
+    encoder.backbone.network.layer1.eval()
+    modes = [part.training for part in encoder.modules()]
+    before = copy.deepcopy(encoder.state_dict())
+    itself = fingerprint(encoder)
+    assert [part.training for part in encoder.modules()] == modes
+    torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+    assert fingerprint(copy.deepcopy(encoder).double()) == itself
+
+
 def test_fingerprints_that_cannot_be_compared_are_infinitely_far():
     one = [[0.0, 1.0, 0.5]]
     assert feature_distance(one, one) == 0.0

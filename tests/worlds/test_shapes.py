@@ -156,7 +156,7 @@ def _accuracies(cue: tuple[str, ...]) -> dict[str, float]:
     accuracies = {}
     for factor in FACTORS:
         figures = [traits[factor] for _, traits in found]
-        forest = RandomForestClassifier(40, random_state=0)
+        forest = RandomForestClassifier(12, random_state=0)
         accuracies[factor] = cross_val_score(forest, figures, truth, cv=3).mean()
     return accuracies
 
