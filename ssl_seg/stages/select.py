@@ -16,16 +16,15 @@ from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, load, user_path
 from ssl_seg.data import selection
 from ssl_seg.data.splits import Examples, Labels
-from ssl_seg.data.workers import TIMEOUT, Workers
+from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
-from ssl_seg.leaks.near_duplicates import fingerprint
 from ssl_seg.models import EncoderNet, ModelConfig
 from ssl_seg.stages.features import Described, describe
 from ssl_seg.stages.predict import mask_names
-from ssl_seg.stages.setup import check_images, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, check_images, tell_notes
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_encoder, read_encoder_info
@@ -45,7 +44,7 @@ class SelectData(Config):
     scored: SerializeAsAny[Dataset] | None = None
 
 
-class SelectConfig(Config):
+class SelectConfig(ReadingConfig):
     """`ssl-seg select photos --count 20 --with runs/pretrained --out to_label`"""
 
     data: SelectData
@@ -58,11 +57,6 @@ class SelectConfig(Config):
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
-
-    @property
-    def reading(self) -> Workers:
-        """How the images are read."""
-        return Workers(self.workers, self.worker_timeout, section="")
 
 
 class Named(Config):
@@ -163,22 +157,9 @@ def _encoder(config: SelectConfig) -> EncoderNet:
 
 def _scored_too(config: SelectConfig) -> set[int]:
     """Images of the pool that show what will be scored."""
-    scored = config.data.scored
-    if scored is None or not config.leaks.check:
-        return set()
-    seen = [_finished(fingerprint(part, config.reading)) for part in (config.data.pool, scored)]
-    leaks = _finished(guard.compare("pool", seen[0], "scored", seen[1], config.leaks))
-    leaking = {leak.name for leak in leaks if not guard.is_allowed(leak, config.leaks.allow)}
-    return {index for index, name in enumerate(seen[0].names) if name in leaking}
-
-
-def _finished(work: Any) -> Any:
-    """What a generator that pauses now and then returns in the end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
+    pool, scored = config.data.pool, config.data.scored
+    leaking = set() if scored is None else guard.leaking(pool, scored, config.leaks, config.reading)
+    return {index for index in range(len(pool)) if pool.name(index) in leaking}
 
 
 def _twins(features: np.ndarray, count: int) -> set[int]:
