@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -80,6 +80,44 @@ class Subset:
 
     def sequence(self, index: int) -> str:
         return self.dataset.sequence(self.indices[index])
+
+
+@dataclass(frozen=True)
+class Several:
+    """The images of one data set after those of another, to be looked at together: masks and classes are left out."""
+
+    parts: tuple[Examples, ...]
+    class_names: ClassVar[tuple[str, ...]] = ()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, index: int) -> Example:
+        return self.image(index)
+
+    def image(self, index: int) -> Example:
+        part, own = self._at(index)
+        return part.image(own)
+
+    def label(self, index: int) -> None:
+        return None
+
+    def name(self, index: int) -> str:
+        part, own = self._at(index)
+        return part.name(own)
+
+    def doubt(self, index: int) -> str:
+        return ""
+
+    def sequence(self, index: int) -> str:
+        return ""
+
+    def _at(self, index: int) -> tuple[Examples, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
 
 
 def _say_gone(name: str) -> str:
@@ -161,11 +199,11 @@ class Labels(Config):
 def sample_digest(examples: Examples, count: int = NUM_DIGESTED, with_labels: bool = True) -> str:
     """sha256 of up to `count` examples, evenly apart: enough to notice other files under the same names."""
     read = examples.read if with_labels else examples.image
-    digests = [digest_of(read(index)) for index in _spread(len(examples), count)]
+    digests = [digest_of(read(index)) for index in spread(len(examples), count)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _spread(number: int, count: int) -> list[int]:
+def spread(number: int, count: int) -> list[int]:
     """Up to `count` of `number` indices, evenly apart."""
     return np.linspace(0, number - 1, min(count, number)).round().astype(int).tolist()
 
@@ -202,7 +240,7 @@ def has_labelled_pixels(examples: Examples) -> bool:
 
 def untrained_classes(trained: Examples, scored: Examples, count: int = NUM_DIGESTED) -> tuple[str, ...]:
     """The names of classes that up to `count` masks of `scored`, evenly apart, show and no mask of `trained` does."""
-    shown = set().union(*(_classes(scored, index) for index in _spread(len(scored), count)))
+    shown = set().union(*(_classes(scored, index) for index in spread(len(scored), count)))
     left = shown & set(range(len(scored.class_names)))  # another id is told where all of them are read
     for index in range(len(trained)):
         if not left:

@@ -352,6 +352,11 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
+def plane(name: str, groups: Mapping[str, np.ndarray], about: str) -> str:
+    """`draw_map` to stand inside an HTML page."""
+    return to_svg(draw_map(groups), name, about)
+
+
 def draw_map(groups: Mapping[str, np.ndarray]) -> Figure:
     """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last is the ground."""
     side = 5.6
@@ -364,7 +369,8 @@ def draw_map(groups: Mapping[str, np.ndarray]) -> Figure:
         panel.plot(*points.T, **dot, alpha=0.5 if is_ground else 1.0, label=f"{name} ({len(points)})", zorder=height)
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(groups), frameon=False, fontsize=TEXT)
+    looks_of_names = {"frameon": False, "fontsize": TEXT, "labelcolor": light("ink")}
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(groups), **looks_of_names)
     return figure
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from ssl_seg import files
@@ -109,6 +109,31 @@ class _ExtremeShape(Shape):
     miou: Number = None
 
 
+class _KindShape(Shape):
+    labelled: int
+    scored: int
+    names: Annotated[list[str], Field(min_length=1)]
+    miou: float
+    miou_of_others: float
+
+
+class _PlacesShape(Shape):
+    x: list[float]
+    y: list[float]
+    miou: list[Number] = []
+
+    @model_validator(mode="after")
+    def _of_the_same_images(self) -> Self:
+        if len(self.x) != len(self.y) or len(self.miou) not in (0, len(self.x)):
+            raise ValueError("x, y and miou are not of the same images")
+        return self
+
+
+class _KindsShape(Shape):
+    uncovered: dict[str, _KindShape]
+    places: dict[str, _PlacesShape]
+
+
 class _ReceiptShape(Shape):
     share: float = 0.0
     features_equal: bool | None = None
@@ -155,6 +180,7 @@ SHAPES = {
     "data.json": TypeAdapter(dict[str, _PartShape]),
     "tasks.json": TypeAdapter(dict[str, _TaskShape]),
     "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
+    "kinds.json": TypeAdapter(_KindsShape),
     "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
     "leaks.json": TypeAdapter(LeaksShape),
     "confusion.json": TypeAdapter(_MatricesShape),

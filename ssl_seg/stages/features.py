@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_seg.config import UserError
 from ssl_seg.data.loading import Whole, loader
 from ssl_seg.data.splits import Examples, Subset
 from ssl_seg.data.workers import Workers
@@ -42,7 +43,8 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     """Mean and spread of every map over the image, and maps at points of it; standardized, as principal components.
 
     Images are squeezed to a square. The components are those of the examples themselves, so features of two calls
-    cannot be compared: give all images at once. Raises UserError for an image that cannot be read.
+    cannot be compared: give all images at once. Raises UserError for an image that cannot be read, and for features that
+    are not finite.
     """
     encoder = encoder.to(device, memory_format=torch.channels_last)  # a quarter less time on a CPU, with a resnet18
     count = len(examples)
@@ -67,7 +69,10 @@ def _raw(
     with evaluating(encoder):
         for packed in loader(whole, batches, workers):
             features = encoder(packed.to(device, channels_last=True).image)
-            yield _of_images(features).cpu().numpy(), _of_regions(features).cpu().numpy()
+            described = _of_images(features).cpu().numpy(), _of_regions(features).cpu().numpy()
+            if not all(np.isfinite(own).all() for own in described):
+                raise UserError(f"{packed.names[0]}: what the encoder sees in it is not finite; name another run")
+            yield described
 
 
 def _of_images(features: Features) -> Tensor:
@@ -88,7 +93,8 @@ def _of_regions(features: Features) -> Tensor:
 
 def _fitted(raw: np.ndarray) -> Pipeline:
     flat = raw.reshape(-1, raw.shape[-1])
-    return make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *flat.shape), random_state=0)).fit(flat)
+    with np.errstate(invalid="ignore"):  # equal images have no variance that components could share
+        return make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *flat.shape), random_state=0)).fit(flat)
 
 
 def _reduced(reduction: Pipeline, raw: np.ndarray) -> np.ndarray:

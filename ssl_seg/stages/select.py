@@ -16,9 +16,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, field_va
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, load, user_path
 from ssl_seg.data import selection
-from ssl_seg.data.splits import Examples, Labels, pixel_counts
+from ssl_seg.data.splits import Labels, Several, pixel_counts
 from ssl_seg.data.workers import TIMEOUT
-from ssl_seg.datasets import Dataset, Example
+from ssl_seg.datasets import Dataset
 from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
@@ -85,42 +85,6 @@ class Selected:
     unlabelled: tuple[str, ...] = ()  # classes that no labelled mask shows
 
 
-@dataclass(frozen=True)
-class _Both:
-    """The pool's images, then the labelled ones: as what a loader's workers look at, without masks."""
-
-    pool: Examples
-    labelled: Examples | None
-    class_names = ()
-
-    def __len__(self) -> int:
-        return len(self.pool) + (0 if self.labelled is None else len(self.labelled))
-
-    def read(self, index: int) -> Example:
-        return self.image(index)
-
-    def image(self, index: int) -> Example:
-        examples, own = self._at(index)
-        return examples.image(own)
-
-    def label(self, index: int) -> None:
-        return None
-
-    def name(self, index: int) -> str:
-        examples, own = self._at(index)
-        return examples.name(own)
-
-    def doubt(self, index: int) -> str:
-        return ""
-
-    def sequence(self, index: int) -> str:
-        return ""
-
-    def _at(self, index: int) -> tuple[Examples, int]:
-        count = len(self.pool)
-        return (self.pool, index) if self.labelled is None or index < count else (self.labelled, index - count)
-
-
 def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Selected:
     """Choose `count` images of the pool and write them into the new folder `out`.
 
@@ -139,7 +103,7 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
     models = _models(config)
     if models and config.data.labelled is None:
         say("data.labelled: not given, so images that are labelled already may be chosen again", quiet)
-    both = _Both(pool, config.data.labelled)
+    both = Several((pool,) if config.data.labelled is None else (pool, config.data.labelled))
     encoder = _encoder(config)
     left_out = _scored_too(config)
     device = choose_device(config.device)
