@@ -361,11 +361,11 @@ def draw_map(groups: Mapping[str, np.ndarray]) -> Figure:
     """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last is the ground."""
     side = 5.6
     figure, panel = _panel(side, bottom=0.5, left=0.1, right=0.1, width=side + 0.2, top=0.1)
-    looks = [Style("vermilion", "o"), Style("blue", "s"), Style("base", ".")][-len(groups) :]
+    looks = [Style("vermilion", "o"), Style("blue", "s"), Style("base", "o")][-len(groups) :]
     for height, (name, points) in enumerate(reversed(list(groups.items()))):
         style = looks[len(groups) - 1 - height]
         is_ground = height == 0
-        dot = _dot(style, 4.0 if is_ground else 7.0)
+        dot = _dot(style, 3.0 if is_ground else 7.0)
         panel.plot(*points.T, **dot, alpha=0.5 if is_ground else 1.0, label=f"{name} ({len(points)})", zorder=height)
     panel.set_xticks([])
     panel.set_yticks([])

@@ -43,8 +43,8 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     """Mean and spread of every map over the image, and maps at points of it; standardized, as principal components.
 
     Images are squeezed to a square. The components are those of the examples themselves, so features of two calls
-    cannot be compared: give all images at once. Raises UserError for an image that cannot be read, and for features that
-    are not finite.
+    cannot be compared: give all images at once. Raises UserError for an image that cannot be read, or whose
+    features are not finite.
     """
     encoder = encoder.to(device, memory_format=torch.channels_last)  # a quarter less time on a CPU, with a resnet18
     count = len(examples)
