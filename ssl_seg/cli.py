@@ -178,7 +178,10 @@ def select_command(
     pool: Annotated[str, typer.Argument(metavar="POOL", help="A folder of images, or a YAML file with data.pool.")],
     words: Words = None,
     count: Annotated[int | None, typer.Option(min=1, help="How many images; 20 by default.")] = None,
-    init: Annotated[str | None, typer.Option("--with", metavar="RUN", help="Whose encoder compares them.")] = None,
+    init: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="RUN", help="Whose encoder compares them; seeds of a fine-tuning, one by one."),
+    ] = None,
     out: Out = None,
     plugin: Plugins = None,
     quiet: Quiet = False,
@@ -189,15 +192,21 @@ def select_command(
     values = _values([*given, *(words or [])], plugin)
     if not given:
         values = merge({"data": {"pool": {"type": "folder", "images": pool}}}, values)
-    values |= {key: value for key, value in (("count", count), ("init", init)) if value is not None}
+    values |= {key: value for key, value in (("count", count), ("init", init)) if value}
     from ssl_seg.stages import select
     from ssl_seg.stages.select import SelectConfig
 
     chosen = select.select(load(SelectConfig, values), folder, quiet)
-    print_lines([f"{share * 100:4.0f} %  {name}" for name, share in zip(chosen.names, chosen.shares, strict=True)])
+    unsure = [f"  uncertain: {own:.2f}" for own in chosen.uncertain] or [""] * len(chosen.names)
+    shown = zip(chosen.shares, chosen.names, unsure, strict=True)
+    print_lines([f"{share * 100:4.0f} %  {name}{more}" for share, name, more in shown])
+    if chosen.unlabelled:
+        print_lines([f"no labelled mask shows {', '.join(chosen.unlabelled)}"])
     before = f", {chosen.covered_before * 100:.0f} % before" if chosen.covered_before else ""
     cover = f"they cover {chosen.covered * 100:.0f} % of what the pool shows{before}"
     print_lines([f"{len(chosen.names)} images: {chosen.out} (look at {chosen.out / 'sheet.png'}); {cover}"])
+    where = f"{{type: folder, images: {chosen.out / 'images'}, masks: {chosen.out / 'masks'}, classes: [...]}}"
+    print_lines([f"next: draw masks of the same names into {chosen.out / 'masks'}; data.labelled is then {where}"])
 
 
 @app.command("gap")

@@ -87,6 +87,47 @@ class Subset:
         return self.dataset.files(self.indices[index])
 
 
+@dataclass(frozen=True)
+class Several:
+    """The images of one data set after those of another, to be looked at together: masks and classes are left out."""
+
+    parts: tuple[Examples, ...]
+    class_names = ()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def read(self, index: int) -> Example:
+        return self.image(index)
+
+    def image(self, index: int) -> Example:
+        part, own = self._at(index)
+        return part.image(own)
+
+    def label(self, index: int) -> None:
+        return None
+
+    def name(self, index: int) -> str:
+        part, own = self._at(index)
+        return part.name(own)
+
+    def doubt(self, index: int) -> str:
+        return ""
+
+    def sequence(self, index: int) -> str:
+        return ""
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return ()
+
+    def _at(self, index: int) -> tuple[Examples, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+
 def _say_gone(name: str) -> str:
     return (
         f"data.labelled: {name} is not there any more, and the run began with it; "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from ssl_seg.evidence.comparison import Arm, Comparison, Outcome, labels_of, main_score_of
 from ssl_seg.evidence.pairs import MIN_STARTS, Shared, software_in_words
 from ssl_seg.evidence.passport import differing
 from ssl_seg.evidence.results import Study
+from ssl_seg.images import show_path
 
+NAMED = 3  # images of a kind, in its sentence
 LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
     "allowed": "trained on some of the scored images, which leaks.allow let pass",
     "cut": "trained on frames beside scored ones, at the cut that the run made itself",
@@ -39,7 +42,29 @@ def notes(found: Comparison) -> tuple[str, ...]:
     if shared:
         counts = [f"{arm.label} ({gain.n} pairs, pretrainings: {gain.num_starts})" for arm, gain in shared.items()]
         lines.append(f"pairs that start from one pretraining are not independent: {', '.join(counts)}")
-    return (*found.apart, *lines)
+    return (*found.apart, *lines, *_uncovered(found.arms))
+
+
+def _uncovered(arms: Iterable[Arm]) -> Iterator[str]:
+    """A line for each arm that was scored on a kind of image that no labelled image of its run shows."""
+    for arm in arms:
+        told = [kinds_in_words(outcome.run.read("kinds.json")) for outcome in arm.outcomes if outcome.run is not None]
+        own = [sentences[0] for sentences in told if sentences]
+        if own:
+            yield f"{arm.label} ({len(own)} of {len(arm.outcomes)} runs): {own[0]}"
+
+
+def kinds_in_words(record: Mapping[str, Any] | None) -> list[str]:
+    """What a kinds.json says: a sentence for each part with a kind of image that no labelled image shows."""
+    told = []
+    for part, kind in ({} if record is None else record["uncovered"]).items():
+        names = [show_path(name) for name in kind["names"][:NAMED]] + ["..."] * (len(kind["names"]) > NAMED)
+        told.append(
+            f"{part}: {len(kind['names'])} of {kind['scored']} images are of a kind that none of the "
+            f"{kind['labelled']} labelled images shows ({', '.join(names)}): their mIoU is {kind['miou']:.2f}, that of "
+            f"the others {kind['miou_of_others']:.2f}; ssl-seg select names images to label"
+        )
+    return told
 
 
 def _leaking(arms: Iterable[Arm], word: str) -> str:
@@ -59,6 +84,7 @@ def cautions(study: Study) -> list[str]:
         *_of_passports([cell for cell in study.cells if cell.scores]),
         *_of_software(study),
         *_of_apart(study),
+        *_of_kinds(study),
     ]
 
 
@@ -151,3 +177,14 @@ def _of_apart(study: Study) -> list[str]:
     first, *others = study.apart
     more = f", and {len(others)} more" if others else ""
     return [f"CAUTION: cells that are no pair are left out of every gain: {first}{more}."]
+
+
+def _of_kinds(study: Study) -> list[str]:
+    """A word where cells were scored on a kind of image that none of their labelled images shows."""
+    done = [cell for cell in study.cells if cell.scores and cell.run is not None]
+    told = {cell.name: kinds_in_words(cell.run.read("kinds.json")) for cell in done if cell.run is not None}
+    found = {name: sentences[0] for name, sentences in told.items() if sentences}
+    if not found:
+        return []
+    name, sentence = next(iter(found.items()))
+    return [f"CAUTION: {len(found)} of {len(done)} cells lack labels of a kind of image, as {name}: {sentence}."]

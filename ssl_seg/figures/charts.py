@@ -379,6 +379,11 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
+def plane(name: str, groups: Mapping[str, np.ndarray], about: str) -> str:
+    """`draw_map` to stand inside an HTML page."""
+    return to_svg(draw_map(groups), name, about)
+
+
 def draw_map(groups: Mapping[str, np.ndarray], grounds: int = 1) -> Figure:
     """Images as points `(N, 2)`, alike ones close together; the first group lies on top, the last `grounds` below."""
     side = 5.6
@@ -398,7 +403,8 @@ def draw_map(groups: Mapping[str, np.ndarray], grounds: int = 1) -> Figure:
     panel.set_xticks([])
     panel.set_yticks([])
     anchor = (0.5, 0.0)  # below the panel; the reverse of how they are drawn is the order of `groups`
-    panel.legend(loc="upper center", bbox_to_anchor=anchor, ncols=columns, reverse=True, frameon=False, fontsize=TEXT)
+    looks_of_names = {"frameon": False, "fontsize": TEXT, "labelcolor": light("ink")}
+    panel.legend(loc="upper center", bbox_to_anchor=anchor, ncols=columns, reverse=True, **looks_of_names)
     return figure
 
 

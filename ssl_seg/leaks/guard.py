@@ -133,6 +133,14 @@ def check(place: Place, question: Question, workers: Workers | None = None, quie
     return outcome.record_or_refusal(place.folder)
 
 
+def leaking(examples: Examples, scored: Examples, config: Leaks, workers: Workers | None = None) -> set[str]:
+    """The names of those examples that show what is scored, but for what `allow` names; none where `check` is off."""
+    result = Compared()
+    for _ in _compared(Question({"pool": examples}, {"scored": scored}, config), workers, result):
+        pass
+    return {leak.name for leak in result.leaks if not is_allowed(leak, config.allow)}
+
+
 @dataclass(frozen=True)
 class _Outcome:
     record: dict[str, Any]

@@ -460,6 +460,7 @@ SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
     _confusions,
     _pretext,
     _predictions,
+    sections.maps,
     _norm_shares,
     _costs,
     _set_up,

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssl_seg import files
 from ssl_seg.config import flatten
 from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
@@ -36,6 +38,7 @@ OF_CLASSES = (
 )
 SHOWN = 8  # arms with pictures, matrices and config: with those of forty nobody could load the page
 OPEN = 3  # of these, unfolded at first
+WORST = 10  # of so many images one is marked on a map, the worst predicted
 PAIRS = 20  # of leaking images that are listed
 GainsOfArm = Sequence[Sequence[Gain | None]]  # [class, condition]
 
@@ -244,6 +247,38 @@ def _leaking_pairs(
 def _leak_row(pair: Mapping[str, Any]) -> TableRow:
     trained, scored = (f"{pair[part]}: {pair[name]}" for part, name in (("part", "name"), ("scored_part", "scored")))
     return TableRow(trained, (scored, pair["kind"], pair["detail"], "yes" if pair["allowed"] else "no"))
+
+
+# ---- where images lie ----
+
+
+def maps(page: Page) -> Iterator[Section]:
+    """Labelled, scored and worst predicted images of a run of each arm, alike ones close together."""
+    part = page.found.part
+    panels = [(arm, own) for arm in page.scored if (own := _map(page, arm, part)) is not None]
+    if not panels:
+        return
+    told = (
+        "Alike images lie close together: the first two components of what an untrained encoder sees in them. Where "
+        "images score badly and none is labelled, label some."
+    )
+    figures = tuple(panel for _, panel in panels[:SHOWN])
+    left = not_shown([arm for arm, _ in panels[SHOWN:]])
+    yield Section("map", "Map of the images", (Text(told), Panels(figures, shape="wide"), *left))
+
+
+def _map(page: Page, arm: Arm, part: str) -> Panel | None:
+    record = page.shown(arm).read("kinds.json") or {}
+    places = record.get("places", {})
+    if not {part, "labelled"} <= places.keys():
+        return None
+    points = {own: np.array([places[own]["x"], places[own]["y"]], dtype=float).T for own in (part, "labelled")}
+    miou = np.array(places[part].get("miou", ()), dtype=float)  # null is nan, which is sorted last
+    worst = np.argsort(miou, kind="stable")[: -(-int(np.isfinite(miou).sum()) // WORST)]
+    groups = {f"worst of {part}": points[part][worst], "labelled": points["labelled"], part: points[part]}
+    about = f"map of the images of {arm.label}: " + ", ".join(f"{len(own)} {name}" for name, own in groups.items())
+    svg = drawn(charts.plane, f"map{page.found.arms.index(arm)}", groups, about)
+    return Panel(f"{arm.label}: {page.which(arm)}. The worst tenth by mIoU stands out.", svg)
 
 
 # ---- cost, config and versions ----

@@ -580,6 +580,7 @@ SECTIONS: tuple[Callable[[Page[Study]], Iterator[Section]], ...] = (
     sections.class_gains,
     _search,
     _leaks,
+    sections.maps,
     _changed,
     _missing,
     _costs,

@@ -127,6 +127,31 @@ class _ExtremeShape(Shape):
     miou: Number = None
 
 
+class _KindShape(Shape):
+    labelled: int
+    scored: int
+    names: Annotated[list[str], Field(min_length=1)]
+    miou: float
+    miou_of_others: float
+
+
+class _PlacesShape(Shape):
+    x: list[float]
+    y: list[float]
+    miou: list[Number] = []
+
+    @model_validator(mode="after")
+    def _of_the_same_images(self) -> Self:
+        if len(self.x) != len(self.y) or len(self.miou) not in (0, len(self.x)):
+            raise ValueError("x, y and miou are not of the same images")
+        return self
+
+
+class _KindsShape(Shape):
+    uncovered: dict[str, _KindShape]
+    places: dict[str, _PlacesShape]
+
+
 class _ReceiptShape(Shape):
     share: float = 0.0
     features_equal: bool | None = None
@@ -175,6 +200,7 @@ SHAPES = {
     "images.json": TypeAdapter(dict[str, _ImagesShape]),
     "tasks.json": TypeAdapter(dict[str, _TaskShape]),
     "extremes.json": TypeAdapter(dict[str, list[_ExtremeShape]]),
+    "kinds.json": TypeAdapter(_KindsShape),
     "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
     "leaks.json": TypeAdapter(LeaksShape),
     "confusion.json": TypeAdapter(_MatricesShape),

@@ -46,6 +46,7 @@ RUN_FILES = (
     "confusion.json",
     "confusion_images.safetensors",
     "extremes.json",
+    "kinds.json",
     "report.html",
     "nonfinite.json",
     "tasks.json",

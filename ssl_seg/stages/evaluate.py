@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat, SerializeAsAny
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.splits import manifest
-from ssl_seg.data.workers import TIMEOUT, Workers
+from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
@@ -26,7 +26,7 @@ from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import Scored, image_confusions
-from ssl_seg.stages.setup import as_trained, check_images, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info
 
@@ -37,7 +37,7 @@ class EvaluateData(Config):
     test: SerializeAsAny[Dataset]
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(ReadingConfig):
     """`ssl-seg evaluate model=runs/a data.test.type=camvid ...`"""
 
     model: PathText  # a run folder or its model/
@@ -46,10 +46,6 @@ class EvaluateConfig(Config):
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
     leaks: Leaks = Leaks()
-
-    @property
-    def reading(self) -> Workers:
-        return Workers(self.workers, self.worker_timeout, section="")
 
 
 @dataclass(frozen=True)

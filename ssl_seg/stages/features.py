@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_seg.config import UserError
 from ssl_seg.data.loading import Whole, loader
 from ssl_seg.data.splits import Examples, Subset, evenly
 from ssl_seg.data.workers import Workers
@@ -58,7 +59,8 @@ def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: 
     """Mean and spread of every map over the image, and maps at points of it; standardized, as principal components.
 
     Images are squeezed to a square. The components are those of the examples themselves, so features of two calls
-    cannot be compared: give all images at once. Raises UserError for an image that cannot be read.
+    cannot be compared: give all images at once. Raises UserError for an image that cannot be read, or whose
+    features are not finite.
     """
     count = len(examples)
     chosen = evenly(count, NUM_FITTED)
@@ -99,7 +101,10 @@ def _maps(encoder: EncoderNet, examples: Examples, workers: Workers, device: tor
     whole = Whole(examples, resize=(SIDE, SIDE), with_labels=False)
     with evaluating(encoder):
         for packed in loader(whole, batches, workers):
-            yield encoder(packed.to(device, channels_last=True).image)
+            features = encoder(packed.to(device, channels_last=True).image)
+            if not all(level.isfinite().all() for level in features):
+                raise UserError(f"{packed.names[0]}: what the encoder sees in it is not finite; name another run")
+            yield features
 
 
 def _of_images(features: Features) -> Tensor:
@@ -120,7 +125,8 @@ def _of_regions(features: Features) -> Tensor:
 
 def _fitted(raw: np.ndarray) -> Pipeline:
     flat = raw.reshape(-1, raw.shape[-1])
-    return make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *flat.shape), random_state=0)).fit(flat)
+    with np.errstate(invalid="ignore"):  # equal images have no variance that components could share
+        return make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *flat.shape), random_state=0)).fit(flat)
 
 
 def _reduced(reduction: Pipeline, raw: np.ndarray) -> np.ndarray:

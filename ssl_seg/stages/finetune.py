@@ -38,7 +38,7 @@ from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.segment import Segment
-from ssl_seg.stages import panels, scoring, trial
+from ssl_seg.stages import kinds, panels, scoring, trial
 from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit
 from ssl_seg.stages.setup import (
     SAME_FILES,
@@ -246,6 +246,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
             export_encoder(run.folder, judged.encoder, start.model.dump(), seen)
             export_heads(run, judged)
+            kinds.tell(run, labelled, found, config.train.reading, processes.device, quiet)
             panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
         processes.barrier()
     scores = {part: confusions.scores() for part, (_, confusions) in found.items()}

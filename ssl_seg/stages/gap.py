@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.splits import Examples, Subset, evenly
-from ssl_seg.data.workers import TIMEOUT, Workers
+from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence import distance
 from ssl_seg.evidence.distance import Distance, Images
@@ -27,7 +27,7 @@ from ssl_seg.evidence.statistics import LEVEL, MIN_BLOCKS, NEIGHBOURS, Interval,
 from ssl_seg.figures import charts, panels, svg
 from ssl_seg.models import ModelConfig
 from ssl_seg.stages.features import embed, open_encoder
-from ssl_seg.stages.setup import check_images, say_other_ranges, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, check_images, say_other_ranges, tell_notes
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import range_of, read_encoder_info
@@ -47,7 +47,7 @@ class GapData(Config):
     pools: Annotated[dict[str, SerializeAsAny[Dataset]], Field(min_length=1)]  # by a name for each
 
 
-class GapConfig(Config):
+class GapConfig(ReadingConfig):
     """`ssl-seg gap photos drawn others --with runs/pretrained --out gap`"""
 
     data: GapData
@@ -58,11 +58,6 @@ class GapConfig(Config):
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
-
-    @property
-    def reading(self) -> Workers:
-        """How the images are read."""
-        return Workers(self.workers, self.worker_timeout, section="")
 
     @property
     def encoder_name(self) -> str:

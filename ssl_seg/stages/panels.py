@@ -13,7 +13,7 @@ from ssl_seg import files, images
 from ssl_seg.config import UserError, load
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Whole, loader, pack
-from ssl_seg.data.splits import Examples, hold_out, subset_of
+from ssl_seg.data.splits import Examples, evenly, hold_out, subset_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.evidence.passport import passport_of
 from ssl_seg.figures import panels
@@ -37,7 +37,7 @@ def task_pictures(
 ) -> dict[str, np.ndarray]:
     """A sheet per task that can be drawn, uint8 `(H, W, 3)`: a row per image of input | prediction | target."""
     tasks = pretext_tasks(module)
-    chosen = _spread(examples, count)
+    chosen = evenly(len(examples), count)  # neighbours of a clip look alike
     sheets = {}
     with evaluating(module):
         packed = next(loader(CenterCrops(examples, augment, resize), [chosen]))
@@ -57,7 +57,7 @@ def prediction_panel(
 ) -> np.ndarray:
     """A row per image of image | prediction | truth, with the classes' colours below, uint8 `(H, W, 3)`."""
     colours = panels.palette(len(examples.class_names))
-    chosen = _spread(examples, count)
+    chosen = evenly(len(examples), count)  # neighbours of a clip look alike
     rows = []
     with evaluating(model):
         for packed in loader(Whole(examples, resize), [[index] for index in chosen]):
@@ -178,8 +178,3 @@ def _model_of(run: RunFolder) -> str | Path:
 
 def _fitted(image: np.ndarray) -> np.ndarray:
     return images.resize_image(image, panels.at_most(image.shape[:2]))
-
-
-def _spread(examples: Examples, count: int) -> list[int]:
-    """Indices from the first to the last, evenly apart: neighbours of a clip look alike."""
-    return np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int).tolist()

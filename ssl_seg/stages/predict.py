@@ -22,14 +22,14 @@ from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.loading import Whole, pack
 from ssl_seg.data.splits import digest_of
-from ssl_seg.data.workers import TIMEOUT, Workers, collected
+from ssl_seg.data.workers import TIMEOUT, collected
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
 from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
 from ssl_seg.stages.scoring import check_memory, predict_ids
-from ssl_seg.stages.setup import as_trained, check_images, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info
@@ -44,7 +44,7 @@ class PredictData(Config):
     images: SerializeAsAny[Dataset]  # masks, if it has any, are not looked at
 
 
-class PredictConfig(Config):
+class PredictConfig(ReadingConfig):
     """`ssl-seg predict model=runs/a data.images.type=folder data.images.images=photos --out masks`"""
 
     model: PathText  # a run folder or its model/
@@ -53,10 +53,6 @@ class PredictConfig(Config):
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
     device: DeviceName = "auto"
-
-    @property
-    def reading(self) -> Workers:
-        return Workers(self.workers, self.worker_timeout, section="")
 
 
 @dataclass(frozen=True)

@@ -5,30 +5,31 @@ Where kinds of image are mixed, ten images drawn by chance may hold none of one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data import selection
-from ssl_seg.data.splits import Examples, Labels
-from ssl_seg.data.workers import TIMEOUT, Workers
-from ssl_seg.datasets import Dataset, Example
+from ssl_seg.data.splits import Labels, Several, pixel_counts
+from ssl_seg.data.workers import TIMEOUT
+from ssl_seg.datasets import Dataset
 from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
-from ssl_seg.leaks.near_duplicates import fingerprint
 from ssl_seg.models import ModelConfig
 from ssl_seg.stages.features import Described, describe, open_encoder
 from ssl_seg.stages.predict import mask_names
-from ssl_seg.stages.setup import check_images, say_other_ranges, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, check_images, say_other_ranges, tell_notes
+from ssl_seg.stages.uncertainty import Foreseen, Model, foresee, load_models
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import range_of, read_encoder_info
+from ssl_seg.weights.export import holds_model, range_of, read_encoder_info
 
 OTHERS_SHOWN = 5  # beside each chosen image on the sheet: from the most alike to the least of those it stands for
 ROWS_SHOWN = 40
@@ -45,24 +46,24 @@ class SelectData(Config):
     scored: SerializeAsAny[Dataset] | None = None
 
 
-class SelectConfig(Config):
+class SelectConfig(ReadingConfig):
     """`ssl-seg select photos --count 20 --with runs/pretrained --out to_label`"""
 
     data: SelectData
     count: PositiveInt = 20
-    init: PathText | None = (
-        None  # a run whose encoder compares the images; None: `model.encoder`, with ImageNet's weights
-    )
+    # A run whose encoder compares the images; none: `model.encoder`, with ImageNet's weights. Of a fine-tuned one is
+    # also told how unsure it is of each image, and of several, its seeds, how far they differ.
+    init: tuple[PathText, ...] = ()
     model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     leaks: Leaks = Leaks()
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
 
-    @property
-    def reading(self) -> Workers:
-        """How the images are read."""
-        return Workers(self.workers, self.worker_timeout, section="")
+    @field_validator("init", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value or ()
 
 
 class Named(Config):
@@ -80,45 +81,8 @@ class Selected:
     covered_before: float  # the share of what the pool shows that the labelled images cover
     covered: float  # and with the chosen ones
     out: Path
-
-
-@dataclass(frozen=True)
-class _Both:
-    """The pool's images, then the labelled ones: as what a loader's workers look at, without masks."""
-
-    pool: Examples
-    labelled: Examples | None
-    class_names = ()
-
-    def __len__(self) -> int:
-        return len(self.pool) + (0 if self.labelled is None else len(self.labelled))
-
-    def read(self, index: int) -> Example:
-        return self.image(index)
-
-    def image(self, index: int) -> Example:
-        examples, own = self._at(index)
-        return examples.image(own)
-
-    def label(self, index: int) -> None:
-        return None
-
-    def name(self, index: int) -> str:
-        examples, own = self._at(index)
-        return examples.name(own)
-
-    def doubt(self, index: int) -> str:
-        return ""
-
-    def sequence(self, index: int) -> str:
-        return ""
-
-    def files(self, index: int) -> tuple[Path, ...]:
-        return ()
-
-    def _at(self, index: int) -> tuple[Examples, int]:
-        count = len(self.pool)
-        return (self.pool, index) if self.labelled is None or index < count else (self.labelled, index - count)
+    uncertain: tuple[float, ...] = ()  # in [0, 1], how unsure a fine-tuned run is of each; () without one
+    unlabelled: tuple[str, ...] = ()  # classes that no labelled mask shows
 
 
 def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Selected:
@@ -135,13 +99,17 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
         if dataset is not None:
             check_images(f"data.{part}", dataset)
     tell_notes(dict(config.data), quiet=quiet)
-    trained = None if config.init is None else range_of(read_encoder_info(config.init))
-    say_other_ranges(dict(config.data), trained, quiet=quiet)
     names = mask_names(pool)
-    both = _Both(pool, config.data.labelled)
-    encoder = open_encoder(config.init, config.model)
+    models = _models(config)
+    trained = range_of(read_encoder_info(config.init[0])) if config.init else None
+    say_other_ranges(dict(config.data), trained, quiet=quiet)
+    if models and config.data.labelled is None:
+        say("data.labelled: not given, so images that are labelled already may be chosen again", quiet)
+    both = Several((pool,) if config.data.labelled is None else (pool, config.data.labelled))
+    encoder = open_encoder(config.init[0] if config.init else None, config.model)
     left_out = _scored_too(config)
-    seen = describe(encoder, both, config.reading, choose_device(config.device))
+    device = choose_device(config.device)
+    seen = describe(encoder, both, config.reading, device)
     labelled = range(len(pool), len(both))
     twins = _twins(seen.images, len(pool))
     parts = [selection.of_images(seen.images), selection.of_regions(seen.regions)]
@@ -153,27 +121,23 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
         )
     if len(choice.indices) < config.count:
         say(f"only {len(choice.indices)} images are left to choose from", quiet)
-    return _write(config, out, names, seen, choice, left_out)
+    foreseen = foresee(models, pool, config.reading, device) if models else None
+    return _write(config, out, names, seen, choice, left_out, foreseen)
+
+
+def _models(config: SelectConfig) -> list[Model]:
+    """Those of `init`; none of one that is a pretraining or a file of weights."""
+    others = [path for path in config.init if not holds_model(path)]
+    if len(config.init) > 1 and others:
+        raise UserError(f"init: {others[0]} is no fine-tuned run; name one run, or several seeds of one fine-tuning")
+    return [] if others else load_models(config.init)
 
 
 def _scored_too(config: SelectConfig) -> set[int]:
     """Images of the pool that show what will be scored."""
-    scored = config.data.scored
-    if scored is None or not config.leaks.check:
-        return set()
-    seen = [_finished(fingerprint(part, config.reading)) for part in (config.data.pool, scored)]
-    leaks = _finished(guard.compare("pool", seen[0], "scored", seen[1], config.leaks))
-    leaking = {leak.name for leak in leaks if not guard.is_allowed(leak, config.leaks.allow)}
-    return {index for index, name in enumerate(seen[0].names) if name in leaking}
-
-
-def _finished(work: Any) -> Any:
-    """What a generator that pauses now and then returns in the end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
+    pool, scored = config.data.pool, config.data.scored
+    leaking = set() if scored is None else guard.leaking(pool, scored, config.leaks, config.reading)
+    return {index for index in range(len(pool)) if pool.name(index) in leaking}
 
 
 def _twins(features: np.ndarray, count: int) -> set[int]:
@@ -193,57 +157,87 @@ def _write(
     seen: Described,
     choice: selection.Choice,
     left_out: set[int],
+    foreseen: Foreseen | None,
 ) -> Selected:
     pool = config.data.pool
     chosen = list(choice.indices)
     count = len(pool)
     labelled = list(range(count, len(seen.images)))
     like = selection.nearest(seen.images[:count], seen.images[chosen + labelled])
-    shares = [float((like == place).mean()) for place in range(len(chosen))]
-    stands_for = [np.flatnonzero(like == place).tolist() for place in range(len(chosen))]
+    entries: list[dict[str, Any]] = []
+    sheet: list[np.ndarray] = []
     out.mkdir(parents=True)
-    for index in chosen:
-        images.write_image(out / "images" / names[index], pool.image(index).image)
-    listed = [pool.name(index) for index in chosen]
-    entries = [
-        {"name": name, "file": f"images/{names[index]}", "share_of_pool": share, "gain": gain}
-        for name, index, share, gain in zip(listed, chosen, shares, choice.gains, strict=True)
-    ]
+    for place, (index, gain) in enumerate(zip(chosen, choice.gains, strict=True)):
+        alike = np.flatnonzero(like == place)
+        entry = {"name": pool.name(index), "file": f"images/{names[index]}", "share_of_pool": len(alike) / count}
+        entries.append({**entry, "gain": gain, **_foreseen_of(index, foreseen)})
+        picture = pool.image(index).image
+        images.write_image(out / "images" / names[index], picture)
+        if place < ROWS_SHOWN:
+            shown = [picture, *(pool.image(own).image for own in _others(seen.images, index, alike))]
+            sheet += _strip(entries[-1], shown)
+    images.write_image(out / "sheet.png", np.vstack(sheet))
+    plane = seen.images[:, :2]
+    groups = {"chosen": chosen, "labelled": labelled, "pool": [*range(count)]}
+    figure = charts.draw_map({name: plane[own] for name, own in groups.items() if own})
+    files.write_atomic(out / "map.png", svg.to_png(figure))
+    listed = tuple(entry["name"] for entry in entries)
     covered = choice.covered + sum(choice.gains)
+    classes = _classes(config.data.labelled, foreseen)
     record = {
         "images": entries,
         "covered_before": choice.covered,
         "covered": covered,
         "left_out_as_scored": sorted(pool.name(index) for index in left_out),
+        **({"classes": classes} if classes else {}),
         "config": config.dump(),
     }
+    files.write_atomic(out / "labels.yaml", Named(labels=Labels(names=listed)).to_yaml().encode())
     files.write_atomic(out / "selected.json", files.json_bytes(record))
-    files.write_atomic(out / "labels.yaml", Named(labels=Labels(names=tuple(listed))).to_yaml().encode())
-    _draw(out, pool, seen, chosen, labelled, shares, stands_for)
-    return Selected(tuple(listed), tuple(shares), choice.covered, covered, out)
+    return Selected(
+        listed,
+        tuple(entry["share_of_pool"] for entry in entries),
+        choice.covered,
+        covered,
+        out,
+        tuple(entry["uncertain"] for entry in entries if "uncertain" in entry),
+        tuple(name for name, own in classes.items() if own.get("labelled_pixels") == 0),
+    )
 
 
-def _draw(
-    out: Path,
-    pool: Examples,
-    seen: Described,
-    chosen: list[int],
-    labelled: list[int],
-    shares: list[float],
-    stands_for: list[list[int]],
-) -> None:
-    """sheet.png: a row for each chosen image, with others that it stands for; map.png: the pool in a plane."""
+def _foreseen_of(index: int, foreseen: Foreseen | None) -> dict[str, Any]:
+    """What is said of an image of the pool that a fine-tuned run has looked at."""
+    if foreseen is None:
+        return {}
+    predicted = dict(zip(foreseen.class_names, foreseen.shares[index].tolist(), strict=True))
+    differ = {} if foreseen.differ is None else {"seeds_differ": float(foreseen.differ[index])}
+    return {"uncertain": float(foreseen.uncertain[index]), **differ, "predicted": predicted}
+
+
+def _classes(labelled: Dataset | None, foreseen: Foreseen | None) -> dict[str, dict[str, float]]:
+    """Of each class the pixels of the labelled masks, where there are any, and its share of what is predicted."""
+    classes: dict[str, dict[str, float]] = {}
+    if labelled is not None and labelled.class_names and labelled.label(0) is not None:
+        counts = pixel_counts(labelled)[0].tolist()
+        classes = {name: {"labelled_pixels": n} for name, n in zip(labelled.class_names, counts, strict=True)}
+    if foreseen is not None:
+        for name, share in zip(foreseen.class_names, foreseen.shares.mean(axis=0).tolist(), strict=True):
+            classes.setdefault(name, {})["predicted_share_of_pool"] = share
+    return classes
+
+
+def _others(features: np.ndarray, index: int, alike: np.ndarray) -> list[int]:
+    """Some of those that an image stands for, from the most to the least alike."""
+    apart = ((features[alike] - features[index]) ** 2).sum(axis=1)
+    others = [own for own in alike[np.argsort(apart, kind="stable")].tolist() if own != index]
+    return others[:: max(1, len(others) // OTHERS_SHOWN)][:OTHERS_SHOWN]
+
+
+def _strip(entry: Mapping[str, Any], pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """A row of the sheet, below its caption: a chosen image, then others that it stands for."""
     white = np.full((PANEL, PANEL, 3), 255, dtype=np.uint8)
-    strips = []
-    for index, share, alike in list(zip(chosen, shares, stands_for, strict=True))[:ROWS_SHOWN]:
-        apart = ((seen.images[alike] - seen.images[index]) ** 2).sum(axis=1)
-        others = [alike[place] for place in np.argsort(apart, kind="stable") if alike[place] != index]
-        shown = [index, *others[:: max(1, len(others) // OTHERS_SHOWN)][:OTHERS_SHOWN]]
-        row = [panels.boxed(pool.image(own).image, PANEL) for own in shown]
-        row = panels.grid([row + [white] * (1 + OTHERS_SHOWN - len(row))])
-        strips += [panels.caption(f"{pool.name(index)}: stands for {share * 100:.0f} % of the pool", row.shape[1]), row]
-    images.write_image(out / "sheet.png", np.vstack(strips))
-    plane = seen.images[:, :2]
-    groups = {"chosen": chosen, "labelled": labelled, "pool": [*range(len(pool))]}
-    figure = charts.draw_map({name: plane[own] for name, own in groups.items() if own})
-    files.write_atomic(out / "map.png", svg.to_png(figure))
+    shown = [panels.boxed(picture, PANEL) for picture in pictures]
+    row = panels.grid([shown + [white] * (1 + OTHERS_SHOWN - len(shown))])
+    text = f"{entry['name']}: stands for {entry['share_of_pool'] * 100:.0f} % of the pool"
+    text += f"; uncertain: {entry['uncertain']:.2f}" if "uncertain" in entry else ""
+    return [panels.caption(text, row.shape[1]), row]

@@ -53,6 +53,21 @@ class StageConfig(Config):
         tracking: TrackingField
 
 
+class ReadingConfig(Config):
+    """What the configs of commands have in common that read images and train nothing: how they read them.
+
+    The keys are named for the type checker alone, as those of `StageConfig`.
+    """
+
+    if TYPE_CHECKING:
+        workers: int
+        worker_timeout: float
+
+    @property
+    def reading(self) -> Workers:
+        return Workers(self.workers, self.worker_timeout, section="")
+
+
 @dataclass(frozen=True)
 class Options:
     """How a stage treats its folder; the command line's flags, with the same names and defaults in Python."""

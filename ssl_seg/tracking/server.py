@@ -78,6 +78,7 @@ RESULTS = (
     "confusion.json",
     "confusion_images.safetensors",
     "extremes.json",
+    "kinds.json",
     "nonfinite.json",
     "report.html",
 )

@@ -157,6 +157,11 @@ def range_of(info: Mapping[str, Any]) -> Range | None:
     return None if value_range is None else tuple(value_range)
 
 
+def holds_model(path: str | Path) -> bool:
+    """Whether a run folder holds a model, as one that was fine-tuned does."""
+    return os.path.isfile(files.committed(user_path(path) / "model") / "model.safetensors")
+
+
 def read_export(path: str | Path, part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of `part`/`name`.safetensors in a run folder, and the JSON beside them; no network is built."""
     weights, info = _find_export(path, part, name)

@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 
 from ssl_seg import cli, images
 from ssl_seg.config import UserError, load, read_words
 from ssl_seg.data.splits import Labels
 from ssl_seg.data.workers import ALONE, Workers
 from ssl_seg.datasets.folder import Folder
+from ssl_seg.figures import panels
 from ssl_seg.models import ModelConfig
 from ssl_seg.stages.features import describe
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.select import SelectConfig, select
 from ssl_seg.stages.setup import Options
-from tests.small import Textured, pretraining
+from ssl_seg.weights.export import load_model
+from tests.small import Textured, finetuning, pretraining
 
 SMALL = {"encoder": {"type": "timm", "name": "mobilenetv2_035"}}
 
@@ -125,3 +129,49 @@ def test_features_are_the_same_in_batches_of_any_size_and_with_workers() -> None
     assert seen.regions.shape == (20, 64, 32)
     assert (seen.images == again.images).all()
     assert (seen.regions == again.regions).all()
+
+
+@pytest.fixture
+def finetuned(tmp_path: Path) -> list[str]:
+    """Two seeds of a fine-tuning on textured scenes."""
+    runs = [tmp_path / f"run{seed}" for seed in range(2)]
+    for seed, run in enumerate(runs):
+        finetune(load(FinetuneConfig, {**finetuning(steps=2), "seed": seed}), Options(run, quiet=True))
+    return list(map(str, runs))
+
+
+def test_a_fine_tuned_run_tells_how_unsure_it_is_and_which_classes_lack_pixels(
+    pool: Path, tmp_path: Path, finetuned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the definition: entropy of the softmax over the log of the number of classes."""
+    labelled = tmp_path / "labelled"
+    images.write_image(labelled / "images" / "a.png", picture("dots", 99))
+    images.write_mask(labelled / "masks" / "a.png", np.zeros((64, 96), np.uint8), panels.palette(2))
+    folder = {"type": "folder", "images": str(labelled / "images"), "masks": str(labelled / "masks")}
+    data = {"labelled": {**folder, "classes": ["ground", "disc"]}}
+    found = select(config_of(pool, data=data, init=finetuned[0]), tmp_path / "one", quiet=True)
+    assert found.unlabelled == ("disc",)
+    record = json.loads((found.out / "selected.json").read_text())
+    assert record["classes"]["ground"]["labelled_pixels"] == 64 * 96
+    model, _ = load_model(finetuned[0])
+    for entry, uncertain in zip(record["images"], found.uncertain, strict=True):
+        image = torch.from_numpy(images.read_image(pool / entry["name"])).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            probabilities = model(image).softmax(dim=1)[0].flatten(1).numpy()
+        assert entry["uncertain"] == uncertain == pytest.approx(entropy(probabilities, base=2).mean(), abs=1e-5)
+        assert entry["predicted"]["disc"] == pytest.approx((probabilities.argmax(axis=0) == 1).mean())
+        assert "seeds_differ" not in entry
+    words = ["select", str(pool), "--with", finetuned[0], "--with", finetuned[1], "workers=0", "device=cpu"]
+    words += ["--count", "2", "--out", str(tmp_path / "both")]
+    assert cli.run(partial(cli.app, args=words, prog_name="ssl-seg", standalone_mode=False)) == 0
+    out, err = capsys.readouterr()
+    assert "uncertain: " in out
+    assert "data.labelled: not given, so images that are labelled already may be chosen again" in err
+    both = json.loads((tmp_path / "both" / "selected.json").read_text())["images"]
+    assert all(0 < entry["seeds_differ"] < entry["uncertain"] for entry in both)
+
+
+def test_several_runs_are_seeds_of_one_fine_tuning(pool: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^init: runs/a is no fine-tuned run; name one run, or several seeds"):
+        select(config_of(pool, init=["runs/a", "runs/b"]), tmp_path / "to_label", quiet=True)
+    assert not (tmp_path / "to_label").exists()
