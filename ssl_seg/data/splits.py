@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -87,7 +87,10 @@ class Several:
     """The images of one data set after those of another, to be looked at together: masks and classes are left out."""
 
     parts: tuple[Examples, ...]
-    class_names: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ()
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))

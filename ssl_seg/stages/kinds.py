@@ -120,7 +120,9 @@ def _clusters(features: np.ndarray) -> Iterator[np.ndarray]:
     from sklearn.metrics import silhouette_score
 
     distinct = len(np.unique(features.round(3), axis=0))  # equal images differ by rounding
-    tried = [KMeans(count, n_init=1, random_state=SEED).fit_predict(features) for count in CLUSTERS if count < distinct]
+    tried = [
+        KMeans(count, n_init="auto", random_state=SEED).fit_predict(features) for count in CLUSTERS if count < distinct
+    ]
     if tried:
         best = max(tried, key=lambda clusters: silhouette_score(features, clusters))
         yield from (best == cluster for cluster in range(best.max() + 1))
