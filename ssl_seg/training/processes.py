@@ -137,6 +137,8 @@ class Processes:
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives on this process; a UserError of some is raised on all. It must not wait for the others."""
+        if self.world == 1:
+            return work()
         made: list[T] = []
         refusal = None
         try:
@@ -172,21 +174,23 @@ class Processes:
 
     def _lost(self, is_late: bool) -> UserError:
         """About another process, of which this one has heard nothing more."""
-        absent = self._absent()
+        absent = self._absent(ROLL_CALL if is_late else 0.0)
         if not is_late or not absent:
-            return UserError("another process of this run has ended, and has said why; the same command continues")
+            return UserError(
+                "another process of this run has ended (it says why, unless it was killed); the same command continues"
+            )
         named = " and ".join(f"rank {rank} of {self.world}{self._place(rank)}" for rank in absent)
         return UserError(
             f"{named}: no answer within {self.timeout:g} s, while others waited; if it stands still, end it, and the "
             "same command goes on from the newest checkpoint; if it was at work, give a larger train.process_timeout"
         )
 
-    def _absent(self) -> list[int]:
-        """A roll call of those whose waiting has come to an end: the ranks that do not answer within `ROLL_CALL`."""
+    def _absent(self, seconds: float) -> list[int]:
+        """A roll call of those whose waiting has come to an end: the ranks that do not answer in so many seconds."""
         others = [rank for rank in range(self.world) if rank != self.rank]
 
         def call() -> list[int]:
-            store, until = _get_default_store(), time.monotonic() + ROLL_CALL
+            store, until = _get_default_store(), time.monotonic() + seconds
             store.set(f"present/{self.rank}", "")
             while absent := [rank for rank in others if not store.check([f"present/{rank}"])]:
                 if time.monotonic() > until:
