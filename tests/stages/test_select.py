@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ssl_seg.data.workers import ALONE, Workers
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.figures import panels
 from ssl_seg.models import ModelConfig
-from ssl_seg.stages.features import describe
+from ssl_seg.stages.features import describe, embed
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.select import SelectConfig, select
@@ -129,6 +130,14 @@ def test_features_are_the_same_in_batches_of_any_size_and_with_workers() -> None
     assert seen.regions.shape == (20, 64, 32)
     assert (seen.images == again.images).all()
     assert (seen.regions == again.regions).all()
+
+
+@pytest.mark.parametrize("look", [describe, embed])
+def test_features_that_are_not_finite_are_one_line_with_the_image(look: Callable[..., object]) -> None:
+    encoder = load(ModelConfig, SMALL).build_encoder()
+    next(encoder.parameters()).data[0] = torch.nan
+    with pytest.raises(UserError, match=r"^textured_0_0: what the encoder sees in it is not finite; name another run$"):
+        look(encoder, Textured(count=2), ALONE, torch.device("cpu"))
 
 
 @pytest.fixture
