@@ -13,9 +13,12 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import ttest_ind
 
 from ssl_seg import FinetuneConfig, Options, SelectConfig, finetune, load, select
 
@@ -55,6 +58,28 @@ def main() -> None:
             scores = finetune(config, Options(run, quiet=True)).val
             with table.open("a") as file:
                 csv.writer(file).writerow([name, arm, draw, len(names), scores.miou, *scores.iou])
+    print("\n".join(lines(table)))
+
+
+def lines(table: Path) -> Iterator[str]:
+    """The table in points of mIoU, mean (sd), and how far the areas under the curves lie apart."""
+    scores: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
+    for name, arm, draw, count, miou, *_ in csv.reader(table.open()):
+        scores.setdefault(name, {}).setdefault(arm, {}).setdefault(int(draw), {})[int(count)] = 100 * float(miou)
+    for name, arms in scores.items():
+        areas = {}
+        for arm, draws in arms.items():
+            counts = sorted(next(iter(draws.values())))
+            whole = [own for own in draws.values() if sorted(own) == counts]
+            for count in counts:
+                values = [own[count] for own in draws.values() if count in own]
+                yield f"{name} {arm} {count}: {mean(values):.1f} ({np.std(values, ddof=1):.1f}), n = {len(values)}"
+            logs = np.log2(counts)
+            areas[arm] = [np.trapezoid([own[count] for count in counts], logs) / (logs[-1] - logs[0]) for own in whole]
+        apart = ttest_ind(areas["chosen"], areas["random"], equal_var=False)
+        low, high = apart.confidence_interval(0.95)
+        gain = mean(areas["chosen"]) - mean(areas["random"])
+        yield f"{name}, area under the curve: {gain:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def choose(folder: Path, encoder: dict[str, Any], out: Path) -> tuple[list[str], tuple[str, ...]]:

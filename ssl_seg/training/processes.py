@@ -41,6 +41,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 TIMED_OUT = ("Timed out waiting", "Timed out after", "wait timeout after")  # of gloo and of the store, torch 2.14
 ENDED = ("Connection closed by peer", "Connection reset by peer")  # of gloo, which has no class for it
 ROLL_CALL = 3.0  # seconds for the others to say that they are there, once one has waited too long
+TELLING = 1.0  # seconds for the others to come to the same error
 SHOWN = 60  # characters of a value in a message
 
 
@@ -213,7 +214,16 @@ class Processes:
     def _is_first_to_tell(self, text: str) -> bool:
         """Whether no other process has said so yet: rather twice than never."""
         key = f"told/{files.sha256(text.encode())}"
-        return _asked(lambda: _get_default_store().add(key, 1), if_silent=1) == 1
+
+        def call() -> bool:
+            store = _get_default_store()
+            is_first = store.add(key, 1) == 1
+            until = time.monotonic() + TELLING
+            while self.rank == 0 and store.add(key, 0) < self.world and time.monotonic() < until:
+                time.sleep(0.02)  # it may keep the store, which the others still have to ask
+            return is_first
+
+        return _asked(call, if_silent=True)
 
 
 @contextmanager
