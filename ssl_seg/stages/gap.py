@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
-from ssl_seg.data.splits import Examples, Subset, evenly
+from ssl_seg.data.splits import Examples, Several, Subset, evenly
 from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence import distance
@@ -105,41 +105,18 @@ class _Set(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Altered:
-    """Examples without their colour, or out of focus."""
+class _Altered(Several):
+    """Images without their colour, or out of focus."""
 
-    examples: Examples
     blurs: bool
-    class_names = ()
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def read(self, index: int) -> Example:
-        return self.image(index)
 
     def image(self, index: int) -> Example:
-        example = self.examples.image(index)
+        example = super().image(index)
         if self.blurs:
             altered = cv2.GaussianBlur(example.image, (0, 0), BLUR * min(example.image.shape[:2]))
         else:
             altered = cv2.cvtColor(cv2.cvtColor(example.image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         return replace(example, image=altered)
-
-    def label(self, index: int) -> None:
-        return None
-
-    def name(self, index: int) -> str:
-        return self.examples.name(index)
-
-    def doubt(self, index: int) -> str:
-        return ""
-
-    def sequence(self, index: int) -> str:
-        return ""
-
-    def files(self, index: int) -> tuple[Path, ...]:
-        return ()
 
 
 def gap(config: GapConfig, out: str | Path | None = None, quiet: bool = False) -> Gaps:
@@ -172,7 +149,7 @@ def gap(config: GapConfig, out: str | Path | None = None, quiet: bool = False) -
     few = evenly(len(target.seen), ALTERED)
     plain = Images(target.seen.features[few], _renumbered(target.seen.blocks[few]))
     grey, blurred = (
-        distance.of_altered(plain, seen(_Altered(Subset(target.examples, tuple(few)), blurs), plain.blocks))
+        distance.of_altered(plain, seen(_Altered((Subset(target.examples, tuple(few)),), blurs), plain.blocks))
         for blurs in (False, True)
     )
     halves = float(np.quantile(own, LEVEL)) if len(own) else None
