@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
+from sklearn.metrics.pairwise import euclidean_distances
 
 from ssl_seg.evidence.statistics import LEVEL, MIN_BLOCKS, Interval
 
@@ -66,9 +67,7 @@ class Distance(NamedTuple):
 
 def distances(one: Images, other: Images) -> np.ndarray:
     """Euclidean ones, (N, M) float64."""
-    first, second = (images.features.astype(np.float64) for images in (one, other))
-    squares = (first**2).sum(axis=1)[:, None] - 2 * first @ second.T + (second**2).sum(axis=1)
-    return np.sqrt(np.maximum(squares, 0))
+    return euclidean_distances(*(images.features.astype(np.float64) for images in (one, other)))
 
 
 def block_sums(one: Images, other: Images) -> np.ndarray:

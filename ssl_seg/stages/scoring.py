@@ -123,10 +123,15 @@ def predict_ids(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
     """Class ids `(B, *size)` int64, of `size` (H, W), for images `(B, 3, H, W)` in [0, 1]."""
     height, width = image.shape[-2:]
     with enough_memory(f"a prediction of {height} x {width} pixels at once", SMALLER_IMAGES, image.device):
-        logits = model(image)
-        if tuple(logits.shape[-2:]) != tuple(size):
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits.argmax(dim=1)
+        return logits_at(model, image, size).argmax(dim=1)
+
+
+def logits_at(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits `(B, K, *size)` at `size` (H, W), for images `(B, 3, H, W)` in [0, 1]."""
+    logits = model(image)
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def check_memory(model: nn.Module, size: Sequence[int], what: str, out: Sequence[int] | None = None) -> None:

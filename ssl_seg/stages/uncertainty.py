@@ -20,8 +20,8 @@ from ssl_seg.data.loading import Whole, loader
 from ssl_seg.data.splits import Examples
 from ssl_seg.data.workers import Workers
 from ssl_seg.images import Size
-from ssl_seg.models import SegmentationModel, in_evaluation_mode
-from ssl_seg.stages.scoring import SMALLER_IMAGES
+from ssl_seg.models import SegmentationModel, evaluating
+from ssl_seg.stages.scoring import SMALLER_IMAGES, logits_at
 from ssl_seg.training.memory import enough_memory
 from ssl_seg.weights.export import load_model
 
@@ -73,11 +73,8 @@ def _probabilities(model: SegmentationModel, image: Tensor, resize: Size | None)
     height, width = image.shape[-2:]
     seen = image if resize is None else F.interpolate(image, size=resize, mode="bilinear", antialias=True)
     what = f"a prediction of {height} x {width} pixels at once"
-    with in_evaluation_mode(model), torch.no_grad(), enough_memory(what, SMALLER_IMAGES, image.device):
-        logits = model(seen).float()
-        if logits.shape[-2:] != image.shape[-2:]:
-            logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-        return logits.softmax(dim=1)
+    with evaluating(model), enough_memory(what, SMALLER_IMAGES, image.device):
+        return logits_at(model, seen, (height, width)).float().softmax(dim=1)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
