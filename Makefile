@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python experiments/demo/run.py --out runs/demo
 
-# Bytecode is kept whatever the shell says of it: else the two processes compile all tests at each start, and every
+# Bytecode is kept whatever the shell says of it: else its processes compile all tests at each start, and every
 # command that a test starts compiles the package.
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY)

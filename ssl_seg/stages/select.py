@@ -166,7 +166,8 @@ def _write(
     like = selection.nearest(seen.images[:count], seen.images[chosen + labelled])
     entries: list[dict[str, Any]] = []
     sheet: list[np.ndarray] = []
-    out.mkdir(parents=True)
+    with files.naming(out):
+        out.mkdir(parents=True)
     for place, (index, gain) in enumerate(zip(chosen, choice.gains, strict=True)):
         alike = np.flatnonzero(like == place)
         entry = {"name": pool.name(index), "file": f"images/{names[index]}", "share_of_pool": len(alike) / count}

@@ -132,6 +132,12 @@ def test_features_are_the_same_in_batches_of_any_size_and_with_workers() -> None
     assert (seen.regions == again.regions).all()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/to_label: cannot be written \(Not a directory\)"):
+        select(config_of(pool), tmp_path / "file" / "to_label", quiet=True)
+
+
 @pytest.mark.parametrize("look", [describe, embed])
 def test_features_that_are_not_finite_are_one_line_with_the_image(look: Callable[..., object]) -> None:
     encoder = load(ModelConfig, SMALL).build_encoder()
