@@ -2,13 +2,12 @@
 
     python -m experiments.selection.run DATA lite0.safetensors --out runs/selection --sets nuclei wounds
 
-DATA holds, for each set, `labelled/` and `val/` with `images/` and `masks/`. Rows that are there are not made again.
+DATA is as `experiments.five_sets` makes it. Rows that are there are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,16 +19,10 @@ import numpy as np
 import torch
 from scipy.stats import ttest_ind
 
+from experiments.five_sets import Table, part_of
 from ssl_seg import FinetuneConfig, Options, SelectConfig, finetune, load, select
 
-# Of each set the words that name its masks.
-STREET = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
-MASKS: dict[str, dict[str, Any]] = {
-    "nuclei": {"classes": ["other", "nucleus"]},
-    "wounds": {"classes": ["skin", "wound"]},
-    "roads": {"classes": ["other", "road"]},
-    "camvid": {"classes": STREET, "ignore": [11]},
-}
+SETS = ("nuclei", "wounds", "roads", "camvid")
 COUNTS = (5, 10, 20, 40)
 DRAWS, REPEATS = 8, 4  # of random images; of the chosen ones, with other seeds of the training
 
@@ -39,32 +32,29 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("weights", type=Path, help="of tf_efficientnet_lite0 on ImageNet, as timm names them")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=[*MASKS], choices=MASKS)
+    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    table = options.out / "scores.csv"
-    made = {tuple(row[:4]) for row in csv.reader(table.open())} if table.exists() else set()
+    table = Table(options.out / "scores.csv", words=4)
     encoder = {"name": "tf_efficientnet_lite0", "pretrained": str(options.weights)}
     for name in options.sets:
-        folder = options.data / name
-        drawn_from, chosen = choose(folder, encoder, options.out / f"chosen_{name}")
+        drawn_from, chosen = choose(options.data, name, encoder, options.out / f"chosen_{name}")
         for arm, draw, names in cells(name, drawn_from, chosen):
-            if (name, arm, str(draw), str(len(names))) in made:
+            if table.has(name, arm, draw, len(names)):
                 continue
             run = options.out / "run"
             shutil.rmtree(run, ignore_errors=True)
-            config = load(FinetuneConfig, config_of(folder, MASKS[name], encoder, names, draw))
+            config = load(FinetuneConfig, config_of(options.data, name, encoder, names, draw))
             scores = finetune(config, Options(run, quiet=True)).val
-            with table.open("a") as file:
-                csv.writer(file).writerow([name, arm, draw, len(names), scores.miou, *scores.iou])
+            table.add(name, arm, draw, len(names), scores.miou, *scores.iou)
     print("\n".join(lines(table)))
 
 
-def lines(table: Path) -> Iterator[str]:
+def lines(table: Table) -> Iterator[str]:
     """The table in points of mIoU, mean (sd), and how far the areas under the curves lie apart."""
     scores: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
-    for name, arm, draw, count, miou, *_ in csv.reader(table.open()):
+    for name, arm, draw, count, miou, *_ in table:
         scores.setdefault(name, {}).setdefault(arm, {}).setdefault(int(draw), {})[int(count)] = 100 * float(miou)
     for name, arms in scores.items():
         areas = {}
@@ -82,12 +72,11 @@ def lines(table: Path) -> Iterator[str]:
         yield f"{name}, area under the curve: {gain:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def choose(folder: Path, encoder: dict[str, Any], out: Path) -> tuple[list[str], tuple[str, ...]]:
+def choose(data: Path, name: str, encoder: dict[str, Any], out: Path) -> tuple[list[str], tuple[str, ...]]:
     """The names that may be drawn, which show nothing of what is scored, and those that are chosen."""
-    parts = {part: {"type": "folder", "images": str(folder / part / "images")} for part in ("labelled", "val")}
-    data = {"pool": parts["labelled"], "scored": parts["val"]}
+    parts = {"pool": part_of(data, name, "labelled"), "scored": part_of(data, name, "val")}
     shutil.rmtree(out, ignore_errors=True)
-    config = load(SelectConfig, {"data": data, "count": 10**6, "model": {"encoder": encoder}})
+    config = load(SelectConfig, {"data": parts, "count": 10**6, "model": {"encoder": encoder}})
     order = select(config, out, quiet=True).names
     return sorted(order), order
 
@@ -104,20 +93,9 @@ def cells(name: str, drawn_from: Sequence[str], chosen: Sequence[str]) -> Iterat
                 yield "chosen", draw, chosen[:count]
 
 
-def config_of(
-    folder: Path, masks: dict[str, Any], encoder: dict[str, Any], names: Sequence[str], seed: int
-) -> dict[str, Any]:
-    data = {
-        part: {
-            "type": "folder",
-            "images": str(folder / part / "images"),
-            "masks": str(folder / part / "masks"),
-            **masks,
-        }
-        for part in ("labelled", "val")
-    }
+def config_of(data: Path, name: str, encoder: dict[str, Any], names: Sequence[str], seed: int) -> dict[str, Any]:
     return {
-        "data": data,
+        "data": {part: part_of(data, name, part) for part in ("labelled", "val")},
         "labels": {"names": list(names)},
         "model": {"encoder": encoder, "decoder": {"type": "unet", "channels": [128, 64, 48, 32, 24]}},
         "segment": {"dice": 1.0},

@@ -1,0 +1,99 @@
+"""The sets of real images that experiments measure on: their layout, the words of their masks, and tables of scores.
+
+    python -m experiments.five_sets RAW --out DATA
+
+RAW holds the sets as they are published: `camvid/{images,masks}/train` in the arrangement of the SegNet tutorial, and
+`{nuclei,tiles,roads,wounds}/{pool,labelled,val}/images`, with `masks` beside those of the last two. DATA then has all
+five as `<set>/{pool,labelled,val}/{images,masks}`, small: decoding photographs would take longer than the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ssl_seg import images
+
+STREET = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+# Of each set the words that name its masks. The five kinds of defect are one: some are on three images.
+MASKS: dict[str, dict[str, Any]] = {
+    "nuclei": {"classes": ["other", "nucleus"]},
+    "wounds": {"classes": ["skin", "wound"]},
+    "roads": {"classes": ["other", "road"]},
+    "tiles": {"classes": ["sound", "defect"], "mapping": {0: "sound", **dict.fromkeys(range(1, 6), "defect")}},
+    "camvid": {"classes": STREET, "ignore": [11]},
+}
+SHORTER_SIDE = {"nuclei": 192, "wounds": 160, "roads": 192, "tiles": 160, "camvid": 120}  # pixels
+TRAINED, SCORED = ("0001TP", "0016E5"), ("0006R0",)  # drives of CamVid
+
+
+def part_of(data: Path, name: str, part: str) -> dict[str, Any]:
+    """The config of one part of a set; of the pool the images alone."""
+    folder = data / name / part
+    config = {"type": "folder", "images": str(folder / "images")}
+    return config if part == "pool" else {**config, "masks": str(folder / "masks"), **MASKS[name]}
+
+
+class Table:
+    """Rows of a CSV file, each known by its first words: those that are there are not made again."""
+
+    def __init__(self, path: Path, words: int) -> None:
+        self.path = path
+        self.words = words
+
+    def __iter__(self) -> Iterator[list[str]]:
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                yield from csv.reader(file)
+
+    def has(self, *key: Any) -> bool:
+        return any(row[: self.words] == [str(word) for word in key] for row in self)
+
+    def add(self, *row: Any) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=[*MASKS], choices=MASKS)
+    parser.add_argument("--scale", type=float, default=1.0, help="1.5 makes street frames of 240 x 180")
+    options = parser.parse_args()
+    for name in options.sets:
+        side = round(SHORTER_SIDE[name] * options.scale)
+        for part in ("pool", "labelled", "val"):
+            pictures = _pictures(options.raw, name, part)
+            for picture, mask in pictures:
+                _copy(picture, mask, options.out / name / part, side)
+            print(f"{name}, {part}: {len(pictures)} images")
+
+
+def _pictures(raw: Path, name: str, part: str) -> list[tuple[Path, Path | None]]:
+    """The files of a part, and of their masks."""
+    if name == "camvid":
+        drives = SCORED if part == "val" else TRAINED
+        files = sorted(raw.glob("camvid/images/train/*.jpg"))
+        return [(own, raw / f"camvid/masks/train/{own.stem}.png") for own in files if own.stem.startswith(drives)]
+    files = sorted((raw / name / part / "images").iterdir())
+    if part == "pool":
+        return [(own, None) for own in files]
+    return [(own, raw / name / part / "masks" / f"{own.stem}.png") for own in files]
+
+
+def _copy(picture: Path, mask: Path | None, out: Path, side: int) -> None:
+    """Smaller, of the same shape; one that is small stays as it is."""
+    array = images.read_image(picture)
+    factor = min(1.0, side / min(array.shape[:2]))
+    size = (round(array.shape[0] * factor), round(array.shape[1] * factor))
+    images.write_image(out / "images" / f"{picture.stem}.png", images.resize_image(array, size))
+    if mask is not None:
+        images.write_mask(out / "masks" / f"{picture.stem}.png", images.resize_mask(images.read_mask(mask), size))
+
+
+if __name__ == "__main__":
+    main()
