@@ -5,6 +5,8 @@
 RAW holds the sets as they are published: `camvid/{images,masks}/train` in the arrangement of the SegNet tutorial, and
 `{nuclei,tiles,roads,wounds}/{pool,labelled,val}/images`, with `masks` beside those of the last two. DATA then has all
 five as `<set>/{pool,labelled,val}/{images,masks}`, small: decoding photographs would take longer than the training.
+
+`first` and `second` are the halves of `val`: what is chosen on the one is told by the other.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from sklearn.cluster import KMeans
 
 from ssl_seg import images
 
@@ -28,6 +33,8 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 SHORTER_SIDE = {"nuclei": 192, "wounds": 160, "roads": 192, "tiles": 160, "camvid": 120}  # pixels
 TRAINED, SCORED = ("0001TP", "0016E5"), ("0006R0",)  # drives of CamVid
+GAP = 0.1  # share of the scored drive that lies between its halves: a tenth of its 101 frames is 10 s
+ALIKE = 4  # images of a cluster on average, none of which is parted: photographs of one patient, cuts of one slide
 
 
 def part_of(data: Path, name: str, part: str) -> dict[str, Any]:
@@ -71,6 +78,26 @@ def main() -> None:
             for picture, mask in pictures:
                 _copy(picture, mask, options.out / name / part, side)
             print(f"{name}, {part}: {len(pictures)} images")
+        for half, files in zip(("first", "second"), halves(options.out / name / "val", name), strict=True):
+            for file in files:
+                _copy(file, file.parents[1] / "masks" / file.name, options.out / name / half, side)
+            print(f"{name}, {half}: {len(files)} images")
+
+
+def halves(part: Path, name: str) -> tuple[list[Path], list[Path]]:
+    """The images of `part` in two: of a drive its beginning and its end, else clusters of images that look alike."""
+    files = sorted((part / "images").iterdir())
+    if name == "camvid":
+        each = round(len(files) * (1 - GAP) / 2)
+        return files[:each], files[-each:]
+    small = np.stack([images.resize_image(images.read_image(file), (8, 8)).ravel() for file in files])
+    clusters = KMeans(max(2, len(files) // ALIKE), random_state=0, n_init=10).fit_predict(small)
+    sides: tuple[list[Path], list[Path]] = ([], [])
+    # The largest first, each to the side that has fewer.
+    for cluster in np.argsort(-np.bincount(clusters), kind="stable"):
+        own = [file for file, its in zip(files, clusters, strict=True) if its == cluster]
+        min(sides, key=len).extend(own)
+    return sides
 
 
 def _pictures(raw: Path, name: str, part: str) -> list[tuple[Path, Path | None]]:
