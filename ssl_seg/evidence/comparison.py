@@ -306,13 +306,16 @@ class Comparison:
         if baseline is None:
             return Pairs({}, {})
         pretrained = [not side.from_scratch for side in (baseline, arm)]
+        sides = baseline.at(condition), arm.at(condition)
+        # Weights that all runs start from are a setting of theirs as the network is: what is compared is another one.
+        is_setting = all(pretrained) and len({run.weights for side in sides for run in side}) == 1
 
         def start(base: Outcome, own: Outcome) -> str | None:
-            """The weights behind a pair, on the sides that start from some; None where all is from scratch."""
+            """The weights behind a pair, on the sides that start from some; None where they are no source of chance."""
             weights = [run.weights or "" for run, starts in zip((base, own), pretrained, strict=True) if starts]
-            return " ".join(weights) if weights else None
+            return " ".join(weights) if weights and not is_setting else None
 
-        return Pairs(_by_pair(baseline.at(condition)), _by_pair(arm.at(condition)), start, self._read, self.level)
+        return Pairs(_by_pair(sides[0]), _by_pair(sides[1]), start, self._read, self.level)
 
     @cached_property
     def _over_images(self) -> Callable[[Arm, str, Condition], Interval | None]:

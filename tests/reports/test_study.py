@@ -233,6 +233,16 @@ def test_one_pretraining_for_all_pairs_is_said_to_be_one(tmp_path: Path) -> None
     assert "All pairs of four start from one pretraining" in below(tmp_path)
 
 
+def test_one_pretraining_that_both_sides_start_from_is_no_word_of_the_answer(tmp_path: Path) -> None:
+    """As where chosen labels are compared with drawn ones, both from ImageNet's weights."""
+    arms = {"scratch": {"init": "four", "labels.blind": True}, "four": {"init": "four", "labels.names": ["a.png"]}}
+    write_study(tmp_path, {"four": [GAIN]}, {}, changes=arms, pretrainings=1)
+    for seed in range(len(GAIN)):
+        change(tmp_path, f"scratch-0-0-{seed}", start="four-seed0")
+    assert headline_of(tmp_path).endswith(f"interval {interval_of(GAIN)}, 4 pairs).")
+    assert "pretraining" not in below(tmp_path)
+
+
 def test_pairs_that_share_two_pretrainings_are_said_to_be_about_these(tmp_path: Path) -> None:
     write_study(tmp_path / "a", {"four": [GAIN * 2, GAIN * 2]}, pretrainings=2)
     assert ", 8 pairs from these 2 pretrainings, exact p = 0.008), on average over" in headline_of(tmp_path / "a")
