@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -137,7 +138,9 @@ def test_the_memory_of_both_ways_of_encoding() -> None:
     for encode in ("together", "in_turn"):
         command = [sys.executable, "-m", "ssl_seg", "pretrain", "squares", *words, f"train.encode={encode}"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[encode] = float(said.rsplit("peak ", 1)[1].removesuffix(" MiB\n"))
+        peak = re.search(r"peak (\d+) MiB", said)
+        assert peak, said
+        peaks[encode] = float(peak[1])
     print(f"\npeak memory: together {peaks['together']:.0f} MiB, in turn {peaks['in_turn']:.0f} MiB (imports included)")
 
 
