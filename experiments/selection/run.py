@@ -25,6 +25,7 @@ from ssl_seg import FinetuneConfig, Options, SelectConfig, finetune, load, selec
 SETS = ("nuclei", "wounds", "roads", "camvid")
 COUNTS = (5, 10, 20, 40)
 DRAWS, REPEATS = 8, 4  # of random images; of the chosen ones, with other seeds of the training
+PARTS, PART, FRAMES = 3, 0.75, 10  # pools that are a part of the whole; frames of CamVid stay together in blocks
 
 
 def main() -> None:
@@ -40,7 +41,9 @@ def main() -> None:
     encoder = {"name": "tf_efficientnet_lite0", "pretrained": str(options.weights)}
     for name in options.sets:
         drawn_from, chosen = choose(options.data, name, encoder, options.out / f"chosen_{name}")
-        for arm, draw, names in cells(name, drawn_from, chosen):
+        parts = [choose(options.data, name, encoder, options.out / f"part_{name}", part) for part in range(PARTS)]
+        fewest = [("chosen of a part", part, order[: COUNTS[0]]) for part, (_, order) in enumerate(parts)]
+        for arm, draw, names in [*cells(name, drawn_from, chosen), *fewest]:
             if table.has(name, arm, draw, len(names)):
                 continue
             run = options.out / "run"
@@ -59,26 +62,43 @@ def lines(table: Table) -> Iterator[str]:
     for name, arms in scores.items():
         areas = {}
         for arm, draws in arms.items():
-            counts = sorted(next(iter(draws.values())))
+            counts = sorted(set().union(*draws.values()))
             whole = [own for own in draws.values() if sorted(own) == counts]
             for count in counts:
                 values = [own[count] for own in draws.values() if count in own]
                 yield f"{name} {arm} {count}: {mean(values):.1f} ({np.std(values, ddof=1):.1f}), n = {len(values)}"
-            logs = np.log2(counts)
-            areas[arm] = [np.trapezoid([own[count] for count in counts], logs) / (logs[-1] - logs[0]) for own in whole]
+            if len(counts) > 1:
+                logs = np.log2(counts)
+                areas[arm] = [np.trapezoid([own[count] for count in counts], logs) / np.ptp(logs) for own in whole]
         apart = ttest_ind(areas["chosen"], areas["random"], equal_var=False)
         low, high = apart.confidence_interval(0.95)
         gain = mean(areas["chosen"]) - mean(areas["random"])
         yield f"{name}, area under the curve: {gain:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def choose(data: Path, name: str, encoder: dict[str, Any], out: Path) -> tuple[list[str], tuple[str, ...]]:
-    """The names that may be drawn, which show nothing of what is scored, and those that are chosen."""
+def choose(
+    data: Path, name: str, encoder: dict[str, Any], out: Path, part: int | None = None
+) -> tuple[list[str], tuple[str, ...]]:
+    """Names that may be drawn, which show nothing of what is scored, and those chosen from all or a part of them."""
     parts = {"pool": part_of(data, name, "labelled"), "scored": part_of(data, name, "val")}
     shutil.rmtree(out, ignore_errors=True)
+    if part is not None:
+        pool = out.with_name(f"{out.name}_images")
+        shutil.rmtree(pool, ignore_errors=True)
+        pool.mkdir()
+        for file in _of_part(sorted(Path(parts["pool"]["images"]).iterdir()), name, part):
+            (pool / file.name).symlink_to(file.resolve())
+        parts["pool"] = {"type": "folder", "images": str(pool)}
     config = load(SelectConfig, {"data": parts, "count": 10**6, "model": {"encoder": encoder}})
     order = select(config, out, quiet=True).names
     return sorted(order), order
+
+
+def _of_part(files: Sequence[Path], name: str, part: int) -> list[Path]:
+    size = FRAMES if name == "camvid" else 1
+    blocks = range(-(-len(files) // size))
+    kept = set(random.Random(f"sub {name} {part}").sample(blocks, round(PART * len(blocks))))
+    return [file for place, file in enumerate(files) if place // size in kept]
 
 
 def cells(name: str, drawn_from: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, int, Sequence[str]]]:
