@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ssl_seg import files, images, rng
 from ssl_seg.config import Config, PathText, UserError, load, user_path
 from ssl_seg.data.loading import Whole, loader
-from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels
+from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels, hold_out
 from ssl_seg.data.workers import ALONE, TIMEOUT, Workers
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence.statistics import image_blocks
@@ -68,6 +68,7 @@ class ProbeConfig(ReadingConfig):
 
     data: ProbeData
     labels: Labels = Labels()  # as those of the fine-tuning to come
+    holds_out: bool = True  # whether it has no data.val of its own: what it then holds out is not looked at here either
     # Runs, their encoder/ folders, files of weights, or names of networks that timm publishes weights for.
     init: tuple[PathText, ...] = ()
     # Of a file of weights, and where `init` names nothing.
@@ -88,6 +89,7 @@ class ProbeRule(Config):
 
     labelled: SerializeAsAny[Dataset]
     labels: Labels = Labels(count=10)  # those that the fine-tuning will have: more are seen by nobody before it
+    holds_out: bool = True  # whether it has no data.val of its own: what it then holds out is not looked at here either
     every: int | None = Field(default=None, ge=1)  # steps; None: as `train.eval_every`
 
 
@@ -146,12 +148,12 @@ def probe(config: ProbeConfig, out: str | Path | None = None, quiet: bool = Fals
         raise UserError(f"--out {out}: exists already; name a new folder")
     dataset = config.data.labelled
     check_images("data.labelled", dataset)
-    tell_notes({"data.labelled": dataset}, quiet=quiet)
-    labelled = choose_labelled(dataset, config.labels, "data.labelled")
+    tell_notes({"labelled": dataset}, ("labelled",), quiet)
+    labelled = choose_labelled(dataset, config.labels, config.holds_out, "data.labelled")
     encoders = _encoders(config)
     for one in encoders:
         trained = None if one.init is None else range_of(read_encoder_info(one.init))
-        say_other_ranges({"data.labelled": dataset}, trained, quiet=quiet)
+        say_other_ranges({"labelled": dataset}, trained, quiet=quiet)
     device = choose_device(config.device)
     probed, shown = [], []
     points: list[Points] = []
@@ -173,11 +175,10 @@ def probe(config: ProbeConfig, out: str | Path | None = None, quiet: bool = Fals
 class Watch:
     """The probe of an encoder while it is pretrained: one more evaluator of the run."""
 
-    encoder: EncoderNet  # as it is exported
+    encoder: Callable[[], EncoderNet]  # as it would be exported
     model: ModelConfig
     labelled: Subset
     seed: int
-    workers: Workers
     processes: Processes
     random: float | None = None  # mIoU of the same network with random weights, once it is known
 
@@ -192,16 +193,20 @@ class Watch:
         if self.random is None:
             with _seeded(self.seed):
                 bare = self.model.without_pretrained().build_encoder()
-            self.random = scores_of(bare, self.labelled, self.workers, self.processes.device).miou
-        found = scores_of(self.encoder, self.labelled, self.workers)
+            self.random = scores_of(bare, self.labelled, device=self.processes.device).miou
+        # No loader workers: to start them takes longer than a few images.
+        found = scores_of(self.encoder(), self.labelled)
         return {FIGURE: found.miou, "probe/random": self.random}
 
 
-def choose_labelled(dataset: Dataset, labels: Labels, key: str) -> Subset:
-    """The images whose masks are looked at. Raises UserError for one alone, and where nothing is labelled."""
+def choose_labelled(dataset: Dataset, labels: Labels, holds_out: bool, key: str) -> Subset:
+    """The images whose masks are looked at: those that fine-tuning chooses by the same `labels`.
+
+    Raises UserError for one alone, and where nothing is labelled.
+    """
     if len(dataset.class_names) < 2:
         raise UserError(f"{key}: the probe tells classes apart; give it masks and two class names or more")
-    labelled = labels.choose(dataset)
+    labelled = labels.choose(hold_out(dataset)[0] if holds_out else dataset)
     if len(labelled) < 2:
         raise UserError(f"{key}: one image is left out in turn, so two or more are needed; give labels.count=2 or more")
     if not has_labelled_pixels(labelled):
@@ -246,7 +251,7 @@ def read_points(
 
 
 def blocks_of(labelled: Subset) -> np.ndarray:
-    """Ids `(N,)` of neighbours in the whole data set, none of which may tell another's classes: frames of a video."""
+    """Ids `(N,)` of neighbours among all that could be chosen, as frames of a video: none may tell of another."""
     every = image_blocks([labelled.dataset.name(index) for index in range(len(labelled.dataset))])
     blocks = every[list(labelled.indices)]
     # Where all are neighbours there is nothing else to fit a layer to.
@@ -268,6 +273,8 @@ def left_out(points: Sequence[Points], labelled: Subset) -> list[np.ndarray]:
 
 def _fitted(points: Sequence[Points], num_classes: int) -> Pipeline:
     """Ridge regression of the classes, one-hot, on standardized features."""
+    if not any(len(own.ids) for own in points):
+        raise UserError("probe: the masks of the images that are left hold no labelled pixel; give more, or others")
     each = -(-FITTED // len(points))
     places = [_some(len(own.ids), each, number) for number, own in enumerate(points)]
     features = np.concatenate([own.features[some] for own, some in zip(points, places, strict=True)])

@@ -20,7 +20,9 @@ from ssl_seg.data.splits import IGNORE, Labels, Subset
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.scores import SegmentationScores
 from ssl_seg.stages import probe as stage
-from ssl_seg.stages.pretrain import PretrainConfig, pretrain
+from ssl_seg.stages.features import open_encoder
+from ssl_seg.stages.finetune import FinetuneConfig, choose_images, names_of
+from ssl_seg.stages.pretrain import PretrainConfig, labelled_of, pretrain
 from ssl_seg.stages.probe import (
     ALPHA,
     RARITY,
@@ -191,7 +193,8 @@ def test_a_run_is_probed_beside_random_weights_and_its_page_says_how(
         ({"init": "resnet19"}, "resnet19: there is no such run or file, and encoder.name: unknown timm model"),
         ({"init": "runs/none"}, "runs/none: does not exist"),
         ({"labels": {"count": 1}}, "data.labelled: one image is left out in turn"),
-        ({"labels": {"count": 7}}, "labels.count: 7 is more than the 6"),
+        ({"labels": {"count": 7}, "holds_out": False}, "labels.count: 7 is more than the 6"),
+        ({"labels": {"count": 6}}, "labels.count: 6 is more than the 5"),
     ],
 )
 def test_what_cannot_be_probed_is_a_line(values: dict[str, Any], said: str) -> None:
@@ -203,7 +206,24 @@ def test_what_cannot_be_probed_is_a_line(values: dict[str, Any], said: str) -> N
 def test_images_without_classes_are_refused() -> None:
     bare = Named("a", classes=0)
     with pytest.raises(UserError, match="the probe tells classes apart"):
-        choose_labelled(bare, Labels(), "data.labelled")  # type: ignore[arg-type]
+        choose_labelled(bare, Labels(), False, "data.labelled")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("has_val", [False, True])
+def test_its_images_are_those_that_fine_tuning_chooses(has_val: bool) -> None:
+    many = {**SQUARES, "count": 20}
+    data = {"labelled": many, **({"val": {**many, "seed": 1}} if has_val else {})}
+    labels = {"count": 6}
+    config = load(FinetuneConfig, {"data": data, "labels": labels})
+    theirs, _ = choose_images(config)
+    ours = choose_labelled(config.data.labelled, load(Labels, labels), not has_val, "data.labelled")
+    assert names_of(ours) == names_of(theirs)
+
+
+def test_masks_that_leave_nothing_to_fit_a_layer_to_are_a_line() -> None:
+    empty = points_of(np.empty(0), np.empty((0, 2)))
+    with pytest.raises(UserError, match="hold no labelled pixel"):
+        left_out([points_of(random_ids(1, 2), np.zeros((200, 2))), empty], named("a", "b"))
 
 
 # ---- while a run is pretrained ----
@@ -240,6 +260,15 @@ def test_the_probe_changes_no_bit_of_the_encoder_and_its_figures_are_in_the_metr
     assert "labelled" in json.dumps(listed)
 
 
+def test_the_probe_is_of_the_encoder_as_it_is_exported(tmp_path: Path) -> None:
+    """With batch norm, whose statistics of corrupted images are not those of the export."""
+    config = watched(model={**pretraining()["model"], "norm": "batch"}, recalibrate=12)
+    found = pretrain(config, Options(tmp_path / "run", quiet=True))
+    labelled = labelled_of(config)["labelled"]
+    encoder = open_encoder(found.encoder, config.model)
+    assert metrics_of(tmp_path / "run")[6]["probe/miou"] == pytest.approx(scores_of(encoder, labelled).miou, abs=1e-6)
+
+
 def scores(miou: float) -> SegmentationScores:
     right = round(1000 * miou)
     return SegmentationScores.from_confusion(np.array([[right, 0], [1000 - right, 0]]))
@@ -249,7 +278,7 @@ def test_the_step_of_the_best_probe_is_exported_and_labels_have_chosen_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     came = iter([0.1, 0.4, 0.7, 0.2])  # of random weights, then of steps 2, 4 and 6
-    monkeypatch.setattr(stage, "scores_of", lambda *_: scores(next(came)))
+    monkeypatch.setattr(stage, "scores_of", lambda *_, **__: scores(next(came)))
     found = pretrain(watched(select="probe", recalibrate=0), Options(tmp_path / "best", quiet=True))
     monkeypatch.undo()
     assert found.selected_step == 4
@@ -261,7 +290,7 @@ def test_the_step_of_the_best_probe_is_exported_and_labels_have_chosen_it(
 
 
 def test_a_run_ends_when_its_probe_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "scores_of", lambda *_: scores(0.5))
+    monkeypatch.setattr(stage, "scores_of", lambda *_, **__: scores(0.5))
     found = pretrain(watched(stop={"patience": 1}), Options(tmp_path / "run", quiet=True))
     assert found.steps == 4
 
