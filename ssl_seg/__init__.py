@@ -29,6 +29,7 @@ _HOMES = {
     "stages.gap": ("GapConfig", "gap"),
     "stages.predict": ("PredictConfig", "predict"),
     "stages.pretrain": ("PretrainConfig", "assemble", "pretrain"),
+    "stages.probe": ("ProbeConfig", "ProbeRule", "probe"),
     "stages.select": ("SelectConfig", "select"),
     "stages.setup": ("Options",),
     "stages.start": ("find_start",),

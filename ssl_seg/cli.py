@@ -27,7 +27,7 @@ from ssl_seg.config import (
     use_plugin,
     user_path,
 )
-from ssl_seg.reports.console import gap_lines, print_comparison, print_study, score_lines
+from ssl_seg.reports.console import gap_lines, print_comparison, print_study, probe_lines, score_lines
 from ssl_seg.terminal import print_lines, say, tells, tells_here, usable_streams, watch_signals
 
 if TYPE_CHECKING:
@@ -207,6 +207,28 @@ def select_command(
     print_lines([f"{len(chosen.names)} images: {chosen.out} (look at {chosen.out / 'sheet.png'}); {cover}"])
     where = f"{{type: folder, images: {chosen.out / 'images'}, masks: {chosen.out / 'masks'}, classes: [...]}}"
     print_lines([f"next: draw masks of the same names into {chosen.out / 'masks'}; data.labelled is then {where}"])
+
+
+@app.command("probe")
+def probe_command(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN ...", help="Runs, files of weights or names of timm; data.labelled.* and others."),
+    ],
+    out: Out = None,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tell in seconds how much frozen encoders know of the classes of a few labelled images."""
+    named = [word for word in words if "=" not in word and not word.endswith((".yaml", ".yml"))]
+    values = _values([word for word in words if word not in named], plugin)
+    values |= {"init": named} if named else {}
+    from ssl_seg.stages import probe
+    from ssl_seg.stages.probe import ProbeConfig
+
+    print_lines(probe_lines(probe.probe(load(ProbeConfig, values), out, quiet)))
+    if out is not None:
+        print_lines([f"pictures: {out} (look at {out / 'sheet.png'})"])
 
 
 @app.command("gap")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ssl_seg.evidence.statistics import Interval
     from ssl_seg.scores import SegmentationScores
     from ssl_seg.stages.gap import Gaps
+    from ssl_seg.stages.probe import Probes
 
     Cells = Callable[[Arm, Condition], list[str]]  # the row of an arm
 
@@ -30,6 +31,26 @@ def score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str
     averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
     over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
     return [f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}", *rows]
+
+
+def probe_lines(found: Probes) -> list[str]:
+    """A row an encoder, beside the same network with random weights; then what chance is."""
+    rows = [
+        ("mIoU, %", "random", "seconds", "encoder"),
+        *((_share(one.scores.miou), _share(one.random.miou), f"{one.seconds:.1f}", one.name) for one in found.encoders),
+    ]
+    widths = [max(len(row[place]) for row in rows) for place in range(3)]
+    table = ["  ".join([*(row[place].rjust(widths[place]) for place in range(3)), row[3]]) for row in rows]
+    most = found.class_names[int(found.chance.confusion.sum(axis=0).argmax())]
+    return [
+        f"one linear layer on frozen maps, {len(found.labelled)} labelled images, each scored by a layer of others:",
+        *table,
+        f"for scale: all pixels taken for {most} {_share(found.chance.miou)}",
+    ]
+
+
+def _share(value: float) -> str:
+    return f"{value * 100:.1f}"
 
 
 def gap_lines(found: Gaps) -> list[str]:

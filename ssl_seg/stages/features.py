@@ -46,13 +46,18 @@ def open_encoder(init: str | Path | None, model: ModelConfig) -> EncoderNet:
 
     Raises UserError where there is none, or its weights do not fit.
     """
-    if init is None:
-        return model.build_encoder()
-    info = read_encoder_info(init)
-    own = exported_config(init, info) if info else model
-    encoder = own.without_pretrained().build_encoder()
-    load_encoder(encoder, init)
+    encoder = model_of(init, model).build_encoder()
+    if init is not None:
+        load_encoder(encoder, init)
     return encoder
+
+
+def model_of(init: str | Path | None, model: ModelConfig) -> ModelConfig:
+    """The network whose weights `init` holds, as its run says; `model` for a file of weights, and without `init`."""
+    if init is None:
+        return model
+    info = read_encoder_info(init)
+    return (exported_config(init, info) if info else model).without_pretrained()
 
 
 def describe(encoder: EncoderNet, examples: Examples, workers: Workers, device: torch.device) -> Described:

@@ -33,13 +33,12 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
-from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
-from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit
+from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
 from ssl_seg.stages.setup import (
     SAME_FILES,
     Options,
@@ -230,12 +229,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         job.resume()
         trial.fit_in_memory(learner, quiet)
         steps = fit(job)
-        selected = steps
-        best = job.progress.best_step if job.progress.best_score is not None else steps  # no score: no mask counted
-        if config.select == "best" and best != steps:
-            selected = best
-            state = load_state(run.folder, selected)
-            learner.restore(state.tensors, state.data["learner"])
+        # No step is the best where no mask counted.
+        selected = restore_best(job, steps) if config.select == "best" else steps
         found = {"val": (val, latest[0] if latest and selected == steps else confuse(val))}
         if config.data.test is not None:
             found["test"] = (config.data.test, confuse(config.data.test))

@@ -32,7 +32,7 @@ LEAST_BETWEEN_SAVES = 200  # steps: writing one of resnet18 takes as long as ten
 
 
 class StopRule(Config):
-    """When fine-tuning ends before its last step; judged on the validation mIoU at each evaluation."""
+    """When a run ends before its last step: judged by the validation mIoU, or a pretraining's probe, at each time."""
 
     patience: PositiveInt | None = None  # evaluations without a new best
     target: float | None = Field(default=None, gt=0.0, le=1.0)  # a score that is good enough
@@ -240,6 +240,15 @@ def evaluators_at(job: Job, step: int) -> list[Evaluator]:
 def evaluate(job: Job, evaluators: Sequence[Evaluator], step: int) -> dict[str, float]:
     """The figures of some evaluators after `step`."""
     return {name: figure for evaluator in evaluators for name, figure in evaluator.measure(step).items()}
+
+
+def restore_best(job: Job, steps: int) -> int:
+    """Bring back the weights of the step with the best score, and give its number; `steps` where none was scored."""
+    best = job.progress.best_step if job.progress.best_score is not None else steps
+    if best != steps:
+        state = load_state(job.run.folder, best)
+        job.learner.restore(state.tensors, state.data["learner"])
+    return best
 
 
 def drawing(

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ssl_seg.config import Config, PathText
+from ssl_seg.config import Config, PathText, known_to_0_1
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import Samples
+from ssl_seg.data.splits import Subset
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.runs.writer import Run
 from ssl_seg.stages import panels, scoring, trial
-from ssl_seg.stages.fit import Evaluator, Job, drawing, fit
+from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
+from ssl_seg.stages.probe import FIGURE, ProbeRule, Watch, choose_labelled
 from ssl_seg.stages.setup import (
     Options,
     StageConfig,
@@ -30,6 +41,7 @@ from ssl_seg.stages.setup import (
     export_heads,
     open_run,
     recalibrate,
+    recalibrated_encoder,
     say_clamped_zoom,
     say_other_ranges,
     tell_notes,
@@ -45,6 +57,8 @@ from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_encoder, load_encoder
 from ssl_seg.weights.receipt import Receipt
+
+PROBED_CLEAN = 64  # of the images of `recalibrate`, before a probe: as exported within 7 %, in a quarter of the time
 
 
 class PretrainData(Config):
@@ -73,6 +87,24 @@ class PretrainConfig(StageConfig):
     seed: int = 0
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
+    # How well the encoder tells classes apart meanwhile, by a few labelled images: those that fine-tuning will have.
+    probe: ProbeRule | None = None
+    # last: the weights of the last step; probe: those of its best score, which labels have then chosen.
+    select: Literal["last", "probe"] = "last"
+    stop: StopRule | None = None  # judged by the probe
+
+    @model_validator(mode="after")
+    def _has_a_probe(self) -> PretrainConfig:
+        asked = [key for key, value in (("select", self.select == "probe"), ("stop", self.stop)) if value]
+        if asked and self.probe is None:
+            raise ValueError(f"{asked[0]}: is judged by the probe; give probe.labelled, a few images with masks, too")
+        if self.probe is not None and self.probe.every is None and self.train.eval_every is None:
+            raise ValueError("probe: is made when the run is evaluated; give probe.every=STEPS")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("probe", "select", "stop"))
 
     @field_validator("recalibrate")
     @classmethod
@@ -97,6 +129,7 @@ class Pretrained:
     encoder: Path
     steps: int
     scores: dict[str, float]  # <task>/<figure> on data.val, empty without one; by the statistics of training
+    selected_step: int  # whose weights these are
 
 
 def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
@@ -108,14 +141,17 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
     config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
     processes.together(partial(check, config, processes))
-    pool, val = {"pool": config.data.pool}, {"val": config.data.val}
-    check_processes("pretrain", config, options, {**pool, **val}, processes)
+    labelled = processes.together(partial(labelled_of, config))
+    given = given_to(config)
+    check_processes("pretrain", config, options, given, processes)
     with open_run("pretrain", config, options, processes) as (run, signals, mirror):
-        check_same_images(run, {**pool, **val}, options.allow_changed)
-        tell_notes({**pool, **val}, quiet=quiet)
-        say_other_ranges({**pool, **val}, start.exported_range, quiet=quiet)
-        question = Question(pool, val, config.leaks, origins(config, start))
-        read = Sources(question.given, (), processes)
+        check_same_images(run, given, options.allow_changed)
+        tell_notes(given, labelled, quiet)
+        say_other_ranges(given, start.exported_range, quiet=quiet)
+        # Images whose labels choose the weights count as trained on.
+        trained = {"pool": config.data.pool, **labelled}
+        question = Question(trained, {"val": config.data.val}, config.leaks, origins(config, start))
+        read = Sources(question.given, labelled, processes)
         read.check(run, config.train.reading, options.allow_changed, quiet)
         guard(run, question, processes, config.train.reading, quiet)
         read.record(run)
@@ -141,21 +177,31 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             return panels.task_pictures(learner.evaluated, **shown)
 
         every = config.train.eval_every
+        evaluators = {"scores": Evaluator(figures, every), "pictures": drawing(run, processes, pictures, every)}
+        if config.probe is not None:
+            few = min(PROBED_CLEAN, config.recalibrate)
+            exported = partial(recalibrated_encoder, learner, sources["pool"], few)
+            watch = Watch(exported, config.model, labelled["labelled"], config.seed, processes)
+            evaluators["probe"] = Evaluator(watch.measure, config.probe.every or every)
         job = Job(
             run=run,
             learner=learner,
             sources=sources,
             seed=config.seed,
-            evaluators={"scores": Evaluator(figures, every), "pictures": drawing(run, processes, pictures, every)},
+            evaluators=evaluators,
             signals=signals,
             mirror=mirror,
+            score=FIGURE if config.select == "probe" or config.stop else None,
+            stop=config.stop or StopRule(),
             quiet=quiet,
         )
         trial.check_crops(learner)
         job.resume()
         trial.fit_in_memory(learner, quiet)
         steps = fit(job)
-        scores = latest or score()  # the last step has been evaluated, unless a former start made it
+        selected = restore_best(job, steps) if config.select == "probe" else steps
+        # The last step has been evaluated, unless a former start made it.
+        scores = latest if latest and selected == steps else score()
         # After the scores, whose views are corrupted, and after the last checkpoint: only the export has it.
         if recalibrate(learner, sources["pool"], config.recalibrate):
             say(f"batch statistics of the export are those of {config.recalibrate} clean images", quiet)
@@ -163,9 +209,33 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             seen = {"range": config.data.pool.value_range()}
             export_encoder(run.folder, learner.evaluated.encoder, config.model.dump(), seen)
             export_heads(run, learner.evaluated)
-            run.write_json("result.json", {"steps": steps, "val": scores})
+            run.write_json("result.json", {"steps": steps, "val": scores, **_selected(job, selected, labelled)})
         processes.barrier()
-    return Pretrained(run.folder, run.folder / "encoder", steps, scores)
+    return Pretrained(run.folder, run.folder / "encoder", steps, scores, selected)
+
+
+def given_to(config: PretrainConfig) -> dict[str, Dataset | None]:
+    """The data sets of a run, by part."""
+    probed = {} if config.probe is None else {"labelled": config.probe.labelled}
+    return {"pool": config.data.pool, "val": config.data.val, **probed}
+
+
+def labelled_of(config: PretrainConfig) -> dict[str, Subset]:
+    """The labelled images that the probe looks at, as the part that they are of; none without it."""
+    rule = config.probe
+    if rule is None:
+        return {}
+    check_images("probe.labelled", rule.labelled)
+    return {"labelled": choose_labelled(rule.labelled, rule.labels, rule.holds_out, "probe.labelled")}
+
+
+def _selected(job: Job, step: int, labelled: Mapping[str, Subset]) -> dict[str, Any]:
+    """What result.json says of a run whose weights labels may have chosen."""
+    if not labelled:
+        return {}
+    names = [labelled["labelled"].name(index) for index in range(len(labelled["labelled"]))]
+    chosen = job.score is not None  # they have said which step it was, or when it was enough
+    return {"selected_step": step, "probe": {"chose": chosen, "best": job.progress.best_score, "labelled": names}}
 
 
 def try_out(config: PretrainConfig) -> trial.DryRun:
@@ -175,8 +245,9 @@ def try_out(config: PretrainConfig) -> trial.DryRun:
         config, start = resolve(config)
         quiet = not processes.is_main
         check(config, processes)
-        given = {"pool": config.data.pool, "val": config.data.val}
-        tell_notes(given, quiet=quiet)
+        given = given_to(config)
+        labelled_of(config)
+        tell_notes(given, ("labelled",), quiet)
         say_other_ranges(given, start.exported_range, quiet=quiet)
         learner, sources = assemble(config, start, processes, None, quiet=True)
         trial.check_crops(learner)

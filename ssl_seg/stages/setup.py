@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -19,10 +20,10 @@ from ssl_seg import tracking
 from ssl_seg.config import NAME, Config, Interrupted, UserError, flatten, user_path
 from ssl_seg.data.loading import Samples, Whole, check_batch_size, loader, pack
 from ssl_seg.data.splits import Examples, manifest, sample_digest
-from ssl_seg.data.workers import Workers, check_room
+from ssl_seg.data.workers import ALONE, Workers, check_room
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Range, Size
-from ssl_seg.models import DenseHead, ModelConfig
+from ssl_seg.models import DenseHead, EncoderNet, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import FREE, Run, versions
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
@@ -257,19 +258,32 @@ def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
     Every process reads the same ones, so all end with the same. An encoder that is frozen keeps its own. Gives the
     number of layers that have some.
     """
-    module, config, processes = learner.evaluated, learner.config, learner.processes
-    # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
-    at_once = max(3, min(CLEAN_BATCH, config.batch_size * len(readers(module.tasks, "pool"))))
-    chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
-    clean = loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], config.reading)
-    batches = (packed.to(processes.device, config.channels_last).image for packed in clean)
+    module = learner.evaluated
 
     def show(image: torch.Tensor) -> None:
         features = module.encoder(image)
         for head in module.heads.values():
             head(features, image.shape[-2:])
 
-    return convert.recalibrate(module.heads if learner.module.frozen else module, batches, show)
+    return convert.recalibrate(module.heads if learner.module.frozen else module, _clean(learner, pool, count), show)
+
+
+def recalibrated_encoder(learner: Learner, pool: Samples, count: int) -> EncoderNet:
+    """A copy of the encoder as `recalibrate` would leave it; read by this process alone."""
+    encoder = deepcopy(learner.evaluated.encoder)
+    if not learner.module.frozen:
+        convert.recalibrate(encoder, _clean(learner, pool, count, ALONE), encoder)
+    return encoder
+
+
+def _clean(learner: Learner, pool: Samples, count: int, workers: Workers | None = None) -> Iterator[torch.Tensor]:
+    """The run's first `count` crops, in batches."""
+    config = learner.config
+    # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
+    at_once = max(3, min(CLEAN_BATCH, config.batch_size * len(readers(learner.evaluated.tasks, "pool"))))
+    chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
+    for packed in loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], workers or config.reading):
+        yield packed.to(learner.processes.device, config.channels_last).image
 
 
 def export_heads(run: Run, module: MultiTask) -> None:
