@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ssl_seg import losses
 from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import PretextTask, View
+from ssl_seg.tasks import DenseTask, View
 
 STRIDE = 4  # of the predicted colours, as in the paper: the eye sees less detail in colour than in lightness
 GREYEST = 2 / 255  # of a channel; what rounding makes of grey
@@ -43,7 +43,7 @@ SRGB_FOOT, LINEAR_FOOT, SRGB_SLOPE = 0.04045, 0.0031308, 12.92
 LAB_FOOT, XYZ_FOOT, LAB_SLOPE = 6 / 29, (6 / 29) ** 3, (29 / 6) ** 2 / 3
 
 
-class Colorize(PretextTask):
+class Colorize(DenseTask):
     """Predict the colours at stride 4 from the lightness at full resolution.
 
     As classes, the paper's way: which of the bins that tile the colours of sRGB, so that the answer can be "blue or
@@ -95,7 +95,7 @@ class Colorize(PretextTask):
         return View(grey, colour_code(image))
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
-        return encoder.dense(2 if self.target == "ab" else len(bins()), stride=STRIDE)
+        return self.dense(encoder, 2 if self.target == "ab" else len(bins()), stride=STRIDE)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         """Equation 2, or equation 1 for `target: ab`; means over the pixels in place of sums."""

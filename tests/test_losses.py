@@ -395,7 +395,7 @@ def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
 
 
 def _spec() -> EncoderSpec:
-    def dense(out_channels: int, stride: int = 1) -> nn.Module:
+    def dense(out_channels: int, stride: int = 1, decoder: str = "full") -> nn.Module:
         return DenseHead(FirstLevel(), out_channels, stride)
 
     return EncoderSpec((8,) * 5, (2, 4, 8, 16, 32), dense)

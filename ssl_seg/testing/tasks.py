@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from ssl_seg import rng
 from ssl_seg.models import (
+    DecoderKind,
     DecoderNet,
     DenseHead,
     Encoder,
     EncoderNet,
     EncoderSpec,
     Features,
+    LightNet,
     evaluating,
 )
 from ssl_seg.tasks import PAIR, PretextTask, View
@@ -203,8 +205,11 @@ def _network(task: PretextTask, strides: Sequence[int], own: Encoder | None) -> 
     channels = (*[16] * (len(strides) - 1), 32)
     encoder = own.build() if own else EncoderNet(_TinyBackbone(channels, strides), channels, strides)
 
-    def dense(out_channels: int, stride: int = 1) -> DenseHead:
-        return DenseHead(_TinyDecoder(encoder.channels, encoder.strides[0]), out_channels, stride)
+    def dense(out_channels: int, stride: int = 1, decoder: DecoderKind = "full") -> DenseHead:
+        if decoder == "light":
+            return DenseHead(LightNet(encoder.channels[-1], encoder.strides[-1]), out_channels, stride)
+        own = _TinyDecoder(encoder.channels, encoder.strides[0])
+        return DenseHead(own, out_channels, stride, deep=decoder == "deep")
 
     return encoder, task.head(EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras))
 
