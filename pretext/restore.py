@@ -35,7 +35,7 @@ class Restore(DenseTask):
     number: Annotated[int, Field(ge=1, le=1000)] = 10
     # Sides of the square patches, as shares of the image's short side: small, as the paper says.
     size: tuple[PositiveFloat, PositiveFloat] = (0.08, 0.16)
-    # How much a pixel that has not moved counts, as in inpaint. The paper's loss is 1: all pixels alike; then most of it
+    # How much a pixel that has not moved counts, as in inpaint. In the paper all count alike (1); most of the loss then
     # is to copy what is there.
     outside: Annotated[float, Field(ge=0, le=1)] = 0.1
     distance: losses.Distance = "mse"  # the paper's
@@ -71,7 +71,9 @@ class Restore(DenseTask):
             source = source.flatten(1).gather(1, seen.flatten(1)).view_as(source)
         return source
 
-    def _pair(self, key: Tensor, height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _pair(
+        self, key: Tensor, height: int, width: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The side of two patches that do not overlap, and the upper left corner of each; all `(B, 1, 1)`.
 
         Along one axis, drawn for each pair, the second has a place beside the first; along the other it lies anywhere.

@@ -97,6 +97,11 @@ class TaskPlugin(Task, Plugin, ABC):
     package: ClassVar[str] = "pretext"
     group: ClassVar[str] = "ssl_seg.pretext"
 
+    @property
+    def origin(self) -> str | None:
+        """The run or the file of weights that a task brings along, which have seen images; None where there is none."""
+        return None
+
     def prepare(self, images: Tensor) -> Self:
         """Measure a fixed sample of the pool once, before step 0; the copy is recorded, a resumed run reads it back."""
         return self

@@ -93,6 +93,14 @@ class EncoderNet(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
+    @property
+    def own_strides(self) -> tuple[int, ...]:
+        """Those of the maps that the backbone's published weights make.
+
+        Of a plain transformer they make one; the layers that make the rest of its pyramid start from random weights.
+        """
+        return getattr(self.backbone, "own_strides", self.strides)
+
     def forward(self, image: Tensor) -> Features:
         normal = (image - self.mean) / self.std
         height, width = normal.shape[-2:]

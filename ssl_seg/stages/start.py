@@ -78,9 +78,11 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
 
 def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
     """Where weights that may have seen images come from, by the key that names them: for the leak guard to ask."""
+    brought = {f"init.{name}": task.origin for name, task in config.tasks.items()}
     if config.init is not None:
-        return {"init": config.init}
-    return {"pretrained": getattr(start.model.encoder, "weights_file", None)}  # of timm's own the images are known
+        return {"init": config.init, **brought}
+    # Of timm's own weights the images are known.
+    return {"pretrained": getattr(start.model.encoder, "weights_file", None), **brought}
 
 
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
