@@ -152,7 +152,7 @@ class Projector(nn.Module):
         given = list(zip(encoder.strides, encoder.channels, strict=True))
         self.levels = [level for level, (stride, width) in enumerate(given) if width and stride >= FINEST]
         self.first = nn.ModuleList(nn.Conv2d(encoder.channels[level], WIDTH, kernel_size=1) for level in self.levels)
-        self.last = nn.Conv2d(WIDTH, channels, kernel_size=1)
+        self.last = nn.Conv2d(WIDTH, channels, kernel_size=1, bias=False)  # the loss does not change with one
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """`(B, channels, ceil(H / 8), ceil(W / 8))` for images of `size` (H, W)."""
