@@ -112,10 +112,18 @@ class Colorize(DenseTask):
         return losses.masked_mean(surprise.unsqueeze(1))
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
-        """How far the colours are from the true ones, in ab units (2.3 is just noticeable), and how far grey is."""
+        """How far the colours are from the true ones, in ab units (2.3 is just noticeable), and how far grey is.
+
+        Weighted by rarity, the network says rare colours more often than they are, and a vivid picture of grey streets
+        is farther from the truth than a grey one. `ab_error_unweighted` is that of the colours as frequent as in the
+        pool: the weighted loss is least for shares times their weights, so they are divided by these again.
+        """
         truth = self._true_ab(view)
-        error = (self._predicted_ab(prediction) - truth).norm(dim=1)
-        return {"ab_error": error.mean(dim=(1, 2)), "ab_error_of_grey": truth.norm(dim=1).mean(dim=(1, 2))}
+        said = {"ab_error": self._predicted_ab(prediction), "ab_error_of_grey": torch.zeros_like(truth)}
+        if self.target == "bins" and self.frequencies is not None:
+            weights = bin_weights(self.frequencies, self.uniform).to(prediction).view(1, -1, 1, 1)
+            said["ab_error_unweighted"] = annealed_mean(prediction - weights.log(), self.temperature)
+        return {name: (colours - truth).norm(dim=1).mean(dim=(1, 2)) for name, colours in said.items()}
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
         return _painted(view.input, self._predicted_ab(prediction))
