@@ -78,7 +78,7 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
 
 def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
     """Where weights that may have seen images come from, by the key that names them: for the leak guard to ask."""
-    brought = {f"init.{name}": task.origin for name, task in config.tasks.items()}
+    brought = {f"tasks.{name}": task.origin for name, task in config.tasks.items() if task.origin}
     if config.init is not None:
         return {"init": config.init, **brought}
     # Of timm's own weights the images are known.

@@ -216,3 +216,15 @@ def test_another_teacher_under_the_same_name_is_refused_when_a_run_goes_on(tmp_p
         pretrain(load(PretrainConfig, values), Options(folder, quiet=True))
     assert "\n" not in str(told.value)
     assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+
+
+def test_a_teacher_that_has_seen_the_scored_images_is_a_leak(tmp_path: Path):
+    first = pretraining(steps=1)
+    first["data"] = {"pool": first["data"]["val"]}
+    pretrain(load(PretrainConfig, first), Options(tmp_path / "teacher", quiet=True))
+    values = pretraining(steps=1)
+    values["tasks"] = {"distill": {"run": str(tmp_path / "teacher")}}
+    with pytest.raises(UserError, match=r"tasks\.distill: the pool it was trained on: leak into data\.val"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "student", quiet=True))
+    values["data"]["val"]["seed"] = 11
+    pretrain(load(PretrainConfig, values), Options(tmp_path / "student", overwrite=True, quiet=True))
