@@ -156,7 +156,7 @@ class Projector(nn.Module):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """`(B, channels, ceil(H / 8), ceil(W / 8))` for images of `size` (H, W)."""
-        padded = [-(-side // STRIDE) for side in features.size]
+        padded = (-(-features.size[0] // STRIDE), -(-features.size[1] // STRIDE))
         laid = []
         for level, layer in zip(self.levels, self.first, strict=True):
             hidden = layer(features[level])
