@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from pretext.distill import Distill
 from ssl_seg import rng
 from ssl_seg.config import UserError, load
+from ssl_seg.data.loading import Samples
 from ssl_seg.models import EncoderSpec, Features, ModelConfig
 from ssl_seg.models.timm import Timm
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
-from ssl_seg.stages.start import build_module
+from ssl_seg.stages.start import build_module, prepare_tasks
 from ssl_seg.tasks import PretextTask
 from ssl_seg.testing import check_pretext_task
 from ssl_seg.training.learner import Learner
@@ -228,3 +229,22 @@ def test_a_teacher_that_has_seen_the_scored_images_is_a_leak(tmp_path: Path):
         pretrain(load(PretrainConfig, values), Options(tmp_path / "student", quiet=True))
     values["data"]["val"]["seed"] = 11
     pretrain(load(PretrainConfig, values), Options(tmp_path / "student", overwrite=True, quiet=True))
+
+
+def test_all_processes_take_what_the_first_has_measured_and_refuse_another_teacher(tmp_path: Path):
+    """The second of two, on a machine with another file."""
+    file = weights_of("mobilenetv2_035", tmp_path / "teacher.safetensors")
+    values = pretraining()
+    values["tasks"] = {"distill": {"teacher": {"name": "mobilenetv2_035", "pretrained": str(file)}}, "denoise": {}}
+    config = load(PretrainConfig, values)
+    pool = Samples(config.data.pool, config.augment, 0)
+    of_first = prepare_tasks(config.tasks, pool, {})
+    second = Processes(config.train)
+    second.from_first = lambda own: {name: task.dump() for name, task in of_first.items()}
+    same = prepare_tasks(config.tasks, pool, {}, processes=second)
+    assert same == of_first
+    weights_of("mobilenetv2_035", file, seed=1)
+    other = prepare_tasks(load(PretrainConfig, values).tasks, pool, {}, processes=second)
+    assert other == of_first
+    with pytest.raises(UserError, match="teacher's weights are not those"):
+        build_module(config.model, other, 0)
