@@ -22,7 +22,7 @@ def pictures(count: int = 3, height: int = 40, width: int = 56) -> Tensor:
 
 @pytest.mark.parametrize(
     "task",
-    [Restore(), Restore(number=1, size=(0.3, 1 / 3)), Restore(outside=0.0, distance="l1"), Restore(decoder="light")],
+    [Restore(), Restore(number=1, size=(0.3, 1 / 3), outside=0.0, decoder="light")],
     ids=repr,
 )
 def test_restore_keeps_the_contract(task):
