@@ -13,7 +13,15 @@ from functools import cached_property, lru_cache
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, SerializeAsAny, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +35,6 @@ from ssl_seg.weights.fingerprint import digest_of
 FINEST = 4  # stride that is taught by default: at 2 there are edges, and as many numbers as in all other maps
 AT_ONCE = 8  # images that the teacher sees at a time while it is measured
 LEAST_SPREAD = 0.01  # of a channel, as a share of the mean over the channels: one that hardly changes is rounding
-Per = tuple[tuple[float, ...], ...]  # a number a channel, a row a map
 
 
 def _published(value: Any) -> Any:
@@ -60,8 +67,8 @@ class Distill(PretextTask):
     # What `prepare` finds: sha256 of the teacher's weights, and the mean and spread of each channel of each map. Others
     # than these weights are refused; without means and spreads maps are taken as they are.
     digest: str | None = None
-    means: Per | None = None
-    spreads: Per | None = None
+    means: tuple[tuple[float, ...], ...] | None = None
+    spreads: tuple[tuple[PositiveFloat, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _check_one_teacher(self) -> Self:
@@ -133,6 +140,12 @@ class Distill(PretextTask):
         return View(image, torch.cat([level.flatten(1) for level in levels], dim=1))
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
+        for name, given in (("means", self.means), ("spreads", self.spreads)):
+            if given is not None and tuple(map(len, given)) != self.channels:
+                raise UserError(
+                    f"distill: {name}: has {', '.join(str(len(own)) for own in given)} numbers for maps of "
+                    f"{', '.join(map(str, self.channels))} channels; leave means and spreads out to have them measured"
+                )
         return Projections(encoder, self.taught, self.channels)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:

@@ -89,6 +89,7 @@ def test_a_word_is_a_network_of_timm_with_its_published_weights():
         ({"teacher": "resnet19"}, "unknown timm model 'resnet19'"),
         ({"teacher": "resnet18", "strides": []}, "at least 1"),
         ({"teacher": "resnet18", "means": [[0.0]]}, "means and spreads belong together"),
+        ({"teacher": "resnet18", "means": [[0.0]], "spreads": [[0.0]]}, "greater than 0"),
     ],
 )
 def test_distill_refuses_options_without_meaning(options, words):
@@ -99,6 +100,12 @@ def test_distill_refuses_options_without_meaning(options, words):
 def test_a_stride_that_the_teachers_weights_do_not_make_is_refused(transformer):
     with pytest.raises(UserError, match="make no map of stride 8; choose among 16"):
         transformer.model_copy(update={"strides": (8,)}).head(spec())
+
+
+def test_statistics_of_another_teacher_are_refused():
+    task = convolutional(strides=(32,), means=[[0.0, 1.0]], spreads=[[1.0, 1.0]])
+    with pytest.raises(UserError, match="means: has 2 numbers for maps of 112 channels; leave means"):
+        task.head(spec())
 
 
 def spec(strides: tuple[int, ...] = (2, 4, 8, 16, 32)) -> EncoderSpec:
