@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ssl_seg import losses
 from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import PretextTask, View
+from ssl_seg.tasks import DenseTask, View
 
 STRIDE = 4  # of the predicted colours, as in the paper: the eye sees less detail in colour than in lightness
 GREYEST = 2 / 255  # of a channel; what rounding makes of grey
@@ -43,7 +43,7 @@ SRGB_FOOT, LINEAR_FOOT, SRGB_SLOPE = 0.04045, 0.0031308, 12.92
 LAB_FOOT, XYZ_FOOT, LAB_SLOPE = 6 / 29, (6 / 29) ** 3, (29 / 6) ** 2 / 3
 
 
-class Colorize(PretextTask):
+class Colorize(DenseTask):
     """Predict the colours at stride 4 from the lightness at full resolution.
 
     As classes, the paper's way: which of the bins that tile the colours of sRGB, so that the answer can be "blue or
@@ -95,7 +95,7 @@ class Colorize(PretextTask):
         return View(grey, colour_code(image))
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
-        return encoder.dense(2 if self.target == "ab" else len(bins()), stride=STRIDE)
+        return self.dense(encoder, 2 if self.target == "ab" else len(bins()), stride=STRIDE)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         """Equation 2, or equation 1 for `target: ab`; means over the pixels in place of sums."""
@@ -112,10 +112,18 @@ class Colorize(PretextTask):
         return losses.masked_mean(surprise.unsqueeze(1))
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
-        """How far the colours are from the true ones, in ab units (2.3 is just noticeable), and how far grey is."""
+        """How far the colours are from the true ones, in ab units (2.3 is just noticeable), and how far grey is.
+
+        Weighted by rarity, the network says rare colours more often than they are, and a vivid picture of grey streets
+        is farther from the truth than a grey one. `ab_error_unweighted` is that of the colours as frequent as in the
+        pool: the weighted loss is least for shares times their weights, so they are divided by these again.
+        """
         truth = self._true_ab(view)
-        error = (self._predicted_ab(prediction) - truth).norm(dim=1)
-        return {"ab_error": error.mean(dim=(1, 2)), "ab_error_of_grey": truth.norm(dim=1).mean(dim=(1, 2))}
+        said = {"ab_error": self._predicted_ab(prediction), "ab_error_of_grey": torch.zeros_like(truth)}
+        if self.target == "bins" and self.frequencies is not None:
+            weights = bin_weights(self.frequencies, self.uniform).to(prediction).view(1, -1, 1, 1)
+            said["ab_error_unweighted"] = annealed_mean(prediction - weights.log(), self.temperature)
+        return {name: (colours - truth).norm(dim=1).mean(dim=(1, 2)) for name, colours in said.items()}
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
         return _painted(view.input, self._predicted_ab(prediction))

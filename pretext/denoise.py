@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_seg import losses, metrics, rng
 from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import PretextTask, View
+from ssl_seg.tasks import DenseTask, View
 
 Noise = Literal["gaussian", "poisson", "speckle", "salt_and_pepper"]
 MID_GREY = 0.5
@@ -23,7 +23,7 @@ EXACT_RATE = 4.0  # mean counts up to here are drawn by the inverse CDF, from he
 EXACT_COUNTS = 18  # a mean of 4 gives more than 18 five times in 10^8 draws
 
 
-class Denoise(PretextTask):
+class Denoise(DenseTask):
     """Predict the clean image, or the noise, of a noisy one.
 
     The noisy image is clipped to [0, 1] as a camera's is: what the network sees is then a picture, and "the noise" is
@@ -73,7 +73,7 @@ class Denoise(PretextTask):
         return View(noisy, image)
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
-        return encoder.dense(3)
+        return self.dense(encoder, 3)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = self.scale if self.target == "clean" else 1.0  # the noise is in that unit already

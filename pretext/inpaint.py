@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_seg import losses, metrics, rng
 from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import PretextTask, View
+from ssl_seg.tasks import DenseTask, View
 
 # The root mean square distance of a hole's pixels from the mean colour of what is left, over 200 images of BSDS500
 # (0.21 for every shape). Errors are measured in it: a squared error of 1 is that of the mean colour.
@@ -25,7 +25,7 @@ LARGEST_TURN = math.pi / 2  # between two segments of a stroke
 THINNEST = 0.75  # pixels, half a stroke's width: any point of the image is that near to the centre of a pixel
 
 
-class Inpaint(PretextTask):
+class Inpaint(DenseTask):
     """Predict the whole image from one with holes; the loss counts most inside the holes.
 
     Every sample has an erased pixel (under a grid: where no side is shorter than the grid). The default squares and
@@ -68,7 +68,7 @@ class Inpaint(PretextTask):
         return shapes[self.mask](key, height, width).unsqueeze(1)
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
-        return encoder.dense(3)
+        return self.dense(encoder, 3)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         return losses.regression(self.distance, prediction / SCALE, view.target / SCALE, view.loss_mask)

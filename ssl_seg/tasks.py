@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
-from ssl_seg.config import Config, Plugin, UserError
-from ssl_seg.models import EncoderSpec
+from ssl_seg.config import Config, Plugin, UserError, known_to_0_1
+from ssl_seg.models import DecoderKind, DenseHead, EncoderSpec
 
 Stream = Literal["pool", "labelled"]
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to a head's prediction, float32, no gradient
@@ -97,6 +97,11 @@ class TaskPlugin(Task, Plugin, ABC):
     package: ClassVar[str] = "pretext"
     group: ClassVar[str] = "ssl_seg.pretext"
 
+    @property
+    def origin(self) -> str | None:
+        """The run or the file of weights that a task brings along, which have seen images; None where there is none."""
+        return None
+
     def prepare(self, images: Tensor) -> Self:
         """Measure a fixed sample of the pool once, before step 0; the copy is recorded, a resumed run reads it back."""
         return self
@@ -131,6 +136,23 @@ class PretextTask(TaskPlugin, ABC):
     @abstractmethod
     def head(self, encoder: EncoderSpec) -> nn.Module:
         """A fresh head; its `forward(features, size)` gives the prediction for an input of `size` (H, W)."""
+
+
+class DenseTask(PretextTask, ABC):
+    """A pretext task whose answer is a map: it says which decoder draws that."""
+
+    # full: that of the segmentation model, so that fine-tuning can start from it. By its skips fine detail passes the
+    # deep layers by: a denoised picture needs little of them. deep cuts the skips, and what is drawn has come through
+    # the coarsest map; light is a narrow decoder without skips, for which most of the work is left to the encoder.
+    decoder: DecoderKind = "full"
+
+    def dense(self, encoder: EncoderSpec, out_channels: int, stride: int = 1) -> DenseHead:
+        """The head that draws `out_channels` at `stride`, by the decoder that was asked for."""
+        return encoder.dense(out_channels, stride, self.decoder)
+
+    @model_serializer(mode="wrap")
+    def _without_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("decoder",))
 
 
 def partners(rows: Tensor) -> Tensor:

@@ -375,9 +375,12 @@ def test_a_network_that_is_sure_or_knows_nothing_has_a_finite_loss(name: str, sc
         assert gradient.isfinite().all()
 
 
+NEEDED = {"distill": {"teacher": {"name": "resnet10t", "pretrained": False}}}  # options that have no default
+
+
 @pytest.mark.parametrize("name", PretextTask.names())
 def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
-    task = PretextTask.choose(name)()
+    task = PretextTask.choose(name)(**NEEDED.get(name, {}))
     levels = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
     images = levels.expand(3, 3, 64, 64).contiguous()
     task = task.prepare(images)
@@ -395,7 +398,7 @@ def test_a_pretext_task_bears_images_of_one_colour(name: str) -> None:
 
 
 def _spec() -> EncoderSpec:
-    def dense(out_channels: int, stride: int = 1) -> nn.Module:
+    def dense(out_channels: int, stride: int = 1, decoder: str = "full") -> nn.Module:
         return DenseHead(FirstLevel(), out_channels, stride)
 
     return EncoderSpec((8,) * 5, (2, 4, 8, 16, 32), dense)

@@ -54,7 +54,7 @@ class Dense(nn.Module):
 def network(tasks: dict[str, Task], seed: int = 0) -> MultiTask:
     torch.manual_seed(0)
     encoder = EncoderNet(Backbone(), (4,) * 5)
-    spec = EncoderSpec(encoder.channels, encoder.strides, lambda channels, stride=1: Dense(channels))
+    spec = EncoderSpec(encoder.channels, encoder.strides, lambda channels, stride=1, decoder="full": Dense(channels))
     return MultiTask(encoder, spec, tasks, seed)
 
 

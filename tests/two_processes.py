@@ -38,6 +38,8 @@ from ssl_seg.training.processes import Processes
 from tests.small import POOL, Textured, finetuning, joining, pretraining
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
+# A task that asks a network which nobody trains, and one that shows two inputs a sample.
+UNUSUAL = {"distill": {"teacher": {"name": "resnet10t", "pretrained": False}}, "dense_siamese": {}}
 STEPS = 10
 # At ten times this rate AdamW's first steps, which are all signs, turn rounding into 0.2 % of the loss by step 20.
 LR = 1e-4
@@ -45,9 +47,10 @@ LR = 1e-4
 MODEL = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16, 16]}, "norm": "group"}
 
 
-def record(views: str, encode: str) -> dict[str, Any]:
+def record(views: str, encode: str, tasks: dict[str, Any] | None = None, steps: int = STEPS) -> dict[str, Any]:
     """The first step's gradients, and the losses of ten AdamW steps; no dropout, which differs between processes."""
-    values = pretraining(views=views, encode=encode, steps=STEPS, batch_size=8, lr=LR)
+    values = pretraining(views=views, encode=encode, steps=steps, batch_size=8, lr=LR)
+    values["tasks"] = tasks or values["tasks"]
     config = load(PretrainConfig, {**values, "model": MODEL, "augment": {"crop": [32, 32]}})
     processes = Processes(config.train)
     learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, processes)
@@ -272,6 +275,7 @@ def share_state(encode: str) -> list[float]:
 
 def compare_modes(out: str) -> None:
     seen = {f"{views}-{encode}": record(views, encode) for views, encode in MODES}
+    seen["unusual"] = {mode: record(*mode, UNUSUAL, steps=3) for mode in MODES[::3]}
     seen["confusions"] = [evaluate(count) for count in range(4)]
     seen["one image"] = score_one_image()
     seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}

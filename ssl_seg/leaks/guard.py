@@ -76,8 +76,8 @@ class Question:
     trained: Mapping[str, Examples | None]
     scored: Mapping[str, Examples | None]
     config: Leaks
-    # The runs whose weights are started from: their images are compared by what those runs stored. By name: `init`, or
-    # `init.` and anything where there are several.
+    # The runs whose weights are started from, or teach: their images are compared by what those runs stored. By the key
+    # that names each: `init`, or `init.` and anything where there are several.
     inits: Mapping[str, str | None] = field(default_factory=dict)
     # Parts (trained, scored) that the run itself has cut from one data set: frames beside the cut are written down and
     # let pass, for the user has not chosen it and one clip cannot be cut without.

@@ -148,7 +148,7 @@ def _place(part: str, inits: Mapping[str, Mapping[str, Any]]) -> str:
     *before, own = part.removeprefix(f"{name}.").split(".")
     own = own.partition("#")[0]  # a study numbers parts of other data
     if name is not None:
-        key = name.partition(".")[0]  # evaluate has model, and a run may start from pretrained
+        key = "init" if name.startswith("init.") else name  # evaluate has model, a run may start from pretrained
         key = key if len(inits) == 1 else f"{key}={inits[name]['path']}"
         return f"{key}: the {own} {'that its own init' if before else 'it'} was trained on"
     return f"pretrain.{'.'.join(before)}.data.{own}" if before else f"data.{own}"

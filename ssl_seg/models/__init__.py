@@ -10,8 +10,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -23,6 +23,11 @@ from ssl_seg.norm.convert import Kind, convert_norm, has_batch_norm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1], as every torchvision and timm model assumes
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What makes a map of the encoder's maps. full: the segmentation decoder. deep: the same, which gets zeros in place of
+# all maps but the coarsest. light: a `LightNet`.
+DecoderKind = Literal["full", "deep", "light"]
+LIGHT_WIDTH = 64  # channels of a light decoder; on resnet18 it has a twentieth of the weights of a U-Net
+LIGHT_STRIDE = 4  # of its map, the finest that many decoders have
 
 
 @dataclass(eq=False)
@@ -88,6 +93,14 @@ class EncoderNet(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
+    @property
+    def own_strides(self) -> tuple[int, ...]:
+        """Those of the maps that the backbone's published weights make.
+
+        Of a plain transformer they make one; the layers that make the rest of its pyramid start from random weights.
+        """
+        return getattr(self.backbone, "own_strides", self.strides)
+
     def forward(self, image: Tensor) -> Features:
         normal = (image - self.mean) / self.std
         height, width = normal.shape[-2:]
@@ -112,12 +125,40 @@ class DecoderNet(nn.Module, ABC):
     def forward(self, features: Features) -> Tensor: ...
 
 
-class DenseHead(nn.Module):
-    """A decoder with a last layer: one prediction a pixel. Carrying `decoder` to another task keeps all but `last`."""
+class LightNet(DecoderNet):
+    """The coarsest map upsampled to stride 4, a convolution at each doubling: no skips, few channels, no norm.
 
-    def __init__(self, decoder: DecoderNet, out_channels: int, stride: int = 1) -> None:
+    Whatever it draws has passed the whole encoder.
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        doublings = max(0, (stride // LIGHT_STRIDE).bit_length() - 1)
+        self.out_channels = LIGHT_WIDTH
+        self.first = nn.Conv2d(channels, LIGHT_WIDTH, kernel_size=1)
+        self.steps = nn.ModuleList(
+            nn.Conv2d(LIGHT_WIDTH, LIGHT_WIDTH, kernel_size=3, padding=1) for _ in range(doublings)
+        )
+
+    def forward(self, features: Features) -> Tensor:
+        level = F.gelu(self.first(features[-1]))
+        for step in self.steps:
+            level = F.interpolate(level, scale_factor=2, mode="nearest")
+            level = F.gelu(step(level))
+        return level
+
+
+class DenseHead(nn.Module):
+    """A decoder with a last layer: one prediction a pixel. Carrying `decoder` to another task keeps all but `last`.
+
+    `deep` cuts the decoder's skips: it gets zeros in place of all maps but the coarsest. Its weights stay those of the
+    whole decoder, so they can be carried on.
+    """
+
+    def __init__(self, decoder: DecoderNet, out_channels: int, stride: int = 1, deep: bool = False) -> None:
         super().__init__()
         self.decoder = decoder
+        self.deep = deep
         self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
         # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
         nn.init.normal_(self.last.weight, std=0.01)
@@ -127,8 +168,10 @@ class DenseHead(nn.Module):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """`(B, out_channels, ceil(H / stride), ceil(W / stride))` for an input of `size` (H, W)."""
-        decoded = self.decoder(features)  # (B, C, h, w) of the padded input
         height, width = features.size
+        if self.deep:
+            features = replace(features, maps=[*map(torch.zeros_like, features.maps[:-1]), features[-1]])
+        decoded = self.decoder(features)  # (B, C, h, w) of the padded input
         at_stride = (height // self.stride, width // self.stride)
         if decoded.shape[-1] > at_stride[-1]:
             # Before the last layer: with hundreds of channels it would be most of the step at the full resolution.
@@ -146,7 +189,9 @@ class EncoderSpec:
 
     channels: tuple[int, ...]  # of the maps, fine to coarse; 0 where there is no such map
     strides: tuple[int, ...]
-    dense: Callable[..., DenseHead]  # dense(out_channels, stride=1): the segmentation model's decoder, fresh weights
+    # dense(out_channels, stride=1, decoder="full"): the segmentation model's decoder, or what else a `DecoderKind` is;
+    # fresh weights.
+    dense: Callable[..., DenseHead]
     extras: tuple[str, ...] = ()  # names of the outputs beside the maps
 
 
@@ -232,11 +277,13 @@ class ModelConfig(Config):
     def spec(self, encoder: EncoderNet) -> EncoderSpec:
         """What heads may know of `encoder`; `dense` builds this config's decoder with fresh weights."""
 
-        def dense(out_channels: int, stride: int = 1) -> DenseHead:
-            decoder = self._build_decoder(encoder)
-            if has_batch_norm(decoder) and self.norm != "frozen":  # fpn has none, whatever the encoder has
-                convert_norm(decoder, self.norm)
-            return DenseHead(decoder, out_channels, stride)
+        def dense(out_channels: int, stride: int = 1, decoder: DecoderKind = "full") -> DenseHead:
+            if decoder == "light":
+                return DenseHead(LightNet(encoder.channels[-1], encoder.strides[-1]), out_channels, stride)
+            own = self._build_decoder(encoder)
+            if has_batch_norm(own) and self.norm != "frozen":  # fpn has none, whatever the encoder has
+                convert_norm(own, self.norm)
+            return DenseHead(own, out_channels, stride, deep=decoder == "deep")
 
         return EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras)
 

@@ -41,6 +41,7 @@ from ssl_seg.models import Encoder, EncoderNet
 from ssl_seg.tensor_files import names_tensor_file, read_tensors
 
 NUM_LEVELS = 5  # maps, at strides 2 to 32
+PLAIN_STRIDE = 16  # of a plain transformer's only map
 MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; attention windows are padded inside
 PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DistributedDataParallel's, torch.compile's, DINO's
@@ -295,7 +296,7 @@ def _not_decayed(name: str) -> frozenset[str]:
 
 
 class Pyramid(nn.Module):
-    """Five maps from the last map of a plain vision transformer of patch size 16.
+    """Five maps from the last map of a plain vision transformer of patch size 16, or 14.
 
     The simple feature pyramid of Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV
     2022: transposed convolutions up to strides 8 and 4, max pooling down to 32. Theirs has a branch of its own for each
@@ -306,7 +307,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.network = network
         self.channels = (0, width // 4, width // 2, width, width)
-        self.strides = (2, 4, 8, 16, output_stride)
+        self.strides = (2, 4, 8, PLAIN_STRIDE, output_stride)
+        self.own_strides = (PLAIN_STRIDE,)
         self.pooling = output_stride // 16
         self.to_8 = nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
         self.norm_8 = LayerNorm2d(width // 2)
@@ -321,10 +323,20 @@ class Pyramid(nn.Module):
 
 
 def _channels_first(network: nn.Module, image: Tensor) -> list[Tensor]:
-    maps = network(image)
+    maps = network(_fitted(image, network))
     if getattr(network, "output_fmt", Format.NCHW) == Format.NHWC:
         return [level.permute(0, 3, 1, 2) for level in maps]  # (B, h, w, C) -> (B, C, h, w)
     return list(maps)
+
+
+def _fitted(image: Tensor, network: nn.Module) -> Tensor:
+    """Resized where patches are 14 pixels wide, as DINOv2's: so that each shows 16 of the image's."""
+    embedding = getattr(getattr(network, "model", None), "patch_embed", None)
+    patch = max(getattr(embedding, "patch_size", None) or (PLAIN_STRIDE,))
+    if patch & (patch - 1) == 0:
+        return image
+    size = [side // PLAIN_STRIDE * patch for side in image.shape[-2:]]
+    return F.interpolate(image, size=size, mode="bilinear", antialias=True)
 
 
 def _no_channels(like: Tensor, image: Tensor) -> Tensor:
@@ -389,7 +401,7 @@ def _largest_in(value: Any) -> int:
 
 
 def _is_plain(shapes: Sequence[MapShape]) -> bool:
-    return all(shape.stride == 16 for shape in shapes)
+    return all(shape.stride == PLAIN_STRIDE for shape in shapes)
 
 
 def _answers(url: str) -> bool:

@@ -406,7 +406,8 @@ def assemble(
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
-    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet)}
+    others = prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet, processes)
+    tasks = {SEGMENT: segment or config.segment, **others}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})

@@ -50,6 +50,7 @@ class StageConfig(Config):
         model: ModelConfig | None
         init: str | None
         init_allow: tuple[str, ...]
+        tasks: TaskMapping
         seed: int
         tracking: TrackingField
 

@@ -28,6 +28,7 @@ from ssl_seg.tasks import Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask
+from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import exported_config, range_of, read_encoder_info
 from ssl_seg.weights.receipt import Receipt
 
@@ -78,9 +79,11 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
 
 def origins(config: StageConfig, start: Start) -> dict[str, str | None]:
     """Where weights that may have seen images come from, by the key that names them: for the leak guard to ask."""
+    brought = {f"tasks.{name}": task.origin for name, task in config.tasks.items() if task.origin}
     if config.init is not None:
-        return {"init": config.init}
-    return {"pretrained": getattr(start.model.encoder, "weights_file", None)}  # of timm's own the images are known
+        return {"init": config.init, **brought}
+    # Of timm's own weights the images are known.
+    return {"pretrained": getattr(start.model.encoder, "weights_file", None), **brought}
 
 
 def _lay_on(base: ModelConfig, model: ModelConfig) -> ModelConfig:
@@ -165,11 +168,16 @@ def _loaded(module: MultiTask, start: Start, load: Callable[[MultiTask], dict[st
 
 
 def prepare_tasks(
-    tasks: Mapping[str, TaskPlugin], pool: Samples | None, recorded: Recorded, quiet: bool = True
+    tasks: Mapping[str, TaskPlugin],
+    pool: Samples | None,
+    recorded: Recorded,
+    quiet: bool = True,
+    processes: Processes | None = None,
 ) -> dict[str, TaskPlugin]:
     """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the pool.
 
-    What they doubt of the sample is told.
+    What they doubt of the sample is told. All processes take what the first one has measured: another may have other
+    weights of a teacher, which then are refused.
     """
     prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
@@ -181,7 +189,11 @@ def prepare_tasks(
             doubt = task.doubt(sample)
             say(f"tasks.{name}: {doubt}", quiet or not doubt)
         new = {name: task.prepare(sample) for name, task in new.items()}
-    return {name: prepared[name] or new[name] for name in tasks}
+    own = {name: prepared[name] or new[name] for name in tasks}
+    if processes is None:
+        return own
+    first = processes.from_first({name: task.dump() for name, task in own.items()})
+    return {name: task if task.dump() == first[name] else load(type(task), first[name]) for name, task in own.items()}
 
 
 def _looks(kind: type[TaskPlugin]) -> bool:

@@ -107,5 +107,11 @@ def mark_of(tensor: Tensor) -> str:
     return f"{dtype_name(tensor)} {digest[:16]}"
 
 
+def digest_of(net: nn.Module) -> str:
+    """sha256 of all weights and buffers of a network, by name; where they are, on which device, makes no difference."""
+    marks = {name: mark_of(tensor) for name, tensor in sorted(net.state_dict().items())}
+    return files.sha256(files.json_bytes(marks))
+
+
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")

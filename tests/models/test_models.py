@@ -90,6 +90,11 @@ def test_encoders_pass_the_public_check(name):
     check_encoder(Timm(name=name))
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
+def test_transformers_with_patches_of_14_or_rotary_positions_pass_the_public_check(name):
+    check_encoder(Timm(name=name, options={"depth": 3, "embed_dim": 48, "num_heads": 3}))
+
+
 @pytest.mark.parametrize("name", ["resnet50", "vgg11_bn", "swin_tiny_patch4_window7_224"])
 def test_large_encoders_pass_the_public_check_at_one_odd_size(name):
     check_encoder(encoder_of(name), sizes=[(33, 70)])

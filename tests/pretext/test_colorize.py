@@ -547,3 +547,23 @@ def test_figures_are_distances_in_ab():
     bins = Colorize()
     same = bins.metrics(torch.zeros(2, 309, 5, 7), bins.corrupt(images, keys(2)))["ab_error_of_grey"]
     torch.testing.assert_close(same, grey["ab_error"], atol=0.5, rtol=0)
+
+
+def test_the_unweighted_figure_is_that_of_colours_as_frequent_as_they_are():
+    images = pictures()
+    task = Colorize().prepare(images)
+    view = task.corrupt(images, keys(2))
+    # The pool's own shares at every pixel: least is the weighted loss where each is times its bin's weight.
+    frequencies = torch.tensor(task.frequencies, dtype=torch.float64)
+    weights = colorize.bin_weights(task.frequencies, task.uniform)
+    said, weighted = (
+        share.log().float().view(1, -1, 1, 1).expand(2, -1, 5, 7) for share in (frequencies, frequencies * weights)
+    )
+    figures = task.metrics(weighted, view)
+    plain = task.metrics(said, view)["ab_error"]
+    torch.testing.assert_close(figures["ab_error_unweighted"], plain, rtol=1e-4, atol=0)
+    assert not torch.allclose(figures["ab_error"], plain, rtol=1e-2)
+    assert "ab_error_unweighted" not in Colorize().metrics(said, view)  # no weights to take back
+    regressed = Colorize(target="ab")
+    view = regressed.corrupt(images, keys(2))
+    assert "ab_error_unweighted" not in regressed.metrics(view.target, view)

@@ -19,7 +19,7 @@ from pretext.denoise import Denoise, add_noise, poisson
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
-from ssl_seg.models import EncoderSpec, Features
+from ssl_seg.models import EncoderSpec, Features, ModelConfig
 from ssl_seg.tasks import PretextTask, View, partners
 from ssl_seg.testing import check_pretext_task
 
@@ -53,8 +53,12 @@ BUILT_IN = [
     Inpaint(mask="strokes"),
     Inpaint(mask="strokes", number=1, width=(0.001, 0.001), size=(0.001, 0.001)),
     Inpaint(mask="grid"),
+    Inpaint(mask="grid", share=0.75),
     Inpaint(mask="grid", grid=2, share=0.01),
     *[Inpaint(distance=distance) for distance in DISTANCES[1:]],
+    Inpaint(mask="grid", share=0.75, decoder="light"),
+    Denoise(decoder="deep"),
+    Denoise(decoder="light"),
     Rotate(),
 ]
 
@@ -62,6 +66,45 @@ BUILT_IN = [
 @pytest.mark.parametrize("task", BUILT_IN, ids=repr)
 def test_built_in_tasks_keep_the_contract(task):
     check_pretext_task(task, size=(48, 48))
+
+
+# Which decoder draws the answer
+
+
+def head_and_features(decoder: str) -> tuple[nn.Module, Features]:
+    config = ModelConfig.model_validate({"encoder": "resnet10t", "decoder": {"channels": [16, 16, 8, 8, 8]}})
+    torch.manual_seed(0)
+    encoder = config.build_encoder().eval()
+    head = Denoise(decoder=decoder).head(config.spec(encoder)).eval()
+    with torch.no_grad():
+        return head, encoder(pictures(2, 64, 96))
+
+
+@pytest.mark.parametrize("decoder", ["deep", "light"])
+def test_without_skips_an_answer_comes_from_the_coarsest_map_alone(decoder):
+    head, features = head_and_features(decoder)
+    answer = head(features, (64, 96))
+    assert answer.shape == (2, 3, 64, 96)
+    others = replace(features, maps=[*(level + 1 for level in features.maps[:-1]), features[-1]])
+    assert torch.equal(head(others, (64, 96)), answer)
+    coarsest = replace(features, maps=[*features.maps[:-1], features[-1] + 1])
+    assert not torch.equal(head(coarsest, (64, 96)), answer)
+    full, _ = head_and_features("full")
+    assert not torch.equal(full(others, (64, 96)), full(features, (64, 96)))
+
+
+def test_a_deep_decoder_is_the_whole_one_and_a_light_one_is_small():
+    full, deep, light = (head_and_features(decoder)[0].decoder.state_dict() for decoder in ("full", "deep", "light"))
+    assert {name: value.shape for name, value in deep.items()} == {name: value.shape for name, value in full.items()}
+    assert not light.keys() & full.keys()
+    usual = ModelConfig().spec(ModelConfig().build_encoder()).dense(3).decoder
+    assert sum(value.numel() for value in light.values()) < 0.1 * sum(value.numel() for value in usual.parameters())
+
+
+def test_the_usual_decoder_is_not_written_down():
+    assert "decoder" not in Denoise().dump()
+    assert Denoise(decoder="light").dump()["decoder"] == "light"
+    assert PretextTask.model_validate(Denoise(decoder="light").dump()) == Denoise(decoder="light")
 
 
 # ... and so do other people's, while the check finds what is wrong
@@ -537,6 +580,16 @@ def test_an_image_that_is_all_hole_is_still_finite():
     view = task.corrupt(pictures(2, 8, 8), keys(2))
     assert (view.loss_mask == 1).all()
     assert not view.input.any()
+
+
+@pytest.mark.parametrize("share", [0.6, 0.75])
+def test_a_grid_erases_the_share_that_is_asked_for(share):
+    images, task = pictures(8, 84, 105), Inpaint(mask="grid", share=share)
+    view = task.corrupt(images, keys(8))
+    hole = view.loss_mask == 1
+    assert hole.float().mean(dim=(1, 2, 3)).numpy() == pytest.approx(np.full(8, round(share * 49) / 49), abs=1e-6)
+    assert torch.equal(view.input[~hole.expand_as(images)], images[~hole.expand_as(images)])
+    assert task.metrics(images, view)["mae"].max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,17 @@ from ssl_seg.training.processes import Processes
 from tests.processes import Child, in_pair, start_pair, start_torchrun
 from tests.small import pretraining, words
 from tests.training.test_loop import ROUNDING
-from tests.two_processes import MODES, begin_alike, compare_modes, evaluate, jointly, record, score_one_image, taught
+from tests.two_processes import (
+    MODES,
+    UNUSUAL,
+    begin_alike,
+    compare_modes,
+    evaluate,
+    jointly,
+    record,
+    score_one_image,
+    taught,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,16 @@ def test_two_processes_learn_what_one_does(two: dict[str, Any], views: str, enco
         torch.testing.assert_close(both["gradients"][name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
     assert both["losses"] == pytest.approx(alone["losses"], rel=1e-3)
     assert both["scores"] == pytest.approx(alone["scores"], rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES[::3], ids="-".join)
+def test_two_processes_learn_alike_from_a_frozen_teacher_and_from_two_crops(two: dict[str, Any], mode: Any) -> None:
+    alone, both = record(*mode, UNUSUAL, steps=3), two["unusual"][mode]
+    for name, gradient in alone["gradients"].items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(both["gradients"][name], gradient, rtol=0, atol=ROUNDING * largest, msg=name)
+    assert both["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert both["scores"] == pytest.approx(alone["scores"], rel=1e-2, abs=1e-2)
 
 
 def test_each_image_is_scored_once(two: dict[str, Any]) -> None:
