@@ -409,7 +409,7 @@ def assemble(
     say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
-    if segment is None and config.segment.class_weights == "median":
+    if segment is None and config.segment.balances:
         segment = config.segment.prepare(*pixel_counts(labelled))
     tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet)}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
