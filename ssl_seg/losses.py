@@ -59,27 +59,55 @@ def regression(kind: Distance, prediction: Tensor, target: Tensor, loss_mask: Te
 
 
 def cross_entropy(
-    logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX, weights: Tensor | None = None
+    logits: Tensor,
+    label: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    weights: Tensor | None = None,
+    smoothing: float = 0.0,
+    hardest: float = 1.0,
 ) -> Tensor:
     """`(B,)` from logits `(B, K)`, `(B, K, N)` or `(B, K, H, W)` and int64 ids of the same shape without K.
 
-    `weights` `(K,)` makes it the weighted mean over a sample's counted pixels, as torch's is over a batch's. A task
-    with more than 255 classes passes another `ignore_index`. An id outside [0, K) makes its sample's loss NaN, on
-    every device: a device-side assert would end the process without a word about the image, and the loop's guard
-    against NaN names it.
+    `weights` `(K,)` makes it the weighted mean over a sample's counted pixels, as torch's is over a batch's.
+    `smoothing` is the share of the answer that is spread over all classes (Szegedy et al. 2016, section 7). With
+    `hardest` below 1 only that share of a sample's counted pixels counts, rounded and one at least: those whose own
+    class is the least likely (online hard example mining, Shrivastava et al. 2016). A task with more than 255 classes
+    passes another `ignore_index`. An id outside [0, K) makes its sample's loss NaN, on every device: a device-side
+    assert would end the process without a word about the image, and the loop's guard against NaN names it.
     """
     logits = _full_precision(logits)
     counted, wrong = _counted(label, logits.shape[1], ignore_index)
     safe = torch.where(counted, label, 0)
     weights = None if weights is None else weights.to(logits)
-    values = F.cross_entropy(logits, safe, weight=weights, reduction="none")
-    share = counted.to(values.dtype)
+    values = F.cross_entropy(logits, safe, weight=weights, reduction="none", label_smoothing=smoothing)
+    if hardest < 1.0:
+        counted = _hardest(F.cross_entropy(logits.detach(), safe, reduction="none"), counted, hardest)
+    return torch.where(wrong, torch.nan, _weighted_mean(values, safe, counted, weights))
+
+
+def focal(
+    logits: Tensor,
+    label: Tensor,
+    ignore_index: int = IGNORE_INDEX,
+    weights: Tensor | None = None,
+    gamma: float = 2.0,
+) -> Tensor:
+    """`(B,)`, as `cross_entropy`, each pixel times (1 - p)^gamma of the softmax share p of its own class.
+
+    Lin et al., "Focal loss for dense object detection", ICCV 2017, whose best gamma was 2, with softmax for their
+    sigmoid; `weights` stands for their alpha. 0 is cross-entropy.
+    """
+    logits = _full_precision(logits)
+    counted, wrong = _counted(label, logits.shape[1], ignore_index)
+    safe = torch.where(counted, label, 0)
+    weights = None if weights is None else weights.to(logits)
+    entropy = F.cross_entropy(logits, safe, reduction="none")
+    # 1 - p, exact for p near 1. At 0 a power below 1 has no slope; what is that sure has nothing to learn.
+    missing = (-torch.expm1(-entropy)).clamp(min=torch.finfo(logits.dtype).eps)
+    values = missing**gamma * entropy
     if weights is not None:
-        share = share * weights[safe]
-    # `values` carries the class weights already, so only the divisor needs them.
-    total = torch.where(counted, values, 0.0).reshape(len(label), -1).sum(dim=1)
-    loss = total / _or_one(share.reshape(len(label), -1).sum(dim=1))
-    return torch.where(wrong, torch.nan, loss)
+        values = values * weights[safe]
+    return torch.where(wrong, torch.nan, _weighted_mean(values, safe, counted, weights))
 
 
 def dice(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -92,16 +120,50 @@ def dice(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX) -> Ten
     logits = _full_precision(logits)
     num_classes = logits.shape[1]
     counted, wrong = _counted(label, num_classes, ignore_index)
-    shares = logits.softmax(dim=1).flatten(2)  # (B, K, N)
-    shares = shares * counted.flatten(1).unsqueeze(1)
-    ids = torch.arange(num_classes, device=label.device).view(1, -1, 1)
-    truth = (label.flatten(1).unsqueeze(1) == ids) & counted.flatten(1).unsqueeze(1)  # (B, K, N)
+    shares, truth = _by_class(logits, label, counted)
     overlap = (shares * truth).sum(dim=2)  # (B, K)
     area = (shares**2).sum(dim=2) + truth.sum(dim=2)
-    present = truth.any(dim=2)
-    per_class = torch.where(present, 1.0 - 2.0 * overlap / _or_one(area), 0.0)
-    loss = per_class.sum(dim=1) / present.sum(dim=1).clamp(min=1)
-    return torch.where(wrong, torch.nan, loss)
+    return torch.where(wrong, torch.nan, _mean_of_present(1.0 - 2.0 * overlap / _or_one(area), truth))
+
+
+def tversky(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX, beta: float = 0.7) -> Tensor:
+    """`(B,)` in [0, 1], as `dice`: per class 1 - TP / (TP + (1 - beta) FP + beta FN) of softmax shares.
+
+    Salehi et al., "Tversky loss function for image segmentation using 3D fully convolutional deep networks", MLMI 2017:
+    with `beta` above 0.5 a pixel that is missed costs more than one too many; 0.7 was their best. 0.5 is a Dice loss
+    whose area is no sum of squares.
+    """
+    logits = _full_precision(logits)
+    counted, wrong = _counted(label, logits.shape[1], ignore_index)
+    shares, truth = _by_class(logits, label, counted)
+    overlap = (shares * truth).sum(dim=2)  # (B, K)
+    too_many = shares.sum(dim=2) - overlap
+    missed = truth.sum(dim=2) - overlap
+    area = overlap + (1.0 - beta) * too_many + beta * missed
+    return torch.where(wrong, torch.nan, _mean_of_present(1.0 - overlap / _or_one(area), truth))
+
+
+def lovasz(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Lovász-softmax `(B,)` in [0, 1] from logits `(B, K, ...)` and ids `(B, ...)`: the mean over the label's classes.
+
+    The convex surrogate of 1 - IoU: Berman et al., "The Lovász-softmax loss", CVPR 2018, algorithm 1. Absent classes
+    are left out, as theirs are. It sorts the pixels of every class.
+    """
+    logits = _full_precision(logits)
+    counted, wrong = _counted(label, logits.shape[1], ignore_index)
+    shares, truth = _by_class(logits, label, counted)
+    errors = torch.where(truth, 1.0 - shares, shares)  # (B, K, N); 0 where a pixel does not count
+    # Those that do not count come last, behind counted ones that are exactly right: they change no other's slope.
+    counts = counted.flatten(1).unsqueeze(1).expand_as(errors)
+    order = torch.where(counts, errors.detach(), -1.0).argsort(dim=2, descending=True)
+    hit = truth.gather(2, order)
+    miss = counts.gather(2, order) & ~hit
+    area = truth.sum(dim=2, keepdim=True)
+    union = (area + miss.cumsum(dim=2)).to(errors.dtype)
+    distance = 1.0 - (area - hit.cumsum(dim=2)) / _or_one(union)  # of Jaccard, were all pixels up to here wrong
+    slope = torch.diff(distance, dim=2, prepend=torch.zeros_like(distance[..., :1]))
+    per_class = (errors.gather(2, order) * slope).sum(dim=2)
+    return torch.where(wrong, torch.nan, _mean_of_present(per_class, truth))
 
 
 def _counted(label: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +172,38 @@ def _counted(label: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor
     ignored = label == ignore_index
     wrong = ~(in_range | ignored)
     return in_range & ~ignored, wrong.reshape(len(label), -1).any(dim=1)
+
+
+def _weighted_mean(values: Tensor, ids: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
+    """`(B,)`: the mean of what counts. `values` carry the class weights already, so only the divisor needs them."""
+    share = counted.to(values.dtype)
+    if weights is not None:
+        share = share * weights[ids]
+    total = torch.where(counted, values, 0.0).reshape(len(values), -1).sum(dim=1)
+    return total / _or_one(share.reshape(len(values), -1).sum(dim=1))
+
+
+def _hardest(values: Tensor, counted: Tensor, share: float) -> Tensor:
+    """Which of the counted pixels are among the `share` of a sample's with the largest values, >= 0."""
+    flat = counted.reshape(len(counted), -1)
+    order = torch.where(flat, values.reshape(flat.shape), -1.0).argsort(dim=1, descending=True, stable=True)
+    most = (flat.sum(dim=1, keepdim=True) * share).round().clamp(min=1)
+    kept = torch.arange(flat.shape[1], device=flat.device) < most
+    return torch.zeros_like(flat).scatter(1, order, kept).reshape(counted.shape) & counted
+
+
+def _by_class(logits: Tensor, label: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax shares and one-hot truth `(B, K, N)`, both 0 at pixels that do not count."""
+    counts = counted.flatten(1).unsqueeze(1)
+    shares = logits.softmax(dim=1).flatten(2) * counts
+    ids = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1)
+    return shares, (label.flatten(1).unsqueeze(1) == ids) & counts
+
+
+def _mean_of_present(per_class: Tensor, truth: Tensor) -> Tensor:
+    """`(B,)` from `(B, K)`: the mean over the classes that truth `(B, K, N)` shows, 0 for a sample without any."""
+    present = truth.any(dim=2)
+    return torch.where(present, per_class, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
 
 def _full_precision(values: Tensor) -> Tensor:

@@ -3,42 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from ssl_seg import losses
+from ssl_seg.config import Config, explain, known_to_0_1
 from ssl_seg.models import EncoderSpec
 from ssl_seg.tasks import Batch, Predict, Stream, Task, View
 
+SINCE_0_1 = ("focal", "focal_gamma", "tversky", "tversky_beta", "lovasz", "label_smoothing", "hardest")
+
+
+class Balance(Config):
+    """Class weights from how often the labelled images show each class: (median frequency / frequency)^power."""
+
+    balance: Literal["median"] = "median"
+    # 1 is the word `median`; 0.5, the square root, is milder where one class would weigh a hundred times another.
+    power: float = Field(default=1.0, gt=0, le=1)
+    cap: float | None = Field(default=None, ge=1)  # no class weighs more than this; None: as rare as they are
+
+
+def _balanced(value: Any) -> Any:
+    """A mapping as the balance that it describes; in a union its mistakes would be told as those of a tuple."""
+    try:
+        return Balance.model_validate(value) if isinstance(value, Mapping) else value
+    except ValidationError as error:
+        raise ValueError(explain(error)) from error
+
+
+ClassWeights = Annotated[
+    tuple[PositiveFloat, ...] | Literal["median"] | Balance | None,
+    BeforeValidator(_balanced),
+]
+
 
 class Segment(Task):
-    """Supervised segmentation: cross-entropy and Dice against class ids, 255 ignored."""
+    """Supervised segmentation: a weighted sum of losses against class ids, 255 ignored."""
 
     streams: ClassVar[tuple[Stream, ...]] = ("labelled",)
     num_classes: int = Field(default=0, ge=0, le=255)  # 0: as many as the labelled data set has names
     cross_entropy: NonNegativeFloat = 1.0
     dice: NonNegativeFloat = 0.0
-    # Weights per class, or "median" for median frequency balancing (Eigen and Fergus, ICCV 2015, section 6.3.2).
-    class_weights: tuple[PositiveFloat, ...] | Literal["median"] | None = None
+    focal: NonNegativeFloat = 0.0
+    focal_gamma: NonNegativeFloat = 2.0  # Lin et al.'s best
+    tversky: NonNegativeFloat = 0.0
+    tversky_beta: float = Field(default=0.7, ge=0, le=1)  # what a missed pixel costs, one too many 1 - that; theirs
+    lovasz: NonNegativeFloat = 0.0
+    # Of cross-entropy and focal: weights per class, or "median" for median frequency balancing (Eigen and Fergus, ICCV
+    # 2015, section 6.3.2), or a mapping that weakens it.
+    class_weights: ClassWeights = None
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of cross-entropy; 0.1 is usual
+    hardest: float = Field(default=1.0, gt=0, le=1)  # of cross-entropy: the share of an image's pixels that count
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
-        if not self.cross_entropy and not self.dice:
-            raise ValueError("cross_entropy and dice are both 0, so nothing is learnt; give one of them a weight")
+        named = ("cross_entropy", "dice", "focal", "tversky", "lovasz")
+        if not any(getattr(self, name) for name in named):
+            raise ValueError(
+                f"the weights of {', '.join(named)} are all 0, so nothing is learnt; give one of them a weight"
+            )
+        for key in ("label_smoothing", "hardest"):
+            if not self.cross_entropy and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: changes cross_entropy, whose weight is 0; give it a weight, or drop {key}")
         given = self.class_weights
         if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
             raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=SINCE_0_1)
+
+    @property
+    def balances(self) -> bool:
+        """Whether the class weights are still to be made from the labelled images, by `prepare`."""
+        return self.class_weights == "median" or isinstance(self.class_weights, Balance)
+
     def prepare(self, pixels: Tensor, pixels_beside: Tensor) -> Self:
-        """A copy whose "median" class weights are numbers; classes that no image shows weigh 1.
+        """A copy whose class weights are numbers where they follow from the images; what no image shows weighs 1.
 
         `pixels` `(K,)` counts each class's pixels, `pixels_beside` `(K,)` all those of the images that show it.
         """
-        if self.class_weights != "median":
+        if not self.balances:
             return self
         present = pixels > 0
         if not present.any():
@@ -46,6 +104,9 @@ class Segment(Task):
         frequency = pixels.double()[present] / pixels_beside[present]
         weights = torch.ones(len(pixels), dtype=torch.float64)
         weights[present] = frequency.quantile(0.5) / frequency
+        if isinstance(self.class_weights, Balance):
+            weights = weights**self.class_weights.power
+            weights = weights if self.class_weights.cap is None else weights.clamp(max=self.class_weights.cap)
         return self.model_copy(update={"class_weights": tuple(weights.tolist())})
 
     def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
@@ -62,8 +123,16 @@ class Segment(Task):
         if self.class_weights is not None:
             weights = torch.tensor(self.class_weights, dtype=torch.float32, device=prediction.device)
         total = prediction.new_zeros(len(prediction), dtype=torch.float32)
+        label = view.target
         if self.cross_entropy:
-            total = total + self.cross_entropy * losses.cross_entropy(prediction, view.target, weights=weights)
+            options = {"weights": weights, "smoothing": self.label_smoothing, "hardest": self.hardest}
+            total = total + self.cross_entropy * losses.cross_entropy(prediction, label, **options)
         if self.dice:
-            total = total + self.dice * losses.dice(prediction, view.target)
+            total = total + self.dice * losses.dice(prediction, label)
+        if self.focal:
+            total = total + self.focal * losses.focal(prediction, label, weights=weights, gamma=self.focal_gamma)
+        if self.tversky:
+            total = total + self.tversky * losses.tversky(prediction, label, beta=self.tversky_beta)
+        if self.lovasz:
+            total = total + self.lovasz * losses.lovasz(prediction, label)
         return total

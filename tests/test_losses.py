@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from segmentation_models_pytorch.losses import DiceLoss
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, LovaszLoss, TverskyLoss
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,17 @@ from ssl_seg.tasks import Batch, PretextTask, View
 from tests.small import Textured, finetuning
 
 KINDS = ("mse", "l1", "charbonnier", "smooth_l1")
+OBJECTIVES = {
+    "cross_entropy": losses.cross_entropy,
+    "smoothed": partial(losses.cross_entropy, smoothing=0.1),
+    "hardest": partial(losses.cross_entropy, hardest=0.3),
+    "dice": losses.dice,
+    "focal": losses.focal,
+    "focal of a root": partial(losses.focal, gamma=0.5),
+    "tversky": losses.tversky,
+    "lovasz": losses.lovasz,
+}
+each_objective = pytest.mark.parametrize("loss", OBJECTIVES.values(), ids=OBJECTIVES)
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -148,7 +160,7 @@ def test_class_255_counts_under_another_ignore_index():
     )
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.dice])
+@each_objective
 def test_an_ignored_sample_is_zero_and_leaves_its_neighbour_alone(loss):
     logits, label = random_logits_and_label(7)
     label[0] = 255
@@ -164,14 +176,14 @@ def test_an_ignored_sample_is_zero_and_leaves_its_neighbour_alone(loss):
     assert torch.equal(everything, torch.zeros(3))
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.dice])
+@each_objective
 def test_ignored_pixels_have_no_influence(loss):
     logits, label = random_logits_and_label(8)
     other = torch.where((label == 255).unsqueeze(1), -logits, logits)
     assert torch.equal(loss(logits, label), loss(other, label))
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.dice])
+@each_objective
 @pytest.mark.parametrize("wrong", [5, 254, -1])
 def test_an_id_out_of_range_makes_its_own_sample_nan(loss, wrong):
     logits, label = random_logits_and_label(9)
@@ -182,7 +194,7 @@ def test_an_id_out_of_range_makes_its_own_sample_nan(loss, wrong):
     assert torch.equal(values[[0, 2]], expected[[0, 2]])
 
 
-@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.dice])
+@each_objective
 def test_label_losses_have_right_gradients(loss):
     logits, label = random_logits_and_label(10)
     assert torch.autograd.gradcheck(lambda x: loss(x, label), logits.double().requires_grad_())
@@ -192,7 +204,7 @@ def test_label_losses_have_right_gradients(loss):
 def test_half_precision_is_computed_in_float32(dtype):
     logits, label = random_logits_and_label(11)
     logits = logits.to(dtype)
-    for loss in (losses.cross_entropy, losses.dice):
+    for loss in OBJECTIVES.values():
         assert loss(logits, label).dtype == torch.float32
         assert torch.equal(loss(logits, label), loss(logits.float(), label))
     picture = torch.full((1, 3, 64, 64), 300.0, dtype=dtype)  # its square is beyond float16
@@ -228,6 +240,110 @@ def test_dice_is_zero_for_the_truth_and_one_for_its_opposite():
     right = 100.0 * F.one_hot(label, 3).permute(0, 3, 1, 2).float()
     assert losses.dice(right, label).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.dice(right.roll(1, dims=1), label).item() == pytest.approx(1.0, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, smoothing=st.floats(0.0, 0.9), weighted=st.booleans())
+def test_label_smoothing_of_each_sample_equals_torch(seed: int, smoothing: float, weighted: bool) -> None:
+    logits, label = random_logits_and_label(seed)
+    weights = torch.rand(5, generator=generator(seed + 1)) + 0.1 if weighted else None
+    ours = losses.cross_entropy(logits, label, weights=weights, smoothing=smoothing)
+    for i in range(3):
+        options = {"weight": weights, "ignore_index": 255, "label_smoothing": smoothing}
+        theirs = F.cross_entropy(logits[i : i + 1], label[i : i + 1], **options)
+        assert torch.allclose(ours[i], theirs, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, share=st.floats(0.01, 1.0))
+def test_the_hardest_pixels_are_those_that_cost_most(seed: int, share: float) -> None:
+    logits, label = random_logits_and_label(seed)
+    ours = losses.cross_entropy(logits, label, hardest=share)
+    values = F.cross_entropy(logits, label, ignore_index=255, reduction="none")
+    for i in range(3):
+        counted = values[i][label[i] != 255].sort(descending=True).values
+        most = max(1, round(np.float32(share) * np.float32(len(counted))))
+        assert torch.allclose(ours[i], counted[:most].mean(), rtol=1e-5)
+
+
+def test_of_the_hardest_pixels_the_mean_is_weighted() -> None:
+    logits = torch.tensor([[[0.0, 1.0, 4.0], [0.0, 0.0, 0.0]]])  # (1, 2, 3): shares of the first class 1/2, 0.73, 0.98
+    label = torch.tensor([[1, 0, 1]])
+    values = F.cross_entropy(logits, label, reduction="none")[0]
+    ours = losses.cross_entropy(logits, label, weights=torch.tensor([3.0, 1.0]), hardest=0.99)
+    assert torch.allclose(ours, (values[0] + 3 * values[1] + values[2]) / 5)
+    two = losses.cross_entropy(logits, label, weights=torch.tensor([3.0, 1.0]), hardest=0.67)
+    assert torch.allclose(two, (values[0] + values[2]) / 2), "the weights do not choose"
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, gamma=st.floats(0.5, 4.0))
+def test_focal_of_two_classes_equals_smp(seed: int, gamma: float) -> None:
+    logits, label = random_logits_and_label(seed, classes=2)
+    ours = losses.focal(logits, label, gamma=gamma)
+    theirs = FocalLoss("binary", gamma=gamma, ignore_index=255)
+    for i in range(3):
+        # smp has sigmoids, as the paper: a softmax over two classes is the sigmoid of their difference.
+        assert torch.allclose(ours[i], theirs((logits[i, 1] - logits[i, 0]), label[i]), rtol=1e-4, atol=1e-6)
+
+
+def test_focal_without_focus_is_cross_entropy() -> None:
+    logits, label = random_logits_and_label(13)
+    weights = torch.tensor([0.1, 1.0, 2.0, 3.0, 4.0])
+    for given_weights in (None, weights):
+        ours = losses.focal(logits, label, weights=given_weights, gamma=0.0)
+        assert torch.allclose(ours, losses.cross_entropy(logits, label, weights=given_weights))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, beta=st.floats(0.05, 0.95))
+def test_tversky_of_each_sample_equals_smp(seed: int, beta: float) -> None:
+    logits, label = random_logits_and_label(seed)
+    ours = losses.tversky(logits, label, beta=beta)
+    theirs = TverskyLoss("multiclass", alpha=1 - beta, beta=beta, ignore_index=255)
+    for i in range(3):
+        present = len(label[i][label[i] != 255].unique())  # smp divides by all classes
+        expected = theirs(logits[i : i + 1], label[i : i + 1]) * 5 / present
+        assert torch.allclose(ours[i], expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, classes=st.integers(2, 6))
+def test_lovasz_of_each_sample_equals_smp_and_so_does_its_gradient(seed: int, classes: int) -> None:
+    logits, label = random_logits_and_label(seed, classes)
+    logits.requires_grad_()
+    ours = losses.lovasz(logits, label)
+    theirs = LovaszLoss("multiclass", per_image=True, ignore_index=255)
+    expected = torch.stack([theirs(logits[i : i + 1], label[i : i + 1]) for i in range(3)])
+    assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    (own,) = torch.autograd.grad(ours.sum(), logits)
+    (other,) = torch.autograd.grad(expected.sum(), logits)
+    assert torch.allclose(own, other, rtol=1e-3, atol=1e-6)
+
+
+def test_lovasz_of_hard_answers_is_one_minus_iou() -> None:
+    draw = generator(14)
+    guess, label = torch.randint(0, 4, (1, 8, 8), generator=draw), torch.randint(0, 4, (1, 8, 8), generator=draw)
+    logits = 100.0 * F.one_hot(guess, 4).permute(0, 3, 1, 2).float()
+    iou = jaccard_score(label.flatten().numpy(), guess.flatten().numpy(), average="macro")
+    assert losses.lovasz(logits, label).item() == pytest.approx(1 - iou, abs=1e-5)
+
+
+@each_objective
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds)
+def test_the_order_of_pixels_and_what_is_ignored_change_no_loss(loss: Callable[..., Tensor], seed: int) -> None:
+    logits, label = random_logits_and_label(seed)
+    flat, ids = logits.flatten(2).requires_grad_(), label.flatten(1)
+    order = torch.randperm(ids.shape[1], generator=generator(seed))
+    values = loss(flat, ids)
+    assert torch.allclose(values, loss(flat[..., order], ids[:, order]), rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(values.sum(), flat)
+    assert gradient.isfinite().all()
+    assert (gradient.movedim(1, -1)[ids == 255] == 0).all()
+    more = torch.randn(3, 5, 9, generator=generator(seed + 1))
+    wider = loss(torch.cat([flat, more], dim=2), torch.cat([ids, torch.full((3, 9), 255)], dim=1))
+    assert torch.allclose(values, wider, rtol=1e-5, atol=1e-6), "as if they were not there"
 
 
 # ---- nothing to count, one class only, a class that is absent: every loss there is ----
@@ -278,6 +394,9 @@ def calls_of(name: str, function: Callable[..., Tensor]) -> dict[str, tuple[str,
         calls = {name: ("label", lambda logits, label: function(logits, label))}
         if "weights" in parameters:
             calls[f"{name} weighted"] = ("label", lambda logits, label: function(logits, label, weights=WEIGHTS))
+        if {"smoothing", "hardest"} <= set(parameters):
+            changed = {"smoothing": 0.1, "hardest": 0.5}
+            calls[f"{name} changed"] = ("label", lambda logits, label: function(logits, label, **changed))
         return calls
     if {"kind", "prediction", "target", "loss_mask"} <= set(parameters):
         return {f"{name} {kind}": ("region", _dense(function, kind)) for kind in KINDS}
@@ -312,6 +431,10 @@ def segment_calls() -> dict[str, tuple[str, Call]]:
                 return prepared.loss(logits, View(image, label))
 
             calls[f"segment {options}"] = ("label", call)
+    everything = {"dice": 0.5, "focal": 0.5, "tversky": 0.5, "lovasz": 0.5, "label_smoothing": 0.1, "hardest": 0.5}
+    balance = {"balance": "median", "power": 0.5, "cap": 3}
+    task = Segment.model_validate({"num_classes": CLASSES, **everything, "class_weights": balance})
+    calls["segment of everything"] = ("label", partial(call, task=task))
     return calls
 
 
@@ -339,7 +462,7 @@ TABLE = [(name, case) for name, (takes, _) in CALLS.items() for case in TARGETS[
 
 
 def test_the_table_holds_every_loss():
-    assert {"masked_mean", "regression mse", "cross_entropy weighted", "dice"} <= set(CALLS)
+    assert {"masked_mean", "regression mse", "cross_entropy weighted", "dice", "lovasz"} <= set(CALLS)
     with pytest.raises(AssertionError, match=r"losses\.new: name its parameters"):
         calls_of("new", lambda a, b: a)
 

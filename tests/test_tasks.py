@@ -14,7 +14,7 @@ from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
-from ssl_seg.config import UserError
+from ssl_seg.config import Config, UserError, load
 from ssl_seg.models import EncoderNet, EncoderSpec, Features, evaluating
 from ssl_seg.rng import seeded
 from ssl_seg.segment import Segment
@@ -181,6 +181,75 @@ def test_median_weights_survive_an_absent_class():
     assert task.class_weights == pytest.approx((2 / 3, 1.0, 2.0))  # of 0.75 and 0.25, the median is 0.5
     fixed = Segment(num_classes=3, class_weights=(1, 2, 3))
     assert fixed.prepare(counts, counts) is fixed
+
+
+def test_the_balance_of_classes_has_a_power_and_a_cap():
+    pixels, beside = torch.tensor([600, 50, 100, 0]), torch.tensor([1000, 250, 10000, 0])
+    # Frequencies where the class is seen: 0.6, 0.2, 0.01; the median is 0.2.
+    plain, full, root, capped = (
+        Segment.model_validate({"num_classes": 4, "class_weights": weights}).prepare(pixels, beside).class_weights
+        for weights in (
+            "median",
+            {"balance": "median"},
+            {"balance": "median", "power": 0.5},
+            {"power": 0.5, "cap": 2},
+        )
+    )
+    assert plain == full == pytest.approx((1 / 3, 1.0, 20.0, 1.0))
+    assert root == pytest.approx((3**-0.5, 1.0, 20**0.5, 1.0))
+    assert capped == pytest.approx((3**-0.5, 1.0, 2.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"balance": "mean"}, "segment.class_weights: balance: Input should be 'median', not \"mean\""),
+        ({"power": 2}, "segment.class_weights: power: Input should be less than or equal to 1, not 2"),
+        ({"power": 0}, "segment.class_weights: power: Input should be greater than 0, not 0"),
+        ({"cap": 0.5}, "segment.class_weights: cap: Input should be greater than or equal to 1, not 0.5"),
+        ({"pover": 0.5}, "segment.class_weights: config: unknown key 'pover'; did you mean 'power'?"),
+        ("medium", "segment.class_weights: "),
+    ],
+)
+def test_a_balance_that_is_none_is_one_line(weights, said):
+    class Holder(Config):
+        segment: Segment
+
+    with pytest.raises(UserError) as caught:
+        load(Holder, {"segment": {"class_weights": weights}})
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_changes_cross_entropy_is_refused_without_it():
+    for changed in ({"label_smoothing": 0.1}, {"hardest": 0.25}):
+        with pytest.raises(ValidationError, match=f"{next(iter(changed))}: changes cross_entropy, whose weight is 0"):
+            Segment(num_classes=3, cross_entropy=0.0, lovasz=1.0, **changed)
+
+
+def test_segment_is_the_sum_of_its_losses():
+    some = batch(labelled=True)
+    logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(2))
+    weights = torch.tensor([1.0, 5.0, 0.1])
+    parts = {"cross_entropy": 0.5, "dice": 0.25, "focal": 2.0, "tversky": 3.0, "lovasz": 4.0}
+    options = {"focal_gamma": 1.5, "tversky_beta": 0.6, "label_smoothing": 0.2, "hardest": 0.3}
+    task = Segment(num_classes=3, **parts, **options, class_weights=tuple(weights.tolist()))
+    expected = (
+        0.5 * losses.cross_entropy(logits, some.label, weights=weights, smoothing=0.2, hardest=0.3)
+        + 0.25 * losses.dice(logits, some.label)
+        + 2.0 * losses.focal(logits, some.label, weights=weights, gamma=1.5)
+        + 3.0 * losses.tversky(logits, some.label, beta=0.6)
+        + 4.0 * losses.lovasz(logits, some.label)
+    )
+    assert torch.allclose(task.loss(logits, task.view({"labelled": some})), expected)
+
+
+def test_segment_is_written_as_version_0_1_wrote_it_until_a_new_key_is_used():
+    assert set(Segment().dump()) == {"weight", "num_classes", "cross_entropy", "dice", "class_weights"}
+    used = Segment.model_validate({"lovasz": 1.0, "class_weights": {"power": 0.5, "cap": 10}})
+    assert used.dump()["class_weights"] == {"balance": "median", "power": 0.5, "cap": 10.0}
+    assert used.dump()["lovasz"] == 1.0
+    assert load(Segment, used.dump()) == used
 
 
 def test_segment_asks_for_labels():

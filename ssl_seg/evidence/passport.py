@@ -42,17 +42,18 @@ class Passport:
     resolution: str = "the label's own"  # logits are brought there bilinearly
     band: float = BAND_WIDTH  # of the label's diagonal, on each side of a class boundary
     software: str = metadata.version("ssl_seg")
+    flips: bool = False  # whether an answer is the mean of those to the image and to its mirror image
 
     def dump(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        plain = asdict(self)
+        """Plain JSON types. `flips` stands there only where it is true: other passports are as they always were."""
+        plain = {key: value for key, value in asdict(self).items() if key != "flips" or value}
         return {**plain, "classes": list(self.classes), "resize": None if self.resize is None else list(self.resize)}
 
 
-def passport_of(found: ImageConfusions, resize: Sequence[int] | None = None) -> Passport:
-    """That of the scores of `found`, by a network that was given images of `resize` (H, W)."""
+def passport_of(found: ImageConfusions, resize: Sequence[int] | None = None, flips: bool = False) -> Passport:
+    """That of the scores of `found`, by a network that saw images of `resize` (H, W), with `flips` mirrored too."""
     size = None if resize is None else tuple(resize)
-    return Passport(classes=found.class_names, images=len(found), split=found.digest, resize=size)
+    return Passport(classes=found.class_names, images=len(found), split=found.digest, resize=size, flips=flips)
 
 
 def passports_in(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
@@ -161,7 +162,7 @@ def _check_passport(folder: str | Path, part: str, written: Mapping[str, Any] | 
             f"{folder}: {part} is scored by definition {written.get('definition')}, and this version knows "
             f"{DEFINITION}; verify it with the version that made it"
         )
-    wanted = passport_of(found, written.get("resize")).dump()
+    wanted = passport_of(found, written.get("resize"), written.get("flips") is True).dump()
     wrong = _differing_fields(wanted, written)
     if wrong:
         raise UserError(f"{folder}: the passport of {part} says another {wrong[0]} than its matrices; {_AGAIN}")

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -208,6 +209,10 @@ class Encoder(Plugin, ABC):
         `output_stride` 16 or 8 asks for no coarser map than that, by dilation in place of the last strides; an encoder
         that cannot raises UserError. 32 leaves the architecture as it is.
         """
+
+    def published_tensors(self) -> tuple[Path, Mapping[str, Tensor]] | None:
+        """The file of published weights that `build` reads, and its tensors by name: for a receipt. None: without."""
+        return None
 
 
 class Decoder(Plugin, ABC):

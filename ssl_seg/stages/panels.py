@@ -22,7 +22,7 @@ from ssl_seg.leaks.record import Place
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
-from ssl_seg.stages.scoring import device_of, masks_of, predict_ids, pretext_tasks
+from ssl_seg.stages.scoring import Mirrored, device_of, masks_of, predict_ids, pretext_tasks
 from ssl_seg.training.multitask import MultiTask, make_views
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
@@ -101,7 +101,7 @@ def write_images(
 
 def write_scores(
     place: Place,
-    model: SegmentationModel,
+    model: SegmentationModel | Mirrored,
     found: Mapping[str, tuple[Examples, ImageConfusions]],
     resize: Size | None = None,
     about: Mapping[str, Any] | None = None,
@@ -114,7 +114,8 @@ def write_scores(
     matrices = {part: confusions.total().tolist() for part, (_, confusions) in found.items()}
     place.write_json("confusion.json", {"classes": model.class_names, **matrices})
     named = {part: confusions.named() for part, (_, confusions) in found.items()}
-    passports = {part: passport_of(confusions, resize).dump() for part, (_, confusions) in found.items()}
+    flips = isinstance(model, Mirrored)
+    passports = {part: passport_of(confusions, resize, flips).dump() for part, (_, confusions) in found.items()}
     place.write_json("result.json", {**(about or {}), **named, "passport": passports})
 
 
@@ -138,7 +139,7 @@ def changed_pictures(
     gone = [name for name in names if name not in index_of]
     if gone:
         raise UserError(f"{other.folder}: its data.{part} has no image {gone[0]} any more; put the images back")
-    models = [load_model(_model_of(run)) for run in (baseline, other)]
+    models = [_scored_model(run) for run in (baseline, other)]
     place = choose_device(device)
     for model, _ in models:
         model.to(place)
@@ -170,10 +171,11 @@ def _predicted(model: nn.Module, examples: Examples, index: int, resize: Size | 
     return ids[0].byte().cpu().numpy(), truth.numpy()
 
 
-def _model_of(run: RunFolder) -> str | Path:
-    """The exported model that was scored: a run's own, or that which an evaluation names."""
+def _scored_model(run: RunFolder) -> tuple[SegmentationModel | Mirrored, Size | None]:
+    """The exported model that was scored, as it was: a run's own, or that which an evaluation names."""
     named = run.config.get("model")
-    return named if isinstance(named, str) else run.folder
+    model, resize = load_model(named if isinstance(named, str) else run.folder)
+    return Mirrored(model) if run.config.get("flips") is True else model, resize
 
 
 def _fitted(image: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from ssl_seg.datasets import Example
 from ssl_seg.images import Size
 from ssl_seg.losses import IGNORE_INDEX
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
-from ssl_seg.models import evaluating
+from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.scores import ImageConfusions, Row
 from ssl_seg.tasks import PretextTask, Task
 from ssl_seg.terminal import say
@@ -63,6 +63,24 @@ class Scored(Subset):
         if ids.max(initial=0) >= count:
             raise UserError(f"{example.name}: its mask holds class id {ids.max()}, and there are {count} classes")
         return replace(example, label=None)
+
+
+class Mirrored(nn.Module):
+    """A model that also looks at each image's mirror image: its shares are the mean of both looks.
+
+    It answers by the logarithm of the softmax shares, so that where both looks agree they are the model's own logits,
+    but for a number that all classes of a pixel have in common.
+    """
+
+    def __init__(self, model: SegmentationModel) -> None:
+        super().__init__()
+        self.model = model
+        self.class_names = model.class_names
+
+    def forward(self, image: Tensor) -> Tensor:
+        plain = self.model(image).log_softmax(dim=1)
+        mirrored = self.model(image.flip(-1)).flip(-1).log_softmax(dim=1)
+        return torch.logaddexp(plain, mirrored) - math.log(2)
 
 
 def read_once(parts: Iterable[Examples], workers: Workers, processes: Processes) -> None:

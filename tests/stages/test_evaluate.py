@@ -18,7 +18,8 @@ from ssl_seg import images
 from ssl_seg.config import UserError, load
 from ssl_seg.data.splits import Subset
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.evidence.passport import verify
+from ssl_seg.evidence.compare import compare
+from ssl_seg.evidence.passport import differing, verify
 from ssl_seg.figures.panels import GAP, IGNORE_COLOUR, PANEL_SIDE, error_map, grid, overlay, palette
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.metrics import near_boundaries
@@ -27,9 +28,9 @@ from ssl_seg.runs.lock import hold
 from ssl_seg.runs.writer import Run
 from ssl_seg.scores import named_scores, read_image_confusion
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
-from ssl_seg.stages.panels import error_picture, prediction_panel, task_pictures, write_images
+from ssl_seg.stages.panels import changed_pictures, error_picture, prediction_panel, task_pictures, write_images
 from ssl_seg.stages.pretrain import PretrainConfig
-from ssl_seg.stages.scoring import image_confusions, predict_ids, score_tasks
+from ssl_seg.stages.scoring import Mirrored, image_confusions, predict_ids, score_tasks
 from ssl_seg.stages.start import build_module
 from tests.faults import message_of
 from tests.small import Textured, pretraining
@@ -336,6 +337,74 @@ def test_an_evaluation_says_of_which_run_its_model_is(trained: Path, tmp_path: P
     assert (described["seed"], described["data.test.seed"]) == ("3", "7")
     assert "data.test.root" not in described
     assert run.read("data.json")["test"]["images"] == 2
+
+
+def test_a_mirrored_look_is_the_mean_of_two() -> None:
+    class Sided(nn.Module):
+        """Another answer for each column."""
+
+        class_names = ("a", "b", "c")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.mix(image) * torch.linspace(0, 9, image.shape[-1])
+
+    torch.manual_seed(0)
+    model, image = Sided(), torch.rand(2, 3, 8, 11)
+    with torch.no_grad():
+        found = Mirrored(model)(image).exp()
+        expected = (model(image).softmax(1) + model(image.flip(-1)).softmax(1).flip(-1)) / 2
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(Mirrored(model)(image.flip(-1)).exp().flip(-1), found)
+        even = Evenly()
+        torch.testing.assert_close(Mirrored(even)(image), even(image).log_softmax(1))
+
+
+class Evenly(Brightness):
+    class_names = ("dark", "bright", "never")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image[:, :2], 1 - image[:, :1]], dim=1)
+
+
+def test_scores_with_mirrored_looks_say_so_and_are_never_ranked_with_others(trained: Path, tmp_path: Path) -> None:
+    plain, flipped = of_textured(trained, 6), of_textured(trained, 6, flips=True)
+    assert "flips" not in plain.dump(), "as it always was"
+    evaluate(plain, tmp_path / "plain")
+    scores = evaluate(flipped, tmp_path / "flipped").scores
+    runs = [RunFolder.open(tmp_path / name) for name in ("plain", "flipped")]
+    passports = [run.result["passport"] for run in runs]
+    assert "flips" not in passports[0]["test"]
+    assert passports[1]["test"]["flips"] is True
+    assert differing(*passports) == ["test: flips"]
+    assert len(compare([tmp_path / "plain", tmp_path / "flipped"]).tables) == 2
+    assert verify(tmp_path / "flipped").figures == 6
+    assert (image_confusions(Mirrored(Ground()), flipped.data.test).total() == scores.confusion).all()
+    spoiled = json.loads((tmp_path / "flipped/result.json").read_text())
+    del spoiled["passport"]["test"]["flips"]
+    (tmp_path / "flipped/result.json").write_text(json.dumps(spoiled))
+    assert differing(spoiled["passport"], passports[0]) == []
+
+
+def test_what_changed_is_drawn_by_the_model_as_it_was_scored(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for name, flips in (("plain", False), ("flipped", True)):
+        evaluate(of_textured(trained, 6, flips=flips), tmp_path / name)
+        runs.append(RunFolder.open(tmp_path / name))
+    monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda path: (Ground(), None))
+    looked: list[type] = []
+    monkeypatch.setattr(
+        "ssl_seg.stages.panels.predict_ids",
+        lambda model, image, size: looked.append(type(model)) or predict_ids(model, image, size),
+    )
+    name = Textured(seed=6, count=2).name(0)
+    assert len(list(changed_pictures(*runs, "test", [name], "cpu"))) == 1
+    assert looked == [Ground, Mirrored]
 
 
 def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretext.denoise import Denoise
 from ssl_seg.config import UserError, load
@@ -13,7 +15,7 @@ from ssl_seg.models import ModelConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain, resolve
 from ssl_seg.stages.setup import Options
-from ssl_seg.stages.start import Start, build_module, find_start, origins
+from ssl_seg.stages.start import Start, build_module, find_start, origins, start_module
 from tests.small import finetuning, pretraining
 
 
@@ -48,6 +50,23 @@ def test_weights_of_a_file_may_have_seen_images_and_those_of_a_tag_are_known(tmp
         assert origins(config, find_start(config)) == {"pretrained": asked}
     config = load(FinetuneConfig, {**finetuning(), "init": "runs/a"})
     assert origins(config, start_of(None)) == {"init": "runs/a"}
+
+
+def test_weights_of_a_package_come_with_a_receipt(capfd: pytest.CaptureFixture[str]) -> None:
+    model = {"encoder": {"name": "tf_efficientnet_lite0", "pretrained": "package"}}
+    config = load(FinetuneConfig, {**finetuning(), "model": model})
+    start = find_start(config)
+    assert start.kind == "published"
+    assert origins(config, start) == {"pretrained": None}, "what it has seen is known: ImageNet"
+    module, receipts = start_module(start, {"denoise": Denoise()}, 0, lambda module: {}, quiet=False)
+    assert receipts["encoder"].share == 1.0
+    assert not receipts["encoder"].missing
+    assert receipts["encoder"].path.endswith("efficientnet-lite0-57934424.pth")
+    assert "100.0% of the parameters" in capfd.readouterr().err
+    again, none = start_module(replace(start, kind="random"), {"denoise": Denoise()}, 0, lambda module: {}, quiet=True)
+    assert not none
+    stem = "backbone.network.conv_stem.weight"
+    assert not torch.equal(module.encoder.state_dict()[stem], again.encoder.state_dict()[stem])
 
 
 def test_a_network_larger_than_the_memory_is_one_line() -> None:

@@ -99,6 +99,29 @@ def test_a_state_from_before_at_and_after_the_thaw_goes_on_bit_for_bit(at: int, 
     torch.testing.assert_close(other.tensors(), whole.tensors(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_probe_then_layers_with_rates_of_their_own_and_an_average_go_on_bit_for_bit(at: int) -> None:
+    """Linear probe, then fine-tuning from the last layer on, exported as the moving average."""
+    settings = {"freeze_encoder": 2, "layer_decay": 0.5, "encoder_lr": 0.5, "ema": 0.9, "steps": 4}
+    whole, sources = make(**settings)
+    start = of("encoder", weights(whole))
+    plain, _ = make(**{**settings, "layer_decay": 1.0})
+    for step, other in zip(run(whole, sources), run(plain, sources), strict=True):
+        if step.number <= 3:  # the update of step 3 is the first in which the rates tell
+            assert step.metrics == other.metrics
+        if step.number == 2:
+            torch.testing.assert_close(of("encoder", weights(whole)), start, rtol=0, atol=0)
+        if step.number == at:
+            saved, data = {name: value.clone() for name, value in whole.tensors().items()}, whole.data()
+    stem = "encoder.backbone.network.conv_stem.weight"
+    assert not torch.equal(weights(whole)[stem], weights(plain)[stem])
+    assert not torch.equal(weights(whole)[stem], whole.evaluated.state_dict()[stem])
+    other, _ = make(**settings)
+    other.restore(saved, data)
+    list(run(other, sources, start=at))
+    torch.testing.assert_close(other.tensors(), whole.tensors(), rtol=0, atol=0)
+
+
 def test_what_never_learns_does_not_begin_to() -> None:
     learner, _ = make(freeze_encoder=1)
     learner.module.freeze(False)

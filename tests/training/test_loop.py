@@ -21,7 +21,7 @@ from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.start import build_module, find_start
 from ssl_seg.training.config import TrainConfig, due, lr_at
-from ssl_seg.training.learner import Learner, build_optimizer, not_decayed, uses_every_weight
+from ssl_seg.training.learner import Learner, build_optimizer, layers_above, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
 from ssl_seg.training.processes import Processes, keep_freed_memory
 from tests.processes import Child
@@ -90,6 +90,41 @@ def test_biases_and_norms_are_not_decayed_and_the_encoder_has_its_own_rate() -> 
             assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
             assert group["factor"] == (0.25 if name.startswith("encoder.") else 1.0), name
     assert not names, "every parameter is in a group"
+
+
+def test_layers_of_the_encoder_have_rates_that_fall_towards_the_image() -> None:
+    learner, _ = make(layer_decay=0.5, encoder_lr=0.25)
+    names = {id(parameter): name for name, parameter in learner.module.named_parameters()}
+    factors = {}
+    for group in learner.optimizer.param_groups:
+        factors |= {names.pop(id(parameter)): group["factor"] for parameter in group["params"]}
+    assert not names, "every parameter is in a group"
+    encoder = {name.removeprefix("encoder."): factor for name, factor in factors.items() if name.startswith("encoder.")}
+    above = layers_above(learner.module.encoder)
+    assert encoder == {name: 0.25 * 0.5**count for name, count in above.items()}
+    assert max(encoder.values()) == 0.25, "the last layer has the encoder's rate"
+    assert encoder["backbone.network.conv_stem.weight"] == min(encoder.values())
+    assert {factor for name, factor in factors.items() if name.startswith("heads.")} == {1.0}
+
+
+def test_the_first_update_moves_a_layer_by_its_rate() -> None:
+    """SGD without momentum or decay: the update of one gradient, times the factor."""
+    settings = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "steps": 1}
+    plain, sources = make(**settings)
+    decayed, _ = make(**settings, layer_decay=0.5)
+    start = weights(plain)
+    for learner in (plain, decayed):
+        list(run(learner, sources))
+    above = layers_above(plain.module.encoder)
+    for name, _ in plain.module.named_parameters():
+        factor = 0.5 ** above.get(name.removeprefix("encoder."), 0)
+        moved, expected = (weights(learner)[name] - start[name] for learner in (decayed, plain))
+        torch.testing.assert_close(moved, factor * expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_new_key_of_the_rate_is_not_written_until_it_is_used() -> None:
+    assert "layer_decay" not in TrainConfig().dump()
+    assert TrainConfig(layer_decay=0.75).dump()["layer_decay"] == 0.75
 
 
 def test_decay_is_what_the_optimizer_is_used_with() -> None:
