@@ -61,10 +61,12 @@ class Draws:
             yield [number * micro + place for place in mine]
 
 
-def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int, at_once: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, world: int, deal: int, accumulate: int, at_once: int = 1, key: str = "train.batch_size"
+) -> None:
     """Raise UserError with the nearest sizes unless every process gets the same number of images of every task.
 
-    And, of images that stay together `at_once`, no part of them.
+    And, of images that stay together `at_once`, no part of them. `key` is where the size was given.
     """
     unit = world * deal * accumulate * at_once
     if batch_size % unit == 0:
@@ -75,7 +77,7 @@ def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int, at
     parts += [f"{deal} tasks (views: split)"] if deal > 1 else []
     parts += [f"{accumulate} micro-batches"] if accumulate > 1 else []
     parts += [f"{at_once} images that are mixed"] if at_once > 1 else []
-    raise UserError(f"train.batch_size: {batch_size} cannot be divided by {' x '.join(parts)}; use {nearest}")
+    raise UserError(f"{key}: {batch_size} cannot be divided by {' x '.join(parts)}; use {nearest}")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The second stage: learn segmentation from a few labelled images, from scratch or from what pretraining left.
 
-With `tasks` it is joint training: each step takes `batch_size` labelled and `batch_size` unlabelled images through the
-same module and loop.
+With `tasks` it is joint training: each step takes `batch_size` labelled and `batch_size` unlabelled images (or as many
+as it says for each) through the same module and loop.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from ssl_seg.stages.setup import (
 )
 from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
-from ssl_seg.tasks import Stream, readers
+from ssl_seg.tasks import Stream, readers, streams_of, weighty
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -130,16 +130,28 @@ class FinetuneConfig(StageConfig):
     def _fits_together(self) -> FinetuneConfig:
         if self.stop != StopRule() and self.train.eval_every is None:
             raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
-        wants_pool = bool(readers(self.tasks, "pool"))
-        if self.data.pool is not None and not wants_pool:
+        if not weighty({SEGMENT: self.segment, **self.tasks}):
+            raise ValueError("segment.weight: 0, so nothing is learnt; give it a weight")
+        # Where its tasks weigh nothing it may stay in the config, as in a grid over their weights.
+        if self.data.pool is not None and not readers(self.tasks, "pool"):
             raise ValueError("data.pool: would not be looked at; name tasks for joint training, or drop it")
-        if wants_pool and self.data.pool is None:
+        if readers(weighty(self.tasks), "pool") and self.data.pool is None:
             raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
             raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the run whose weights are meant")
         if SEGMENT in self.tasks:
             raise ValueError(f"tasks.{SEGMENT}: the name is taken by the supervised task; choose another")
         return self
+
+
+    @property
+    def pool(self) -> Dataset | None:
+        """The unlabelled images that are looked at: none where no task that has a weight reads them."""
+        return self.data.pool if readers(weighty(self.tasks), "pool") else None
+
+    def parts(self) -> dict[str, Dataset | None]:
+        """The data sets by the keys of `data`."""
+        return {**{part: getattr(self.data, part) for part in PARTS}, "pool": self.pool}
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
     processes.together(partial(check, config, processes))
-    given = {part: getattr(config.data, part) for part in PARTS}
+    given = config.parts()
     check_processes("finetune", config, options, given, processes)
     with open_run("finetune", config, options, processes) as (run, signals, mirror):
         check_same_images(run, given, options.allow_changed)
@@ -179,7 +191,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         of_classes = of_untrained_classes(labelled, val) if recorded is None else []
         for line in [*of_small_images(config, labelled), *of_classes]:
             say(line, quiet)
-        trained = {"labelled": labelled, "pool": config.data.pool}
+        trained = {"labelled": labelled, "pool": config.pool}
         judging = {"val": val, "test": config.data.test}
         scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
@@ -270,7 +282,7 @@ def try_out(config: FinetuneConfig) -> trial.DryRun:
         quiet = not processes.is_main
         check(config, processes)
         labelled, val = choose_images(config)
-        given = {part: getattr(config.data, part) for part in PARTS}
+        given = config.parts()
         tell_notes(given, LABELLED, quiet)
         check_palettes({part: given[part] for part in LABELLED})
         say_other_ranges(given, start.exported_range, quiet=quiet)
@@ -306,8 +318,9 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
 
 def check(config: FinetuneConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
-    streams = ("labelled",) if config.data.pool is None else ("labelled", "pool")
-    check_training(config.train, processes, {SEGMENT: config.segment, **config.tasks}, streams, config.augment.crop)
+    streams = ("labelled",) if config.pool is None else ("labelled", "pool")
+    tasks = weighty({SEGMENT: config.segment, **config.tasks})
+    check_training(config.train, processes, tasks, streams, config.augment.crop)
     check_data(config)
     for scored in (candidates(config)[1], config.data.test):
         if scored is not None:
@@ -316,8 +329,7 @@ def check(config: FinetuneConfig, processes: Processes) -> None:
 
 def check_data(config: FinetuneConfig) -> None:
     """That every data set has images, the same classes, and enough labelled ones."""
-    for part in PARTS:
-        dataset = getattr(config.data, part)
+    for part, dataset in config.parts().items():
         if dataset is None:
             continue
         check_images(f"data.{part}", dataset)
@@ -404,20 +416,23 @@ def assemble(
     sources: dict[Stream, Samples] = {
         "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True)
     }
-    if config.data.pool is not None:
-        sources["pool"] = Samples(config.data.pool, config.augment, config.seed, resize)
+    if config.pool is not None:
+        sources["pool"] = Samples(config.pool, config.augment, config.seed, resize)
     say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
-    tasks = {SEGMENT: segment or config.segment, **prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet)}
+    beside = prepare_tasks(weighty(config.tasks), sources.get("pool"), recorded, quiet)
+    tasks = {SEGMENT: segment or config.segment, **beside}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
-    return Learner(module, config.train, processes, config.augment.crop), sources
+    read = streams_of(module.tasks)
+    learner = Learner(module, config.train, processes, config.augment.crop)
+    return learner, {stream: samples for stream, samples in sources.items() if stream in read}
 
 
 def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, Receipt]:
