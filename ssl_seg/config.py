@@ -199,7 +199,9 @@ class Plugin(Config, ABC):
     def plugin_name(cls) -> str:
         """The word that finds this class again."""
         package, _, file = cls.__module__.rpartition(".")
-        if package in (cls.package, *cls.packages_beside) and _plugins_in(importlib.import_module(cls.__module__), cls) == [cls]:
+        if package in (cls.package, *cls.packages_beside) and _plugins_in(
+            importlib.import_module(cls.__module__), cls
+        ) == [cls]:
             return file
         for point in _points(cls.group, tuple(sys.path)):
             if point.value == f"{cls.__module__}:{cls.__qualname__}":

@@ -31,7 +31,7 @@ class MeanTeacher(TaskPlugin):
     # Spread of what is added to each pixel: 2017's 0.15 of images whose spread is 1, which is 0.225 in photographs.
     noise: NonNegativeFloat = 0.034
     cutmix: Share = 1.0  # how often a box of half the image is the partner's; French et al.'s, and 0 is that of 2017
-    # An image counts by its share of pixels in which the teacher is at least so sure; French et al.'s, 0 is that of 2017.
+    # An image counts by the share of its pixels of which the teacher is so sure: French et al.'s; 0 is that of 2017.
     confidence: Share = 0.97
 
     def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:

@@ -1,8 +1,8 @@
 """Say of an image in other colours, cut together with another, what the network is sure of in the image as it is.
 
-Yang, Qi, Feng, Zhang and Shi, "Revisiting weak-to-strong consistency in semi-supervised semantic segmentation" (UniMatch),
-CVPR 2023, with the values of its code. Two things differ there: the partner's pseudo-labels come from a pass in
-evaluation mode, and the weak views share the labelled images' pass, whose bits stay here what they are without the task.
+UniMatch: Yang, Qi, Feng, Zhang and Shi, "Revisiting weak-to-strong consistency in semi-supervised semantic
+segmentation", CVPR 2023, with the values of its code. Two things differ there: the partner's pseudo-labels come from a
+pass in evaluation mode, and the weak views share the pass of the labelled images, which here keep their bits.
 """
 
 from __future__ import annotations
@@ -76,5 +76,5 @@ class UniMatch(TaskPlugin):
 
 
 def over_all(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy per sample over all its pixels, of which those without a label add nothing: few labels weigh little."""
+    """Cross-entropy per sample over all its pixels: few that have a label weigh little."""
     return losses.cross_entropy(logits, ids) * (ids != IGNORE_INDEX).float().mean(dim=(1, 2))

@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ssl_seg.config import Config, PathText, UserError, load
+from ssl_seg.config import Config, PathText, UserError, known_to_0_1, load
 from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
 from ssl_seg.data.splits import (
@@ -62,7 +69,7 @@ from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, reca
 from ssl_seg.tasks import Stream, readers, streams_of, weighty
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
-from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.config import Share, TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
@@ -76,8 +83,8 @@ from ssl_seg.weights.export import (
 )
 from ssl_seg.weights.receipt import Receipt
 
-PARTS = ("labelled", "val", "test", "pool")  # of `data`
-LABELLED = PARTS[:3]  # those whose masks are read
+LABELLED = ("labelled", "beside", "val", "test")  # parts of `data` whose masks are read
+PARTS = (*LABELLED, "pool")
 SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others
 
 
@@ -85,10 +92,18 @@ class FinetuneData(Config):
     """Where the images come from."""
 
     labelled: SerializeAsAny[Dataset]
+    # More labelled images, of another origin than those that are scored, as a drawn world: all of them are learnt from,
+    # `labels` counts them not, none is held out, and "median" class weights do not ask them.
+    beside: SerializeAsAny[Dataset] | None = None
+    beside_share: Share = 0.5  # of a step's labelled images; a half gives each of the others one of these as a partner
     val: SerializeAsAny[Dataset] | None = None  # None: whole sequences, or a fifth, of the labelled images are held out
     test: SerializeAsAny[Dataset] | None = None  # scored once, at the end, with the weights that `select` names
     pool: SerializeAsAny[Dataset] | None = None  # unlabelled images of joint training
     resize: SizeField | None = None  # (H, W) of every image; scores stay at the label's own size
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("beside", "beside_share"))
 
 
 class FinetuneConfig(StageConfig):
@@ -143,7 +158,6 @@ class FinetuneConfig(StageConfig):
             raise ValueError(f"tasks.{SEGMENT}: the name is taken by the supervised task; choose another")
         return self
 
-
     @property
     def pool(self) -> Dataset | None:
         """The unlabelled images that are looked at: none where no task that has a weight reads them."""
@@ -191,7 +205,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         of_classes = of_untrained_classes(labelled, val) if recorded is None else []
         for line in [*of_small_images(config, labelled), *of_classes]:
             say(line, quiet)
-        trained = {"labelled": labelled, "pool": config.pool}
+        trained = {"labelled": labelled, "beside": config.data.beside, "pool": config.pool}
         judging = {"val": val, "test": config.data.test}
         scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
@@ -333,7 +347,7 @@ def check_data(config: FinetuneConfig) -> None:
         if dataset is None:
             continue
         check_images(f"data.{part}", dataset)
-        if part in ("val", "test") and dataset.class_names != config.data.labelled.class_names:
+        if part in ("beside", "val", "test") and dataset.class_names != config.data.labelled.class_names:
             raise UserError(
                 f"data.{part}: its classes ({', '.join(dataset.class_names) or 'none'}) are not those of data.labelled "
                 f"({', '.join(config.data.labelled.class_names)}); give both the same list"
@@ -413,8 +427,9 @@ def assemble(
 ) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the streams as the loaders read them."""
     resize = config.data.resize
+    beside = {"beside": config.data.beside, "share": config.data.beside_share}
     sources: dict[Stream, Samples] = {
-        "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True)
+        "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True, **beside)
     }
     if config.pool is not None:
         sources["pool"] = Samples(config.pool, config.augment, config.seed, resize)
@@ -423,8 +438,8 @@ def assemble(
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.class_weights == "median":
         segment = config.segment.prepare(*pixel_counts(labelled))
-    beside = prepare_tasks(weighty(config.tasks), sources.get("pool"), recorded, quiet)
-    tasks = {SEGMENT: segment or config.segment, **beside}
+    others = prepare_tasks(weighty(config.tasks), sources.get("pool"), recorded, quiet)
+    tasks = {SEGMENT: segment or config.segment, **others}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})

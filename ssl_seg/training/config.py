@@ -46,7 +46,7 @@ def _of_streams(value: Any) -> Any:
     try:
         return BatchSizes.model_validate(value)
     except ValidationError as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain(error).removeprefix("config: ")) from error
 
 
 class TrainConfig(Config):
