@@ -144,6 +144,10 @@ class Samples:
         image, label = self.augment.apply(example.image, example.label, key)
         return Sample(image, label, int(key), example.name)
 
+    def is_beside(self, draw: int) -> bool:
+        """Whether a draw is of the set beside."""
+        return self.beside is not None and math.floor((draw + 1) * self.share) > math.floor(draw * self.share)
+
     def _found(self, draw: int) -> tuple[Examples, Kept, int]:
         """The set that a draw is of, and the index in it: each set is visited epoch after epoch in an order of its own.
 
@@ -152,7 +156,7 @@ class Samples:
         if self.beside is None:
             return self.examples, self.kept, self._index(draw, len(self.examples))
         before = math.floor(draw * self.share)  # draws that were of the set beside
-        if math.floor((draw + 1) * self.share) > before:
+        if self.is_beside(draw):
             return self.beside, self.kept_beside, self._index(before, len(self.beside))
         return self.examples, self.kept, self._index(draw - before, len(self.examples))
 

@@ -51,8 +51,8 @@ class UniMatch(TaskPlugin):
         return View(torch.cat(views), torch.cat(boxes, dim=1).float(), key=key)  # (3 B, 3, H, W), (B, 2, H, W)
 
     def perturb(self, features: Features, view: View) -> Features:
-        count = len(view.target)
-        key = rng.fold_in(view.key, "drop")
+        assert view.key is not None, "its own view has one"
+        count, key = len(view.target), rng.fold_in(view.key, "drop")
         maps = []
         for number, level in enumerate(features):
             kept = rng.uniform(rng.fold_in(key, number), (level.shape[1], 1, 1)) >= self.drop

@@ -239,10 +239,11 @@ def _cuts(learner: Learner) -> list[int]:
     """Into how many micro-batches the batch may be cut, the fewest first."""
     tasks, config, world = learner.module.tasks, learner.config, learner.processes.world
     # Of each stream, how many of the fewest images that can be shared out are in a batch.
-    units = {stream: world * math.prod(dealing(tasks, stream, config.views == "split")) for stream in learner.crops}
-    most = math.gcd(*(config.batch_of(stream) // unit for stream, unit in units.items()))
-    if any(config.batch_of(stream) % unit for stream, unit in units.items()):
+    units = [world * math.prod(dealing(tasks, stream, config.views == "split")) for stream in learner.crops]
+    batches = [config.batch_of(stream) for stream in learner.crops]
+    if any(batch % unit for batch, unit in zip(batches, units, strict=True)):
         return []
+    most = math.gcd(*(batch // unit for batch, unit in zip(batches, units, strict=True)))
     return [count for count in range(1, most + 1) if most % count == 0]
 
 

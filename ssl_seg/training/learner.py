@@ -61,8 +61,8 @@ class Learner:
 
     def crops_if(self, accumulate: int) -> dict[Stream, int]:
         """The same, were a step cut into so many micro-batches."""
-        sizes = {stream: self.config.batch_of(stream) for stream in streams_of(self.module.tasks)}
-        return {stream: size // accumulate // self.processes.world for stream, size in sizes.items()}
+        parts = accumulate * self.processes.world
+        return {stream: self.config.batch_of(stream) // parts for stream in streams_of(self.module.tasks)}
 
     @property
     def crops_at_once(self) -> str:
