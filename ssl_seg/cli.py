@@ -151,6 +151,24 @@ def finetune_command(
     print_lines([f"model: {result.model} (weights of step {result.selected_step})"])
 
 
+@app.command("pseudo_label")
+def pseudo_label_command(words: Words = None, out: Out = None, plugin: Plugins = None, quiet: Quiet = False) -> None:
+    """Fine-tune in rounds, each with the images of a pool that the former has labelled."""
+    folder = _needed(out)
+    values = _values(words, plugin)
+    from ssl_seg.stages import pseudo_label
+    from ssl_seg.stages.pseudo_label import PseudoLabelConfig
+    from ssl_seg.stages.setup import Options
+
+    config = PseudoLabelConfig.of(values)
+    _keep_memory_on_cpu(config.finetune.train.device)
+    done = pseudo_label.pseudo_label(config, Options(folder, quiet=quiet))
+    for run, count in zip(done.trained, done.labelled, strict=True):
+        print_lines([f"{run.folder}: {count} pseudo-labelled images, mIoU {run.val.miou:.4f}"])
+    unused = sum(times == 0 for times in done.used.values())
+    print_lines([f"{unused} of {len(done.used)} images of the pool were never used; {done.folder / 'rounds.json'}"])
+
+
 @app.command("evaluate")
 def evaluate_command(words: Words = None, out: Out = None, plugin: Plugins = None) -> None:
     """Score a fine-tuned model on a labelled data set."""

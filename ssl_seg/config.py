@@ -180,11 +180,13 @@ def known_to_0_1(config: Config, dumped: Mapping[str, Any], since: Collection[st
 class Plugin(Config, ABC):
     """A class chosen by `type`; its fields are its YAML.
 
-    `type` names, in this order: a file in the family's package (`jigsaw` is `pretext/jigsaw.py`), an entry point of the
-    family's group, or a class (in snake_case) of a module given by `--plugin`. In Python one passes the object.
+    `type` names, in this order: a file in the family's package (`jigsaw` is `pretext/jigsaw.py`) or in one beside it,
+    an entry point of the family's group, or a class (in snake_case) of a module given by `--plugin`. In Python one
+    passes the object.
     """
 
     package: ClassVar[str]
+    packages_beside: ClassVar[tuple[str, ...]] = ()
     group: ClassVar[str]
     extra_modules: ClassVar[list[ModuleType]] = []  # those given by --plugin, for every family
 
@@ -197,7 +199,9 @@ class Plugin(Config, ABC):
     def plugin_name(cls) -> str:
         """The word that finds this class again."""
         package, _, file = cls.__module__.rpartition(".")
-        if package == cls.package and _plugins_in(importlib.import_module(cls.__module__), cls) == [cls]:
+        if package in (cls.package, *cls.packages_beside) and _plugins_in(
+            importlib.import_module(cls.__module__), cls
+        ) == [cls]:
             return file
         for point in _points(cls.group, tuple(sys.path)):
             if point.value == f"{cls.__module__}:{cls.__qualname__}":
@@ -207,8 +211,8 @@ class Plugin(Config, ABC):
     @classmethod
     def names(cls) -> list[str]:
         """Every `type` there is for this family; imports the family's own files, so it is for messages and lists."""
-        package = importlib.import_module(cls.package)
-        files = [f"{cls.package}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+        packages = [importlib.import_module(package) for package in (cls.package, *cls.packages_beside)]
+        files = [f"{own.__name__}.{module.name}" for own in packages for module in pkgutil.iter_modules(own.__path__)]
         modules = [importlib.import_module(file) for file in files] + cls.extra_modules
         plugins = [plugin for module in modules for plugin in _plugins_in(module, cls)]
         found = {plugin.plugin_name() for plugin in plugins if issubclass(plugin, cls) or not inspect.isabstract(cls)}
@@ -217,10 +221,11 @@ class Plugin(Config, ABC):
     @classmethod
     def choose(cls, name: str) -> builtin_type[Self]:
         """The class that `type: name` means. Raises ValueError with the known names."""
-        if NAME.fullmatch(name) and importlib.util.find_spec(f"{cls.package}.{name}"):
-            found = _plugins_in(importlib.import_module(f"{cls.package}.{name}"), cls)
-            if len(found) == 1:
-                return found[0]
+        for package in (cls.package, *cls.packages_beside):
+            if NAME.fullmatch(name) and importlib.util.find_spec(f"{package}.{name}"):
+                found = _plugins_in(importlib.import_module(f"{package}.{name}"), cls)
+                if len(found) == 1:
+                    return found[0]
         for point in _points(cls.group, tuple(sys.path)):
             if point.name == name:
                 return _from_entry_point(point, cls)

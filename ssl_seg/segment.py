@@ -11,19 +11,15 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveFloat,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 from torch import Tensor, nn
 
 from ssl_seg import losses
-from ssl_seg.config import Config, explain, known_to_0_1
+from ssl_seg.config import Config, explain
 from ssl_seg.models import EncoderSpec
 from ssl_seg.tasks import Batch, Predict, Stream, Task, View
-
-SINCE_0_1 = ("focal", "focal_gamma", "tversky", "tversky_beta", "lovasz", "label_smoothing", "hardest")
 
 
 class Balance(Config):
@@ -53,6 +49,16 @@ class Segment(Task):
     """Supervised segmentation: a weighted sum of losses against class ids, 255 ignored."""
 
     streams: ClassVar[tuple[Stream, ...]] = ("labelled",)
+    since_0_1: ClassVar[tuple[str, ...]] = (
+        *Task.since_0_1,
+        "focal",
+        "focal_gamma",
+        "tversky",
+        "tversky_beta",
+        "lovasz",
+        "label_smoothing",
+        "hardest",
+    )
     num_classes: int = Field(default=0, ge=0, le=255)  # 0: as many as the labelled data set has names
     cross_entropy: NonNegativeFloat = 1.0
     dice: NonNegativeFloat = 0.0
@@ -81,10 +87,6 @@ class Segment(Task):
         if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
             raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=SINCE_0_1)
 
     @property
     def balances(self) -> bool:

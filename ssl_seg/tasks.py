@@ -6,17 +6,18 @@ and the starting weights. Pretext tasks live one a file in `pretext/`; `segment.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import NonNegativeFloat, SerializerFunctionWrapHandler, model_serializer
+from pydantic import NonNegativeFloat, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from ssl_seg.config import Config, Plugin, UserError, known_to_0_1
-from ssl_seg.models import DecoderKind, DenseHead, EncoderSpec
+from ssl_seg.models import DecoderKind, DenseHead, EncoderSpec, Features
 
 Stream = Literal["pool", "labelled"]
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to a head's prediction, float32, no gradient
@@ -45,6 +46,7 @@ class View:
     input: Tensor  # (k*B, 3, H, W) float32 RGB in [0, 1]; k = 1 for the built-in tasks
     target: Tensor  # dense (B, C, H, W) float32; classes (B,), (B, N) or (B, h, w) int64
     loss_mask: Tensor | None = None  # (B, 1, H, W) float32: where the loss counts
+    key: Tensor | None = None  # (B,) int64: for what is drawn once the encoder has answered (`Task.perturb`)
 
 
 class Task(Config, ABC):
@@ -56,7 +58,25 @@ class Task(Config, ABC):
     # Whether the view of an image depends on its partner too (`partners`), as in CutMix. Partners then stay together in
     # whatever a batch is dealt out to: processes, micro-batches, tasks.
     mixes: ClassVar[bool] = False
+    since_0_1: ClassVar[tuple[str, ...]] = ("ramp",)  # keys that version 0.1 did not know; a subclass adds its own
+    # Of its loss in the sum. A task of weight 0 is left out of the run: it has no head, and no image is read for it.
     weight: NonNegativeFloat = 1.0
+    # Steps at the beginning in which the weight rises: as long as predictions mean little, agreeing with them is not to
+    # count. 0: the whole weight from the first step on.
+    ramp: NonNegativeInt = 0
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=self.since_0_1)
+
+    def weight_at(self, step: int | None) -> float:
+        """The weight in the update that makes step `step` (counted from 0); None: after the ramp.
+
+        The ramp is the sigmoid one of Laine and Aila 2017, which begins at a 148th.
+        """
+        if step is None or step >= self.ramp:
+            return self.weight
+        return self.weight * math.exp(-5 * (1 - step / self.ramp) ** 2)
 
     @abstractmethod
     def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
@@ -73,6 +93,13 @@ class Task(Config, ABC):
         Every task without a `borrowed_head` has one.
         """
         raise NotImplementedError(f"{type(self).__name__}: give it a head, or name a borrowed_head")
+
+    def perturb(self, features: Features, view: View) -> Features:
+        """What the head is given of the encoder's answer to the view's input; as it is, unless a task says otherwise.
+
+        It may give more samples than it got: the head then predicts for all of them.
+        """
+        return features
 
     @abstractmethod
     def loss(self, prediction: Tensor, view: View) -> Tensor:
@@ -91,10 +118,14 @@ class Task(Config, ABC):
         return view.target if view.target.shape == view.input.shape else None
 
 
+T = TypeVar("T", bound=Task)
+
+
 class TaskPlugin(Task, Plugin, ABC):
     """A task that a config names by its `type`, under `tasks`."""
 
     package: ClassVar[str] = "pretext"
+    packages_beside: ClassVar[tuple[str, ...]] = ("ssl_seg.semisupervised",)
     group: ClassVar[str] = "ssl_seg.pretext"
 
     @property
@@ -141,6 +172,7 @@ class PretextTask(TaskPlugin, ABC):
 class DenseTask(PretextTask, ABC):
     """A pretext task whose answer is a map: it says which decoder draws that."""
 
+    since_0_1: ClassVar[tuple[str, ...]] = (*Task.since_0_1, "decoder")
     # full: that of the segmentation model, so that fine-tuning can start from it. By its skips fine detail passes the
     # deep layers by: a denoised picture needs little of them. deep cuts the skips, and what is drawn has come through
     # the coarsest map; light is a narrow decoder without skips, for which most of the work is left to the encoder.
@@ -149,10 +181,6 @@ class DenseTask(PretextTask, ABC):
     def dense(self, encoder: EncoderSpec, out_channels: int, stride: int = 1) -> DenseHead:
         """The head that draws `out_channels` at `stride`, by the decoder that was asked for."""
         return encoder.dense(out_channels, stride, self.decoder)
-
-    @model_serializer(mode="wrap")
-    def _without_the_default(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("decoder",))
 
 
 def partners(rows: Tensor) -> Tensor:
@@ -168,6 +196,16 @@ def partners(rows: Tensor) -> Tensor:
 def readers(tasks: Mapping[str, Task], stream: Stream) -> list[str]:
     """The names of the tasks that read a stream."""
     return [name for name, task in tasks.items() if stream in task.streams]
+
+
+def weighty(tasks: Mapping[str, T]) -> dict[str, T]:
+    """The tasks that have a weight: those of a run."""
+    return {name: task for name, task in tasks.items() if task.weight > 0}
+
+
+def streams_of(tasks: Mapping[str, Task]) -> list[Stream]:
+    """The streams that tasks read, in the order of the tasks."""
+    return list(dict.fromkeys(stream for task in tasks.values() for stream in task.streams))
 
 
 def check_tasks(tasks: Mapping[str, Task], streams: Collection[Stream], has_teacher: bool) -> None:

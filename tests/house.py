@@ -21,6 +21,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "files": "atomic files, JSON",
         "images": "the only decoder",
+        "mixing": "which part is another's",
         "scores": "confusion matrices",
         "tensor_files": "weights of any origin",
         "terminal": "progress and signals",
@@ -38,6 +39,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "data": "splits, crops, batches",
         "segment": "supervised task",
+        "semisupervised": "tasks on pseudo-labels",
         "testing": "checks for plug-ins",
         "tracking": "MLflow's mirror",
     },

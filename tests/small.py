@@ -116,6 +116,13 @@ def joining(**train: Any) -> dict[str, Any]:
     return {**values, "tasks": {"denoise": {}, "consistent": {}}}
 
 
+def semisupervised(**train: Any) -> dict[str, Any]:
+    """The values of a FinetuneConfig with both shipped tasks on pseudo-labels, of all pixels; one rises over a ramp."""
+    values = finetuning(**{"ema": 0.9, "batch_size": {"labelled": 2, "pool": 4}, **train})
+    values["data"]["pool"] = POOL
+    return {**values, "tasks": {"mean_teacher": {"confidence": 0.0, "ramp": 3}, "unimatch": {"confidence": 0.0}}}
+
+
 def words(values: dict[str, Any], folder: Path) -> list[str]:
     """The values as a YAML file in a folder, for a command."""
     path = folder / "config.yaml"

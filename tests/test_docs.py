@@ -33,12 +33,15 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm.convert import Kind
+from ssl_seg.semisupervised.mean_teacher import MeanTeacher
+from ssl_seg.semisupervised.unimatch import UniMatch
 from ssl_seg.stages import finetune
 from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.gap import GapConfig
 from ssl_seg.stages.predict import PredictConfig
 from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.pseudo_label import PseudoLabelConfig
 from ssl_seg.stages.select import SelectConfig
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.plan import make_plan
@@ -266,6 +269,8 @@ def check_call(words: list[str]) -> None:
             GapConfig,
             {"data": {"target": target, "pools": {own["images"]: own for own in pools}}, "init": given["init"]},
         )
+    elif name == "pseudo_label":
+        PseudoLabelConfig.of(read_words(given["words"] or []))
     elif name in STAGES:
         load(STAGES[name], given["words"] or [])
     if name == "synth":
@@ -432,10 +437,13 @@ def rows(text: str) -> list[tuple[list[str], list[str]]]:
     return [(re.findall(r"`([^`]+)`", first), [cell.strip() for cell in others]) for first, *others in lines]
 
 
-@pytest.mark.parametrize("task", [Denoise(), Inpaint(), Colorize(), Jigsaw()], ids=lambda task: task.type)
+@pytest.mark.parametrize(
+    "task", [Denoise(), Inpaint(), Colorize(), Jigsaw(), UniMatch(), MeanTeacher()], ids=lambda task: task.type
+)
 def test_the_options_of_a_task_are_all_there_with_their_defaults(task: Plugin) -> None:
     told: dict[str, Any] = {}
-    for names, (default, *_) in rows(section("tasks.md", task.type)):
+    page = "semisupervised.md" if "semisupervised" in type(task).__module__ else "tasks.md"
+    for names, (default, *_) in rows(section(page, task.type)):
         cells = [default] if len(names) == 1 else default.split(", ")
         told |= {name: yaml.safe_load(cell) for name, cell in zip(names, cells, strict=True)}
     wanted = {name: value for name, value in task.dump().items() if name != "type"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -511,3 +512,21 @@ def test_evaluating_leaves_a_frozen_part_frozen():
     with evaluating(module):
         assert not any(part.training for part in module.modules())
     assert [part.training for part in module.modules()] == [True, False, True, True, False]
+
+
+def test_a_weight_rises_along_a_sigmoid_and_is_whole_after_it():
+    task = Rotate(weight=2.0, ramp=10)
+    assert task.weight_at(0) == pytest.approx(2 * math.exp(-5))
+    assert task.weight_at(5) == pytest.approx(2 * math.exp(-1.25))
+    assert all(task.weight_at(step) < task.weight_at(step + 1) for step in range(10))
+    assert task.weight_at(10) == task.weight_at(999) == task.weight_at(None) == 2.0
+    assert Rotate(weight=2.0).weight_at(0) == 2.0
+    values = {"a": torch.tensor([3.0]), "b": torch.tensor([1.0])}
+    total = weighted_total({"a": task, "b": Rotate()}, values, step=5)
+    assert total.item() == pytest.approx(3 * 2 * math.exp(-1.25) + 1)
+
+
+def test_runs_without_a_ramp_are_described_as_before_there_was_one():
+    assert "ramp" not in Rotate().dump()
+    assert "ramp" not in Segment().dump()
+    assert Rotate(ramp=3).dump() == {"type": "rotate", "weight": 1.0, "ramp": 3}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,10 +62,12 @@ class Draws:
             yield [number * micro + place for place in mine]
 
 
-def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int, at_once: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, world: int, deal: int, accumulate: int, at_once: int = 1, key: str = "train.batch_size"
+) -> None:
     """Raise UserError with the nearest sizes unless every process gets the same number of images of every task.
 
-    And, of images that stay together `at_once`, no part of them.
+    And, of images that stay together `at_once`, no part of them. `key` is where the size was given.
     """
     unit = world * deal * accumulate * at_once
     if batch_size % unit == 0:
@@ -75,7 +78,7 @@ def check_batch_size(batch_size: int, world: int, deal: int, accumulate: int, at
     parts += [f"{deal} tasks (views: split)"] if deal > 1 else []
     parts += [f"{accumulate} micro-batches"] if accumulate > 1 else []
     parts += [f"{at_once} images that are mixed"] if at_once > 1 else []
-    raise UserError(f"train.batch_size: {batch_size} cannot be divided by {' x '.join(parts)}; use {nearest}")
+    raise UserError(f"{key}: {batch_size} cannot be divided by {' x '.join(parts)}; use {nearest}")
 
 
 @dataclass
@@ -120,29 +123,49 @@ class Samples:
     seed: int
     resize: tuple[int, int] | None = None
     with_labels: bool = False  # else the masks are not even read
+    beside: Examples | None = None  # images of another origin, which `share` of the draws are of
+    share: float = 0.0
     kept: Kept = field(default_factory=Kept, compare=False)
+    kept_beside: Kept = field(default_factory=Kept, compare=False)
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.augment.crop) * (4 if self.with_labels else 3)
 
     def name(self, draw: int) -> str:
-        return self.examples.name(self._index(draw))
+        examples, _, index = self._found(draw)
+        return examples.name(index)
 
     def __getitem__(self, draw: int) -> Sample:
-        index = self._index(draw)
+        examples, kept, index = self._found(draw)
         stream = "labelled" if self.with_labels else "pool"
         key = rng.fold_in(rng.fold_in(rng.as_key(self.seed), stream), draw)
-        example = self.kept.get(index, len(self.examples), self._read)
+        example = kept.get(index, len(examples), partial(self._read, examples))
         image, label = self.augment.apply(example.image, example.label, key)
         return Sample(image, label, int(key), example.name)
 
-    def _index(self, draw: int) -> int:
-        epoch, position = divmod(draw, len(self.examples))
-        return int(rng.epoch_order(self.seed, epoch, len(self.examples))[position])
+    def is_beside(self, draw: int) -> bool:
+        """Whether a draw is of the set beside."""
+        return self.beside is not None and math.floor((draw + 1) * self.share) > math.floor(draw * self.share)
 
-    def _read(self, index: int) -> Example:
-        read = self.examples.read if self.with_labels else self.examples.image
+    def _found(self, draw: int) -> tuple[Examples, Kept, int]:
+        """The set that a draw is of, and the index in it: each set is visited epoch after epoch in an order of its own.
+
+        Those of the set beside are spread as evenly as they can be; of a share of a half they are every other one.
+        """
+        if self.beside is None:
+            return self.examples, self.kept, self._index(draw, len(self.examples))
+        before = math.floor(draw * self.share)  # draws that were of the set beside
+        if self.is_beside(draw):
+            return self.beside, self.kept_beside, self._index(before, len(self.beside))
+        return self.examples, self.kept, self._index(draw - before, len(self.examples))
+
+    def _index(self, turn: int, count: int) -> int:
+        epoch, position = divmod(turn, count)
+        return int(rng.epoch_order(self.seed, epoch, count)[position])
+
+    def _read(self, examples: Examples, index: int) -> Example:
+        read = examples.read if self.with_labels else examples.image
         return resized(read(index), self.resize)
 
 

@@ -25,7 +25,12 @@ from ssl_seg.runs.folder import beside
 Kind = Literal["exact", "sequence", "altered"]
 SHOWN = 3  # pairs in the line on the terminal
 MOST_STORED = 20_000  # fingerprints of a run, 80 MB, for runs that start from it
-TRAINED = ("pool", "labelled", "images")  # what parts that are trained on end in, the last where nothing is known
+TRAINED = (
+    "pool",
+    "labelled",
+    "beside",
+    "images",
+)  # what parts that are trained on end in, the last where nothing is known
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The second stage: learn segmentation from a few labelled images, from scratch or from what pretraining left.
 
-With `tasks` it is joint training: each step takes `batch_size` labelled and `batch_size` unlabelled images through the
-same module and loop.
+With `tasks` it is joint training: each step takes `batch_size` labelled and `batch_size` unlabelled images (or as many
+as it says for each) through the same module and loop.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ssl_seg.config import Config, PathText, UserError, load
+from ssl_seg.config import Config, PathText, UserError, known_to_0_1, load
 from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
 from ssl_seg.data.splits import (
@@ -58,10 +65,10 @@ from ssl_seg.stages.setup import (
 )
 from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, recall, record_tasks, start_module
-from ssl_seg.tasks import Stream, readers
+from ssl_seg.tasks import Stream, readers, streams_of, weighty
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
-from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.config import Share, TrainConfig
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
@@ -75,8 +82,8 @@ from ssl_seg.weights.export import (
 )
 from ssl_seg.weights.receipt import Receipt
 
-PARTS = ("labelled", "val", "test", "pool")  # of `data`
-LABELLED = PARTS[:3]  # those whose masks are read
+LABELLED = ("labelled", "beside", "val", "test")  # parts of `data` whose masks are read
+PARTS = (*LABELLED, "pool")
 SEGMENT = "segment"  # the name of the supervised task among the heads; comes first, so its bits do not depend on others
 
 
@@ -84,10 +91,18 @@ class FinetuneData(Config):
     """Where the images come from."""
 
     labelled: SerializeAsAny[Dataset]
+    # More labelled images, of another origin than those that are scored, as a drawn world: all of them are learnt from,
+    # `labels` counts them not, none is held out, and "median" class weights do not ask them.
+    beside: SerializeAsAny[Dataset] | None = None
+    beside_share: Share = 0.5  # of a step's labelled images; a half gives each of the others one of these as a partner
     val: SerializeAsAny[Dataset] | None = None  # None: whole sequences, or a fifth, of the labelled images are held out
     test: SerializeAsAny[Dataset] | None = None  # scored once, at the end, with the weights that `select` names
     pool: SerializeAsAny[Dataset] | None = None  # unlabelled images of joint training
     resize: SizeField | None = None  # (H, W) of every image; scores stay at the label's own size
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("beside", "beside_share"))
 
 
 class FinetuneConfig(StageConfig):
@@ -129,16 +144,27 @@ class FinetuneConfig(StageConfig):
     def _fits_together(self) -> FinetuneConfig:
         if self.stop != StopRule() and self.train.eval_every is None:
             raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
-        wants_pool = bool(readers(self.tasks, "pool"))
-        if self.data.pool is not None and not wants_pool:
+        if not weighty({SEGMENT: self.segment, **self.tasks}):
+            raise ValueError("segment.weight: 0, so nothing is learnt; give it a weight")
+        # Where its tasks weigh nothing it may stay in the config, as in a grid over their weights.
+        if self.data.pool is not None and not readers(self.tasks, "pool"):
             raise ValueError("data.pool: would not be looked at; name tasks for joint training, or drop it")
-        if wants_pool and self.data.pool is None:
+        if readers(weighty(self.tasks), "pool") and self.data.pool is None:
             raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
             raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the run whose weights are meant")
         if SEGMENT in self.tasks:
             raise ValueError(f"tasks.{SEGMENT}: the name is taken by the supervised task; choose another")
         return self
+
+    @property
+    def pool(self) -> Dataset | None:
+        """The unlabelled images that are looked at: none where no task that has a weight reads them."""
+        return self.data.pool if readers(weighty(self.tasks), "pool") else None
+
+    def parts(self) -> dict[str, Dataset | None]:
+        """The data sets by the keys of `data`."""
+        return {**{part: getattr(self.data, part) for part in PARTS}, "pool": self.pool}
 
 
 @dataclass(frozen=True)
@@ -164,7 +190,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
     config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
     processes.together(partial(check, config, processes))
-    given = {part: getattr(config.data, part) for part in PARTS}
+    given = config.parts()
     check_processes("finetune", config, options, given, processes)
     with open_run("finetune", config, options, processes) as (run, signals, mirror):
         check_same_images(run, given, options.allow_changed)
@@ -178,7 +204,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         of_classes = of_untrained_classes(labelled, val) if recorded is None else []
         for line in [*of_small_images(config, labelled), *of_classes]:
             say(line, quiet)
-        trained = {"labelled": labelled, "pool": config.data.pool}
+        trained = {"labelled": labelled, "beside": config.data.beside, "pool": config.pool}
         judging = {"val": val, "test": config.data.test}
         scored = {part: scoring.Scored.all_of(own) for part, own in judging.items() if own is not None}
         own_cuts = frozenset({("labelled", "val")} if config.data.val is None else ())
@@ -265,7 +291,7 @@ def try_out(config: FinetuneConfig) -> trial.DryRun:
         quiet = not processes.is_main
         check(config, processes)
         labelled, val = choose_images(config)
-        given = {part: getattr(config.data, part) for part in PARTS}
+        given = config.parts()
         tell_notes(given, LABELLED, quiet)
         check_palettes({part: given[part] for part in LABELLED})
         say_other_ranges(given, start.exported_range, quiet=quiet)
@@ -301,8 +327,9 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
 
 def check(config: FinetuneConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
-    streams = ("labelled",) if config.data.pool is None else ("labelled", "pool")
-    check_training(config.train, processes, {SEGMENT: config.segment, **config.tasks}, streams, config.augment.crop)
+    streams = ("labelled",) if config.pool is None else ("labelled", "pool")
+    tasks = weighty({SEGMENT: config.segment, **config.tasks})
+    check_training(config.train, processes, tasks, streams, config.augment.crop)
     check_data(config)
     for scored in (candidates(config)[1], config.data.test):
         if scored is not None:
@@ -311,12 +338,11 @@ def check(config: FinetuneConfig, processes: Processes) -> None:
 
 def check_data(config: FinetuneConfig) -> None:
     """That every data set has images, the same classes, and enough labelled ones."""
-    for part in PARTS:
-        dataset = getattr(config.data, part)
+    for part, dataset in config.parts().items():
         if dataset is None:
             continue
         check_images(f"data.{part}", dataset)
-        if part in ("val", "test") and dataset.class_names != config.data.labelled.class_names:
+        if part in ("beside", "val", "test") and dataset.class_names != config.data.labelled.class_names:
             raise UserError(
                 f"data.{part}: its classes ({', '.join(dataset.class_names) or 'none'}) are not those of data.labelled "
                 f"({', '.join(config.data.labelled.class_names)}); give both the same list"
@@ -396,24 +422,27 @@ def assemble(
 ) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the streams as the loaders read them."""
     resize = config.data.resize
+    beside = {"beside": config.data.beside, "share": config.data.beside_share}
     sources: dict[Stream, Samples] = {
-        "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True)
+        "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True, **beside)
     }
-    if config.data.pool is not None:
-        sources["pool"] = Samples(config.data.pool, config.augment, config.seed, resize)
+    if config.pool is not None:
+        sources["pool"] = Samples(config.pool, config.augment, config.seed, resize)
     say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.balances:
         segment = config.segment.prepare(*pixel_counts(labelled))
-    others = prepare_tasks(config.tasks, sources.get("pool"), recorded, quiet, processes)
+    others = prepare_tasks(weighty(config.tasks), sources.get("pool"), recorded, quiet, processes)
     tasks = {SEGMENT: segment or config.segment, **others}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})
     if run is not None:
         record_tasks(run, {SEGMENT: config.segment, **config.tasks}, tasks)
-    return Learner(module, config.train, processes, config.augment.crop), sources
+    read = streams_of(module.tasks)
+    learner = Learner(module, config.train, processes, config.augment.crop)
+    return learner, {stream: samples for stream, samples in sources.items() if stream in read}
 
 
 def load_weights(config: FinetuneConfig, module: MultiTask) -> dict[str, Receipt]:

@@ -157,7 +157,7 @@ class Job:
     def note_cost(self, step: int) -> None:
         """What the run has cost up to `step`, for run.json."""
         self.count_time()
-        images = step * self.learner.config.batch_size * len(self.sources)
+        images = step * self.learner.config.images_of(self.sources)
         memory = peak_memory(self.learner.processes.device)
         if self.learner.auto:
             self.run.note(accumulate=self.learner.config.accumulate)
@@ -185,7 +185,7 @@ def fit(job: Job) -> int:
     streams = open_streams(job.sources, config, learner.processes, learner.module.tasks, job.start)
     if last == 0:
         evaluate(job, [evaluator for evaluator in job.evaluators.values() if evaluator.at_start], last)
-    with job.signals.deferred(), reporter(config.steps, job.start, config.batch_size, job.quiet) as report:
+    with job.signals.deferred(), reporter(config.steps, job.start, config.images_of(job.sources), job.quiet) as report:
         for step in train(learner, streams, job.start, job.seed, wants_stop=job.signals.asked):
             last = step.number
             stop = step.stop
@@ -286,6 +286,6 @@ def open_streams(
         deal, at_once = dealing(tasks, stream, config.views == "split")
         place = {"rank": processes.rank, "world": processes.world}
         parts = {"deal": deal, "accumulate": config.micro_batches, "at_once": at_once}
-        draws = Draws(config.batch_size, start, config.steps, **place, **parts)
+        draws = Draws(config.batch_of(stream), start, config.steps, **place, **parts)
         streams[stream] = loader(samples, draws, config.reading, pin=processes.device.type == "cuda")
     return streams

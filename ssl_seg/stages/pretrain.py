@@ -48,7 +48,7 @@ from ssl_seg.stages.setup import (
 )
 from ssl_seg.stages.sources import Sources
 from ssl_seg.stages.start import Start, find_start, origins, prepare_tasks, record_tasks, start_module
-from ssl_seg.tasks import Stream, TaskPlugin
+from ssl_seg.tasks import Stream, TaskPlugin, weighty
 from ssl_seg.terminal import say
 from ssl_seg.tracking import Tracking, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -116,7 +116,7 @@ class PretrainConfig(StageConfig):
     @field_validator("tasks")
     @classmethod
     def _some_task(cls, tasks: dict[str, TaskPlugin]) -> dict[str, TaskPlugin]:
-        if not tasks:
+        if not weighty(tasks):
             raise ValueError("no task is left to train; name one or more, such as tasks.denoise={}")
         return tasks
 
@@ -162,7 +162,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
             if config.data.val is None:
                 return {}
             # Where memory has been found to be short, no more than a step takes.
-            at_once = min(scoring.CROPS, learner.crops) if learner.auto else scoring.CROPS
+            at_once = min(scoring.CROPS, learner.crops["pool"]) if learner.auto else scoring.CROPS
             place = {"batch_size": at_once, "workers": config.train.reading, "processes": processes}
             return scoring.score_tasks(learner.evaluated, **evaluation, **place)
 
@@ -262,7 +262,7 @@ def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[P
 
 def check(config: PretrainConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done."""
-    check_training(config.train, processes, config.tasks, ("pool",), config.augment.crop)
+    check_training(config.train, processes, weighty(config.tasks), ("pool",), config.augment.crop)
     check_images("data.pool", config.data.pool)
     if config.data.val is not None:
         check_images("data.val", config.data.val)
@@ -275,7 +275,7 @@ def assemble(
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
     say_clamped_zoom(pool, quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
-    tasks = prepare_tasks(config.tasks, pool, recorded, quiet, processes)
+    tasks = prepare_tasks(weighty(config.tasks), pool, recorded, quiet, processes)
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and receipts:
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})

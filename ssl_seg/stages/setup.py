@@ -26,7 +26,7 @@ from ssl_seg.images import Range, Size
 from ssl_seg.models import DenseHead, EncoderNet, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import FREE, Run, versions
-from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers
+from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers, streams_of
 from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -152,10 +152,12 @@ def check_training(
             f"loader worker that may take {config.worker_timeout:g} s (train.worker_timeout); give it more"
         )
     check_tasks(tasks, streams, has_teacher=config.ema is not None)
-    for stream in streams:
+    read = streams_of(tasks)
+    for stream in read:
         deal, at_once = dealing(tasks, stream, config.views == "split")
-        check_batch_size(config.batch_size, processes.world, deal, config.micro_batches, at_once)
-    at_a_time = len(streams) * config.batch_size // (processes.world * config.micro_batches)
+        key = "train.batch_size" if isinstance(config.batch_size, int) else f"train.batch_size.{stream}"
+        check_batch_size(config.batch_of(stream), processes.world, deal, config.micro_batches, at_once, key)
+    at_a_time = config.images_of(read) // (processes.world * config.micro_batches)
     check_room(config.reading, at_a_time * math.prod(crop) * 3)
 
 
@@ -281,7 +283,7 @@ def _clean(learner: Learner, pool: Samples, count: int, workers: Workers | None 
     """The run's first `count` crops, in batches."""
     config = learner.config
     # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
-    at_once = max(3, min(CLEAN_BATCH, config.batch_size * len(readers(learner.evaluated.tasks, "pool"))))
+    at_once = max(3, min(CLEAN_BATCH, config.batch_of("pool") * len(readers(learner.evaluated.tasks, "pool"))))
     chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
     for packed in loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], workers or config.reading):
         yield packed.to(learner.processes.device, config.channels_last).image

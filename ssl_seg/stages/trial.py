@@ -167,7 +167,7 @@ def rehearse(learner: Learner) -> bool:
         with _rehearsing(learner):
             held += [torch.empty_like(weight) for weight in _learning(module) for _ in _moments(learner)]
             for _ in range(min(2, learner.config.micro_batches)):  # the second meets the gradients of the first
-                backward(learner, _grey(learner, _crops(learner)), last=True)
+                backward(learner, _grey(learner.crops, learner.size), last=True)
         fitted = True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -190,7 +190,8 @@ class Counted:
     """
 
     of_weights: int  # bytes of their gradients, and of the moments that are still to be made
-    of_image: float  # bytes that an image of each stream leaves for the backward pass
+    of_least: float  # bytes that the smallest micro-batch leaves for the backward pass
+    cuts: int  # into how many of these a step can be cut
     free: float  # bytes that this process may take
 
     @classmethod
@@ -198,23 +199,24 @@ class Counted:
         """None where a step surely fits. The same on all processes: they share what the first one finds free."""
         processes, (height, width) = learner.processes, learner.size
         free = processes.from_first(available()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        pixels = _crops(learner) * height * width * len(learner.module.tasks)
-        if pixels * MOST_OF_A_PIXEL < free:
+        shown = sum(learner.crops[stream] for task in learner.module.tasks.values() for stream in task.streams)
+        if shown * height * width * MOST_OF_A_PIXEL < free:
             return None
-        module, few, size = learner.module, _unit(learner), _probed(learner.size)
+        module, cuts, size = learner.module, max(_cuts(learner), default=1), _probed(learner.size)
+        few = learner.crops_if(cuts)
 
         def learn(views: Mapping[str, View]) -> None:
             with learner.accelerator.autocast():
                 _ = module(views)
 
         with _rehearsing(learner):
-            most = max(bytes_of(partial(learn, views)) for views in passes_of(learner, _grey(learner, few, size)))
+            most = max(bytes_of(partial(learn, views)) for views in passes_of(learner, _grey(few, size)))
             most *= math.prod(learner.size) / math.prod(size)
             weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
-        return cls(weights, most / few, free)
+        return cls(weights, most, cuts, free)
 
     def bytes_of_step(self, learner: Learner, accumulate: int | None = None) -> float:
-        return self.of_weights + self.of_image * _crops(learner, accumulate)
+        return self.of_weights + self.of_least * self.cuts / (accumulate or learner.config.micro_batches)
 
     def refuse_beyond_memory(self, learner: Learner, quiet: bool) -> None:
         """Raise UserError where a step surely takes more than is free; tell it where it may."""
@@ -235,24 +237,14 @@ class Counted:
 
 def _cuts(learner: Learner) -> list[int]:
     """Into how many micro-batches the batch may be cut, the fewest first."""
-    most, rest = divmod(learner.config.batch_size, learner.processes.world * _unit(learner))
-    return [count for count in range(1, most + 1) if most % count == 0 and rest == 0]
-
-
-def _unit(learner: Learner) -> int:
-    """The fewest images of each stream that can be shared out."""
-    tasks, split = learner.module.tasks, learner.config.views == "split"
-    return math.lcm(*(math.prod(dealing(tasks, stream, split)) for stream in _streams(learner)))
-
-
-def _streams(learner: Learner) -> list[Stream]:
-    return list(dict.fromkeys(stream for task in learner.module.tasks.values() for stream in task.streams))
-
-
-def _crops(learner: Learner, accumulate: int | None = None) -> int:
-    """Images of each stream that a process has in memory at a time."""
-    config = learner.config
-    return config.batch_size // (accumulate or config.micro_batches) // learner.processes.world
+    tasks, config, world = learner.module.tasks, learner.config, learner.processes.world
+    # Of each stream, how many of the fewest images that can be shared out are in a batch.
+    units = [world * math.prod(dealing(tasks, stream, config.views == "split")) for stream in learner.crops]
+    batches = [config.batch_of(stream) for stream in learner.crops]
+    if any(batch % unit for batch, unit in zip(batches, units, strict=True)):
+        return []
+    most = math.gcd(*(batch // unit for batch, unit in zip(batches, units, strict=True)))
+    return [count for count in range(1, most + 1) if most % count == 0]
 
 
 def _probed(size: Size) -> Size:
@@ -261,12 +253,13 @@ def _probed(size: Size) -> Size:
     return max(1, size[0] // times), max(1, size[1] // times)
 
 
-def _grey(learner: Learner, count: int, size: Size | None = None) -> dict[Stream, Packed]:
-    size = size or learner.size
-    image = torch.full((count, 3, *size), GREY, dtype=torch.uint8)
-    label = torch.zeros((count, *size), dtype=torch.uint8)
-    key, names = torch.arange(count), ["grey"] * count
-    return {stream: Packed(image, key, label if stream == "labelled" else None, names) for stream in _streams(learner)}
+def _grey(counts: Mapping[Stream, int], size: Size) -> dict[Stream, Packed]:
+    packed = {}
+    for stream, count in counts.items():
+        image = torch.full((count, 3, *size), GREY, dtype=torch.uint8)
+        label = torch.zeros((count, *size), dtype=torch.uint8) if stream == "labelled" else None
+        packed[stream] = Packed(image, torch.arange(count), label, ["grey"] * count)
+    return packed
 
 
 def _learning(module: nn.Module) -> list[nn.Parameter]:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from ssl_seg.config import Config, known_to_0_1
+from ssl_seg.config import Config, explain, known_to_0_1
 from ssl_seg.data.workers import TIMEOUT, Workers
+from ssl_seg.tasks import Stream
 
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
@@ -27,12 +33,34 @@ SGD_DECAY = 1e-4
 SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout")
 
 
+class BatchSizes(Config):
+    """How many images of each stream a step takes."""
+
+    labelled: BatchSize
+    pool: BatchSize
+
+
+def _of_streams(value: Any) -> Any:
+    """A mapping as `BatchSizes`; here, for a union of types would add a word of its own to the key of a message."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return BatchSizes.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(explain(error).removeprefix("config: ")) from error
+
+
 class TrainConfig(Config):
     """How the weights are fitted. The unit of time is the step: one update of the optimizer."""
 
     steps: PositiveInt = 1000
-    # Global, of each stream; divided among processes, tasks (views: split), micro-batches.
-    batch_size: int = Field(default=16, gt=0, le=1_000_000)
+    # Global, of each stream; divided among processes, tasks (views: split), micro-batches. {labelled: 3, pool: 6} gives
+    # each stream of joint training its own.
+    batch_size: Annotated[
+        Annotated[BatchSize, Tag("int")] | Annotated[BatchSizes, Tag("streams")],
+        Discriminator(lambda value: "streams" if isinstance(value, BatchSizes) else "int"),
+        BeforeValidator(_of_streams),
+    ] = 16
     # Micro-batches a step; auto: as few as fit into memory, found by a trial before the first step and kept to the end.
     accumulate: PositiveInt | Literal["auto"] = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -81,6 +109,14 @@ class TrainConfig(Config):
     def reading(self) -> Workers:
         """How the images are read."""
         return Workers(self.workers, self.worker_timeout)
+
+    def batch_of(self, stream: Stream) -> int:
+        """Images of a stream in a step."""
+        return self.batch_size if isinstance(self.batch_size, int) else getattr(self.batch_size, stream)
+
+    def images_of(self, streams: Iterable[Stream]) -> int:
+        """Images in a step, of several streams together."""
+        return sum(self.batch_of(stream) for stream in streams)
 
     @property
     def micro_batches(self) -> int:

@@ -14,6 +14,7 @@ from ssl_seg.config import UserError
 from ssl_seg.models import in_evaluation_mode
 from ssl_seg.norm.convert import running_statistics
 from ssl_seg.norm.layers import LOGITS
+from ssl_seg.tasks import Stream, streams_of
 from ssl_seg.training.config import TrainConfig, frozen_at
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
@@ -54,15 +55,23 @@ class Learner:
         return self.module if self.teacher is None else self.teacher.module
 
     @property
-    def crops(self) -> int:
+    def crops(self) -> dict[Stream, int]:
         """Images of each stream that a process has in memory at a time."""
-        return self.config.batch_size // self.config.micro_batches // self.processes.world
+        return self.crops_if(self.config.micro_batches)
+
+    def crops_if(self, accumulate: int) -> dict[Stream, int]:
+        """The same, were a step cut into so many micro-batches."""
+        parts = accumulate * self.processes.world
+        return {stream: self.config.batch_of(stream) // parts for stream in streams_of(self.module.tasks)}
 
     @property
     def crops_at_once(self) -> str:
         """The same in words."""
         height, width = self.size
-        return f"{self.crops} crop{'s' if self.crops > 1 else ''} of {height} x {width} at a time"
+        counts = self.crops
+        most = max(counts.values())
+        each = f"{most}" if len(set(counts.values())) == 1 else " and ".join(f"{n} {of}" for of, n in counts.items())
+        return f"{each} crop{'s' if most > 1 else ''} of {height} x {width} at a time"
 
     def cut(self, accumulate: int) -> None:
         """Settle into how many micro-batches a step is cut, where the config leaves it open."""
@@ -176,7 +185,7 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with in_evaluation_mode(module):
         features = module.encoder(image)
-        totals = [head(features, size).sum() for head in module.heads.values()]
+        totals = [module.heads[name](features, size).sum() for name in sorted(module.learning)]
         gradients = torch.autograd.grad(torch.stack(totals).sum(), trained, allow_unused=True)
     return all(gradient is not None for gradient in gradients)
 

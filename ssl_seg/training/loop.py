@@ -80,7 +80,7 @@ def train(
             names += [name for batch in packed.values() for name in batch.names]
             seed_torch(rng.fold_in(rng.fold_in(rng.fold_in(key, step), micro), learner.processes.rank))
             with enough_memory(f"step {step + 1}: {learner.crops_at_once}", SMALLER_STEPS, learner.processes.device):
-                means = backward(learner, packed, last=micro == config.micro_batches - 1)
+                means = backward(learner, packed, micro == config.micro_batches - 1, step)
             for name, loss in means.items():
                 totals[name] = totals.get(name, 0.0) + loss / config.micro_batches
         losses, stop = agree(learner.processes, totals, wants_stop())
@@ -102,12 +102,19 @@ def train(
         if learner.bad_in_a_row == PATIENCE_FOR_NAN:
             raise NonFiniteError(step + 1, learner.processes.gather(names))
         figures = {f"train/{name}/loss": loss for name, loss in losses.items()}
-        figures["train/loss"] = sum(learner.module.tasks[name].weight * loss for name, loss in losses.items())
+        tasks = learner.module.tasks
+        figures["train/loss"] = sum(tasks[name].weight_at(step) * loss for name, loss in losses.items())
+        figures |= {f"train/{name}/weight": task.weight_at(step) for name, task in tasks.items() if task.ramp}
         yield Step(step + 1, {**figures, "lr": rate, "grad_norm": norm}, stop)
 
 
-def backward(learner: Learner, packed: Mapping[Stream, Packed], last: bool) -> dict[str, Tensor]:
-    """Add one micro-batch's gradients; gives each task's mean loss over this process's samples, detached."""
+def backward(
+    learner: Learner, packed: Mapping[Stream, Packed], last: bool, step: int | None = None
+) -> dict[str, Tensor]:
+    """Add one micro-batch's gradients; gives each task's mean loss over this process's samples, detached.
+
+    The tasks weigh what they do in the update that makes `step` (counted from 0); None: what they do after their ramps.
+    """
     config, accelerator = learner.config, learner.accelerator
     waits = learner.uses_ddp and not last  # DDP averages at the last micro-batch only
     means: dict[str, Tensor] = {}
@@ -115,7 +122,7 @@ def backward(learner: Learner, packed: Mapping[Stream, Packed], last: bool) -> d
         with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
             with accelerator.autocast():
                 sample_losses = learner.wrapped(chosen)
-            accelerator.backward(weighted_total(learner.module.tasks, sample_losses) / config.micro_batches)
+            accelerator.backward(weighted_total(learner.module.tasks, sample_losses, step) / config.micro_batches)
         means.update({name: values.detach().mean() for name, values in sample_losses.items()})
     return means
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.models import EncoderNet, EncoderSpec, Features, telling_small_maps
 from ssl_seg.rng import seeded
-from ssl_seg.tasks import PAIR, Batch, Stream, Task, View, readers
+from ssl_seg.tasks import PAIR, Batch, Stream, Task, View, readers, weighty
 
 Teach = Callable[[str, Tensor], Tensor]  # a head's name and images to the teacher's prediction
 
@@ -25,12 +25,12 @@ Teach = Callable[[str, Tensor], Tensor]  # a head's name and images to the teach
 class MultiTask(nn.Module):
     """One encoder, a head per task that borrows none; `forward` is the whole of a step up to the losses.
 
-    So DDP sees a single call.
+    So DDP sees a single call. A task of weight 0 has its head, which stays as it is, and is none of `tasks`.
     """
 
     def __init__(self, encoder: EncoderNet, spec: EncoderSpec, tasks: Mapping[str, Task], seed: int = 0) -> None:
         super().__init__()
-        self.tasks = dict(tasks)
+        self.tasks = weighty(tasks)
         self.encoder = encoder
         self.frozen = False  # whether the encoder stays as it is
         self._held: list[nn.Parameter] = []  # what of it will learn again
@@ -41,6 +41,13 @@ class MultiTask(nn.Module):
             # By name, so that a head starts from the same weights whichever other tasks there are.
             with seeded(rng.fold_in(rng.fold_in(rng.as_key(seed), "head"), name)):
                 self.heads[name] = task.head(spec)
+        for name in self.heads.keys() - self.learning:
+            self.heads[name].requires_grad_(False)
+
+    @property
+    def learning(self) -> set[str]:
+        """The names of the heads that some task trains."""
+        return {head_of(self.tasks, name) for name in self.tasks}
 
     def freeze(self, frozen: bool) -> None:
         """Let the encoder stay as it is, or learn (again).
@@ -88,7 +95,8 @@ class MultiTask(nn.Module):
             with telling_small_maps((height, width)):
                 features = self._encode([views[name].input for name in names])
                 for name, own in zip(names, features, strict=True):
-                    predictions[name] = self.heads[head_of(self.tasks, name)](own, (height, width))
+                    given = self.tasks[name].perturb(own, views[name])
+                    predictions[name] = self.heads[head_of(self.tasks, name)](given, (height, width))
         return predictions
 
     def _encode(self, inputs: list[Tensor]) -> list[Features]:
@@ -136,6 +144,6 @@ def share_of(batch: Batch, turn: int, count: int, at_once: int) -> Batch:
     return batch[[place for place in range(len(batch.image)) if place // at_once % count == turn]]
 
 
-def weighted_total(tasks: Mapping[str, Task], sample_losses: Mapping[str, Tensor]) -> Tensor:
-    """The number that is minimized: the weighted sum of each task's mean over its samples."""
-    return reduce(torch.add, (tasks[name].weight * values.mean() for name, values in sample_losses.items()))
+def weighted_total(tasks: Mapping[str, Task], sample_losses: Mapping[str, Tensor], step: int | None = None) -> Tensor:
+    """The number that is minimized in a step: the weighted sum of each task's mean over its samples."""
+    return reduce(torch.add, (tasks[name].weight_at(step) * values.mean() for name, values in sample_losses.items()))

@@ -32,6 +32,7 @@ from ssl_seg.data.splits import (
 from ssl_seg.data.workers import Workers
 from ssl_seg.datasets import Dataset, Example
 from tests.faults import message_of
+from tests.small import Textured
 
 
 class Striped(Dataset):
@@ -557,3 +558,21 @@ def test_one_labelled_pixel_is_enough_and_none_is_not() -> None:
     assert not has_labelled_pixels(Subset(Ignored(), (0, 1, 2)))
     with pytest.raises(UserError, match="striped_0: has no mask"):
         has_labelled_pixels(Unmasked())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 1 / 3, 0.9])
+def test_draws_of_two_sets_have_their_shares_and_each_is_visited_as_it_were_alone(share: float) -> None:
+    own, other = Textured(count=5), Textured(count=7, seed=1)
+    both = Samples(own, Augment(), 3, beside=other, share=share)
+    names = [both.name(draw) for draw in range(80)]
+    drawn = [name.startswith("textured_1_") for name in names]
+    for start in range(0, 60):
+        for count in (4, 20):
+            assert abs(sum(drawn[start : start + count]) - count * share) < 1
+    alone = {True: Samples(other, Augment(), 3), False: Samples(own, Augment(), 3)}
+    for is_beside, samples in alone.items():
+        met = [name for name, of in zip(names, drawn, strict=True) if of == is_beside]
+        assert met == [samples.name(turn) for turn in range(len(met))]
+    if share == 0.5:
+        assert drawn[:4] == [False, True, False, True], "partners are one of each"
+    assert both[1].name == names[1]

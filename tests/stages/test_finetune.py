@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -217,20 +219,120 @@ UNET = {"encoder": {"name": "resnet18"}, "decoder": {"channels": [64, 32, 16, 16
 
 @pytest.mark.parametrize(
     ("encode", "model"),
-    [("together", MODEL), ("in_turn", MODEL), pytest.param("together", UNET, marks=pytest.mark.slow)],
+    [
+        ("together", MODEL),
+        ("in_turn", {**MODEL, "norm": "batch"}),
+        pytest.param("together", {**MODEL, "norm": "switch"}, marks=pytest.mark.slow),
+        pytest.param("together", UNET, marks=pytest.mark.slow),
+    ],
 )
 def test_joint_training_with_no_weight_is_supervised_training_bit_for_bit(
     encode: str, model: dict[str, Any], tmp_path: Path
 ) -> None:
     alone = run(tmp_path / "alone", {"model": model}, encode=encode)
     data = {**finetuning()["data"], "pool": POOL}
-    tasks = {"denoise": {"weight": 0.0}, "rotate": {"weight": 0.0}}
+    tasks = {"denoise": {"weight": 0.0}, "unimatch": {"weight": 0.0, "ramp": 4}}
     joint = run(tmp_path / "joint", {"model": model, "data": data, "tasks": tasks}, encode=encode)
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (alone.folder, joint.folder))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     for one, other in zip(read_metrics(alone.folder), read_metrics(joint.folder), strict=True):
         assert one["train/segment/loss"] == other["train/segment/loss"]
-        assert "train/denoise/loss" in other
+        assert one.keys() == other.keys()
+    assert not (joint.folder / "decoders" / "denoise.safetensors").exists()
+    assert "pool" not in json.loads((joint.folder / "data.json").read_text())
+
+
+def test_a_stream_that_no_task_with_a_weight_reads_is_not_opened(tmp_path: Path) -> None:
+    pool = {**POOL, "count": 2, "size": [8, 8], "seed": 3}  # too small for a crop's details, and never read
+    values = {"data": {**finetuning()["data"], "pool": pool}, "tasks": {"unimatch": {"weight": 0.0}}}
+    with mock.patch.object(Textured, "read", side_effect=read_but(3), autospec=True):
+        run(tmp_path / "run", values, steps=1, batch_size={"labelled": 2, "pool": 3})
+
+
+def read_but(seed: int) -> Callable[[Textured, int], Example]:
+    real = Textured.read
+
+    def read(dataset: Textured, index: int) -> Example:
+        assert dataset.seed != seed, "its images are not looked at"
+        return real(dataset, index)
+
+    return read
+
+
+@pytest.mark.parametrize("encode", ["together", pytest.param("in_turn", marks=pytest.mark.slow)])
+def test_joint_training_without_labels_is_pretraining_bit_for_bit(encode: str, tmp_path: Path) -> None:
+    before = pretraining(encode=encode, steps=3)
+    alone = pretrain(load(PretrainConfig, before), Options(tmp_path / "alone", quiet=True))
+    data = {**finetuning()["data"], "pool": POOL}
+    changed = {"data": data, "tasks": before["tasks"], "segment": {"weight": 0.0}}
+    joint = run(tmp_path / "joint", changed, encode=encode, steps=3)
+    wanted, found = (load_state(folder).tensors for folder in (alone.folder, joint.folder))
+    assert {name for name in found if name not in wanted} == {
+        name for name in found if name.startswith(f"model/heads.{SEGMENT}.")
+    }
+    torch.testing.assert_close({name: found[name] for name in wanted}, wanted, rtol=0, atol=0)
+
+
+def test_labelled_images_of_another_origin_are_learnt_from_and_not_counted(
+    finetuned: Finetuned, tmp_path: Path
+) -> None:
+    data = {**finetuning()["data"], "beside": {**POOL, "count": 6, "seed": 8}}
+    done = run(tmp_path / "run", {"data": data, "labels": {"count": 2}, "leaks": {"check": True}}, steps=2)
+    assert len(done.labelled) == 2
+    assert all(name.startswith("textured_5_") for name in done.labelled)
+    assert "beside" in json.loads((done.folder / "images.json").read_text())
+    assert json.loads((done.folder / "data.json").read_text())["beside"]["images"] == 6
+    assert (
+        not {"beside", "beside_share"}
+        & json.loads((finetuned.folder / "run.json").read_text())["config"]["data"].keys()
+    )
+    same = run(tmp_path / "same", {"data": finetuning()["data"], "labels": {"count": 2}}, steps=2)
+    losses = [[line["train/loss"] for line in read_metrics(of.folder)] for of in (done, same)]
+    assert losses[0] != losses[1]
+
+
+def test_images_beside_are_asked_for_leaks_and_classes(tmp_path: Path) -> None:
+    data = finetuning()["data"]
+    with pytest.raises(UserError, match=r"beside.*val|val.*beside"):
+        run(tmp_path / "leaking", {"data": {**data, "beside": {**POOL, "count": 2, "seed": 6}}}, steps=1)
+    other = {"type": "synthetic", "kind": "street", "count": 2, "size": [64, 64]}
+    with pytest.raises(UserError, match=r"data\.beside: its classes .* are not those of data\.labelled"):
+        run(tmp_path / "other", {"data": {**data, "beside": other}}, steps=1)
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(UserError, match=r"segment\.weight: 0, so nothing is learnt"):
+        load(FinetuneConfig, {**finetuning(), "segment": {"weight": 0.0}})
+    with pytest.raises(UserError, match=r"no task is left to train"):
+        load(PretrainConfig, {**pretraining(), "tasks": {"denoise": {"weight": 0.0}}})
+
+
+def test_each_stream_has_its_batch(tmp_path: Path) -> None:
+    values = joining(steps=2, batch_size={"labelled": 3, "pool": 6})
+    done = finetune(load(FinetuneConfig, values), Options(tmp_path, quiet=True))
+    assert json.loads((done.folder / "run.json").read_text())["cost"]["images"] == 2 * 9
+    assert json.loads((done.folder / "run.json").read_text())["config"]["train"]["batch_size"] == {
+        "labelled": 3,
+        "pool": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "message"),
+    [
+        ({"labelled": 3}, r"train\.batch_size: pool: missing"),
+        ({"labelled": 3, "pol": 6}, r"train\.batch_size: unknown key 'pol'; did you mean 'pool'"),
+        ({"labelled": 0, "pool": 6}, r"train\.batch_size: labelled: Input should be greater than 0, not 0"),
+        (
+            {"labelled": 3, "pool": 5},
+            r"train\.batch_size\.pool: 5 cannot be divided .* images that are mixed; use 4 or 6",
+        ),
+        ("many", r"train\.batch_size: Input should be a valid integer.*, not \"many\"$"),
+    ],
+)
+def test_batches_that_cannot_be_are_told(batch_size: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        try_out(load(FinetuneConfig, joining(batch_size=batch_size)))
 
 
 def test_joint_training_with_weight_changes_the_encoder(finetuned: Finetuned, tmp_path: Path) -> None:

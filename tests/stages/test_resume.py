@@ -33,13 +33,14 @@ from ssl_seg.stages.start import find_start
 from ssl_seg.training.loop import train
 from ssl_seg.training.processes import Processes
 from tests.processes import Child, command, in_pair, start_torchrun
-from tests.small import finetuning, joining, pretraining, words
+from tests.small import finetuning, joining, pretraining, semisupervised, words
 from tests.two_processes import cut_after, resume, resume_after_every_step, without_dropout
 
 STAGES = {
     "pretrain": (pretraining, PretrainConfig, pretrain),
     "finetune": (finetuning, FinetuneConfig, finetune),
     "joint": (joining, FinetuneConfig, finetune),
+    "semi": (semisupervised, FinetuneConfig, finetune),
 }
 
 
@@ -65,6 +66,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         ("pretrain", 2, {"encode": "in_turn", "steps": 4}),
         ("finetune", 0, {"eval_every": 2, "steps": 4}),
         ("joint", 0, {"eval_every": 2, "freeze_encoder": 2, "steps": 4}),
+        ("semi", 0, {"steps": 4}),
     ],
 )
 def test_resuming_after_every_step_gives_the_same_bits(

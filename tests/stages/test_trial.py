@@ -37,10 +37,10 @@ BACKWARD = loop.backward
 def room_for(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which the backward pass of more images of a stream than that runs out of memory."""
 
-    def backward(learner: Learner, packed: Mapping[str, Packed], last: bool) -> dict[str, torch.Tensor]:
+    def backward(learner: Learner, packed: Mapping[str, Packed], *more: Any, **kept: Any) -> dict[str, torch.Tensor]:
         if max(len(own.image) for own in packed.values()) > count:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return BACKWARD(learner, packed, last)
+        return BACKWARD(learner, packed, *more, **kept)
 
     for module in (loop, trial):
         monkeypatch.setattr(module, "backward", backward)

@@ -37,6 +37,7 @@ from tests.two_processes import (
     compare_modes,
     evaluate,
     jointly,
+    on_pseudo_labels,
     record,
     score_one_image,
     taught,
@@ -93,6 +94,12 @@ def test_a_process_without_an_image_does_no_harm(two: dict[str, Any]) -> None:
 @pytest.mark.parametrize("encode", ["together", "in_turn"])
 def test_joint_training_deals_out_both_streams(two: dict[str, Any], encode: str) -> None:
     assert two["jointly"][encode] == pytest.approx(jointly(encode), rel=1e-3)
+
+
+def test_pseudo_labels_are_the_same_on_two_processes_and_in_micro_batches(two: dict[str, Any]) -> None:
+    alone = on_pseudo_labels()
+    assert two["pseudo-labels"] == pytest.approx(alone, rel=1e-3)
+    assert on_pseudo_labels(accumulate=2) == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.parametrize("encode", ["together", "in_turn"])

@@ -45,6 +45,17 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in learner.module.state_dict().items()}
 
 
+def test_the_weight_on_a_ramp_is_what_the_loss_has_and_is_told() -> None:
+    config = load(PretrainConfig, {**pretraining(steps=3), "tasks": {"denoise": {"ramp": 2}, "rotate": {}}})
+    learner = Learner(build_module(config.model, config.tasks, config.seed), config.train, Processes(config.train))
+    for step in run(learner, {"pool": Samples(config.data.pool, config.augment, config.seed)}):
+        told = step.metrics
+        assert told["train/denoise/weight"] == config.tasks["denoise"].weight_at(step.number - 1)
+        expected = told["train/denoise/weight"] * told["train/denoise/loss"] + told["train/rotate/loss"]
+        assert told["train/loss"] == pytest.approx(expected)
+        assert "train/rotate/weight" not in told
+
+
 def test_cosine_equals_torch_after_the_warm_up() -> None:
     config = TrainConfig(steps=50, warmup=10, lr=0.3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
