@@ -74,6 +74,13 @@ class PretrainConfig(StageConfig):
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
 
+    @field_validator("augment")
+    @classmethod
+    def _without_masks(cls, augment: Augment) -> Augment:
+        if augment.rare:
+            raise ValueError("rare: looks for rare classes in masks, and pretraining reads none; drop it")
+        return augment
+
     @field_validator("recalibrate")
     @classmethod
     def _more_than_one(cls, recalibrate: int) -> int:
