@@ -21,6 +21,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "files": "atomic files, JSON",
         "images": "the only decoder",
+        "mixing": "which part is another's",
         "scores": "confusion matrices",
         "tensor_files": "weights of any origin",
         "terminal": "progress and signals",

@@ -331,12 +331,13 @@ def cut(image: np.ndarray, label: np.ndarray | None, corner: tuple[int, int], ex
     sides = [_side(*along) for along in zip(corner, extent, image.shape, size, strict=False)]
     window = tuple(side.window for side in sides)
     inner = (sides[0].length, sides[1].length)
-    borders = [edge for side in sides for edge in (side.before, side.after)]
+    top, bottom, left, right = (edge for side in sides for edge in (side.before, side.after))
     image = images.resize_image(image[window], inner)
     label = None if label is None else images.resize_mask(label[window], inner)
-    if any(borders):
-        image = cv2.copyMakeBorder(image, *borders, BEYOND)
-        label = None if label is None else cv2.copyMakeBorder(label, *borders, cv2.BORDER_CONSTANT, value=[IGNORED])
+    if top or bottom or left or right:
+        image = cv2.copyMakeBorder(image, top, bottom, left, right, BEYOND)
+        if label is not None:
+            label = cv2.copyMakeBorder(label, top, bottom, left, right, cv2.BORDER_CONSTANT, value=[IGNORED])
     return image, label
 
 
