@@ -212,6 +212,9 @@ def test_what_is_pasted_from_the_partner_brings_its_labels(mix):
     assert pasted.flatten(1).any(dim=1).float().mean() > 0.9
     assert torch.equal(view.target, torch.where(pasted, partners(some.label), some.label))
     assert view.target.dtype == torch.int64
+    if mix == "classmix":  # whole classes of the partner
+        for own_pasted, other in zip(pasted, partners(some.label), strict=True):
+            assert torch.equal(own_pasted, torch.isin(other, other[own_pasted]))
     # The originals are as they were, and a pair by itself gives what it gives in the batch.
     assert torch.equal(some.image, coded(32).image)
     alone = task.view({"labelled": some[6:8]})

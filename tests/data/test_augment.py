@@ -221,6 +221,14 @@ def test_one_more_changes_no_draw_of_the_others(name: str) -> None:
         assert list(numbers) == list(expected)
 
 
+def test_each_draws_under_a_word_of_its_own() -> None:
+    words = [one.word for one in Augment(jitter=0.2, **ALL).augmentations()]
+    assert words.count("augment") == 3, "the crop, the flip and the jitter of version 0.1"
+    own = {word for word in words if word != "augment"}
+    assert len(own) == len(words) - 3
+    assert "rare" not in own
+
+
 def test_none_is_on_by_default_or_told_where_it_is_off() -> None:
     plain = Augment()
     assert not any(getattr(plain, name) for name in ALL)
