@@ -1,6 +1,6 @@
 """Which part of an image is taken from another one where two are mixed.
 
-Ours, because each box is drawn from its sample's key; torchvision's CutMix draws one box for a whole batch.
+Ours, because each mask is drawn from its sample's key; torchvision's CutMix draws one box for a whole batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ssl_seg import rng
 # width over the height, which are drawn uniformly.
 AREA = (0.02, 0.4)
 ASPECT = (0.3, 1 / 0.3)
+IGNORED = 255  # in labels
 
 
 def cutmix_mask(key: Tensor, size: tuple[int, int], area: tuple[float, float] = AREA) -> Tensor:
@@ -30,6 +31,20 @@ def cutmix_mask(key: Tensor, size: tuple[int, int], area: tuple[float, float] = 
     rows = _within(height, tall, drawn[:, 2])
     columns = _within(width, wide, drawn[:, 3])
     return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+
+
+def classmix_mask(key: Tensor, label: Tensor) -> Tensor:
+    """The pixels of half of the classes that each label `(B, H, W)` shows, rounded down: bool `(B, 1, H, W)`.
+
+    Of a label that shows one class there is none. ClassMix: Olsson et al., WACV 2021.
+    """
+    ids = label.flatten(1)
+    shown = torch.zeros(len(ids), IGNORED + 1, dtype=torch.bool, device=label.device).scatter(1, ids, True)
+    shown[:, IGNORED] = False
+    drawn = rng.uniform(rng.fold_in(key, "classes"), (IGNORED + 1,)).where(shown, 1.0)  # those not shown come last
+    place = drawn.argsort(dim=1, stable=True).argsort(dim=1)
+    chosen = place < shown.sum(dim=1, keepdim=True) // 2
+    return chosen.gather(1, ids).view_as(label).unsqueeze(1)
 
 
 def _within(side: int, length: Tensor, drawn: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from ssl_seg import losses
+from ssl_seg import losses, rng
 from ssl_seg.config import Config, explain
+from ssl_seg.mixing import classmix_mask, cutmix_mask
 from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import Batch, Predict, Stream, Task, View
+from ssl_seg.tasks import Batch, Predict, Stream, Task, View, partners
 
 
 class Balance(Config):
@@ -58,6 +59,8 @@ class Segment(Task):
         "lovasz",
         "label_smoothing",
         "hardest",
+        "mix",
+        "mix_share",
     )
     num_classes: int = Field(default=0, ge=0, le=255)  # 0: as many as the labelled data set has names
     cross_entropy: NonNegativeFloat = 1.0
@@ -72,6 +75,10 @@ class Segment(Task):
     class_weights: ClassWeights = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of cross-entropy; 0.1 is usual
     hardest: float = Field(default=1.0, gt=0, le=1)  # of cross-entropy: the share of an image's pixels that count
+    # What is pasted from an image's partner, with its labels. cutmix: a box (Yun et al., ICCV 2019); classmix: all
+    # pixels of half of the partner's classes, drawn at random (Olsson et al., WACV 2021).
+    mix: Literal["cutmix", "classmix"] | None = None
+    mix_share: float = Field(default=0.5, ge=0, le=1)  # of the images; a half, as CutMix on CIFAR: the rest stay whole
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -83,6 +90,8 @@ class Segment(Task):
         for key in ("label_smoothing", "hardest"):
             if not self.cross_entropy and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: changes cross_entropy, whose weight is 0; give it a weight, or drop {key}")
+        if self.mix is None and "mix_share" in self.model_fields_set:
+            raise ValueError("mix_share: nothing is mixed; give mix=cutmix or classmix, or drop it")
         given = self.class_weights
         if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
             raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
@@ -92,6 +101,10 @@ class Segment(Task):
     def balances(self) -> bool:
         """Whether the class weights are still to be made from the labelled images, by `prepare`."""
         return self.class_weights == "median" or isinstance(self.class_weights, Balance)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mix is not None
 
     def prepare(self, pixels: Tensor, pixels_beside: Tensor) -> Self:
         """A copy whose class weights are numbers where they follow from the images; what no image shows weighs 1.
@@ -115,7 +128,18 @@ class Segment(Task):
         batch = batches["labelled"]
         if batch.label is None:
             raise ValueError("Segment needs labels; give it batches of a labelled data set")
-        return View(batch.image, batch.label)
+        if self.mix is None:
+            return View(batch.image, batch.label)
+        return self._mixed(batch.image, batch.label, rng.fold_in(batch.key, "mix"))
+
+    def _mixed(self, image: Tensor, label: Tensor, key: Tensor) -> View:
+        beside = partners(label)
+        if self.mix == "cutmix":
+            pasted = cutmix_mask(key, (image.shape[-2], image.shape[-1]))  # (B, 1, H, W)
+        else:
+            pasted = classmix_mask(key, beside)
+        pasted = pasted & (rng.uniform(rng.fold_in(key, "share"), (1, 1, 1)) < self.mix_share)
+        return View(torch.where(pasted, partners(image), image), torch.where(pasted[:, 0], beside, label))
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
         return encoder.dense(self.num_classes)

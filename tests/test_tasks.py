@@ -16,11 +16,12 @@ from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
 from ssl_seg.config import Config, UserError, load
+from ssl_seg.mixing import classmix_mask
 from ssl_seg.models import EncoderNet, EncoderSpec, Features, evaluating
 from ssl_seg.rng import seeded
 from ssl_seg.segment import Segment
 from ssl_seg.tasks import Batch, Predict, PretextTask, Stream, Task, View, check_tasks, partners
-from ssl_seg.training.multitask import MultiTask, make_views, weighted_total
+from ssl_seg.training.multitask import MultiTask, dealing, make_views, weighted_total
 
 SIZE = (16, 24)
 
@@ -256,6 +257,82 @@ def test_segment_is_written_as_version_0_1_wrote_it_until_a_new_key_is_used():
 def test_segment_asks_for_labels():
     with pytest.raises(ValueError, match="needs labels"):
         Segment(num_classes=3).view({"labelled": batch()})
+
+
+def coded(count: int, classes: int = 4) -> Batch:
+    """Images that say who they are and what their label is, in blocks of four classes; one corner is ignored."""
+    blocks = rng.randint(rng.fold_in(rng.as_key(2), torch.arange(count)), (4, 6), 0, classes)
+    label = blocks.repeat_interleave(SIZE[0] // 4, 1).repeat_interleave(SIZE[1] // 6, 2)
+    label[:, :2, :2] = 255
+    own = torch.arange(count).view(-1, 1, 1).expand(label.shape) / 100
+    image = torch.stack([own, label / 255, own], dim=1)
+    return Batch(image, rng.fold_in(rng.as_key(1), torch.arange(count)), label)
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "classmix"])
+def test_what_is_pasted_from_the_partner_brings_its_labels(mix):
+    some = coded(32)
+    task = Segment(num_classes=4, mix=mix, mix_share=1.0)
+    assert task.mixes
+    view = task.view({"labelled": some})
+    assert torch.equal(view.input[:, 1] * 255, view.target.float())
+    own = torch.arange(32).view(-1, 1, 1)
+    origin = (view.input[:, 0] * 100).round().long()
+    assert ((origin == own) | (origin == own ^ 1)).all()
+    pasted = origin != own
+    assert pasted.flatten(1).any(dim=1).float().mean() > 0.9
+    assert torch.equal(view.target, torch.where(pasted, partners(some.label), some.label))
+    assert view.target.dtype == torch.int64
+    if mix == "classmix":  # whole classes of the partner
+        for own_pasted, other in zip(pasted, partners(some.label), strict=True):
+            assert torch.equal(own_pasted, torch.isin(other, other[own_pasted]))
+    # The originals are as they were, and a pair by itself gives what it gives in the batch.
+    assert torch.equal(some.image, coded(32).image)
+    alone = task.view({"labelled": some[6:8]})
+    assert torch.equal(alone.input, view.input[6:8])
+    assert torch.equal(alone.target, view.target[6:8])
+
+
+def test_classmix_pastes_whole_classes_half_of_those_that_are_shown():
+    label = coded(64).label
+    key = rng.fold_in(rng.as_key(5), torch.arange(64))
+    pasted = classmix_mask(key, label)[:, 0]
+    assert not pasted[label == 255].any()
+    seen = set()
+    for mask, ids in zip(pasted, label, strict=True):
+        chosen, shown = set(ids[mask].tolist()), set(ids.unique().tolist()) - {255}
+        assert len(chosen) == len(shown) // 2
+        assert not chosen & set(ids[~mask].tolist())
+        seen |= chosen
+    assert seen == {0, 1, 2, 3}, "no class is spared"
+    assert not classmix_mask(key, torch.full_like(label, 3)).any()
+    assert not classmix_mask(key, torch.full_like(label, 255)).any()
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "classmix"])
+def test_a_share_of_the_images_is_mixed_and_mixing_is_off_by_default(mix):
+    some = coded(400)
+    changed = []
+    for share in (0.0, 0.5, 1.0):
+        view = Segment(num_classes=4, mix=mix, mix_share=share).view({"labelled": some})
+        changed.append((view.input != some.image).flatten(1).any(dim=1))
+    assert not changed[0].any()
+    assert changed[1].float().mean() == pytest.approx(0.5, abs=0.08)
+    assert (changed[2] | ~changed[1]).all()
+    plain = Segment(num_classes=4)
+    assert not plain.mixes
+    assert plain.view({"labelled": some}).input is some.image
+    assert not {"mix", "mix_share"} & set(plain.model_dump())
+    assert Segment(**Segment(mix=mix).model_dump()) == Segment(mix=mix)
+    with pytest.raises(ValidationError, match="mix_share: nothing is mixed"):
+        Segment(mix_share=0.3)
+
+
+def test_labelled_images_that_are_mixed_stay_in_pairs():
+    tasks = {"segment": Segment(num_classes=3, mix="cutmix"), "denoise": Denoise()}
+    assert dealing(tasks, "labelled", split=True) == (1, 2)
+    assert dealing(tasks, "pool", split=True) == (1, 1)
+    assert dealing({"segment": Segment(num_classes=3)}, "labelled", split=True) == (1, 1)
 
 
 # Views

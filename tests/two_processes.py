@@ -112,11 +112,12 @@ def on_pseudo_labels(accumulate: int = 1) -> list[float]:
 
 
 def taught(encode: str) -> dict[str, Any]:
-    """A few joint steps with a task that asks the teacher and mixes partners; the encoder learns from the third on.
+    """A few joint steps of tasks that mix partners, one with a teacher; the encoder learns from the third on.
 
     Beside the losses: the mixtures of the first batch, the gradients where the encoder learns, and the teacher.
     """
     values = {**joining(encode=encode, steps=4, batch_size=8, lr=LR, freeze_encoder=2), "model": MODEL}
+    values["segment"] = {"mix": "classmix"}
     config, start = resolve(load(FinetuneConfig, values))
     processes = Processes(config.train)
     labelled = config.labels.choose(config.data.labelled)
@@ -124,7 +125,8 @@ def taught(encode: str) -> dict[str, Any]:
     tasks = learner.module.tasks
     packed = {stream: next(own) for stream, own in open_streams(samples, config.train, processes, tasks, 0).items()}
     views = make_views(tasks, {stream: own.to(processes.device) for stream, own in packed.items()}, teach=learner.teach)
-    mixtures = [files.sha256(image.numpy().tobytes()) for image in views["consistent"].input]
+    mixed = (views["consistent"].input, views["segment"].input, views["segment"].target)
+    mixtures = [files.sha256(sample.numpy().tobytes()) for samples in mixed for sample in samples]
     learner.freeze(False)
     backward(learner, packed, last=True)
     finish_gradients(learner)

@@ -393,7 +393,7 @@ def of_small_images(config: FinetuneConfig, labelled: Examples) -> list[str]:
     """A word where crops enlarge the images that they are cut from: whole images are scored at their own size."""
     size = config.data.resize or labelled.image(0).image.shape[:2]
     crop = config.augment.crop
-    if region(size, crop, 1.0) == crop:
+    if region(size, crop, 1.0, config.augment.pad) == crop:
         return []
     (height, width), (crop_height, crop_width) = size, crop
     return [

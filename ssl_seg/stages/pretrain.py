@@ -106,6 +106,13 @@ class PretrainConfig(StageConfig):
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return known_to_0_1(self, dump(self), since=("probe", "select", "stop"))
 
+    @field_validator("augment")
+    @classmethod
+    def _without_masks(cls, augment: Augment) -> Augment:
+        if augment.rare:
+            raise ValueError("rare: looks for rare classes in masks, and pretraining reads none; drop it")
+        return augment
+
     @field_validator("recalibrate")
     @classmethod
     def _more_than_one(cls, recalibrate: int) -> int:

@@ -201,6 +201,8 @@ def test_crops_that_enlarge_the_images_are_told() -> None:
         data = {**values["data"], "resize": resize}
         config = load(FinetuneConfig, {**values, "augment": {"crop": crop}, "data": data})
         assert bool(of_small_images(config, config.data.labelled)) is is_told
+        padded = load(FinetuneConfig, {**values, "augment": {"crop": crop, "pad": True}, "data": data})
+        assert not of_small_images(padded, config.data.labelled)
 
 
 def test_a_pretraining_takes_the_model_of_init_too(pretrained: Path, tmp_path: Path) -> None:
