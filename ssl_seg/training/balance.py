@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations, groupby
+from itertools import combinations, dropwhile, groupby
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import Config
 
+WRAPPERS = frozenset({"backbone", "network", "model"})  # what an encoder's network is held as
 LEAST = 1e-2  # a weight of GradNorm never falls below: by a step it would become negative, and never come back from 0
 TINY = 1e-12  # what a loss, or a share of the largest squared norm, has at least where it is divided by
 
@@ -388,7 +389,7 @@ def stages_of(names: Sequence[str]) -> dict[str, list[int]]:
     """
     places: list[str] = []
     for name in names:
-        first, *rest = name.removeprefix("backbone.").split(".")
+        first, *rest = dropwhile(WRAPPERS.__contains__, name.split("."))
         if len(rest) <= 1:  # a layer by itself: of the stem, or between two stages
             places.append(places[-1] if places else "stem")
         else:
