@@ -190,7 +190,7 @@ class CAGrad(Balance):
 
         def worst(share: np.ndarray) -> tuple[float, np.ndarray]:
             norm = np.sqrt(share @ gram @ share + TINY)
-            return mean @ gram @ share + radius * norm, gram @ mean + radius * gram @ share / norm
+            return float(mean @ gram @ share + radius * norm), gram @ mean + radius * gram @ share / norm
 
         simplex = {"type": "eq", "fun": lambda share: share.sum() - 1, "jac": lambda share: np.ones(count)}
         options = {"ftol": 1e-14, "maxiter": 200}

@@ -49,6 +49,7 @@ from ssl_seg.training.learner import Learner
 from ssl_seg.training.processes import Processes
 from tests.processes import in_several
 from tests.small import Textured, pretraining
+from tests.stages.test_resume import assert_all_the_same
 from tests.training.test_loop import make, run, weights
 from tests.two_processes import pretrain_quietly, resume_after_every_step
 
@@ -272,11 +273,7 @@ def test_another_method_begins_anew() -> None:
 def test_resuming_at_every_step_is_exact(balance: Any, tmp_path: Path) -> None:
     config = load(PretrainConfig, pretraining(balance=balance, steps=5, save_every=1, affinity=2))
     resume_after_every_step(partial(pretrain_quietly, config), tmp_path, 5)
-    states = [
-        {p.name: p.read_bytes() for p in sorted((tmp_path / name / "state" / "step_00000005").iterdir())}
-        for name in ("whole", *(f"after_{step}" for step in range(1, 5)))
-    ]
-    assert all(other["tensors.safetensors"] == states[0]["tensors.safetensors"] for other in states)
+    assert_all_the_same(tmp_path, 4)
 
 
 # ---- affinity ----
@@ -452,9 +449,10 @@ def test_one_two_and_four_processes_make_the_same_update(balance: Any, accumulat
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", READING)
 def test_in_bf16_to_its_rounding(balance: str, tmp_path: Path) -> None:
+    """Measured: up to 7e-4, where weights have moved by 0.1 to 0.2; combining in the wrong order is no further off."""
     alone = updated(tmp_path, 1, balance, 1, "bf16")
     for count in (2, 4):
-        assert furthest(updated(tmp_path, count, balance, 1, "bf16"), alone) < 1e-2, count
+        assert furthest(updated(tmp_path, count, balance, 1, "bf16"), alone) < 2e-3, count
 
 
 def test_uncertainty_and_its_moments_are_in_the_state() -> None:
