@@ -574,7 +574,7 @@ def test_how_far_tasks_agree_is_drawn_over_time(tmp_path: Path) -> None:
     assert section.count("<figure") == 1
     assert all(name in section for name in ("encoder", "stem", "layer1"))
     curves = re.search(r'<section id="curves".*?</section>', page, re.S)[0]
-    assert "train/weight/denoise" in curves
+    assert "training: weight denoise" in curves
     assert "affinity" not in curves
 
 
