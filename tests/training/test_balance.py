@@ -1,7 +1,7 @@
 """Balancers: cases computed by hand, one update however a batch is cut over processes, and a state that is put back.
 
-Coefficients were also compared with torchjd 0.18 on random gradients of 2 to 4 tasks: PCGrad (of two) and Aligned-MTL
-to 1e-14, CAGrad to 1e-4, which is its solver's tolerance.
+Directions were also compared with torchjd 0.18 on random gradients of 2 to 4 tasks: PCGrad (of two) and Aligned-MTL
+agree to 1e-14, CAGrad to 1e-4.
 """
 
 from __future__ import annotations
