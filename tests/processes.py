@@ -136,19 +136,30 @@ def start_torchrun(*words: object, folder: Path = ROOT) -> subprocess.Popen[str]
 
 def start_pair(target: Callable[..., object], *arguments: object) -> list[Child]:
     """The call in each of two processes that find each other by gloo, as torchrun starts them."""
+    return start_several(2, target, *arguments)
+
+
+def start_several(count: int, target: Callable[..., object], *arguments: object) -> list[Child]:
+    """The same in so many."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    counts = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [Child(target, *arguments, **shared, **counts, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    counts = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+    return [Child(target, *arguments, **shared, **counts, **rank) for rank in ranks]
 
 
 def in_pair(target: Callable[..., object], *arguments: object) -> None:
     """The call in each of two processes, both of which must end well; one that fails ends the other, which waits."""
-    pair = start_pair(target, *arguments)
-    wait([child.process.sentinel for child in pair], TIMEOUT)
-    if any(child.returncode for child in pair):
-        for child in pair:
+    in_several(2, target, *arguments)
+
+
+def in_several(count: int, target: Callable[..., object], *arguments: object) -> None:
+    """The same in so many."""
+    started = start_several(count, target, *arguments)
+    wait([child.process.sentinel for child in started], TIMEOUT)
+    if any(child.returncode for child in started):
+        for child in started:
             child.kill()
-    said = [child.communicate()[1] for child in pair]
-    assert [child.returncode for child in pair] == [0, 0], said
+    said = [child.communicate()[1] for child in started]
+    assert [child.returncode for child in started] == [0] * count, said

@@ -43,6 +43,7 @@ NUMBERED = 16  # classes up to which a confusion matrix has its numbers
 NAMED = 48  # and up to which each class has its name
 FEW_POINTS = 400  # of a map's ground: more cover each other
 POINTS = 80  # of a line; more cannot be told apart in a panel
+DEEPEST = 0.5  # the cosine of two tasks' gradients that has the deepest colour
 WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
 Numbers = Sequence[float] | np.ndarray
 
@@ -292,6 +293,30 @@ def changes(
     panel.set_xticks(range(len(columns)), heads, fontsize=SMALL, rotation=90 if upright else 0)
     panel.set_yticks(range(len(rows)), words, fontsize=SMALL)
     _name_axis(panel, axis)
+    return to_svg(figure, name, about)
+
+
+def cosines(name: str, rows: Sequence[str], steps: Sequence[float], values: np.ndarray, about: str) -> str:
+    """A heat map of cosines `(rows, steps)` over time: blue where they are above 0, orange below, none where nan.
+
+    The colour is deepest from DEEPEST on: cosines in thousands of dimensions are small. Neighbours in time are averaged
+    where there are more than can be told apart.
+    """
+    places, *_ = zip(*(thin(steps, own) for own in values), strict=True)
+    shown = np.stack([thin(steps, own)[1] for own in values])
+    words = [_cut(plain(own), 18) for own in rows]
+    left = 0.14 + 0.07 * max(len(word) for word in words)
+    figure, panel = _panel(0.19 * len(rows), bottom=0.4, left=left, right=0.1)
+    rgb = [[int(light(own)[start : start + 2], 16) / 255 for start in (1, 3, 5)] for own in ("cell", "vermilion")]
+    depth = np.nan_to_num(np.minimum(1.0, np.abs(shown) / DEEPEST))
+    pixels = np.concatenate([np.where(shown[..., None] > 0, *rgb), depth[..., None]], axis=-1)
+    panel.imshow(pixels, interpolation="none", aspect="auto")
+    for edge in (-0.5, 0.5, len(rows) - 0.5):  # the whole encoder stands apart from its stages
+        panel.axhline(edge, color=light("line"), linewidth=0.6)
+    chosen = np.unique(np.linspace(0, len(places[0]) - 1, 5).round().astype(int))
+    panel.set_xticks(chosen, [f"{places[0][index]:,.0f}" for index in chosen], fontsize=SMALL)
+    panel.set_yticks(range(len(rows)), words, fontsize=SMALL)
+    _name_axis(panel, "step")
     return to_svg(figure, name, about)
 
 

@@ -61,6 +61,7 @@ from ssl_seg.runs.folder import RunFolder, find_runs
 
 ABREAST = 5  # arms that stand beside each other in a table of keys; more stand below each other
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
+AFFINITY = "train/affinity/"
 MACHINE = ("lr", "grad_norm", "images_per_s")  # figures of the training itself, not of what was learnt
 # What tables show.
 OF_SCORES = "Mean ± standard deviation over the runs of a group, which differ in their seeds alone."
@@ -252,12 +253,15 @@ def _curve_panels(
 ) -> tuple[tuple[Panel, ...], tuple[Panel, ...]]:
     """Small multiples: each task's loss and its foremost figure first, then all others; a single point is no curve."""
     names = list(dict.fromkeys(name for own in metrics.values() for lines in own for line in lines for name in line))
-    losses = [name for name in names if name.startswith("train/") and name.count("/") > 1]
+    of_tasks = [name for name in names if name.startswith("train/") and name.count("/") == 2]
+    losses = [name for name in of_tasks if name.endswith("/loss")]
+    weights = [name for name in of_tasks if name.endswith(("/weight", "/factor"))]
+    probed = [name for name in names if name.startswith("probe/")]
     held_out = [name for name in names if name.startswith("val/") and not name.startswith(("val/iou/", "val/averaged"))]
-    first = [*losses, *foremost(held_out)]
+    first = [*losses, *foremost(held_out), *probed]
     whole = ["train/loss"] if len(losses) > 1 else []
     panels: dict[str, Panel] = {}
-    for number, name in enumerate(dict.fromkeys([*first, *whole, *held_out, *MACHINE])):
+    for number, name in enumerate(dict.fromkeys([*first, *whole, *held_out, *weights, *MACHINE])):
         lines = [charts.Curve(runs, page.styles[arm]) for arm, own in metrics.items() if (runs := _lines(own, name))]
         if any(len(steps) > 1 for line in lines for steps, _ in line.runs):
             shown = with_unit(name)
@@ -278,6 +282,32 @@ def _lines(metrics: Metrics, name: str) -> tuple[tuple[list[float], list[float]]
         if having:
             found.append(([record["step"] for record in having], [factor * record[name] for record in having]))
     return tuple(found)
+
+
+def _affinities(page: Page) -> Iterator[Section]:
+    def blocks(arm: Arm) -> list[Any]:
+        lines = [line for line in page.shown(arm).metrics() if any(name.startswith(AFFINITY) for name in line)]
+        names = list(dict.fromkeys(name for line in lines for name in line if name.startswith(AFFINITY)))
+        panels = []
+        for pair in (name for name in names if name.removeprefix(AFFINITY).count("/") == 1):
+            first, second = pair.removeprefix(AFFINITY).split("/")
+            rows = {"encoder": pair} | {
+                own.removeprefix(f"{pair}/"): own for own in names if own.startswith(f"{pair}/")
+            }
+            values = np.array([[line.get(name, np.nan) for line in lines] for name in rows.values()])
+            about = f"cosine of the gradients of {first} and {second} over steps, by stage of the encoder, {arm.label}"
+            name = f"affinity{page.found.arms.index(arm)}_{len(panels)}"
+            svg = drawn(charts.cosines, name, list(rows), [line["step"] for line in lines], values, about)
+            panels.append(Panel(f"{first} and {second}: {np.nanmean(values[0]):+.2f} on average", svg))
+        return [Panels(tuple(panels))] if panels else []
+
+    shown = sections.folds(page, blocks)
+    if shown:
+        note = (
+            "Cosine of two tasks' gradients, stage by stage, first layers on top, over the steps. Blue: a step for one "
+            f"helps the other; orange: it harms it. The deepest colour is {charts.DEEPEST} and more, white 0."
+        )
+        yield Section("affinity", "Which tasks agree", (Text(note), *shown))
 
 
 def _confusions(page: Page) -> Iterator[Section]:
@@ -456,6 +486,7 @@ SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
     _differences,
     _leaks,
     _curves,
+    _affinities,
     sections.classes,
     _confusions,
     _pretext,

@@ -90,7 +90,7 @@ def dry_run(learner: Learner, sources: Mapping[Stream, Samples], judged: Judged 
     ]
     for _ in range(2):
         started = time.perf_counter()
-        learner.optimizer.zero_grad()
+        learner.forget_gradients()
         with enough_memory(learner.crops_at_once, SMALLER_STEPS, learner.processes.device):
             backward(learner, packed, last=True)
         finish_gradients(learner)
@@ -174,7 +174,7 @@ def rehearse(learner: Learner) -> bool:
             raise
         fitted = False
     learner.wrapped, learner.uses_ddp = wrapped, uses_ddp
-    learner.optimizer.zero_grad()
+    learner.forget_gradients()
     held.clear()
     gc.collect()
     if learner.processes.device.type == "cuda":
@@ -210,7 +210,8 @@ class Counted:
                 _ = module(views)
 
         with _rehearsing(learner):
-            most = max(bytes_of(partial(learn, views)) for views in passes_of(learner, _grey(few, size)))
+            views = passes_of(learner, _grey(few, size), learner.encodes_together)
+            most = max(bytes_of(partial(learn, own)) for own in views)
             most *= math.prod(learner.size) / math.prod(size)
             weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
         return cls(weights, most, cuts, free)

@@ -24,13 +24,14 @@ from pydantic import (
 from ssl_seg.config import Config, explain, known_to_0_1
 from ssl_seg.data.workers import TIMEOUT, Workers
 from ssl_seg.tasks import Stream
+from ssl_seg.training.balance import Balancing
 
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SGD_DECAY = 1e-4
 # Keys that version 0.1 did not know.
-SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout")
+SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout", "balance", "affinity")
 
 
 class BatchSizes(Config):
@@ -95,6 +96,12 @@ class TrainConfig(Config):
     views: Literal["all", "split"] = "all"
     # together is one encoder pass over all tasks (fastest); in_turn keeps one task's graph in memory (leanest).
     encode: Literal["together", "in_turn"] = "together"
+    # How tasks are weighed against each other, beside their own `weight`: a word, or a mapping with `type` and options.
+    # fixed, since what pays depends on the tasks, and each other one costs time or tuning.
+    balance: Balancing = Field(default="fixed", validate_default=True)
+    # Steps between two looks at how far the tasks agree; None: never. Each costs a step's passes over one micro-batch
+    # (nothing where the balancer has the tasks' gradients anyway): 100 is 1 % of the time, and enough for a picture.
+    affinity: PositiveInt | None = None
     workers: NonNegativeInt = 2
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its batch by then ends the run
     # Seconds that a process waits for the others; one that has not answered by then ends the run. torch's own figure
@@ -154,6 +161,17 @@ def lr_at(config: TrainConfig, step: int) -> float:
         passed = sum(step >= milestone * config.steps for milestone in config.milestones)
         return config.lr * config.gamma**passed
     return config.lr
+
+
+def measures_affinity(config: TrainConfig, step: int) -> bool:
+    """Whether the update that makes step `step` (counted from 0) looks at how far the tasks agree.
+
+    At the first step that is logged after every `affinity` steps, since no other would be seen.
+    """
+    if config.affinity is None or not due(step + 1, config.log_every, config.steps):
+        return False
+    before = step // config.log_every * config.log_every  # the last one that was logged
+    return (step + 1) // config.affinity > before // config.affinity
 
 
 def due(step: int, every: int | None, last: int) -> bool:

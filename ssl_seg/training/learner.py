@@ -15,6 +15,7 @@ from ssl_seg.models import in_evaluation_mode
 from ssl_seg.norm.convert import running_statistics
 from ssl_seg.norm.layers import LOGITS
 from ssl_seg.tasks import Stream, streams_of
+from ssl_seg.training.balance import Balancer, Uncertainty
 from ssl_seg.training.config import TrainConfig, frozen_at
 from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
@@ -43,7 +44,12 @@ class Learner:
         self.bad_in_a_row = 0
         self.buffers = list(self.module.buffers())
         self.teacher = None if config.ema is None else Teacher(self.module, config.ema)
+        weights = {name: task.weight for name, task in module.tasks.items()}
+        self.balancer = Balancer(config.balance, weights, self.module.encoder, processes.device)
         self._inner = build_optimizer(self.module, config)
+        if isinstance(config.balance, Uncertainty):
+            learnt = list(self.balancer.log_variances.values())
+            self._inner.add_param_group({"params": learnt, "factor": config.balance.lr, "weight_decay": 0.0})
         self.optimizer = self.accelerator.prepare_optimizer(self._inner)
         self.module.freeze(frozen_at(config, 0))
         self.wrapped = self.module
@@ -73,6 +79,11 @@ class Learner:
         each = f"{most}" if len(set(counts.values())) == 1 else " and ".join(f"{n} {of}" for of, n in counts.items())
         return f"{each} crop{'s' if most > 1 else ''} of {height} x {width} at a time"
 
+    @property
+    def encodes_together(self) -> bool:
+        """Whether the encoder sees all tasks' views in one pass: not where each task's gradient is wanted."""
+        return self.config.encode == "together" and not self.balancer.reads_gradients
+
     def cut(self, accumulate: int) -> None:
         """Settle into how many micro-batches a step is cut, where the config leaves it open."""
         self.config = self.config.model_copy(update={"accumulate": accumulate})
@@ -89,6 +100,11 @@ class Learner:
             self.module.freeze(frozen)
             self._wrap()
 
+    def forget_gradients(self) -> None:
+        """Those of the weights, and those that are kept apart by task."""
+        self.optimizer.zero_grad()
+        self.balancer.forget()
+
     def _wrap(self) -> None:
         """What follows from which weights learn: whose statistics are shared, and what DDP is to wait for."""
         self.statistics = running_statistics(self.module.heads if self.module.frozen else self.module)
@@ -98,7 +114,7 @@ class Learner:
             self.accelerator.free_memory()
         # DDP's reducer expects one backward a step that reaches every weight. in_turn has one a task, and some heads
         # leave maps of the encoder unused: there the loop averages by itself.
-        together = self.processes.world > 1 and self.config.encode == "together"
+        together = self.processes.world > 1 and self.encodes_together
         self.uses_ddp = together and uses_every_weight(self.module, self.size)
         if self.uses_ddp:
             with warnings.catch_warnings():
@@ -111,7 +127,8 @@ class Learner:
         named = {f"model/{name}": value for name, value in self.module.state_dict().items()}
         if self.teacher is not None:
             named |= {f"teacher/{name}": value for name, value in self.teacher.module.state_dict().items()}
-        for name, parameter in self.module.named_parameters():
+        named |= {name: value.detach() for name, value in self._of_balance().items()}
+        for name, parameter in self._learnt().items():
             for kind, value in self._moments(parameter).items():
                 named[f"optimizer/{name}/{kind}"] = value
         return named
@@ -133,13 +150,14 @@ class Learner:
             "bad_in_a_row": self.bad_in_a_row,
             "scaler": scaler.state_dict() if scaler else None,
             "accumulate": self.config.accumulate,
+            "balance": self.balancer.state(),
         }
 
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Put back what `tensors()` and `data()` gave.
 
-        Another optimizer than theirs begins with fresh moments, a teacher that they have not with the weights. Raises
-        UserError, with nothing changed, for the weights of another module.
+        Another optimizer than theirs begins with fresh moments, another balancer anew, a teacher that they have not
+        with the weights. Raises UserError, with nothing changed, for the weights of another module.
         """
         weights = _part(tensors, "model/")
         own = self.module.state_dict()
@@ -151,13 +169,18 @@ class Learner:
         self.module.load_state_dict(weights)
         if self.teacher is not None:
             self.teacher.module.load_state_dict(_part(tensors, "teacher/") or weights)
-        parameters = dict(self.module.named_parameters())
+        for name, value in self._of_balance().items():
+            if name in tensors:
+                value.detach().copy_(tensors[name])
+        parameters = self._learnt()
         for key, value in tensors.items():
             part, _, rest = key.partition("/")
             name, _, kind = rest.rpartition("/")
-            if part == "optimizer" and kind in MOMENTS[self.config.optimizer]:
+            if part == "optimizer" and kind in MOMENTS[self.config.optimizer] and name in parameters:
                 self._inner.state[parameters[name]][kind] = _like(value, parameters[name], kind)
         self.bad_in_a_row = data["bad_in_a_row"]
+        if "balance" in data:  # version 0.1 knew none
+            self.balancer.restore(data["balance"])
         if self.auto:
             self.cut(data.get("accumulate", 1))  # version 0.1 knew no other
         if self.accelerator.scaler and data["scaler"]:
@@ -166,6 +189,13 @@ class Learner:
     def share(self) -> None:
         """Give all processes the first one's state: they may have read other files, or drawn on another kind of CPU."""
         self.processes.share(self.tensors().values())
+
+    def _of_balance(self) -> dict[str, nn.Parameter]:
+        return {f"balance/{name}": value for name, value in self.balancer.log_variances.items()}
+
+    def _learnt(self) -> dict[str, nn.Parameter]:
+        """All that the optimizer may have moments of, by name."""
+        return dict(self.module.named_parameters()) | self._of_balance()
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self._inner.state.get(parameter, {})

@@ -8,10 +8,11 @@ left over is the state (`learner`): weights, their average, optimizer moments, l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ssl_seg import rng
 from ssl_seg.config import UserError
 from ssl_seg.data.loading import Packed
 from ssl_seg.tasks import Batch, Stream, View
-from ssl_seg.training.config import frozen_at, lr_at
+from ssl_seg.training.config import frozen_at, lr_at, measures_affinity
 from ssl_seg.training.learner import Learner
 from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import make_views, weighted_total
@@ -64,7 +65,7 @@ def train(
     NonFiniteError.
     """
     config = learner.config
-    key = rng.fold_in(rng.as_key(seed), "dropout")
+    key, own = rng.fold_in(rng.as_key(seed), "dropout"), rng.fold_in(rng.as_key(seed), "step")
     for step in range(start, config.steps):
         learner.freeze(frozen_at(config, step))
         learner.module.train()
@@ -72,14 +73,21 @@ def train(
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         learner.optimizer.zero_grad()
+        learner.balancer.start(rng.fold_in(own, step))
         before = [buffer.clone() for buffer in learner.buffers]
         totals: dict[str, Tensor] = {}
         names: list[str] = []
+        affinities: dict[str, float] = {}
         for micro in range(config.micro_batches):
             packed: dict[Stream, Packed] = {stream: next(batches) for stream, batches in streams.items()}
             names += [name for batch in packed.values() for name in batch.names]
-            seed_torch(rng.fold_in(rng.fold_in(rng.fold_in(key, step), micro), learner.processes.rank))
+            dropout = rng.fold_in(rng.fold_in(rng.fold_in(key, step), micro), learner.processes.rank)
+            seed_torch(dropout)
             with enough_memory(f"step {step + 1}: {learner.crops_at_once}", SMALLER_STEPS, learner.processes.device):
+                if micro == 0 and measures_affinity(config, step) and not learner.balancer.reads_gradients:
+                    affinities = learner.balancer.affinities(gram_of(learner, packed))
+                    put_back(learner.buffers, before)
+                    seed_torch(dropout)
                 means = backward(learner, packed, micro == config.micro_batches - 1, step)
             for name, loss in means.items():
                 totals[name] = totals.get(name, 0.0) + loss / config.micro_batches
@@ -87,6 +95,7 @@ def train(
         norm = finish_gradients(learner)
         finite = math.isfinite(norm) and all(math.isfinite(loss) for loss in losses.values())
         if finite:
+            learner.balancer.learn(losses)
             with enough_memory(f"step {step + 1}: the optimizer's moments", SMALLER_STEPS, learner.processes.device):
                 learner.optimizer.step()
             learner.bad_in_a_row = 0
@@ -95,8 +104,7 @@ def train(
                 learner.teacher.update(learner.module, step + 1)
         else:
             learner.bad_in_a_row += 1
-            for buffer, old in zip(learner.buffers, before, strict=True):
-                buffer.copy_(old)  # the statistics of a norm layer have seen the bad batch too
+            put_back(learner.buffers, before)  # the statistics of a norm layer have seen the bad batch too
             if learner.accelerator.scaler:
                 learner.accelerator.scaler.update()  # without a step: it shrinks after an infinite gradient
         if learner.bad_in_a_row == PATIENCE_FOR_NAN:
@@ -105,7 +113,10 @@ def train(
         tasks = learner.module.tasks
         figures["train/loss"] = sum(tasks[name].weight_at(step) * loss for name, loss in losses.items())
         figures |= {f"train/{name}/weight": task.weight_at(step) for name, task in tasks.items() if task.ramp}
-        yield Step(step + 1, {**figures, "lr": rate, "grad_norm": norm}, stop)
+        if measures_affinity(config, step) and learner.balancer.gram is not None:
+            affinities = learner.balancer.affinities(learner.balancer.gram)
+        figures |= {"lr": rate, "grad_norm": norm, **learner.balancer.figures(), **affinities}
+        yield Step(step + 1, figures, stop)
 
 
 def backward(
@@ -118,28 +129,61 @@ def backward(
     config, accelerator = learner.config, learner.accelerator
     waits = learner.uses_ddp and not last  # DDP averages at the last micro-batch only
     means: dict[str, Tensor] = {}
-    for chosen in passes_of(learner, packed):
+    for chosen in passes_of(learner, packed, learner.encodes_together):
         with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
             with accelerator.autocast():
                 sample_losses = learner.wrapped(chosen)
-            accelerator.backward(weighted_total(learner.module.tasks, sample_losses, step) / config.micro_batches)
+            total = weighted_total(learner.module.tasks, sample_losses, learner.balancer.factors, step)
+            with learner.balancer.keeping(list(chosen)):
+                accelerator.backward(total / config.micro_batches)
         means.update({name: values.detach().mean() for name, values in sample_losses.items()})
     return means
 
 
-def passes_of(learner: Learner, packed: Mapping[Stream, Packed]) -> list[dict[str, View]]:
+def gram_of(learner: Learner, packed: Mapping[Stream, Packed]) -> np.ndarray:
+    """Inner products of the tasks' gradients of the encoder, by stage, over one micro-batch of all processes.
+
+    Beside the step: no weight's own gradient is touched.
+    """
+    shared = [parameter for parameter in learner.balancer.shared if parameter.requires_grad]
+    scaler, gradients = learner.accelerator.scaler, {}
+    for chosen in passes_of(learner, packed, together=False):
+        with learner.accelerator.autocast():
+            sample_losses = learner.module(chosen)
+        for name, values in sample_losses.items():
+            loss = values.mean() * (scaler.get_scale() if scaler else 1.0)  # a cosine does not ask for the scale
+            found = iter(torch.autograd.grad(loss, shared, allow_unused=True) if shared else ())
+            own = [next(found) if parameter.requires_grad else None for parameter in learner.balancer.shared]
+            gradients[name] = own
+    learner.processes.average([one for own in gradients.values() for one in own if one is not None])
+    return learner.balancer.gram_of(gradients)
+
+
+def put_back(buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Give the buffers the values that they had before."""
+    for buffer, old in zip(buffers, before, strict=True):
+        buffer.copy_(old)
+
+
+def passes_of(learner: Learner, packed: Mapping[Stream, Packed], together: bool) -> list[dict[str, View]]:
     """The views of a micro-batch, in one pass or in one for each task."""
     config, device = learner.config, learner.processes.device
     batches: dict[Stream, Batch] = {stream: batch.to(device, config.channels_last) for stream, batch in packed.items()}
     views = make_views(learner.module.tasks, batches, config.views == "split", learner.teach)
-    return [views] if config.encode == "together" else [{name: view} for name, view in views.items()]
+    return [views] if together else [{name: view} for name, view in views.items()]
 
 
 def finish_gradients(learner: Learner) -> float:
-    """Average over the processes where DDP has not, clip; gives the norm before clipping, equal on all processes."""
+    """Average over the processes where DDP has not, combine what is kept apart by task, clip.
+
+    Gives the norm before clipping, equal on all processes.
+    """
     gradients = [parameter.grad for parameter in learner.module.parameters() if parameter.grad is not None]
     if not learner.uses_ddp:
-        learner.processes.average(gradients)
+        learner.processes.average([*learner.balancer.kept(), *gradients])
+    if learner.balancer.reads_gradients:  # of all processes: what their own shares agree on is another thing
+        learner.balancer.combine(learner.processes.from_first)
+        gradients = [parameter.grad for parameter in learner.module.parameters() if parameter.grad is not None]
     learner.accelerator.unscale_gradients(learner.optimizer)
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).tolist()
     # fsum is exact, so the norm does not depend on how many gradients of zero stand beside the others: a joint run

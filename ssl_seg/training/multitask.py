@@ -144,6 +144,13 @@ def share_of(batch: Batch, turn: int, count: int, at_once: int) -> Batch:
     return batch[[place for place in range(len(batch.image)) if place // at_once % count == turn]]
 
 
-def weighted_total(tasks: Mapping[str, Task], sample_losses: Mapping[str, Tensor], step: int | None = None) -> Tensor:
-    """The number that is minimized in a step: the weighted sum of each task's mean over its samples."""
-    return reduce(torch.add, (tasks[name].weight_at(step) * values.mean() for name, values in sample_losses.items()))
+def weighted_total(
+    tasks: Mapping[str, Task],
+    sample_losses: Mapping[str, Tensor],
+    factors: Mapping[str, float] | None = None,
+    step: int | None = None,
+) -> Tensor:
+    """The number that is minimized in a step: each task's mean over its samples, by its weight and factor, summed."""
+    factors = factors or dict.fromkeys(sample_losses, 1.0)
+    means = ((tasks[name].weight_at(step) * factors[name], values.mean()) for name, values in sample_losses.items())
+    return reduce(torch.add, (weight * mean for weight, mean in means))

@@ -209,3 +209,16 @@ def test_a_map_of_changes_tells_more_from_less_and_what_is_sure() -> None:
     half = charts.changes("changes", ["sky"], ["5"], [[Change(1.0, False)]], "labels.count", "about", 2.0)
     assert "opacity: 0.31" in half, "maps of one largest change share their colours"
     charts.changes("changes", ["sky"], ["5"], [[Change(0.0, False)]], "labels.count", "about", 0.0)
+
+
+def test_cosines_over_time_are_a_picture_of_one_size() -> None:
+    def drawn(count: int) -> str:
+        values = np.linspace(-1.0, 1.0, 3 * count).reshape(3, count)
+        values[2, 0] = np.nan
+        return charts.cosines("affinity", ["encoder", "stem", "layer1"], range(0, 10 * count, 10), values, "about")
+
+    few, many = drawn(20), drawn(2000)
+    assert {"encoder", "stem", "layer1", "step", "190"} <= set(texts(few))
+    assert len(many) < 2 * len(few), "neighbours are averaged"
+    assert "NaN" not in few
+    charts.cosines("affinity", ["encoder"], [5], np.array([[0.1]]), "about")

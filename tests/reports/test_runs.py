@@ -559,6 +559,25 @@ def test_before_anything_is_finished_there_is_a_page_with_curves(tmp_path: Path)
     assert 'id="classes"' not in page
 
 
+def test_how_far_tasks_agree_is_drawn_over_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    pair = "train/affinity/denoise/rotate"
+    lines = [
+        {"step": step, "train/denoise/factor": 1.0 + step / 100, pair: 0.2, f"{pair}/stem": 0.3, f"{pair}/layer1": -0.1}
+        for step in (100, 200, 300)
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = page_of(run)
+    check_safe(page)
+    section = re.search(r'<section id="affinity".*?</section>', page, re.S)[0]
+    assert "denoise and rotate: +0.20 on average" in section
+    assert section.count("<figure") == 1
+    assert all(name in section for name in ("encoder", "stem", "layer1"))
+    curves = re.search(r'<section id="curves".*?</section>', page, re.S)[0]
+    assert "training: denoise factor" in curves
+    assert "affinity" not in curves
+
+
 # ---- safe, small, the same ----
 
 
