@@ -411,7 +411,8 @@ def _channels_first(network: nn.Module, image: Tensor) -> list[Tensor]:
 def _fitted(image: Tensor, network: nn.Module) -> Tensor:
     """Resized where patches are 14 pixels wide, as DINOv2's: so that each shows 16 of the image's."""
     embedding = getattr(getattr(network, "model", None), "patch_embed", None)
-    patch = max(getattr(embedding, "patch_size", None) or (PLAIN_STRIDE,))
+    sides = getattr(embedding, "patch_size", None) or PLAIN_STRIDE
+    patch = sides if isinstance(sides, int) else max(sides)  # xcit has a number
     if patch & (patch - 1) == 0:
         return image
     size = [side // PLAIN_STRIDE * patch for side in image.shape[-2:]]
