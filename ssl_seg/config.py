@@ -111,6 +111,13 @@ def _as_written(value: Any) -> Any:
 PathText = Annotated[str, BeforeValidator(_as_written)]
 
 
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value or ()
+
+
+PathTexts = Annotated[tuple[PathText, ...], BeforeValidator(_one_or_several)]  # a single one need not be a list
+
+
 class Config(BaseModel):
     """A frozen mapping of known keys. `dump()` and `load()` are inverse to each other."""
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, SerializeAsAny, field_validator
+from pydantic import Field, PositiveFloat, SerializeAsAny
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from ssl_seg import files, images, rng
-from ssl_seg.config import Config, PathText, UserError, load, user_path
+from ssl_seg.config import Config, PathTexts, UserError, load, user_path
 from ssl_seg.data.loading import Whole, loader
 from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels, hold_out
 from ssl_seg.data.workers import ALONE, TIMEOUT, Workers
@@ -70,18 +70,13 @@ class ProbeConfig(ReadingConfig):
     labels: Labels = Labels()  # as those of the fine-tuning to come
     holds_out: bool = True  # whether it has no data.val of its own: what it then holds out is not looked at here either
     # Runs, their encoder/ folders, files of weights, or names of networks that timm publishes weights for.
-    init: tuple[PathText, ...] = ()
+    init: PathTexts = ()
     # Of a file of weights, and where `init` names nothing.
     model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     seed: int = 0  # of the random weights that each is compared with
     workers: int = Field(default=0, ge=0)  # a few images
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
-
-    @field_validator("init", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | Path) else value or ()
 
 
 class ProbeRule(Config):

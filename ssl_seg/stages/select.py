@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, PathText, UserError, user_path
+from ssl_seg.config import Config, PathTexts, UserError, user_path
 from ssl_seg.data import selection
 from ssl_seg.data.splits import Labels, Several, pixel_counts
 from ssl_seg.data.workers import TIMEOUT
@@ -53,17 +53,12 @@ class SelectConfig(ReadingConfig):
     count: PositiveInt = 20
     # A run whose encoder compares the images; none: `model.encoder`, with ImageNet's weights. Of a fine-tuned one is
     # also told how unsure it is of each image, and of several, its seeds, how far they differ.
-    init: tuple[PathText, ...] = ()
+    init: PathTexts = ()
     model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     leaks: Leaks = Leaks()
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
-
-    @field_validator("init", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | Path) else value or ()
 
 
 class Named(Config):
