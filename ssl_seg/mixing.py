@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ssl_seg import rng
+from ssl_seg.losses import IGNORE_INDEX
 
 # Boxes of UniMatch's own code (Yang et al., CVPR 2023), which has them from Cutout: shares of the image's area, and the
 # width over the height, which are drawn uniformly.
 AREA = (0.02, 0.4)
 ASPECT = (0.3, 1 / 0.3)
-IGNORED = 255  # in labels
 
 
 def cutmix_mask(key: Tensor, size: tuple[int, int], area: tuple[float, float] = AREA) -> Tensor:
@@ -39,9 +39,9 @@ def classmix_mask(key: Tensor, label: Tensor) -> Tensor:
     Of a label that shows one class there is none. ClassMix: Olsson et al., WACV 2021.
     """
     ids = label.flatten(1)
-    shown = torch.zeros(len(ids), IGNORED + 1, dtype=torch.bool, device=label.device).scatter(1, ids, True)
-    shown[:, IGNORED] = False
-    drawn = rng.uniform(rng.fold_in(key, "classes"), (IGNORED + 1,)).where(shown, 1.0)  # those not shown come last
+    shown = torch.zeros(len(ids), IGNORE_INDEX + 1, dtype=torch.bool, device=label.device).scatter(1, ids, True)
+    shown[:, IGNORE_INDEX] = False
+    drawn = rng.uniform(rng.fold_in(key, "classes"), (IGNORE_INDEX + 1,)).where(shown, 1.0)  # those not shown come last
     place = drawn.argsort(dim=1, stable=True).argsort(dim=1)
     chosen = place < shown.sum(dim=1, keepdim=True) // 2
     return chosen.gather(1, ids).view_as(label).unsqueeze(1)

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from ssl_seg import images, rng
 from ssl_seg.config import Config, UserError, known_to_0_1
+from ssl_seg.datasets.masks import IGNORE
 from ssl_seg.images import Size, SizeField
 
 Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, 3) uint8 and its mask (H, W) uint8
 Draw = Callable[[str, int], list[float]]  # so many numbers in [0, 1) under a word
 SINCE_0_1 = ("pad", "rare", "rotate", "vertical", "turns", "saturation", "hue", "blur")  # keys that it did not know
-IGNORED = 255
 BEYOND = cv2.BORDER_REFLECT_101  # what an image is continued by: itself, mirrored about its last pixel
 MAX_TURNED = 32_766  # pixels of a side: OpenCV turns no longer ones
 
@@ -135,7 +135,7 @@ class Rotate(Augmentation):
         turn = cv2.getRotationMatrix2D(middle, self.degrees * (2 * drawn[0] - 1), 1.0)
         image = cv2.warpAffine(image, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=BEYOND)
         if label is not None:
-            label = cv2.warpAffine(label, turn, (width, height), flags=cv2.INTER_NEAREST, borderValue=[IGNORED])
+            label = cv2.warpAffine(label, turn, (width, height), flags=cv2.INTER_NEAREST, borderValue=[IGNORE])
         return image, label
 
 
@@ -337,7 +337,7 @@ def cut(image: np.ndarray, label: np.ndarray | None, corner: tuple[int, int], ex
     if top or bottom or left or right:
         image = cv2.copyMakeBorder(image, top, bottom, left, right, BEYOND)
         if label is not None:
-            label = cv2.copyMakeBorder(label, top, bottom, left, right, cv2.BORDER_CONSTANT, value=[IGNORED])
+            label = cv2.copyMakeBorder(label, top, bottom, left, right, cv2.BORDER_CONSTANT, value=[IGNORE])
     return image, label
 
 
@@ -346,7 +346,7 @@ def rare_pixel(label: np.ndarray, rarity: float, place: float) -> tuple[int, int
 
     The square root, because a class of three pixels would else be had nearly always.
     """
-    pixels = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORED]
+    pixels = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE]
     kinds = np.flatnonzero(pixels)
     if not len(kinds):
         return None

@@ -27,8 +27,8 @@ from torch import Tensor
 from ssl_seg import images, rng
 from ssl_seg.config import Config, UserError, known_to_0_1
 from ssl_seg.datasets import Dataset, Example, numbering
+from ssl_seg.datasets.masks import IGNORE
 
-IGNORE = 255
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
 NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
 LEAST_HELD_OUT = 0.1  # one stray image in a folder of its own is a sequence too, and would judge the run alone
@@ -133,6 +133,11 @@ def _say_gone(name: str) -> str:
         f"data.labelled: {name} is not there any more, and the run began with it; "
         "put it back, or start anew with --overwrite"
     )
+
+
+def names_of(examples: Examples) -> tuple[str, ...]:
+    """The images' names, in their order."""
+    return tuple(examples.name(index) for index in range(len(examples)))
 
 
 def subset_of(dataset: Examples, names: Sequence[str], say_gone: Callable[[str], str] = _say_gone) -> Subset:

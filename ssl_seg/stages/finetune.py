@@ -31,6 +31,7 @@ from ssl_seg.data.splits import (
     Subset,
     has_labelled_pixels,
     hold_out,
+    names_of,
     pixel_counts,
     sample_digest,
     subset_of,
@@ -411,10 +412,6 @@ def of_untrained_classes(labelled: Examples, val: Examples) -> list[str]:
         f"data.val: shows {', '.join(names)}, and none of the {len(labelled)} masks that are trained on does, so "
         f"{'it' if len(names) == 1 else 'they'} will be scored 0; give data.val of its own, or more labels"
     ]
-
-
-def names_of(examples: Examples) -> tuple[str, ...]:
-    return tuple(examples.name(index) for index in range(len(examples)))
 
 
 def assemble(

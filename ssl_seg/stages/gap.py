@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
-from ssl_seg.data.splits import Examples, Several, Subset, evenly
+from ssl_seg.data.splits import Examples, Several, Subset, evenly, names_of
 from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence import distance
@@ -165,7 +165,7 @@ def _looked_at(key: str, dataset: Dataset, neighbours: int, quiet: bool) -> tupl
     few = evenly(count, MOST)
     if len(few) < count:
         say(f"data.{key}: {len(few)} of {count} images are looked at, evenly apart", quiet)
-    blocks = image_blocks([dataset.name(index) for index in range(count)], neighbours)
+    blocks = image_blocks(names_of(dataset), neighbours)
     blocks = _renumbered(blocks[few])
     num_blocks = int(blocks.max()) + 1
     if num_blocks < 2:

@@ -21,7 +21,7 @@ from pydantic import Field, PositiveFloat, SerializeAsAny
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.data.loading import Whole, pack
-from ssl_seg.data.splits import digest_of
+from ssl_seg.data.splits import digest_of, names_of
 from ssl_seg.data.workers import TIMEOUT, collected
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
@@ -194,7 +194,7 @@ def mask_names(dataset: Dataset) -> tuple[str, ...]:
 
     Raises UserError where two images would share one, and for names that no file in the folder can have.
     """
-    names = [PurePosixPath(dataset.name(index)) for index in range(len(dataset))]
+    names = [PurePosixPath(name) for name in names_of(dataset)]
     stems = [name.with_suffix("") if name.suffix.lower() in images.IMAGE_SUFFIXES else name for name in names]
     masks = [f"{stem}.png" for stem in stems]
     folders = {str(folder) for mask in masks for folder in PurePosixPath(mask).parents}

@@ -21,7 +21,7 @@ from pydantic import (
 from ssl_seg.config import Config, PathText, known_to_0_1
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import Samples
-from ssl_seg.data.splits import Subset
+from ssl_seg.data.splits import Subset, names_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
@@ -240,8 +240,8 @@ def _selected(job: Job, step: int, labelled: Mapping[str, Subset]) -> dict[str, 
     """What result.json says of a run whose weights labels may have chosen."""
     if not labelled:
         return {}
-    names = [labelled["labelled"].name(index) for index in range(len(labelled["labelled"]))]
     chosen = job.score is not None  # they have said which step it was, or when it was enough
+    names = names_of(labelled["labelled"])
     return {"selected_step": step, "probe": {"chose": chosen, "best": job.progress.best_score, "labelled": names}}
 
 

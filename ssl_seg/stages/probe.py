@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ssl_seg import files, images, rng
 from ssl_seg.config import Config, PathTexts, UserError, load, user_path
 from ssl_seg.data.loading import Whole, loader
-from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels, hold_out
+from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels, hold_out, names_of
 from ssl_seg.data.workers import ALONE, TIMEOUT, Workers
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence.statistics import image_blocks
@@ -160,7 +160,7 @@ def probe(config: ProbeConfig, out: str | Path | None = None, quiet: bool = Fals
             seconds = time.monotonic() - began
             random = scores_of(one.random(), labelled, config.reading, device)
         probed.append(Probed(one.name, scored(points, shown[-1], labelled), random, seconds))
-    found = Probes(tuple(probed), _chance(points, labelled), _names(labelled), dataset.class_names)
+    found = Probes(tuple(probed), _chance(points, labelled), names_of(labelled), dataset.class_names)
     if out is not None:
         _write(config, out, found, labelled, points, shown)
     return found
@@ -247,7 +247,7 @@ def read_points(
 
 def blocks_of(labelled: Subset) -> np.ndarray:
     """Ids `(N,)` of neighbours among all that could be chosen, as frames of a video: none may tell of another."""
-    every = image_blocks([labelled.dataset.name(index) for index in range(len(labelled.dataset))])
+    every = image_blocks(names_of(labelled.dataset))
     blocks = every[list(labelled.indices)]
     # Where all are neighbours there is nothing else to fit a layer to.
     return blocks if len(set(blocks.tolist())) > 1 else np.arange(len(labelled))
@@ -298,10 +298,6 @@ def scored(points: Sequence[Points], ids: Sequence[np.ndarray], labelled: Exampl
 def _chance(points: Sequence[Points], labelled: Examples) -> SegmentationScores:
     most = np.bincount(np.concatenate([own.ids for own in points])).argmax()
     return scored(points, [np.full(len(own.ids), most) for own in points], labelled)
-
-
-def _names(labelled: Examples) -> tuple[str, ...]:
-    return tuple(labelled.name(index) for index in range(len(labelled)))
 
 
 # ---- encoders, and what a person looks at ----

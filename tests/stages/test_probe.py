@@ -16,12 +16,12 @@ from sklearn.metrics import jaccard_score
 
 from ssl_seg import cli, images
 from ssl_seg.config import UserError, load
-from ssl_seg.data.splits import IGNORE, Labels, Subset
+from ssl_seg.data.splits import IGNORE, Labels, Subset, names_of
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.scores import SegmentationScores
 from ssl_seg.stages import probe as stage
 from ssl_seg.stages.features import open_encoder
-from ssl_seg.stages.finetune import FinetuneConfig, choose_images, names_of
+from ssl_seg.stages.finetune import FinetuneConfig, choose_images
 from ssl_seg.stages.pretrain import PretrainConfig, labelled_of, pretrain
 from ssl_seg.stages.probe import (
     ALPHA,
