@@ -13,7 +13,7 @@ from statistics import stdev
 from typing import Literal
 
 from ssl_seg.evidence.cautions import cautions
-from ssl_seg.evidence.comparison import SCRATCH, Arm, Comparison, Gain, Outcome
+from ssl_seg.evidence.comparison import SCRATCH, Arm, Comparison, Gain, Outcome, condition_text
 from ssl_seg.evidence.formatting import (
     PARTS,
     all_of,
@@ -32,7 +32,7 @@ from ssl_seg.evidence.formatting import (
     state,
 )
 from ssl_seg.evidence.pairs import MIN_PAIRS, MIN_STARTS, Shared, Spread
-from ssl_seg.evidence.results import Study
+from ssl_seg.evidence.results import Contrast, Study
 from ssl_seg.evidence.statistics import LEVEL, MAX_NEEDED, detectable, holm, pairs_needed, t_test_p
 from ssl_seg.runs.folder import RunFolder
 
@@ -45,6 +45,12 @@ OF_CONDITIONS = (
     "Of a study with several conditions the first sentence tells the mean gain over all of them, seed by seed: one "
     "comparison an arm, whatever the number of conditions. Seeds that lack a pair under some condition are left out of "
     "it. It speaks of the conditions of this study alone."
+)
+
+
+EXPLORATORY = (
+    "These were named before there was a score. All else on this page is exploratory: its intervals are not corrected "
+    "for their number."
 )
 
 
@@ -94,7 +100,24 @@ def answer(found: Comparison) -> Answer:
     single += [(arm.label, words) for arm in found.arms if (words := _why_alone(found, arm, gains))]
     headline = single[0][1] if len(gains) == 1 else _of_many(found, gains)
     below = (*_below(found), *left_open(gains))
+    contrasts = found.contrasts if isinstance(found, Study) else ()
+    if contrasts:
+        headline = _of_contrasts(contrasts)
+        below = (EXPLORATORY, *_below(found), *left_open(own.gain for own in contrasts if own.gain))
     return Answer(headline, below, tuple(single) if len(single) > 1 else (), has_gains=True)
+
+
+def _of_contrasts(contrasts: Sequence[Contrast]) -> str:
+    """What was asked beforehand, one after the other, and what stands when corrected for their number."""
+    told = [
+        f"{own.arm.label}: no seed has a pair with {own.found.over} yet."
+        if own.gain is None
+        else _sentence_of(own.found, own.gain)
+        for own in contrasts
+    ]
+    at = contrasts[0].found.conditions
+    under = f"Under {condition_text(at[0])}: " if len(at) == 1 and at[0] else ""
+    return f"{under}{' '.join(told)}{_corrected([own.gain for own in contrasts if own.gain])}"
 
 
 # ---- one gain ----
@@ -301,7 +324,7 @@ def _below(found: Comparison) -> tuple[str, ...]:
         reached = bases.pop().spread(found.main_score, *found.conditions)
         name = found.over if isinstance(found, Study) else f"From {found.over}"
         told += [f"{name}: {percent(reached)} % mIoU."] if reached is not None else []
-    told += _corrected_in_each(found)
+    told += [] if isinstance(found, Study) and found.contrasts else _corrected_in_each(found)
     told += cautions(found) if isinstance(found, Study) else ()
     return tuple(told)
 

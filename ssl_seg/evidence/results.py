@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,17 +20,27 @@ from ssl_seg import files
 from ssl_seg.config import UserError
 from ssl_seg.evidence import label_curve
 from ssl_seg.evidence.compare import TIMM
-from ssl_seg.evidence.comparison import Arm, Comparison, Outcome
+from ssl_seg.evidence.comparison import Arm, Comparison, Gain, Outcome
 from ssl_seg.evidence.pairs import MIN_STARTS
 from ssl_seg.evidence.passport import differing, passports_in
-from ssl_seg.evidence.statistics import detectable
+from ssl_seg.evidence.statistics import detectable, holm
 from ssl_seg.runs.folder import RunFolder, as_text, labelled_digest, scores_of
 from ssl_seg.runs.schema import Finite, LeaksShape, Shape
 
 STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
 _AGAIN = "give the study's command again, which makes it anew from the cells"
-CELLS_FILE, GAINS_FILE, LABELS_FILE = "cells.csv", "gains.csv", "labels.csv"
+CELLS_FILE, GAINS_FILE, LABELS_FILE, PRIMARY_FILE = "cells.csv", "gains.csv", "labels.csv", "primary.csv"
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """A comparison that a study is made for: it was named before there was a score."""
+
+    found: Study  # the study, as if this were all that it compares
+    arm: Arm
+    gain: Gain | None  # the mean over the conditions that it is asked under; None without a pair
+    p_holm: float | None = None  # its exact p adjusted for all of these that have one
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +64,24 @@ class Study(Comparison):
     def trials(self) -> Sequence[Mapping[str, Any]]:
         """The runs of its search; none without one."""
         return self.record.get("search", {}).get("trials", ())
+
+    @cached_property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """What it is made for; empty where nothing was named."""
+        named = self.record.get("config", {}).get("primary")
+        if not named:
+            return ()
+        at = {(key, as_text(value)) for key, value in named["at"].items()}
+        conditions = tuple(condition for condition in self.conditions if at <= set(condition))
+        found = []
+        for label, base in named["contrasts"].items():
+            arm, other = self.arm(label), self.arm(base)
+            alone = replace(self, baselines={arm: other}, bases=(other,), over=base, conditions=conditions)
+            found.append(Contrast(alone, arm, alone.over_conditions(arm)))
+        told = {place: own.gain.p for place, own in enumerate(found) if own.gain and own.gain.p is not None}
+        for place, adjusted in zip(told, holm([*told.values()]), strict=True):
+            found[place] = replace(found[place], p_holm=adjusted)
+        return tuple(found)
 
 
 def read(folder: str | Path) -> Study:
@@ -187,6 +216,15 @@ class _ArmShape(Shape):
     changes: dict[str, Any]
 
 
+class _PrimaryShape(Shape):
+    contrasts: dict[str, str]
+    at: dict[str, Any]
+
+
+class _ConfigShape(Shape):
+    primary: _PrimaryShape | None = None
+
+
 class _StudyShape(Shape):
     arms: list[_ArmShape]
     baseline: str
@@ -196,7 +234,7 @@ class _StudyShape(Shape):
     cells: list[_RunShape]
     pretrained: list[_RunShape] = Field(default=[])
     search: _SearchShape = _SearchShape()
-    config: dict[str, Any] = Field(default={})
+    config: _ConfigShape = _ConfigShape()
     versions: dict[str, Any] = Field(default={})
     resumed: list[Any] = Field(default=[])
     leaks: LeaksShape | None = None
@@ -215,6 +253,9 @@ class _StudyShape(Shape):
         names = [arm.name for arm in self.arms]
         if self.baseline not in names:
             raise ValueError("is none of the arms")
+        primary = self.config.primary
+        if primary and not {*primary.contrasts, *primary.contrasts.values()} <= set(names):
+            raise ValueError("primary names an arm that there is not")
         stray = next((cell.id for cell in self.cells if cell.arm not in names), None)
         if stray is not None:
             raise ValueError(f"cell {stray} is of none of the arms")
@@ -227,12 +268,15 @@ class _StudyShape(Shape):
 def write_tables(study: Study) -> None:
     """Tidy, for a spreadsheet or pandas: cells.csv, a row a cell, and gains.csv, a row a gain of mIoU or of a class.
 
-    Of learning curves also labels.csv, a row for each arm with each number of labels.
+    Of learning curves also labels.csv, a row for each arm with each number of labels; and primary.csv, a row for each
+    comparison that was named beforehand.
     """
     files.write_atomic(study.folder / CELLS_FILE, _csv(cell_rows(study)))
     files.write_atomic(study.folder / GAINS_FILE, _csv(gain_rows(study)))
     if labels := label_curve.rows(study):
         files.write_atomic(study.folder / LABELS_FILE, _csv(labels))
+    if study.contrasts:
+        files.write_atomic(study.folder / PRIMARY_FILE, _csv(primary_rows(study)))
 
 
 def cell_rows(study: Study) -> list[dict[str, Any]]:
@@ -265,6 +309,20 @@ def gain_rows(study: Study) -> list[dict[str, Any]]:
         row |= {"starts_low": starts and starts.low, "starts_high": starts and starts.high, "independent": len(values)}
         row |= {"detectable": detectable(values, gain.level) if len(values) >= MIN_STARTS else None}
         rows.append({**row, "p": gain.p, "p_holm": gain.p_holm, "pretrainings": gain.num_weights})
+    return rows
+
+
+def primary_rows(study: Study) -> list[dict[str, Any]]:
+    """Shares in [0, 1]; a mean is over the conditions that `primary.at` leaves open."""
+    rows = []
+    for contrast in study.contrasts:
+        gain = contrast.gain
+        row: dict[str, Any] = {"arm": contrast.arm.label, "from": contrast.found.over}
+        row |= {"conditions": len(contrast.found.conditions), "n": 0 if gain is None else gain.n}
+        interval = gain and gain.interval
+        row |= {"gain": gain and gain.mean, "gain_sd": gain and gain.differences.sd}
+        row |= {"low": interval and interval.low, "high": interval and interval.high}
+        rows.append({**row, "p": gain and gain.p, "p_holm": contrast.p_holm})
     return rows
 
 

@@ -101,10 +101,11 @@ def print_study(study: Study) -> None:
     """A row an arm under each condition, the baseline first, and where everything is."""
     from ssl_seg.evidence import label_curve
     from ssl_seg.evidence.claims import answer
-    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE, LABELS_FILE
+    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE, LABELS_FILE, PRIMARY_FILE
 
     _print_arms(_console(), study, study.arms, *_rows_of_study(study))
     written = [CELLS_FILE, GAINS_FILE, *[LABELS_FILE] * bool(label_curve.curves(study))]
+    written += [PRIMARY_FILE] * bool(study.contrasts)
     tables = ", ".join(str(study.folder / name) for name in written)
     told = [words for words in (answer(study).headline, label_curve.sentence(study)) if words]
     print_lines([*told, f"tables: {tables}", f"report: {study.folder / 'report.html'}"])

@@ -61,6 +61,10 @@ OF_GAINS = (
     "seeds: with other labelled images, orders and first weights. Over images: with other images like the scored ones, "
     "and the runs as they are."
 )
+OF_CONTRASTS = (
+    "Named in the study's config before there was a score; p by Holm is corrected for these alone. Of several "
+    "conditions a gain is the mean, seed by seed."
+)
 Kind = tuple[str, Markup | None, Sequence[RunFolder]]  # runs of one kind, with its label and its arm's mark
 
 
@@ -113,13 +117,33 @@ def _status(study: Study) -> str:
 # ---- the sections, in their order ----
 
 
+def _primary(page: Page[Study]) -> Iterator[Section]:
+    """The comparisons that were named beforehand."""
+    contrasts = page.found.contrasts
+    if not contrasts:
+        return
+    rows = []
+    for own in contrasts:
+        gain = own.gain
+        cells = [own.found.over, "; ".join(filter(None, map(condition_text, own.found.conditions))) or NOTHING]
+        if gain is None:
+            cells += ["0", *[NOTHING] * 4]
+        else:
+            p = NOTHING if gain.p is None else p_as_number(gain.p)
+            adjusted = NOTHING if own.p_holm is None else p_as_number(own.p_holm)
+            cells += [str(gain.n), sections.gain_text(gain), between(gain.interval), p, adjusted]
+        rows.append(TableRow(own.arm.label, tuple(cells), page.marks[own.arm]))
+    columns = ("Arm", "From", "Under", "Pairs", "Gain, points", f"{page.level} interval", "Exact p", "Holm")
+    yield Section("primary", "What was asked beforehand", (Table(OF_CONTRASTS, columns, tuple(rows)),))
+
+
 def _gains(page: Page[Study]) -> Iterator[Section]:
     study = page.found
     if not study.gains:
         return
     columns = ["Arm", *study.axes, f"{study.over}, %", "Arm, %", "Pairs", "Gain, points"]
     columns += ["Over seeds (t)", "Over seeds (bootstrap\N{NON-BREAKING HYPHEN}t)", "Over images"]
-    columns += ["Exact p (Holm)", "Starts"]
+    columns += ["Exact p (Holm)"] * (not study.contrasts) + ["Starts"]
     columns += ["Over starts (t)"] * _has_starts(study)
     rows = [_gain_row(page, gain) for gain in study.gains]
     table = Table(OF_GAINS.format(level=page.level), tuple(columns), tuple(rows))
@@ -132,9 +156,8 @@ def _gain_row(page: Page[Study], gain: PairedGain) -> TableRow:
     cells = [condition.get(key, NOTHING) for key in study.axes]
     cells += [percent(gain.base), percent(gain.own), str(gain.n), sections.gain_text(gain)]
     cells += [between(interval) for interval in (gain.over_seeds, gain.bootstrap, _over_images(study, gain))]
-    cells += [
-        NOTHING if gain.p is None or gain.p_holm is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"
-    ]
+    p = NOTHING if gain.p is None or gain.p_holm is None else f"{p_as_number(gain.p)} ({p_as_number(gain.p_holm)})"
+    cells += [p] * (not study.contrasts)
     cells += [NOTHING if gain.arm.from_scratch else str(gain.num_weights)]
     cells += [between(gain.over_starts)] * _has_starts(study)
     return TableRow(gain.arm.label, tuple(cells), page.marks[gain.arm])
@@ -153,7 +176,7 @@ def _on_gains(study: Study) -> Iterator[str]:
     """What is to be known of the table, and why figures are missing where they are."""
     gains = study.gains
     numbers = [len(gain.independent) for gain in gains]
-    with_p = [gain for gain in gains if gain.p is not None]
+    with_p = [gain for gain in gains if gain.p is not None and not study.contrasts]
     if with_p:
         yield f"In brackets p is corrected for the {count_of(len(with_p), 'comparison')} that have an exact one (Holm)."
     if any(number < MIN_FLIPS for number in numbers):
@@ -378,6 +401,7 @@ def _when(resumed: Any) -> str:
 
 
 SECTIONS: tuple[Callable[[Page[Study]], Iterator[Section]], ...] = (
+    _primary,
     _gains,
     curves.learning,
     curves.labels,

@@ -52,6 +52,17 @@ class Search(Config):
         return _axes(grid, "search.grid")
 
 
+class Primary(Config):
+    """The comparisons that a study is made for, named before a score is seen.
+
+    The answer speaks of them, and is corrected for their number; all else is exploratory. A study that has a score
+    keeps those that it was begun with.
+    """
+
+    contrasts: dict[str, str] = Field(min_length=1)  # an arm -> the arm that it is measured from, perhaps no baseline
+    at: Dotted = Field(default={})  # axes of the grid held at one value; over those left out a gain is the mean
+
+
 class StudyConfig(Config):
     """`ssl-seg study`: what its YAML may hold."""
 
@@ -69,6 +80,7 @@ class StudyConfig(Config):
     # Pairs: a number, or a list. 8 are the fewest for an exact p below 0.01; their interval is a third of that of 3.
     seeds: tuple[int, ...] = tuple(range(8))
     search: Search | None = None
+    primary: Primary | None = None  # None: every arm against the baseline, corrected for their number
     level: float = Field(default=LEVEL, gt=0.5, lt=1.0)  # of the intervals, and of what they tell
     timeout: PositiveFloat | None = None  # seconds that a cell may take
     # Seconds without a line of metrics, a picture, a checkpoint or a word, after which a cell hangs: from its first
@@ -129,6 +141,9 @@ class StudyConfig(Config):
         for key in self.search.at if self.search else ():
             if key not in self.grid:
                 raise ValueError(f"search.at: {key} is no axis of the grid")
+        for key, value in self.primary.at.items() if self.primary else ():
+            if value not in self.grid.get(key, ()):
+                raise ValueError(f"primary.at.{key}: {value} is no value of that axis of the grid")
         return self
 
 

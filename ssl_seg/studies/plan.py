@@ -104,6 +104,7 @@ def make_plan(config: StudyConfig, out: Path, scores: Mapping[str, float] | None
         found = chosen.get(choice_key(config, arm.name, condition), {})
         cells.append(maker.cell(arm, condition, seed, {**condition, **found}))
     _refuse_equal_arms(cells)
+    _refuse_unknown_contrasts(config, arms)
     if trials and any(cell.config.data.val is None and cell.config.data.test is None for cell in cells):
         raise UserError("search: would choose on the images that score; give finetune.data.val or finetune.data.test")
     return Plan(arms, _baseline_of(config, cells), axes, tuple(maker.pretrainings.values()), trials, tuple(cells))
@@ -126,6 +127,16 @@ def _refuse_equal_arms(cells: Sequence[Cell]) -> None:
         former = digests.setdefault(cell.id.rpartition("-")[2], cell.arm)
         if former != cell.arm:
             raise UserError(f"arms: {former} and {cell.arm} are one and the same run; drop one, or let them differ")
+
+
+def _refuse_unknown_contrasts(config: StudyConfig, arms: Sequence[PlannedArm]) -> None:
+    names = [arm.name for arm in arms]
+    for pair in config.primary.contrasts.items() if config.primary else ():
+        unknown = next((name for name in pair if name not in names), None)
+        if unknown is not None:
+            raise UserError(f"primary.contrasts: there is no arm '{unknown}'; name two of: {', '.join(names)}")
+        if len(set(pair)) == 1:
+            raise UserError(f"primary.contrasts: {pair[0]} is measured from itself; name another arm")
 
 
 def check_images_of(plan: Plan) -> None:

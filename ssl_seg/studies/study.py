@@ -168,12 +168,15 @@ class _Ledger:
     def _go_on(self, path: Path) -> None:
         """Take up what study.json says, or what the cells say where it is lost or damaged."""
         try:
-            self._take_up(results.read_record(path))
+            former = results.read_record(path)
         except UserError:
             if path.exists():
                 os.replace(path, path.with_name(DAMAGED))
             self._rebuild()
             self._say(f"{path}: was lost or damaged, and is made anew; {len(self.states)} runs have finished already")
+            return
+        self._refuse_another_question(former)
+        self._take_up(former)
 
     def _rebuild(self) -> None:
         """The state of every run that has finished, and which seeds there were: each run has left its config."""
@@ -196,6 +199,16 @@ class _Ledger:
         start = {**provenance(), "seeds": former.get("seeds", [])}  # those that there were before it
         kept = {key: former[key] for key in start if key in former and key != "seeds"}
         self.about |= {**kept, "resumed": [*former.get("resumed", []), start]}
+
+    def _refuse_another_question(self, former: Mapping[str, Any]) -> None:
+        """Raise UserError where other comparisons are named than were before there was a score."""
+        asked = None if self.config.primary is None else self.config.primary.dump()
+        before = former.get("config", {}).get("primary")
+        if asked != before and any(own["status"] == "finished" for own in former["cells"]):
+            were = "none were named" if before is None else f"they were {json.dumps(before)}"
+            raise UserError(
+                f"primary: {were} before this study had a score, and now it has; leave it so, or give another --out"
+            )
 
     def check_leaks(self) -> None:
         """All that is trained on against all that is scored, before anything is: a run alone sees its own part only.

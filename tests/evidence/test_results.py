@@ -197,6 +197,35 @@ def test_p_is_adjusted_for_all_comparisons_of_the_study(folder: Path) -> None:
     assert all(gain.p_holm >= gain.p for gain in told)
 
 
+PRIMARY = {"contrasts": {"good": "scratch", "same": "good"}, "at": {"labels.count": 5}}
+
+
+def test_what_was_named_beforehand_is_measured_from_its_own_arm_and_corrected_alone(tmp_path: Path) -> None:
+    found = results.read(write_study(tmp_path, config={"primary": PRIMARY}))
+    good, same = found.contrasts
+    at_five = np.array([scores_in(tmp_path, arm, 5) for arm in ("scratch", "good", "same")])
+    assert good.gain.values == pytest.approx(at_five[1] - at_five[0])
+    assert same.gain.values == pytest.approx(at_five[2] - at_five[1])
+    assert [own.p_holm for own in (good, same)] == [2 * 2 / 2**8] * 2
+    assert [gain.arm.label for gain in found.gains] == ["good", "same"] * 2  # all others are there as ever
+    results.write_tables(found)
+    rows = list(csv.DictReader((tmp_path / "primary.csv").read_text().splitlines()))
+    assert [(row["arm"], row["from"], row["n"]) for row in rows] == [("good", "scratch", "8"), ("same", "good", "8")]
+    assert float(rows[1]["gain"]) == pytest.approx((at_five[2] - at_five[1]).mean())
+
+
+def test_over_conditions_that_are_left_open_what_was_named_is_their_mean(tmp_path: Path) -> None:
+    found = results.read(write_study(tmp_path, config={"primary": {**PRIMARY, "at": {}}}))
+    per_count = [scores_in(tmp_path, "good", count) - scores_in(tmp_path, "scratch", count) for count in COUNTS]
+    assert found.contrasts[0].gain.values == pytest.approx(np.mean(per_count, axis=0))
+    assert found.contrasts[1].gain.n == 7  # one cell of `same` has failed
+
+
+def test_an_arm_that_there_is_not_is_no_part_of_what_was_named(tmp_path: Path) -> None:
+    write_study(tmp_path, config={"primary": {"contrasts": {"best": "scratch"}, "at": {}}})
+    assert "primary names an arm that there is not" in message_of(lambda: results.read(tmp_path))
+
+
 def test_tables_are_tidy(folder: Path) -> None:
     found = results.read(folder)
     results.write_tables(found)

@@ -178,6 +178,31 @@ def test_of_several_arms_none_is_picked_out(tmp_path: Path) -> None:
     assert [arm for arm, words in told.single if f"({arm})" in words] == ["none", "good", "bad"]
 
 
+def test_the_answer_speaks_of_what_was_named_beforehand_alone(tmp_path: Path) -> None:
+    gains = {"four": [GAIN, GAIN], "joint": [NULL, NULL], "other": [GAIN, NULL]}
+    primary = {"contrasts": {"four": "scratch", "joint": "four"}, "at": {"labels.count": 5}}
+    write_study(tmp_path, gains, config={"primary": primary})
+    headline, lines = headline_of(tmp_path), answer(results.read(tmp_path)).below
+    assert headline.startswith("Under labels.count=5: Pretraining (four) gave +6.0 points of mIoU over scratch")
+    lost = [ours - theirs for ours, theirs in zip(NULL, GAIN, strict=True)]
+    assert f"joint lost 5.5 points of mIoU against four (95 % interval {interval_of(lost)}, 4 pairs)." in headline
+    assert headline.endswith("Corrected for 2 comparisons, both stand.")
+    assert "other" not in headline
+    assert lines[0].startswith("These were named before there was a score.")
+    page = page_of(tmp_path)
+    assert cells_of(section(page, "primary"), "joint")[:4] == ["four", "labels.count=5", "4", f"{points(-0.055)} ± 1.9"]
+    assert "Holm" not in section(page, "gains")
+
+
+def test_what_was_named_and_has_no_pair_yet_is_told(tmp_path: Path) -> None:
+    primary = {"contrasts": {"four": "scratch", "joint": "scratch"}, "at": {}}
+    write_study(tmp_path, {"four": [GAIN], "joint": [GAIN]}, {"labels.count": [5]}, config={"primary": primary})
+    for seed in range(len(GAIN)):
+        change(tmp_path, f"joint-0-0-{seed}", status="waiting")
+    assert headline_of(tmp_path).endswith("joint: no seed has a pair with scratch yet.")
+    assert cells_of(section(page_of(tmp_path), "primary"), "joint")[2:] == ["0", *[NOTHING] * 4]
+
+
 def test_what_is_told_under_single_conditions_is_corrected_for_all_of_them(tmp_path: Path) -> None:
     weak = (0.01, 0.02, 0.03, 0.045)  # p = 0.03 alone
     write_study(tmp_path, {"good": [GAIN, NULL], "weak": [weak, NULL]})

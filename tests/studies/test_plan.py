@@ -176,6 +176,13 @@ def test_from_scratch_is_what_starts_from_nothing_whatever_its_arm_says() -> Non
         ({"arms": {"scratch": {}, "b": {}}}, "arms: scratch and b are one and the same run; drop one"),
         ({"arms": {"scratch": {}, "b": {"init": "two", "transfer": "encoder+rotat"}}}, "arm b: transfer: pretrain.two"),
         ({"arms": {"scratch": {}, "b": {"init": "two", "model.encoder.name": "resnet18"}}}, "arm b: "),
+        ({"primary": {"contrasts": {"four": "scratch"}}}, "primary.contrasts: there is no arm 'four'; name two of: "),
+        ({"primary": {"contrasts": {"encoder": "encoder"}}}, "primary.contrasts: encoder is measured from itself"),
+        ({"primary": {"contrasts": {}}}, "primary.contrasts: "),
+        (
+            {"primary": {"contrasts": {"encoder": "scratch"}, "at": {"labels.count": 7}}},
+            "config: primary.at.labels.count: 7 is no value of that axis of the grid",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_runs(keys: dict[str, Any], said: str) -> None:

@@ -76,6 +76,29 @@ def test_a_study_makes_its_cells_once_and_pairs_them(tmp_path: Path, capsys: pyt
     assert rebuilt.gains[0].mean == found.gains[0].mean
 
 
+def test_a_study_that_has_scores_keeps_its_question(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    asked = {"contrasts": {"encoder": "scratch"}}
+    write_study(out, config={"primary": {**asked, "at": {}}})
+    for other in ({}, {"primary": {"contrasts": {"scratch": "encoder"}}}):
+        said = message_of(lambda own=other: study(load(StudyConfig, values(**own)), options(out)))
+        assert said.startswith('primary: they were {"contrasts": {"encoder": "scratch"}, "at": {}} before this study')
+    write_study(out)
+    assert "primary: none were named" in message_of(
+        lambda: study(load(StudyConfig, values(primary=asked)), options(out))
+    )
+
+
+def write_study(out: Path, **record: Any) -> None:
+    """A study with one cell, which has finished."""
+    out.mkdir(exist_ok=True)
+    cell = {"id": "one", "arm": "scratch", "condition": {}, "seed": 0, "start": None}
+    about = {"baseline": "scratch", "axes": {}, "seeds": [0], "level": 0.95}
+    arms = [{"name": "scratch", "changes": {}}, {"name": "encoder", "changes": {}}]
+    cells = [{**cell, "status": "finished", "message": "", "seconds": 1.0}]
+    (out / "study.json").write_text(json.dumps({**about, "arms": arms, "cells": cells, **record}))
+
+
 def test_a_study_lets_its_own_cut_pass_as_a_run_does(tmp_path: Path) -> None:
     base = short(finetuning())
     images = base["data"].pop("labelled")
