@@ -206,7 +206,7 @@ class Counted:
         few = learner.crops_if(cuts)
 
         def learn(views: Mapping[str, View]) -> None:
-            with learner.accelerator.autocast():
+            with learner.processes.autocast():
                 _ = module(views)
 
         with _rehearsing(learner):

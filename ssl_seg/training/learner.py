@@ -91,7 +91,7 @@ class Learner:
     def teach(self, head: str, image: Tensor) -> Tensor:
         """What the teacher's head named so makes of images, in the run's precision; float32."""
         assert self.teacher is not None, "check_tasks refuses a task that asks for one which is not there"
-        with self.accelerator.autocast():
+        with self.processes.autocast():
             return self.teacher.predict(head, image)
 
     def freeze(self, frozen: bool) -> None:

@@ -131,7 +131,7 @@ def backward(
     means: dict[str, Tensor] = {}
     for chosen in passes_of(learner, packed, learner.encodes_together):
         with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
-            with accelerator.autocast():
+            with learner.processes.autocast():
                 sample_losses = learner.wrapped(chosen)
             total = weighted_total(learner.module.tasks, sample_losses, learner.balancer.factors, step)
             with learner.balancer.keeping(list(chosen)):
@@ -148,7 +148,7 @@ def gram_of(learner: Learner, packed: Mapping[Stream, Packed]) -> np.ndarray:
     shared = [parameter for parameter in learner.balancer.shared if parameter.requires_grad]
     scaler, gradients = learner.accelerator.scaler, {}
     for chosen in passes_of(learner, packed, together=False):
-        with learner.accelerator.autocast():
+        with learner.processes.autocast():
             sample_losses = learner.module(chosen)
         for name, values in sample_losses.items():
             loss = values.mean() * (scaler.get_scale() if scaler else 1.0)  # a cosine does not ask for the scale

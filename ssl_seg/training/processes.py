@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
@@ -31,6 +31,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from ssl_seg import files
 from ssl_seg.config import UserError, diff
 from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.depthwise import DepthwiseGradients
 
 DeviceName = Literal["auto", "cpu"]
 T = TypeVar("T")
@@ -82,6 +83,13 @@ class Processes:
         if self.world > 1:
             atexit.register(leave_group)
             _get_default_store().set(f"place/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """What is computed within is in the run's precision."""
+        slow = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
+        with self.accelerator.autocast(), DepthwiseGradients() if slow else nullcontext():
+            yield
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world == 1:
