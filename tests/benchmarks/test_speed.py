@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -26,9 +27,11 @@ from ssl_seg.data.loading import Kept, Samples
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.figures import panels
+from ssl_seg.models import ModelConfig, SegmentationModel
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.start import build_module
+from ssl_seg.training.depthwise import DepthwiseGradients
 from ssl_seg.training.learner import Learner, build_optimizer
 from ssl_seg.training.loop import train
 from ssl_seg.training.multitask import MultiTask
@@ -120,6 +123,27 @@ def test_a_step_with_freed_memory_kept() -> None:
             own += [float(process.communicate()[0]) for process in both]
     kept, given_back = (median(own) for own in taken.values())
     print(f"\na step: {kept:.3f} s; freed memory given back {given_back:.3f} s, ratio {given_back / kept:.2f}")
+
+
+def test_a_depthwise_network_in_half_precision_against_onednn_s_own_gradients() -> None:
+    values = {
+        "encoder": {"name": "tf_efficientnet_lite0"},
+        "decoder": {"type": "unet", "channels": [128, 64, 48, 32, 24]},
+    }
+    model = load(ModelConfig, values)
+    encoder = model.build_encoder()
+    net = SegmentationModel(encoder, model.spec(encoder).dense(11), tuple("abcdefghijk"))
+    net = net.to(memory_format=torch.channels_last)
+    image = torch.rand(8, 3, 96, 96).to(memory_format=torch.channels_last)
+
+    def step(gradients: AbstractContextManager) -> None:
+        with torch.autocast("cpu", torch.bfloat16), gradients:
+            loss = net(image).float().square().mean()
+        loss.backward()
+
+    ours = seconds(lambda: step(DepthwiseGradients()))
+    plain = seconds(lambda: step(nullcontext()))
+    print(f"\na step of an EfficientNet in bf16: {ours:.3f} s, oneDNN's own {plain:.3f} s, ratio {ours / plain:.2f}")
 
 
 def test_keyed_normals_against_torchs() -> None:
