@@ -109,6 +109,13 @@ class Task(Config, ABC):
         """Figures a person reads beside the loss, each `(B,)`."""
         return {}
 
+    def watch(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
+        """Figures of a training batch, each `(B,)`, that a person follows while the run goes on.
+
+        For what only training shows, as how much of an image a task that learns from predictions is sure of.
+        """
+        return {}
+
     def render(self, prediction: Tensor, view: View) -> Tensor | None:
         """The prediction as RGB in [0, 1], `(B, 3, H, W)`: the picture a person looks at."""
         return None

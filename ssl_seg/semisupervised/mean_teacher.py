@@ -44,7 +44,11 @@ class MeanTeacher(TaskPlugin):
         other = cutmix_mask(rng.fold_in(key, "cutmix"), (image.shape[-2], image.shape[-1]), BOX) & mixed
         return View(torch.where(other, partners(noisy), noisy), torch.where(other, partners(shares), shares))
 
+    def watch(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
+        """The share of an image's pixels of which the teacher is sure."""
+        return {"sure": (view.target.amax(dim=1) >= self.confidence).float().mean(dim=(1, 2))}
+
     def loss(self, prediction: Tensor, view: View) -> Tensor:
-        sure = (view.target.amax(dim=1) >= self.confidence).float().mean(dim=(1, 2))
+        sure = self.watch(prediction, view)["sure"]
         distance = losses.regression("mse", prediction.softmax(dim=1), view.target)
         return sure * distance * prediction.shape[1]

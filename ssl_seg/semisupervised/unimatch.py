@@ -60,6 +60,11 @@ class UniMatch(TaskPlugin):
         extras = {name: torch.cat([extra, extra[:count]]) for name, extra in features.extras.items()}
         return Features(maps, features.strides, extras)
 
+    def watch(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
+        """The share of an image's pixels that the network is sure of."""
+        ids = self.pseudo_labels(prediction[: len(view.target)])
+        return {"sure": (ids != IGNORE_INDEX).float().mean(dim=(1, 2))}
+
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         weak, *strongs, perturbed = prediction.split(len(view.target))
         ids = self.pseudo_labels(weak)

@@ -76,6 +76,7 @@ def train(
         learner.balancer.start(rng.fold_in(own, step))
         before = [buffer.clone() for buffer in learner.buffers]
         totals: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
         names: list[str] = []
         affinities: dict[str, float] = {}
         for micro in range(config.micro_batches):
@@ -89,9 +90,11 @@ def train(
                     put_back(learner.buffers, before)
                     seed_torch(dropout)
                 means = backward(learner, packed, micro == config.micro_batches - 1, step)
-            for name, loss in means.items():
-                totals[name] = totals.get(name, 0.0) + loss / config.micro_batches
-        losses, stop = agree(learner.processes, totals, wants_stop())
+            for sums, found in ((totals, means), (watched, learner.module.watched)):
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value / config.micro_batches
+        told, stop = agree(learner.processes, {**totals, **watched}, wants_stop())
+        losses = {name: told[name] for name in totals}
         norm = finish_gradients(learner)
         finite = math.isfinite(norm) and all(math.isfinite(loss) for loss in losses.values())
         if finite:
@@ -112,6 +115,7 @@ def train(
         figures = {f"train/{name}/loss": loss for name, loss in losses.items()}
         tasks = learner.module.tasks
         figures["train/loss"] = sum(tasks[name].weight_at(step) * loss for name, loss in losses.items())
+        figures |= {f"train/{name}": told[name] for name in watched}
         figures |= {f"train/{name}/weight": task.weight_at(step) for name, task in tasks.items() if task.ramp}
         if measures_affinity(config, step) and learner.balancer.gram is not None:
             affinities = learner.balancer.affinities(learner.balancer.gram)
@@ -195,11 +199,11 @@ def finish_gradients(learner: Learner) -> float:
     return norm
 
 
-def agree(processes: Processes, losses: Mapping[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
-    """The mean loss of each task over the processes, and whether any of them wants to stop: one reduction, one sync."""
-    mine = torch.stack([*losses.values(), torch.tensor(float(stop), device=processes.device)])
+def agree(processes: Processes, figures: Mapping[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+    """The mean of each figure over the processes, and whether any of them wants to stop: one reduction, one sync."""
+    mine = torch.stack([*figures.values(), torch.tensor(float(stop), device=processes.device)])
     shared = (processes.sum(mine) / processes.world).tolist()
-    return dict(zip(losses, shared, strict=False)), shared[-1] > 0
+    return dict(zip(figures, shared, strict=False)), shared[-1] > 0
 
 
 def seed_torch(key: Tensor) -> None:

@@ -32,6 +32,7 @@ class MultiTask(nn.Module):
         super().__init__()
         self.tasks = weighty(tasks)
         self.encoder = encoder
+        self.watched: dict[str, Tensor] = {}  # what tasks tell of the last batch, each a number: `<task>/<figure>`
         self.frozen = False  # whether the encoder stays as it is
         self._held: list[nn.Parameter] = []  # what of it will learn again
         self.heads = nn.ModuleDict()
@@ -72,6 +73,9 @@ class MultiTask(nn.Module):
         """Per task its losses, `(B,)` float32."""
         predictions = self.predict(views)
         by_task = {name: self.tasks[name].loss(predictions[name].float(), view) for name, view in views.items()}
+        for name, view in views.items():
+            told = self.tasks[name].watch(predictions[name].detach().float(), view)
+            self.watched |= {f"{name}/{figure}": values.mean() for figure, values in told.items()}
         for name, values in by_task.items():
             count = len(views[name].target)
             if values.shape != (count,):

@@ -72,6 +72,8 @@ def test_mean_teacher_is_the_squared_distance_by_the_sure_share() -> None:
     loss = MeanTeacher(confidence=0.9).loss(logits, View(torch.zeros(1, 3, 1, 2), target))
     distance = (2 * 0.49**2 + 2 * 0.1**2) / 2
     assert loss.item() == pytest.approx(0.5 * distance)
+    watched = MeanTeacher(confidence=0.9).watch(logits, View(torch.zeros(1, 3, 1, 2), target))
+    assert watched["sure"].tolist() == [0.5]
     assert MeanTeacher(confidence=0.0).loss(logits, View(torch.zeros(1, 3, 1, 2), target)).item() == pytest.approx(
         distance
     )
@@ -115,7 +117,9 @@ def test_unimatch_counts_only_what_it_is_sure_of_and_by_all_pixels() -> None:
     box = torch.zeros(2, 2, 1, 2)
     box[0, 1] = 1  # the second strong view of the first image is all its partner's
     view = View(torch.zeros(6, 3, 1, 2), box)
-    loss = UniMatch().loss(torch.cat([weak, given.flatten(0, 1)]), view)
+    prediction = torch.cat([weak, given.flatten(0, 1)])
+    loss = UniMatch().loss(prediction, view)
+    assert UniMatch().watch(prediction, view)["sure"].tolist() == [0.5, 0.5]
 
     def of(logits: Tensor, label: int) -> Tensor:
         return F.cross_entropy(logits[None, :, 0, 0], torch.tensor([label])) / 2  # the other pixel is not sure

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretext.denoise import Denoise
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.norm.layers import SwitchNorm2d
@@ -20,6 +21,7 @@ from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.start import build_module, find_start
+from ssl_seg.tasks import View
 from ssl_seg.training.config import TrainConfig, due, lr_at
 from ssl_seg.training.learner import Learner, build_optimizer, layers_above, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
@@ -54,6 +56,24 @@ def test_the_weight_on_a_ramp_is_what_the_loss_has_and_is_told() -> None:
         expected = told["train/denoise/weight"] * told["train/denoise/loss"] + told["train/rotate/loss"]
         assert told["train/loss"] == pytest.approx(expected)
         assert "train/rotate/weight" not in told
+
+
+@pytest.mark.parametrize("encode", ["together", "in_turn"])
+def test_what_a_task_watches_is_the_mean_over_the_whole_batch(encode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watch(self: Denoise, prediction: torch.Tensor, view: View) -> dict[str, torch.Tensor]:
+        assert not prediction.requires_grad
+        seen.append(view.input.mean(dim=(1, 2, 3)))
+        return {"light": seen[-1]}
+
+    monkeypatch.setattr(Denoise, "watch", watch)
+    learner, sources = make(steps=2, accumulate=2, encode=encode)
+    told = [step.metrics for step in run(learner, sources)]
+    means = [torch.cat(seen[place : place + 2]).mean().item() for place in (0, 2)]
+    assert [own["train/denoise/light"] for own in told] == pytest.approx(means)
+    assert means[0] != means[1]
+    assert "train/inpaint/light" not in told[0]
 
 
 def test_cosine_equals_torch_after_the_warm_up() -> None:
