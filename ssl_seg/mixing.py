@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssl_seg import rng
 from ssl_seg.losses import IGNORE_INDEX
@@ -38,13 +39,35 @@ def classmix_mask(key: Tensor, label: Tensor) -> Tensor:
 
     Of a label that shows one class there is none. ClassMix: Olsson et al., WACV 2021.
     """
+    shown = _pixels(label) > 0
+    return _drawn(key, label, shown, shown.sum(dim=1, keepdim=True) // 2)
+
+
+def copy_paste_mask(key: Tensor, label: Tensor) -> Tensor:
+    """The pixels of half of the classes that each label `(B, H, W)` shows beside its commonest, rounded up.
+
+    Bool `(B, 1, H, W)`; of a label that shows one class there is none. Objects without their ground, as in Ghiasi et al.,
+    "Simple copy-paste is a strong data augmentation method for instance segmentation", CVPR 2021, which knows them one
+    by one; here they stay in their place and size.
+    """
+    pixels = _pixels(label)
+    shown = (pixels > 0).scatter(1, pixels.argmax(dim=1, keepdim=True), False)
+    return _drawn(key, label, shown, (shown.sum(dim=1, keepdim=True) + 1) // 2)
+
+
+def _pixels(label: Tensor) -> Tensor:
+    """How many pixels of each id a label shows, `(B, 255)`; those that are ignored are not counted."""
     ids = label.flatten(1)
-    shown = torch.zeros(len(ids), IGNORE_INDEX + 1, dtype=torch.bool, device=label.device).scatter(1, ids, True)
-    shown[:, IGNORE_INDEX] = False
-    drawn = rng.uniform(rng.fold_in(key, "classes"), (IGNORE_INDEX + 1,)).where(shown, 1.0)  # those not shown come last
-    place = drawn.argsort(dim=1, stable=True).argsort(dim=1)
-    chosen = place < shown.sum(dim=1, keepdim=True) // 2
-    return chosen.gather(1, ids).view_as(label).unsqueeze(1)
+    ones = torch.ones_like(ids, dtype=torch.int32)
+    return ones.new_zeros(len(ids), IGNORE_INDEX + 1).scatter_add(1, ids, ones)[:, :IGNORE_INDEX]
+
+
+def _drawn(key: Tensor, label: Tensor, shown: Tensor, count: Tensor) -> Tensor:
+    """The pixels of `count` `(B, 1)` of the classes `shown` `(B, 255)`."""
+    drawn = rng.uniform(rng.fold_in(key, "classes"), (IGNORE_INDEX + 1,))[:, :IGNORE_INDEX].where(shown, 1.0)
+    place = drawn.argsort(dim=1, stable=True).argsort(dim=1)  # those not shown come last
+    chosen = F.pad(place < count, (0, 1))  # 255 is never one of them
+    return chosen.gather(1, label.flatten(1)).view_as(label).unsqueeze(1)
 
 
 def _within(side: int, length: Tensor, drawn: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssl_seg import losses, rng
 from ssl_seg.config import Config, explain
-from ssl_seg.mixing import classmix_mask, cutmix_mask
+from ssl_seg.mixing import classmix_mask, copy_paste_mask, cutmix_mask
 from ssl_seg.models import EncoderSpec
 from ssl_seg.tasks import Batch, Predict, Stream, Task, View, partners
 
@@ -76,8 +76,9 @@ class Segment(Task):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # of cross-entropy; 0.1 is usual
     hardest: float = Field(default=1.0, gt=0, le=1)  # of cross-entropy: the share of an image's pixels that count
     # What is pasted from an image's partner, with its labels. cutmix: a box (Yun et al., ICCV 2019); classmix: all
-    # pixels of half of the partner's classes, drawn at random (Olsson et al., WACV 2021).
-    mix: Literal["cutmix", "classmix"] | None = None
+    # pixels of half of the partner's classes, drawn at random (Olsson et al., WACV 2021); copy_paste: the same without
+    # the class that the partner shows most (Ghiasi et al., CVPR 2021).
+    mix: Literal["cutmix", "classmix", "copy_paste"] | None = None
     mix_share: float = Field(default=0.5, ge=0, le=1)  # of the images; a half, as CutMix on CIFAR: the rest stay whole
 
     @model_validator(mode="after")
@@ -91,7 +92,7 @@ class Segment(Task):
             if not self.cross_entropy and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: changes cross_entropy, whose weight is 0; give it a weight, or drop {key}")
         if self.mix is None and "mix_share" in self.model_fields_set:
-            raise ValueError("mix_share: nothing is mixed; give mix=cutmix or classmix, or drop it")
+            raise ValueError("mix_share: nothing is mixed; give mix=cutmix, classmix or copy_paste, or drop it")
         given = self.class_weights
         if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
             raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
@@ -137,7 +138,8 @@ class Segment(Task):
         if self.mix == "cutmix":
             pasted = cutmix_mask(key, (image.shape[-2], image.shape[-1]))  # (B, 1, H, W)
         else:
-            pasted = classmix_mask(key, beside)
+            mask = classmix_mask if self.mix == "classmix" else copy_paste_mask
+            pasted = mask(key, beside)
         pasted = pasted & (rng.uniform(rng.fold_in(key, "share"), (1, 1, 1)) < self.mix_share)
         return View(torch.where(pasted, partners(image), image), torch.where(pasted[:, 0], beside, label))
 

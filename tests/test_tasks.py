@@ -16,7 +16,7 @@ from pretext.inpaint import Inpaint
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
 from ssl_seg.config import Config, UserError, load
-from ssl_seg.mixing import classmix_mask
+from ssl_seg.mixing import classmix_mask, copy_paste_mask
 from ssl_seg.models import EncoderNet, EncoderSpec, Features, evaluating
 from ssl_seg.rng import seeded
 from ssl_seg.segment import Segment
@@ -269,7 +269,7 @@ def coded(count: int, classes: int = 4) -> Batch:
     return Batch(image, rng.fold_in(rng.as_key(1), torch.arange(count)), label)
 
 
-@pytest.mark.parametrize("mix", ["cutmix", "classmix"])
+@pytest.mark.parametrize("mix", ["cutmix", "classmix", "copy_paste"])
 def test_what_is_pasted_from_the_partner_brings_its_labels(mix):
     some = coded(32)
     task = Segment(num_classes=4, mix=mix, mix_share=1.0)
@@ -283,7 +283,7 @@ def test_what_is_pasted_from_the_partner_brings_its_labels(mix):
     assert pasted.flatten(1).any(dim=1).float().mean() > 0.9
     assert torch.equal(view.target, torch.where(pasted, partners(some.label), some.label))
     assert view.target.dtype == torch.int64
-    if mix == "classmix":  # whole classes of the partner
+    if mix != "cutmix":  # whole classes of the partner
         for own_pasted, other in zip(pasted, partners(some.label), strict=True):
             assert torch.equal(own_pasted, torch.isin(other, other[own_pasted]))
     # The originals are as they were, and a pair by itself gives what it gives in the batch.
@@ -309,7 +309,25 @@ def test_classmix_pastes_whole_classes_half_of_those_that_are_shown():
     assert not classmix_mask(key, torch.full_like(label, 255)).any()
 
 
-@pytest.mark.parametrize("mix", ["cutmix", "classmix"])
+def test_copy_paste_leaves_out_the_class_that_is_shown_most():
+    label = coded(64).label
+    key = rng.fold_in(rng.as_key(5), torch.arange(64))
+    pasted = copy_paste_mask(key, label)[:, 0]
+    for mask, ids in zip(pasted, label, strict=True):
+        counts = torch.bincount(ids[ids != 255])
+        chosen, others = set(ids[mask].tolist()), set(counts.nonzero().flatten().tolist()) - {counts.argmax().item()}
+        assert chosen <= others
+        assert len(chosen) == (len(others) + 1) // 2
+        assert not chosen & set(ids[~mask].tolist())
+    two = (label == 1).long()  # an object and its ground
+    two[:, :2, :2] = 255
+    rarer = torch.where((two == 1).sum(dim=(1, 2)) <= (two == 0).sum(dim=(1, 2)), 1, 0)
+    assert torch.equal(copy_paste_mask(key, two)[:, 0], two == rarer.view(-1, 1, 1))
+    assert not copy_paste_mask(key, torch.full_like(label, 3)).any()
+    assert not copy_paste_mask(key, torch.full_like(label, 255)).any()
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "classmix", "copy_paste"])
 def test_a_share_of_the_images_is_mixed_and_mixing_is_off_by_default(mix):
     some = coded(400)
     changed = []
