@@ -46,9 +46,9 @@ def classmix_mask(key: Tensor, label: Tensor) -> Tensor:
 def copy_paste_mask(key: Tensor, label: Tensor) -> Tensor:
     """The pixels of half of the classes that each label `(B, H, W)` shows beside its commonest, rounded up.
 
-    Bool `(B, 1, H, W)`; of a label that shows one class there is none. Objects without their ground, as in Ghiasi et al.,
-    "Simple copy-paste is a strong data augmentation method for instance segmentation", CVPR 2021, which knows them one
-    by one; here they stay in their place and size.
+    Bool `(B, 1, H, W)`; of a label that shows one class there is none. Objects without their ground: Ghiasi et al.,
+    "Simple copy-paste is a strong data augmentation method for instance segmentation", CVPR 2021, where they are known
+    one by one; here they stay in their place and size.
     """
     pixels = _pixels(label)
     shown = (pixels > 0).scatter(1, pixels.argmax(dim=1, keepdim=True), False)
