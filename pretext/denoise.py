@@ -11,11 +11,10 @@ from typing import Annotated, Literal, Self, get_args
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_seg import losses, metrics, rng
-from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import DenseTask, View
+from ssl_seg.tasks import PictureTask, View
 
 Noise = Literal["gaussian", "poisson", "speckle", "salt_and_pepper"]
 MID_GREY = 0.5
@@ -23,7 +22,7 @@ EXACT_RATE = 4.0  # mean counts up to here are drawn by the inverse CDF, from he
 EXACT_COUNTS = 18  # a mean of 4 gives more than 18 five times in 10^8 draws
 
 
-class Denoise(DenseTask):
+class Denoise(PictureTask):
     """Predict the clean image, or the noise, of a noisy one.
 
     The noisy image is clipped to [0, 1] as a camera's is: what the network sees is then a picture, and "the noise" is
@@ -49,6 +48,8 @@ class Denoise(DenseTask):
     def _check_sigma(self) -> Self:
         if not self.sigma[0] <= self.sigma[1] <= MID_GREY:
             raise ValueError(f"sigma is [low, high] with 0 < low <= high <= 0.5, not {list(self.sigma)}")
+        if self.relative and self.target == "noise":
+            raise ValueError("relative: is for target: clean; what is left of the noise does not tell the contrast")
         return self
 
     @property
@@ -62,7 +63,7 @@ class Denoise(DenseTask):
         return math.sqrt((low * low + low * high + high * high) / 3.0)
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
-        sigma = rng.uniform(rng.fold_in(key, "sigma"), (1, 1, 1), *self.sigma)
+        sigma = rng.uniform(rng.fold_in(key, "sigma"), (1, 1, 1), *self.sigma) * self.contrast(image)
         kind = rng.randint(rng.fold_in(key, "kind"), (1, 1, 1), 0, len(self.kinds))
         noisy = image
         for number, name in enumerate(self.kinds):
@@ -72,11 +73,9 @@ class Denoise(DenseTask):
             return View(noisy, (noisy - image) / self.scale)
         return View(noisy, image)
 
-    def head(self, encoder: EncoderSpec) -> nn.Module:
-        return self.dense(encoder, 3)
-
     def loss(self, prediction: Tensor, view: View) -> Tensor:
-        unit = self.scale if self.target == "clean" else 1.0  # the noise is in that unit already
+        # The noise is in that unit already.
+        unit = self.scale * self.contrast(view.target) if self.target == "clean" else 1.0
         return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:

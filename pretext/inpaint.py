@@ -11,11 +11,10 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_seg import losses, metrics, rng
-from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import DenseTask, View
+from ssl_seg.tasks import PictureTask, View
 
 # The root mean square distance of a hole's pixels from the mean colour of what is left, over 200 images of BSDS500
 # (0.21 for every shape). Errors are measured in it: a squared error of 1 is that of the mean colour.
@@ -25,7 +24,7 @@ LARGEST_TURN = math.pi / 2  # between two segments of a stroke
 THINNEST = 0.75  # pixels, half a stroke's width: any point of the image is that near to the centre of a pixel
 
 
-class Inpaint(DenseTask):
+class Inpaint(PictureTask):
     """Predict the whole image from one with holes; the loss counts most inside the holes.
 
     Every sample has an erased pixel (under a grid: where no side is shorter than the grid). The default squares and
@@ -67,11 +66,9 @@ class Inpaint(DenseTask):
         shapes = {"squares": self._squares, "strokes": self._strokes, "grid": self._cells}
         return shapes[self.mask](key, height, width).unsqueeze(1)
 
-    def head(self, encoder: EncoderSpec) -> nn.Module:
-        return self.dense(encoder, 3)
-
     def loss(self, prediction: Tensor, view: View) -> Tensor:
-        return losses.regression(self.distance, prediction / SCALE, view.target / SCALE, view.loss_mask)
+        unit = SCALE * self.contrast(view.target)
+        return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Inside the holes only."""

@@ -11,11 +11,10 @@ from typing import Annotated, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_seg import losses, metrics, rng
-from ssl_seg.models import EncoderSpec
-from ssl_seg.tasks import DenseTask, View
+from ssl_seg.tasks import PictureTask, View
 
 # The root mean square distance of a pixel that has moved from the one that belongs there, over 200 images of BSDS500
 # under the defaults. Errors are measured in it: a squared error of 1 is that of handing the image back.
@@ -23,7 +22,7 @@ SCALE = 0.30
 LARGEST = 1 / 3  # of a patch's side, as a share of the short side: beside any patch there is room for another
 
 
-class Restore(DenseTask):
+class Restore(PictureTask):
     """Predict the image from one in which pairs of patches have been swapped, one pair after the other.
 
     The two patches of a pair never overlap; a later pair may move what an earlier one has brought. Which pixels have
@@ -99,11 +98,9 @@ class Restore(DenseTask):
             seconds.append(torch.where((beside == axis) & (free > 0), second, anywhere))
         return side, (firsts[0], firsts[1]), (seconds[0], seconds[1])
 
-    def head(self, encoder: EncoderSpec) -> nn.Module:
-        return self.dense(encoder, 3)
-
     def loss(self, prediction: Tensor, view: View) -> Tensor:
-        return losses.regression(self.distance, prediction / SCALE, view.target / SCALE, view.loss_mask)
+        unit = SCALE * self.contrast(view.target)
+        return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Where another pixel is shown than belongs there; and how near the image as it was given is there."""

@@ -21,6 +21,8 @@ from ssl_seg.models import DecoderKind, DenseHead, EncoderSpec, Features
 
 Stream = Literal["pool", "labelled"]
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to a head's prediction, float32, no gradient
+SPREAD = 0.21  # of a photograph's pixels about its mean colour: the root mean square over 200 images of BSDS500
+LEAST_CONTRAST = 0.1
 PAIR = 2  # images: what stays together where a task mixes
 
 
@@ -188,6 +190,28 @@ class DenseTask(PretextTask, ABC):
     def dense(self, encoder: EncoderSpec, out_channels: int, stride: int = 1) -> DenseHead:
         """The head that draws `out_channels` at `stride`, by the decoder that was asked for."""
         return encoder.dense(out_channels, stride, self.decoder)
+
+
+class PictureTask(DenseTask, ABC):
+    """A pretext task whose answer is the image itself, as it was before the task spoilt it."""
+
+    since_0_1: ClassVar[tuple[str, ...]] = (*DenseTask.since_0_1, "relative")
+    # Whether errors, and noise that is added, are in units of each image's own contrast. Else in a pool of mixed kinds
+    # those of high contrast make nearly all of the loss, and noise buries what is faint, as in fluorescence.
+    relative: bool = False
+
+    def head(self, encoder: EncoderSpec) -> nn.Module:
+        return self.dense(encoder, 3)
+
+    def contrast(self, image: Tensor) -> Tensor | float:
+        """`(B, 1, 1, 1)`: how far clean images `(B, 3, H, W)` spread about their mean colour, over photographs' spread.
+
+        A tenth at least: what is flat has no contrast to be measured in. 1 unless the task is `relative`.
+        """
+        if not self.relative:
+            return 1.0
+        spread = image.var(dim=(2, 3), keepdim=True, correction=0).mean(dim=1, keepdim=True).sqrt()
+        return (spread / SPREAD).clamp(min=LEAST_CONTRAST)
 
 
 def partners(rows: Tensor) -> Tensor:

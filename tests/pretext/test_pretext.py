@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretext.denoise import Denoise, add_noise, poisson
 from pretext.inpaint import Inpaint
+from pretext.restore import Restore
 from pretext.rotate import Rotate
 from ssl_seg import losses, rng
 from ssl_seg.models import EncoderSpec, Features, ModelConfig
@@ -57,6 +58,8 @@ BUILT_IN = [
     Inpaint(mask="grid", grid=2, share=0.01),
     *[Inpaint(distance=distance) for distance in DISTANCES[1:]],
     Inpaint(mask="grid", share=0.75, decoder="light"),
+    Inpaint(relative=True),
+    Denoise(relative=True, noise=("gaussian", "poisson")),
     Denoise(decoder="deep"),
     Denoise(decoder="light"),
     Rotate(),
@@ -438,6 +441,32 @@ def test_handing_the_noisy_image_back_costs_one():
     assert task.loss(view.input, view).mean().item() == pytest.approx(1.0, abs=0.05)
 
 
+def faint(*contrasts: float) -> Tensor:
+    """One picture, at several contrasts about mid-grey."""
+    return 0.5 + (pictures(1) - 0.5) * torch.tensor(contrasts).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("task", [Inpaint(), Inpaint(mask="grid"), Restore()], ids=repr)
+def test_what_is_relative_costs_the_same_whatever_the_contrast(task):
+    images, key = faint(1.0, 0.5, 0.2), keys(1).expand(3)
+    for own, is_relative in ((task, False), (task.model_copy(update={"relative": True}), True)):
+        view = own.corrupt(images, key)
+        cost = own.loss(view.input, view)
+        assert torch.allclose(cost, cost[:1].expand(3), rtol=0.01) == is_relative
+    flat = own.corrupt(torch.full_like(images, 0.3), key)
+    assert own.loss(flat.input + 0.1, flat).isfinite().all()
+
+
+def test_relative_noise_is_as_faint_as_the_image_and_weighs_alike():
+    images, key = faint(0.2, 0.1), keys(1).expand(2)
+    task = Denoise(relative=True, sigma=(0.1, 0.1))
+    view = task.corrupt(images, key)
+    strong, weak = (view.input - images).flatten(1)
+    torch.testing.assert_close(weak, strong / 2)
+    assert strong.std().item() == pytest.approx(0.1 * task.contrast(images)[0].item(), rel=0.05)
+    assert task.loss(view.input, view).tolist() == pytest.approx([1.0, 1.0], abs=0.1)
+
+
 def test_several_noises_are_drawn_evenly_per_sample():
     grey = torch.full((300, 3, 8, 8), 0.5)
     view = Denoise(noise=("gaussian", "salt_and_pepper"), sigma=(0.2, 0.2)).corrupt(grey, keys(300))
@@ -456,6 +485,7 @@ def test_several_noises_are_drawn_evenly_per_sample():
         ({"noise": []}, "at least 1"),
         ({"noise": "pepper"}, "salt_and_pepper"),
         ({"distance": "l2"}, "'charbonnier'"),
+        ({"relative": True, "target": "noise"}, "relative: is for target: clean"),
     ],
 )
 def test_denoise_refuses_options_without_meaning(options, words):
