@@ -21,6 +21,7 @@ from ssl_seg.tasks import DenseTask, View
 
 STRIDE = 4  # of the predicted colours, as in the paper: the eye sees less detail in colour than in lightness
 GREYEST = 2 / 255  # of a channel; what rounding makes of grey
+LEAST_SHARE = 1e-6  # of a guess, of colours that the pool does not have
 GRID = 10.0  # ab units between two bins, as in the paper (section 2.1)
 NEIGHBOURS = 5  # bins that share a colour, as in the paper (section 2.1)
 SIGMA = 5.0  # ab units: of the kernel that shares a colour out, and of the one that smooths the pool's colours
@@ -110,6 +111,18 @@ class Colorize(DenseTask):
             weights = bin_weights(self.frequencies, self.uniform).to(surprise)
             surprise = surprise * weights[ids[..., 0]]
         return losses.masked_mean(surprise.unsqueeze(1))
+
+    def guess(self, view: View) -> Tensor:
+        """The colours of the pool, whatever the image; of `target: ab` grey."""
+        if self.target == "ab":
+            return torch.zeros_like(view.target)
+        logits = view.input.new_zeros(len(bins()))
+        if self.frequencies is not None:
+            frequencies = logits.new_tensor(self.frequencies)
+            # Of a weighted cross-entropy the best constant answer is each share by its weight.
+            weights = bin_weights(self.frequencies, self.uniform).to(logits)
+            logits = (frequencies * weights).clamp(min=LEAST_SHARE).log()
+        return logits.view(1, -1, 1, 1).expand(len(view.target), -1, *view.target.shape[-2:])
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """How far the colours are from the true ones, in ab units (2.3 is just noticeable), and how far grey is.

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self, get_args
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssl_seg import losses, metrics, rng
 from ssl_seg.tasks import PictureTask, View
@@ -72,6 +73,11 @@ class Denoise(PictureTask):
         if self.target == "noise":
             return View(noisy, (noisy - image) / self.scale)
         return View(noisy, image)
+
+    def guess(self, view: View) -> Tensor:
+        """A blur by the mean of 3 x 3 pixels."""
+        blurred = F.avg_pool2d(F.pad(view.input, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        return blurred if self.target == "clean" else (view.input - blurred) / self.scale
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         # The noise is in that unit already.

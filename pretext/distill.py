@@ -148,6 +148,10 @@ class Distill(PretextTask):
                 )
         return Projections(encoder, self.taught, self.channels)
 
+    def guess(self, view: View) -> Tensor:
+        """The pool's means."""
+        return torch.zeros_like(view.target)
+
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         """The mean over the maps, each of which counts alike."""
         return torch.stack([losses.regression(self.distance, *pair) for pair in self._pairs(prediction, view)]).mean(0)

@@ -66,6 +66,11 @@ class Inpaint(PictureTask):
         shapes = {"squares": self._squares, "strokes": self._strokes, "grid": self._cells}
         return shapes[self.mask](key, height, width).unsqueeze(1)
 
+    def guess(self, view: View) -> Tensor:
+        """The mean colour of what is left."""
+        hole = view.loss_mask == 1
+        return torch.where(hole, _mean_around(view.target, hole), view.input)
+
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = SCALE * self.contrast(view.target)
         return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
@@ -84,8 +89,7 @@ class Inpaint(PictureTask):
             return rng.uniform(key, tuple(image.shape[1:]))
         if self.fill == "zero":
             return torch.zeros_like(image)
-        visible = torch.where(hole, 0.0, image).sum(dim=(2, 3), keepdim=True)  # (B, 3, 1, 1)
-        return visible / (~hole).sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        return _mean_around(image, hole)
 
     def _squares(self, key: Tensor, height: int, width: int) -> Tensor:
         row, column = _pixels(height, width, key.device)
@@ -134,3 +138,9 @@ def _pixels(height: int, width: int, device: torch.device) -> tuple[Tensor, Tens
     row = torch.arange(height, device=device).view(-1, 1)
     column = torch.arange(width, device=device).view(1, -1)
     return row, column
+
+
+def _mean_around(image: Tensor, hole: Tensor) -> Tensor:
+    """The mean colour `(B, 3, 1, 1)` outside of the holes `(B, 1, H, W)`."""
+    visible = torch.where(hole, 0.0, image).sum(dim=(2, 3), keepdim=True)
+    return visible / (~hole).sum(dim=(2, 3), keepdim=True).clamp(min=1)

@@ -98,6 +98,10 @@ class Restore(PictureTask):
             seconds.append(torch.where((beside == axis) & (free > 0), second, anywhere))
         return side, (firsts[0], firsts[1]), (seconds[0], seconds[1])
 
+    def guess(self, view: View) -> Tensor:
+        """The image as it is given."""
+        return view.input
+
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = SCALE * self.contrast(view.target)
         return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)

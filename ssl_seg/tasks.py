@@ -177,6 +177,13 @@ class PretextTask(TaskPlugin, ABC):
     def head(self, encoder: EncoderSpec) -> nn.Module:
         """A fresh head; its `forward(features, size)` gives the prediction for an input of `size` (H, W)."""
 
+    def guess(self, view: View) -> Tensor | None:
+        """The best prediction that takes no learning: chance, a mean, the input itself. None where none is known.
+
+        Held-out images then also tell `learnt`: 0 for a loss like the guess's, 1 for none at all.
+        """
+        return None
+
 
 class DenseTask(PretextTask, ABC):
     """A pretext task whose answer is a map: it says which decoder draws that."""

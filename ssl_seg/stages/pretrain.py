@@ -58,6 +58,7 @@ from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_encoder, load_encoder
 from ssl_seg.weights.receipt import Receipt
 
+LEAST_LEARNT = 0.02  # of the loss of a guess; jigsaw puzzles of cell nuclei came to 0.00
 PROBED_CLEAN = 64  # of the images of `recalibrate`, before a probe: as exported within 7 %, in a quarter of the time
 
 
@@ -209,6 +210,8 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         selected = restore_best(job, steps) if config.select == "probe" else steps
         # The last step has been evaluated, unless a former start made it.
         scores = latest if latest and selected == steps else score()
+        for line in of_idle_tasks(scores):
+            say(line, quiet)
         # After the scores, whose views are corrupted, and after the last checkpoint: only the export has it.
         if recalibrate(learner, sources["pool"], config.recalibrate):
             say(f"batch statistics of the export are those of {config.recalibrate} clean images", quiet)
@@ -234,6 +237,17 @@ def labelled_of(config: PretrainConfig) -> dict[str, Subset]:
         return {}
     check_images("probe.labelled", rule.labelled)
     return {"labelled": choose_labelled(rule.labelled, rule.labels, rule.holds_out, "probe.labelled")}
+
+
+def of_idle_tasks(scores: Mapping[str, float]) -> list[str]:
+    """A word on each task that knows no more of held-out images than a guess."""
+    learnt = {name.removesuffix("/learnt"): value for name, value in scores.items() if name.endswith("/learnt")}
+    return [
+        f"tasks.{name}: knows no more of data.val than a guess (val/{name}/learnt {value:.2f}), so the encoder has "
+        f"little of it; train longer, or leave it out: tasks.{name}=null"
+        for name, value in learnt.items()
+        if value < LEAST_LEARNT
+    ]
 
 
 def _selected(job: Job, step: int, labelled: Mapping[str, Subset]) -> dict[str, Any]:

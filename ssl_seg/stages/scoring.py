@@ -7,7 +7,7 @@ once at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +34,7 @@ from ssl_seg.training.processes import Processes
 
 SMALLER_IMAGES = "give smaller images, train with data.resize=[H,W], or choose a device with more memory (device=cpu)"
 CROPS = 16  # scored at a time
+GUESS = "guess"  # the figure of a loss that takes no learning
 # Bytes of a pixel, without gradients, that no network is known to exceed: a resnet18 U-Net takes 0.4 kB, swin_base with
 # UPerNet 0.9. A prediction that fits even so is not counted.
 MOST_OF_A_WHOLE_PIXEL = 2**14
@@ -204,16 +205,32 @@ def score_tasks(
                 predictions = module.predict(views)
             for name, view in views.items():
                 prediction = predictions[name].float()
-                figures = {"loss": tasks[name].loss(prediction, view), **tasks[name].metrics(prediction, view)}
+                task = tasks[name]
+                figures = {"loss": task.loss(prediction, view), **task.metrics(prediction, view)}
+                guess = task.guess(view) if isinstance(task, PretextTask) else None
+                figures |= {} if guess is None else {GUESS: task.loss(guess, view)}
                 for figure, values in figures.items():
                     key = f"{name}/{figure}"
-                    sums[key] = sums.get(key, torch.zeros(2, device=device)) + _sum_and_count(values, figure != "loss")
+                    sums[key] = sums.get(key, torch.zeros(2, device=device)) + _sum_and_count(
+                        values, figure not in ("loss", GUESS)
+                    )
     if processes is not None:
         # A process without an image knows no figures; the names come from rank 0, which has the first image.
         keys = processes.from_first(list(sums))
         mine = torch.stack([sums.get(key, torch.zeros(2, device=device)) for key in keys])
         sums = dict(zip(keys, processes.sum(mine), strict=True))
-    return {key: (total / count).item() for key, (total, count) in sums.items()}
+    means = {key: (total / count).item() for key, (total, count) in sums.items()}
+    return dict(_with_learnt(means))
+
+
+def _with_learnt(means: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """In place of the guess's loss how much better than that a task is."""
+    for key, value in means.items():
+        name, _, figure = key.rpartition("/")
+        if figure != GUESS:
+            yield key, value
+        elif value > 0:
+            yield f"{name}/learnt", 1 - means[f"{name}/loss"] / value
 
 
 def pretext_tasks(module: MultiTask) -> Mapping[str, Task]:

@@ -154,6 +154,10 @@ def _check_answer(task: PretextTask, images: Tensor, keys: Tensor, strides: Sequ
         for name, values in task.metrics(answer, view).items():
             assert values.shape == (count,), f"metric '{name}' is {tuple(values.shape)}, not ({count},)"
             assert values.isfinite().all(), f"metric '{name}' is not finite: {values.tolist()}"
+        guess = task.guess(view)
+        if guess is not None:
+            assert guess.shape == answer.shape, f"guess gives {tuple(guess.shape)}, the head {tuple(answer.shape)}"
+            assert task.loss(guess, view).isfinite().all(), "the loss of the guess is not finite"
         for name, picture in {"render": task.render(answer, view), "render_target": task.render_target(view)}.items():
             if picture is not None:
                 assert picture.shape == (count, 3, *size), f"{name} gives {tuple(picture.shape)}, not (B, 3, H, W)"

@@ -567,3 +567,22 @@ def test_the_unweighted_figure_is_that_of_colours_as_frequent_as_they_are():
     regressed = Colorize(target="ab")
     view = regressed.corrupt(images, keys(2))
     assert "ab_error_unweighted" not in regressed.metrics(view.target, view)
+
+
+def test_the_guess_is_the_best_answer_that_does_not_look_at_the_image():
+    images = pictures(24)
+    task = Colorize().prepare(images)
+    view = task.corrupt(images, keys(24))
+    guess = task.guess(view)
+    best = task.loss(guess, view).mean().item()
+    for step in (0.3, -0.3):
+        for some in (0, 150, 308):
+            other = guess.clone()
+            other[:, some] += step
+            assert task.loss(other, view).mean().item() > best - 0.01
+    assert best < task.loss(torch.zeros_like(guess), view).mean().item()
+    grey = Colorize(target="ab")
+    view = grey.corrupt(images, keys(24))
+    assert not grey.guess(view).any()
+    bare = Colorize()
+    assert not bare.guess(bare.corrupt(images, keys(24))).any()

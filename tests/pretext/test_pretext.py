@@ -467,6 +467,29 @@ def test_relative_noise_is_as_faint_as_the_image_and_weighs_alike():
     assert task.loss(view.input, view).tolist() == pytest.approx([1.0, 1.0], abs=0.1)
 
 
+@pytest.mark.parametrize("target", ["clean", "noise"])
+def test_the_guess_of_denoise_is_a_blur_and_beats_the_noisy_image(target):
+    smooth = torch.linspace(0.3, 0.7, 40).expand(8, 3, 32, 40)
+    task = Denoise(target=target)
+    view = task.corrupt(smooth, keys(8))
+    noisy = view.input if target == "clean" else torch.zeros_like(view.input)
+    costs = [task.loss(said, view).mean().item() for said in (task.guess(view), noisy)]
+    assert costs[0] < costs[1] / 5  # a mean of nine pixels
+    assert torch.allclose(task.render(task.guess(view), view), task.guess(view).clamp(0, 1)) or target == "noise"
+
+
+def test_the_guess_of_inpaint_is_the_mean_colour_whatever_fills_the_holes():
+    images = pictures()
+    means = [Inpaint(fill=fill, outside=0.0) for fill in ("mean", "zero", "noise")]
+    guesses = []
+    for task in means:
+        view = task.corrupt(images, keys(3))
+        guesses.append(torch.where(view.loss_mask == 1, task.guess(view), 0.0))
+    assert torch.equal(guesses[0], torch.where(view.loss_mask == 1, means[0].corrupt(images, keys(3)).input, 0.0))
+    assert torch.equal(guesses[0], guesses[1])
+    assert torch.equal(guesses[0], guesses[2])
+
+
 def test_several_noises_are_drawn_evenly_per_sample():
     grey = torch.full((300, 3, 8, 8), 0.5)
     view = Denoise(noise=("gaussian", "salt_and_pepper"), sigma=(0.2, 0.2)).corrupt(grey, keys(300))

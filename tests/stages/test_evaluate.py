@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from ssl_seg import images
 from ssl_seg.config import UserError, load
+from ssl_seg.data.loading import CenterCrops, loader
 from ssl_seg.data.splits import Subset
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence.compare import compare
@@ -29,9 +31,10 @@ from ssl_seg.runs.writer import Run
 from ssl_seg.scores import named_scores, read_image_confusion
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.panels import changed_pictures, error_picture, prediction_panel, task_pictures, write_images
-from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.pretrain import PretrainConfig, of_idle_tasks
 from ssl_seg.stages.scoring import Mirrored, image_confusions, predict_ids, score_tasks
 from ssl_seg.stages.start import build_module
+from ssl_seg.training.multitask import make_views
 from tests.faults import message_of
 from tests.small import Textured, pretraining
 
@@ -117,6 +120,21 @@ def test_task_scores_repeat_and_do_not_depend_on_the_batch() -> None:
     assert score_tasks(module, config.data.val, config.augment, batch_size=1) == pytest.approx(first, rel=1e-4)
     assert {"denoise/loss", "denoise/psnr", "rotate/loss", "rotate/accuracy"} <= set(first)
     assert module.training, "the mode is put back"
+
+
+def test_what_a_task_has_learnt_is_told_against_its_guess() -> None:
+    config = load(PretrainConfig, pretraining())
+    module = build_module(config.model, config.tasks, 0)
+    scores = score_tasks(module, config.data.val, config.augment)
+    assert scores["rotate/learnt"] == pytest.approx(1 - scores["rotate/loss"] / math.log(4), rel=1e-5)
+    (packed,) = loader(CenterCrops(config.data.val, config.augment), [list(range(len(config.data.val)))])
+    view = make_views(module.tasks, {"pool": packed.to(torch.device("cpu"))})["denoise"]
+    task = module.tasks["denoise"]
+    blurred = task.loss(task.guess(view), view).mean().item()
+    assert scores["denoise/learnt"] == pytest.approx(1 - scores["denoise/loss"] / blurred, rel=1e-4)
+    assert not any(name.endswith("/guess") for name in scores)
+    lines = of_idle_tasks({"a/learnt": 0.01, "b/learnt": 0.3, "c/loss": 0.0, "d/learnt": -2.0})
+    assert [line.partition(":")[0] for line in lines] == ["tasks.a", "tasks.d"]
 
 
 def test_pictures_have_a_row_an_image() -> None:
