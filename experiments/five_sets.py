@@ -6,21 +6,30 @@ RAW holds the sets as they are published: `camvid/{images,masks}/train` in the a
 `{nuclei,tiles,roads,wounds}/{pool,labelled,val}/images`, with `masks` beside those of the last two. DATA then has all
 five as `<set>/{pool,labelled,val}/{images,masks}`, small: decoding photographs would take longer than the training.
 
-`first` and `second` are the halves of `val`: what is chosen on the one is told by the other.
+`first` and `second` are the halves of `val`: what is chosen on the one is told by the other. `candidates` are those of
+`labelled` from which experiments draw: of nuclei the forty that `ssl-seg select` names first, since a draw of ten from
+all of them often holds one kind of image alone; of the other sets all. Neither there nor in `pool` is an image that
+shows what is scored.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.cluster import KMeans
 
-from ssl_seg import images
+from ssl_seg import SelectConfig, images, load, select
+from ssl_seg.stages.select import Selected
 
 STREET = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 # Of each set the words that name its masks. The five kinds of defect are one: some are on three images.
@@ -33,6 +42,7 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 SHORTER_SIDE = {"nuclei": 192, "wounds": 160, "roads": 192, "tiles": 160, "camvid": 120}  # pixels
 TRAINED, SCORED = ("0001TP", "0016E5"), ("0006R0",)  # drives of CamVid
+CANDIDATES = {"nuclei": 40}
 GAP = 0.1  # share of the scored drive that lies between its halves: a tenth of its 101 frames is 10 s
 ALIKE = 4  # images of a cluster on average, none of which is parted: photographs of one patient, cuts of one slide
 
@@ -82,6 +92,43 @@ def main() -> None:
             for file in files:
                 _copy(file, file.parents[1] / "masks" / file.name, options.out / name / half, side)
             print(f"{name}, {half}: {len(files)} images")
+        shown = _leaking(options.out, name, "pool")
+        for own in shown:
+            (options.out / name / "pool" / "images" / own).unlink()
+        print(f"{name}, pool: {len(shown)} images show what is scored, and are left out")
+        names = candidates(options.out, name)
+        print(f"{name}, candidates: {len(names)} images")
+
+
+def candidates(data: Path, name: str) -> tuple[str, ...]:
+    """Make the part of `labelled` that labels are drawn from; gives the images' names."""
+    folder = data / name / "labelled"
+    with _chosen(data, name, "labelled") as chosen:
+        names = chosen.names[: CANDIDATES.get(name)]
+    for own, kind in product(names, ("images", "masks")):
+        file = data / name / "candidates" / kind / own
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / kind / own, file)
+    return names
+
+
+def _leaking(data: Path, name: str, part: str) -> list[str]:
+    """The images of a part that show what is scored."""
+    with _chosen(data, name, part) as chosen:
+        return json.loads((chosen.out / "selected.json").read_text())["left_out_as_scored"]
+
+
+@contextmanager
+def _chosen(data: Path, name: str, part: str) -> Iterator[Selected]:
+    """The images of a part in the order of `ssl-seg select`, without those that show what is scored."""
+    pool = {"type": "folder", "images": str(data / name / part / "images")}
+    config = {
+        "data": {"pool": pool, "scored": part_of(data, name, "val")},
+        "count": 10**6,
+        "model": {"encoder": {"name": "tf_efficientnet_lite0", "pretrained": "package"}},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        yield select(load(SelectConfig, config), Path(folder) / "chosen", quiet=True)
 
 
 def halves(part: Path, name: str) -> tuple[list[Path], list[Path]]:
