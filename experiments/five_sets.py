@@ -29,7 +29,6 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from ssl_seg import SelectConfig, images, load, select
-from ssl_seg.stages.select import Selected
 
 STREET = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 # Of each set the words that name its masks. The five kinds of defect are one: some are on three images.
@@ -119,7 +118,7 @@ def _leaking(data: Path, name: str, part: str) -> list[str]:
 
 
 @contextmanager
-def _chosen(data: Path, name: str, part: str) -> Iterator[Selected]:
+def _chosen(data: Path, name: str, part: str) -> Iterator[Any]:
     """The images of a part in the order of `ssl-seg select`, without those that show what is scored."""
     pool = {"type": "folder", "images": str(data / name / part / "images")}
     config = {

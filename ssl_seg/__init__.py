@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "config": ("Config", "Interrupted", "Plugin", "UserError", "load"),
+    "config": ("Config", "Interrupted", "Plugin", "UserError", "load", "merge", "read_words", "unflatten"),
     "data.augment": ("Augment",),
     "data.loading": ("CenterCrops", "loader"),
     "data.splits": ("Labels",),
@@ -34,6 +34,7 @@ _HOMES = {
     "stages.setup": ("Options",),
     "stages.start": ("find_start",),
     "studies.config": ("StudyConfig",),
+    "studies.plan": ("make_plan",),
     "studies.study": ("StudyOptions", "study"),
     "segment": ("Segment",),
     "tasks": ("Batch", "PretextTask", "Task", "TaskPlugin", "View", "partners"),

@@ -78,7 +78,8 @@ def test_a_run_goes_on_as_it_would_have_then(old: Path, name: str, words: tuple[
         # Not to the bit: the fixture was made with the versions of one machine; the lowest are 6e-4 away.
         assert again[step]["train/loss"] == pytest.approx(line["train/loss"], rel=2e-3)
     scores = json.loads((run / "result.json").read_text())["val"]
-    assert scores == pytest.approx(result["val"], rel=1e-3, abs=1e-3)
+    known = {name: value for name, value in scores.items() if not name.endswith("/learnt")}  # which 0.1 did not tell
+    assert known == pytest.approx(result["val"], rel=1e-3, abs=1e-3)
     (start,) = json.loads((run / "run.json").read_text())["resumed"]
     assert start["versions"]["ssl_seg"] == "0.1.0"
 

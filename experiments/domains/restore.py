@@ -16,9 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssl_seg import StudyConfig, load
-from ssl_seg.config import read_words
-from ssl_seg.studies.plan import make_plan
+from ssl_seg import StudyConfig, load, make_plan, read_words
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from scipy.stats import spearmanr
 
 from experiments.five_sets import MASKS, Table, part_of
 from experiments.recipes.run import BASE, LABELS
-from ssl_seg import FinetuneConfig, Options, PretrainConfig, ProbeConfig, finetune, load, pretrain, probe
-from ssl_seg.config import merge
+from ssl_seg import FinetuneConfig, Options, PretrainConfig, ProbeConfig, finetune, load, merge, pretrain, probe
 
 STEPS = (50, 150, 400)
 TUNED_FOR = 200  # steps

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from experiments.five_sets import MASKS, Table, part_of
-from ssl_seg import FinetuneConfig, Options, finetune, load
-from ssl_seg.config import merge, unflatten
+from ssl_seg import FinetuneConfig, Options, finetune, load, merge, unflatten
 
 LABELS = {"camvid": 30}  # of the other sets 10
 SEEDS = 3  # each draws other images, and trains in another order
