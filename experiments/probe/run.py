@@ -124,7 +124,7 @@ def lines(table: Table) -> Iterator[str]:
         for (kind, steps), (loss, probed, tuned) in means.items():
             yield f"{name}, {kind} {steps}: loss {loss:.3f}, probe {probed:.1f}, fine-tuned {tuned:.1f}"
         _, probes, scores = zip(*means.values(), strict=True)
-        found = spearmanr(probes, scores).statistic
+        found, _ = spearmanr(probes, scores)
         yield f"{name}: rank correlation of probe and fine-tuned mIoU {found:.2f}, n = {len(means)}"
 
 

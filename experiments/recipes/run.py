@@ -12,7 +12,6 @@ import argparse
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -81,7 +80,9 @@ def main() -> None:
     table = Table(options.out / "scores.csv", words=3)
     own, processes = options.share
     run = options.out / f"run_{own}"
-    cells = [*product(range(options.seeds), options.levers, options.sets)]
+    sets: list[str] = options.sets
+    levers: list[str] = options.levers
+    cells = [(seed, lever, name) for seed in range(options.seeds) for lever in levers for name in sets]
     for seed, lever, name in cells[own::processes]:
         if table.has(name, lever, seed):
             continue
