@@ -19,7 +19,7 @@ import csv
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -42,6 +42,7 @@ MASKS: dict[str, dict[str, Any]] = {
 SHORTER_SIDE = {"nuclei": 192, "wounds": 160, "roads": 192, "tiles": 160, "camvid": 120}  # pixels
 TRAINED, SCORED = ("0001TP", "0016E5"), ("0006R0",)  # drives of CamVid
 CANDIDATES = {"nuclei": 40}
+IMAGENET = {"name": "tf_efficientnet_lite0", "pretrained": "package"}  # the one network whose weights a package holds
 GAP = 0.1  # share of the scored drive that lies between its halves: a tenth of its 101 frames is 10 s
 ALIKE = 4  # images of a cluster on average, none of which is parted: photographs of one patient, cuts of one slide
 
@@ -51,6 +52,15 @@ def part_of(data: Path, name: str, part: str) -> dict[str, Any]:
     folder = data / name / part
     config = {"type": "folder", "images": str(folder / "images")}
     return config if part == "pool" else {**config, "masks": str(folder / "masks"), **MASKS[name]}
+
+
+def parser_of(doc: str | None, sets: Sequence[str]) -> argparse.ArgumentParser:
+    """What every script that measures on the sets is told: DATA, --out, and --sets, by default `sets`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=[*sets], choices=MASKS)
+    return parser
 
 
 class Table:
@@ -124,7 +134,7 @@ def _chosen(data: Path, name: str, part: str) -> Iterator[Any]:
     config = {
         "data": {"pool": pool, "scored": part_of(data, name, "val")},
         "count": 10**6,
-        "model": {"encoder": {"name": "tf_efficientnet_lite0", "pretrained": "package"}},
+        "model": {"encoder": IMAGENET},
     }
     with tempfile.TemporaryDirectory() as folder:
         yield select(load(SelectConfig, config), Path(folder) / "chosen", quiet=True)

@@ -30,10 +30,10 @@ def main() -> None:
         rows = {row["cell"]: row for row in csv.DictReader(file) if row["status"] == "finished"}
     cells = [cell for cell in plan.cells if cell.id in rows]
     for cell in cells:
-        write(options.out / "cells" / cell.id, "finetune", scores_of(rows[cell.id]))
-    starts = {cell.start for cell in cells if cell.start is not None}
+        write(options.out / cell.place / cell.id, cell.stage, scores_of(rows[cell.id]))
+    starts = [start for start in plan.pretrainings if start.id in {cell.start for cell in cells}]
     for start in starts:
-        write(options.out / "pretrained" / start, "pretrain", {"val": {}})
+        write(options.out / start.place / start.id, start.stage, {"val": {}})
     print(f"{len(cells)} cells of {len(rows)} in the table are of this study, and {len(starts)} pretrainings")
 
 

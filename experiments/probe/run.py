@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from experiments.five_sets import MASKS, Table, part_of
+from experiments.five_sets import IMAGENET, Table, parser_of, part_of
 from experiments.recipes.run import BASE, LABELS
 from ssl_seg import FinetuneConfig, Options, PretrainConfig, ProbeConfig, finetune, load, merge, pretrain, probe
 
 STEPS = (50, 150, 400)
 TUNED_FOR = 200  # steps
 SEEDS = 2  # each draws other labelled images, and trains in another order
-NAME = "tf_efficientnet_lite0"
-IMAGENET = {"name": NAME, "pretrained": "package"}
+NAME = IMAGENET["name"]
 FOUR: dict[str, Any] = {"denoise": {}, "inpaint": {}, "colorize": {}, "jigsaw": {}}
 # By name: what the encoder starts from, and what it learns.
 PRETRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -45,10 +44,7 @@ STARTS: dict[str, dict[str, Any]] = {"scratch": {"name": NAME}, "imagenet": IMAG
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=["nuclei", "wounds", "camvid"], choices=MASKS)
+    parser = parser_of(__doc__, ["nuclei", "wounds", "camvid"])
     parser.add_argument("--kinds", nargs="+", default=[*STARTS, *PRETRAININGS], choices=[*STARTS, *PRETRAININGS])
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="1 3: the second of three side by side")
     options = parser.parse_args()

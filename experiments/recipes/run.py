@@ -8,7 +8,6 @@ of the `second`. Rows that are there are not made again; seed by seed, so a tabl
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,14 @@ from typing import Any
 
 import torch
 
-from experiments.five_sets import MASKS, Table, part_of
+from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of
 from ssl_seg import FinetuneConfig, Options, finetune, load, merge, unflatten
 
 LABELS = {"camvid": 30}  # of the other sets 10
 SEEDS = 3  # each draws other images, and trains in another order
 BASE: dict[str, Any] = {
     "model": {
-        "encoder": {"name": "tf_efficientnet_lite0", "pretrained": "package"},
+        "encoder": IMAGENET,
         "decoder": {"type": "unet", "channels": [128, 64, 48, 32, 24]},
     },
     "segment": {"dice": 1.0},
@@ -67,10 +66,7 @@ LEVERS: dict[str, Mapping[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=[*MASKS], choices=MASKS)
+    parser = parser_of(__doc__, [*MASKS])
     parser.add_argument("--levers", nargs="+", default=[*LEVERS], choices=LEVERS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="1 3: the second of three side by side")

@@ -33,7 +33,7 @@ from ssl_seg.evidence.formatting import (
 )
 from ssl_seg.evidence.pairs import MIN_PAIRS, MIN_STARTS, Shared, Spread
 from ssl_seg.evidence.results import Contrast, Study
-from ssl_seg.evidence.statistics import LEVEL, MAX_NEEDED, detectable, holm, pairs_needed, t_test_p
+from ssl_seg.evidence.statistics import LEVEL, MAX_NEEDED, detectable, holm_where_known, pairs_needed, t_test_p
 from ssl_seg.runs.folder import RunFolder
 
 NAMED = 2  # comparisons that the headline tells one by one; more are counted
@@ -289,11 +289,9 @@ def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
 
 def stand(gains: Sequence[Gain]) -> list[bool]:
     """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
-    compared = {index: t_test_p(gain.independent) for index, gain in enumerate(gains) if gain.n >= MIN_PAIRS}
-    p_values = {index: p for index, p in compared.items() if p is not None}
-    adjusted = holm([*p_values.values()])
-    small = {index for index, p in zip(p_values, adjusted, strict=True) if p <= 1 - gains[index].level}
-    return [index in small and verdict(gain) in TOLD for index, gain in enumerate(gains)]
+    adjusted = holm_where_known([t_test_p(gain.independent) if gain.n >= MIN_PAIRS else None for gain in gains])
+    small = [p is not None and p <= 1 - gain.level for gain, p in zip(gains, adjusted, strict=True)]
+    return [is_small and verdict(gain) in TOLD for gain, is_small in zip(gains, small, strict=True)]
 
 
 def _corrected(gains: Sequence[Gain]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from ssl_seg.config import UserError
 from ssl_seg.evidence.pairs import Changed, Pairs, Spread, independent, of_starts, over_starts
 from ssl_seg.evidence.passport import Passports
-from ssl_seg.evidence.statistics import LEVEL, Interval, bootstrap_t_interval, holm, sign_flip_p, t_interval
+from ssl_seg.evidence.statistics import LEVEL, Interval, bootstrap_t_interval, holm_where_known, sign_flip_p, t_interval
 from ssl_seg.runs.folder import RunFolder, software_of
 from ssl_seg.scores import ImageConfusions, read_image_confusion
 
@@ -249,10 +249,8 @@ class Comparison:
             return ()
         pairs = [(arm, condition) for condition in self.conditions for arm in self.arms]
         found = [gain for arm, condition in pairs if (gain := self.gain(arm, score, condition)) is not None]
-        told = {index: gain.p for index, gain in enumerate(found) if gain.p is not None}
-        for index, adjusted in zip(told, holm([*told.values()]), strict=True):
-            found[index] = replace(found[index], p_holm=adjusted)
-        return tuple(found)
+        adjusted = holm_where_known([gain.p for gain in found])
+        return tuple(replace(gain, p_holm=p) for gain, p in zip(found, adjusted, strict=True))
 
     @cached_property
     def class_gains(self) -> tuple[PairedGain, ...]:

@@ -23,7 +23,7 @@ from ssl_seg.evidence.compare import TIMM
 from ssl_seg.evidence.comparison import Arm, Comparison, Gain, Outcome
 from ssl_seg.evidence.pairs import MIN_STARTS
 from ssl_seg.evidence.passport import differing, passports_in
-from ssl_seg.evidence.statistics import detectable, holm
+from ssl_seg.evidence.statistics import detectable, holm_where_known
 from ssl_seg.runs.folder import RunFolder, as_text, labelled_digest, scores_of
 from ssl_seg.runs.schema import Finite, LeaksShape, Shape
 
@@ -78,10 +78,8 @@ class Study(Comparison):
             arm, other = self.arm(label), self.arm(base)
             alone = replace(self, baselines={arm: other}, bases=(other,), over=base, conditions=conditions)
             found.append(Contrast(alone, arm, alone.over_conditions(arm)))
-        told = {place: own.gain.p for place, own in enumerate(found) if own.gain and own.gain.p is not None}
-        for place, adjusted in zip(told, holm([*told.values()]), strict=True):
-            found[place] = replace(found[place], p_holm=adjusted)
-        return tuple(found)
+        adjusted = holm_where_known([own.gain and own.gain.p for own in found])
+        return tuple(replace(own, p_holm=p) for own, p in zip(found, adjusted, strict=True))
 
 
 def read(folder: str | Path) -> Study:

@@ -167,6 +167,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_where_known(p_values: Sequence[float | None]) -> list[float | None]:
+    """`holm` of those that have a p; None where there is none."""
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
 # ---- over images ----
 
 

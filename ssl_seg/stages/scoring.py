@@ -26,7 +26,7 @@ from ssl_seg.losses import IGNORE_INDEX
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.scores import ImageConfusions, Row
-from ssl_seg.tasks import PretextTask, Task
+from ssl_seg.tasks import PretextTask
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import GIB, available, bytes_of, enough_memory
 from ssl_seg.training.multitask import MultiTask, dealing, make_views
@@ -207,7 +207,7 @@ def score_tasks(
                 prediction = predictions[name].float()
                 task = tasks[name]
                 figures = {"loss": task.loss(prediction, view), **task.metrics(prediction, view)}
-                guess = task.guess(view) if isinstance(task, PretextTask) else None
+                guess = task.guess(view)
                 figures |= {} if guess is None else {GUESS: task.loss(guess, view)}
                 for figure, values in figures.items():
                     key = f"{name}/{figure}"
@@ -233,7 +233,7 @@ def _with_learnt(means: Mapping[str, float]) -> Iterator[tuple[str, float]]:
             yield f"{name}/learnt", 1 - means[f"{name}/loss"] / value
 
 
-def pretext_tasks(module: MultiTask) -> Mapping[str, Task]:
+def pretext_tasks(module: MultiTask) -> Mapping[str, PretextTask]:
     """The tasks by which held-out images are scored and drawn."""
     return {name: task for name, task in module.tasks.items() if isinstance(task, PretextTask)}
 

@@ -72,9 +72,11 @@ class MultiTask(nn.Module):
     def forward(self, views: Mapping[str, View]) -> dict[str, Tensor]:
         """Per task its losses, `(B,)` float32."""
         predictions = self.predict(views)
-        by_task = {name: self.tasks[name].loss(predictions[name].float(), view) for name, view in views.items()}
+        by_task: dict[str, Tensor] = {}
         for name, view in views.items():
-            told = self.tasks[name].watch(predictions[name].detach().float(), view)
+            prediction = predictions[name].float()
+            by_task[name] = self.tasks[name].loss(prediction, view)
+            told = self.tasks[name].watch(prediction.detach(), view)
             self.watched |= {f"{name}/{figure}": values.mean() for figure, values in told.items()}
         for name, values in by_task.items():
             count = len(views[name].target)
