@@ -96,11 +96,12 @@ def answer(found: Comparison) -> Answer:
     gains = [gain for arm in found.arms if (gain := found.over_conditions(arm)) is not None]
     if not gains:
         return _of_study_without_gains(found) if isinstance(found, Study) else _of_runs_without_gains(found)
-    single = [(gain.arm.label, _sentence_of(found, gain)) for gain in gains]
+    contrasts = found.contrasts if isinstance(found, Study) else ()
+    # Beside comparisons that were named beforehand the others are exploratory, and have their interval alone.
+    single = [(gain.arm.label, _sentence_of(found, gain, exact=not contrasts)) for gain in gains]
     single += [(arm.label, words) for arm in found.arms if (words := _why_alone(found, arm, gains))]
     headline = single[0][1] if len(gains) == 1 else _of_many(found, gains)
     below = (*_below(found), *left_open(gains))
-    contrasts = found.contrasts if isinstance(found, Study) else ()
     if contrasts:
         headline = _of_contrasts(contrasts)
         below = (EXPLORATORY, *_below(found), *left_open(own.gain for own in contrasts if own.gain))
@@ -157,8 +158,11 @@ def left_open(gains: Iterable[Gain]) -> tuple[str, ...]:
     )
 
 
-def sentence(gain: Gain, label: str, base: str = SCRATCH, pretrained: bool = True) -> str:
-    """What the paired differences of an arm to its `base` say; an arm may also differ in something else."""
+def sentence(gain: Gain, label: str, base: str = SCRATCH, pretrained: bool = True, exact: bool = True) -> str:
+    """What the paired differences of an arm to its `base` say; an arm may also differ in something else.
+
+    `exact`: with the exact p, where there is one.
+    """
     subject = f"pretraining ({label})" if pretrained else label
     beginning = begun(subject) if pretrained else label  # a name stays as it is
     over = f"{subject} differs from {base} by {points(gain.mean)} points of mIoU"
@@ -171,13 +175,13 @@ def sentence(gain: Gain, label: str, base: str = SCRATCH, pretrained: bool = Tru
         "loss": f"{beginning} lost {size} against {base}",
         "none": f"No gain can be told: {over}",
     }[verdict(gain)]
-    return f"{told} ({certainty(gain)})."
+    return f"{told} ({certainty(gain, exact)})."
 
 
-def certainty(gain: Gain) -> str:
+def certainty(gain: Gain, exact: bool = True) -> str:
     """`95 % interval +0.4 to +2.8, 8 pairs, exact p = 0.016`; of at least 2 pairs."""
-    exact = "" if gain.p is None else f", exact {p_in_words(gain.p)}"
-    return f"{_told_by(gain)}, {gain.n} pairs{_from_these(gain)}{exact}"
+    p = f", exact {p_in_words(gain.p)}" if exact and gain.p is not None else ""
+    return f"{_told_by(gain)}, {gain.n} pairs{_from_these(gain)}{p}"
 
 
 def _told_by(gain: Gain) -> str:
@@ -199,9 +203,9 @@ def _from_these(gain: Gain) -> str:
     return " from this one pretraining" if shared.num_starts == 1 else f" from these {shared.num_starts} pretrainings"
 
 
-def _sentence_of(found: Comparison, gain: Gain) -> str:
+def _sentence_of(found: Comparison, gain: Gain, exact: bool = True) -> str:
     """`sentence`, and where there are several conditions how many tell a gain, a loss or nothing."""
-    told = sentence(gain, gain.arm.label, found.over, found.shows_pretraining(gain.arm))
+    told = sentence(gain, gain.arm.label, found.over, found.shows_pretraining(gain.arm), exact)
     averaged = _averaged(found, len(gain.conditions))
     if not averaged:
         return told
@@ -289,9 +293,18 @@ def _counted(counts: Mapping[str, int], base: str, subject: str) -> str:
 
 def stand(gains: Sequence[Gain]) -> list[bool]:
     """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
-    adjusted = holm_where_known([t_test_p(gain.independent) if gain.n >= MIN_PAIRS else None for gain in gains])
+    compared = [gain for gain in gains if gain.n >= MIN_PAIRS]
+    exact = all(_exact_can_stand(gain, len(compared)) for gain in compared)
+    p_values = [gain.p if exact else t_test_p(gain.independent) for gain in compared]
+    of_compared = iter(holm_where_known(p_values))
+    adjusted = [next(of_compared) if gain.n >= MIN_PAIRS else None for gain in gains]
     small = [p is not None and p <= 1 - gain.level for gain, p in zip(gains, adjusted, strict=True)]
     return [is_small and verdict(gain) in TOLD for gain, is_small in zip(gains, small, strict=True)]
+
+
+def _exact_can_stand(gain: Gain, comparisons: int) -> bool:
+    """Whether the least p that its pairs can have is small enough for so many comparisons."""
+    return gain.p is not None and 2 / 2 ** len(gain.independent) * comparisons <= 1 - gain.level
 
 
 def _corrected(gains: Sequence[Gain]) -> str:

@@ -194,6 +194,20 @@ def test_the_answer_speaks_of_what_was_named_beforehand_alone(tmp_path: Path) ->
     assert "Holm" not in section(page, "gains")
 
 
+def test_what_stands_is_told_by_the_p_of_the_table(tmp_path: Path) -> None:
+    """All eight differences are losses, a few of them large: rare by sign flips, and by Student's t not so rare."""
+    skewed = [-0.002, -0.003, -0.005, -0.008, -0.01, -0.02, -0.045, -0.05]
+    assert 0.05 / 2 < stats.ttest_1samp(skewed, 0).pvalue < 0.05
+    primary = {"contrasts": {"four": "scratch", "joint": "scratch"}, "at": {}}
+    gains = {"four": [skewed], "joint": [[0.01, -0.01] * 4]}
+    write_study(tmp_path, gains, {"labels.count": [5]}, config={"primary": primary})
+    told = answer(results.read(tmp_path))
+    assert told.headline.endswith("Corrected for 2 comparisons, it stands.")
+    assert "8 pairs, exact p = 0.008" in told.headline
+    assert not any("exact" in words for _, words in told.single), "of what is exploratory the intervals alone"
+    assert cells_of(section(page_of(tmp_path), "primary"), "four")[-2:] == ["0.008", "0.016"]
+
+
 def test_what_was_named_and_has_no_pair_yet_is_told(tmp_path: Path) -> None:
     primary = {"contrasts": {"four": "scratch", "joint": "scratch"}, "at": {}}
     write_study(tmp_path, {"four": [GAIN], "joint": [GAIN]}, {"labels.count": [5]}, config={"primary": primary})
