@@ -74,7 +74,7 @@ class Denoise(PictureTask):
             return View(noisy, (noisy - image) / self.scale)
         return View(noisy, image)
 
-    def guess(self, view: View) -> Tensor:
+    def plain(self, view: View) -> Tensor:
         """A blur by the mean of 3 x 3 pixels."""
         blurred = F.avg_pool2d(F.pad(view.input, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         return blurred if self.target == "clean" else (view.input - blurred) / self.scale
@@ -82,7 +82,8 @@ class Denoise(PictureTask):
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         # The noise is in that unit already.
         unit = self.scale * self.contrast(view.target) if self.target == "clean" else 1.0
-        return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
+        answer = self.answer(prediction, view)
+        return losses.regression(self.distance, answer / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Of the reconstruction, whatever the target."""
@@ -91,7 +92,7 @@ class Denoise(PictureTask):
         return {"psnr": metrics.psnr(picture, clean, counted), "mae": metrics.mae(picture, clean, counted)}
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
-        return self._clean(prediction, view).clamp(0.0, 1.0)
+        return self._clean(self.answer(prediction, view), view).clamp(0.0, 1.0)
 
     def render_target(self, view: View) -> Tensor:
         return self._clean(view.target, view).clamp(0.0, 1.0)

@@ -66,23 +66,24 @@ class Inpaint(PictureTask):
         shapes = {"squares": self._squares, "strokes": self._strokes, "grid": self._cells}
         return shapes[self.mask](key, height, width).unsqueeze(1)
 
-    def guess(self, view: View) -> Tensor:
+    def plain(self, view: View) -> Tensor:
         """The mean colour of what is left."""
         hole = view.loss_mask == 1
         return torch.where(hole, _mean_around(view.target, hole), view.input)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = SCALE * self.contrast(view.target)
-        return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
+        answer = self.answer(prediction, view)
+        return losses.regression(self.distance, answer / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Inside the holes only."""
-        picture, hole = prediction.clamp(0.0, 1.0), (view.loss_mask == 1).to(prediction.dtype)
+        picture, hole = self.answer(prediction, view).clamp(0.0, 1.0), (view.loss_mask == 1).to(prediction.dtype)
         return {"psnr": metrics.psnr(picture, view.target, hole), "mae": metrics.mae(picture, view.target, hole)}
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
         """The picture restored: the prediction in the holes, the image itself around them."""
-        return torch.where(view.loss_mask == 1, prediction.clamp(0.0, 1.0), view.input)
+        return torch.where(view.loss_mask == 1, self.answer(prediction, view).clamp(0.0, 1.0), view.input)
 
     def _filling(self, image: Tensor, hole: Tensor, key: Tensor) -> Tensor:
         if self.fill == "noise":

@@ -98,17 +98,18 @@ class Restore(PictureTask):
             seconds.append(torch.where((beside == axis) & (free > 0), second, anywhere))
         return side, (firsts[0], firsts[1]), (seconds[0], seconds[1])
 
-    def guess(self, view: View) -> Tensor:
+    def plain(self, view: View) -> Tensor:
         """The image as it is given."""
         return view.input
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = SCALE * self.contrast(view.target)
-        return losses.regression(self.distance, prediction / unit, view.target / unit, view.loss_mask)
+        answer = self.answer(prediction, view)
+        return losses.regression(self.distance, answer / unit, view.target / unit, view.loss_mask)
 
     def metrics(self, prediction: Tensor, view: View) -> dict[str, Tensor]:
         """Where another pixel is shown than belongs there; and how near the image as it was given is there."""
-        picture = prediction.clamp(0.0, 1.0)
+        picture = self.answer(prediction, view).clamp(0.0, 1.0)
         wrong = (view.input != view.target).any(dim=1, keepdim=True).to(prediction.dtype)
         return {
             "psnr": metrics.psnr(picture, view.target, wrong),
@@ -117,4 +118,4 @@ class Restore(PictureTask):
         }
 
     def render(self, prediction: Tensor, view: View) -> Tensor:
-        return prediction.clamp(0.0, 1.0)
+        return self.answer(prediction, view).clamp(0.0, 1.0)

@@ -202,10 +202,25 @@ class DenseTask(PretextTask, ABC):
 class PictureTask(DenseTask, ABC):
     """A pretext task whose answer is the image itself, as it was before the task spoilt it."""
 
-    since_0_1: ClassVar[tuple[str, ...]] = (*DenseTask.since_0_1, "relative")
+    since_0_1: ClassVar[tuple[str, ...]] = (*DenseTask.since_0_1, "relative", "residual")
     # Whether errors, and noise that is added, are in units of each image's own contrast. Else in a pool of mixed kinds
     # those of high contrast make nearly all of the loss, and noise buries what is faint, as in fluorescence.
     relative: bool = False
+    # Whether the network draws what is missing in the guess that takes no learning, in place of the whole picture: most
+    # of a picture is copied, and a network of strided maps spends its first thousands of steps on learning to copy.
+    # As in Zhang et al., "Beyond a Gaussian denoiser: residual learning of deep CNN for image denoising", TIP 2017.
+    residual: bool = False
+
+    @abstractmethod
+    def plain(self, view: View) -> Tensor:
+        """The best answer that takes no learning, in the units of `view.target`."""
+
+    def answer(self, prediction: Tensor, view: View) -> Tensor:
+        """What the network says, in the units of `view.target`."""
+        return self.plain(view) + prediction if self.residual else prediction
+
+    def guess(self, view: View) -> Tensor:
+        return torch.zeros_like(view.target) if self.residual else self.plain(view)
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
         return self.dense(encoder, 3)

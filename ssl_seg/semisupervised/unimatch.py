@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from ssl_seg import losses, rng
@@ -35,6 +35,9 @@ class UniMatch(TaskPlugin):
     borrowed_head: ClassVar[str | None] = "segment"
     mixes: ClassVar[bool] = True
     confidence: Share = 0.95  # least softmax share of a pseudo-label that counts
+    # Of a Dice loss beside the cross-entropy, as UniMatch's code has for medical images: by pixels alone a class of one
+    # pixel in a hundred has no say.
+    dice: NonNegativeFloat = 0.0
     cutmix: Share = 0.5  # how often a strong view has a box of its partner's
     drop: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # share of the channels left out
 
@@ -68,18 +71,19 @@ class UniMatch(TaskPlugin):
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         weak, *strongs, perturbed = prediction.split(len(view.target))
         ids = self.pseudo_labels(weak)
-        total = PERTURBED * over_all(perturbed, ids)
+        total = PERTURBED * self.distance(perturbed, ids)
         for turn, own in enumerate(strongs):
             box = view.target[:, turn] > 0
-            total = total + STRONG * over_all(own, torch.where(box, partners(ids), ids))
+            total = total + STRONG * self.distance(own, torch.where(box, partners(ids), ids))
         return total
+
+    def distance(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """`(B,)`: cross-entropy over all pixels, so that few that have a label weigh little; and Dice over those."""
+        labelled = (ids != IGNORE_INDEX).float().mean(dim=(1, 2))
+        total = losses.cross_entropy(logits, ids) * labelled
+        return total + self.dice * losses.dice(logits, ids) if self.dice else total
 
     def pseudo_labels(self, weak: Tensor) -> Tensor:
         """The class `(B, H, W)` of each pixel of which the logits `(B, K, H, W)` are sure, else 255."""
         share, ids = weak.detach().softmax(dim=1).max(dim=1)
         return ids.masked_fill(share < self.confidence, IGNORE_INDEX)
-
-
-def over_all(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy per sample over all its pixels: few that have a label weigh little."""
-    return losses.cross_entropy(logits, ids) * (ids != IGNORE_INDEX).float().mean(dim=(1, 2))

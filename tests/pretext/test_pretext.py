@@ -60,6 +60,9 @@ BUILT_IN = [
     Inpaint(mask="grid", share=0.75, decoder="light"),
     Inpaint(relative=True),
     Denoise(relative=True, noise=("gaussian", "poisson")),
+    Denoise(residual=True, relative=True),
+    Denoise(residual=True, target="noise"),
+    Inpaint(residual=True, mask="grid"),
     Denoise(decoder="deep"),
     Denoise(decoder="light"),
     Rotate(),
@@ -488,6 +491,25 @@ def test_the_guess_of_inpaint_is_the_mean_colour_whatever_fills_the_holes():
     assert torch.equal(guesses[0], torch.where(view.loss_mask == 1, means[0].corrupt(images, keys(3)).input, 0.0))
     assert torch.equal(guesses[0], guesses[1])
     assert torch.equal(guesses[0], guesses[2])
+
+
+@pytest.mark.parametrize(
+    "task", [Denoise(), Denoise(target="noise"), Denoise(relative=True), Inpaint(), Inpaint(fill="noise"), Restore()],
+    ids=repr,
+)
+def test_what_is_residual_is_added_to_the_guess(task):
+    own = task.model_copy(update={"residual": True})
+    view = own.corrupt(pictures(), keys(3))
+    whole = pictures(3).flip(0)  # an answer, in the units of the target
+    missing = whole - task.guess(view)
+    torch.testing.assert_close(own.loss(missing, view), task.loss(whole, view))
+    torch.testing.assert_close(own.render(missing, view), task.render(whole, view))
+    figures, same = own.metrics(missing, view), task.metrics(whole, view)
+    assert figures.keys() == same.keys()
+    for name, figure in figures.items():
+        torch.testing.assert_close(figure, same[name])
+    assert not own.guess(view).any(), "to say nothing is the guess"
+    torch.testing.assert_close(own.loss(own.guess(view), view), task.loss(task.guess(view), view))
 
 
 def test_several_noises_are_drawn_evenly_per_sample():

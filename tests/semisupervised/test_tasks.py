@@ -133,3 +133,20 @@ def test_unimatch_counts_only_what_it_is_sure_of_and_by_all_pixels() -> None:
     assert torch.autograd.grad(loss.sum(), weak, allow_unused=True)[0].abs().sum() == 0, "its own labels teach it not"
     none = UniMatch(confidence=1.0).loss(torch.cat([weak * 0.1, given.flatten(0, 1)]), view)
     assert none.tolist() == [0.0, 0.0]
+
+
+def test_dice_gives_what_is_rare_a_say() -> None:
+    """A hundredth of the pixels is of the second class: missing it costs next to nothing, and with Dice half the loss."""
+    ids = torch.zeros(1, 10, 10, dtype=torch.long)
+    ids[0, 0, 0] = 1
+    sure = 20 * F.one_hot(ids, 2).movedim(-1, 1).float()
+    missed = 20 * F.one_hot(torch.zeros_like(ids), 2).movedim(-1, 1).float()
+    view = View(torch.zeros(3, 3, 10, 10), torch.zeros(1, 2, 10, 10))
+    right, wrong = (torch.cat([sure, *[own] * 3]) for own in (sure, missed))
+    plain, both = UniMatch(), UniMatch(dice=2.0)
+    assert both.loss(right, view).item() == pytest.approx(0.0, abs=1e-5)
+    assert both.loss(wrong, view).item() - plain.loss(wrong, view).item() == pytest.approx(2 * 0.5, abs=0.01)
+    unsure = torch.zeros(4, 2, 10, 10, requires_grad=True)
+    nothing = both.loss(unsure, view)
+    assert nothing.item() == 0.0
+    assert torch.autograd.grad(nothing.sum(), unsure)[0].abs().sum() == 0
