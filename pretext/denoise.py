@@ -51,6 +51,8 @@ class Denoise(PictureTask):
             raise ValueError(f"sigma is [low, high] with 0 < low <= high <= 0.5, not {list(self.sigma)}")
         if self.relative and self.target == "noise":
             raise ValueError("relative: is for target: clean; what is left of the noise does not tell the contrast")
+        if self.decoder == "reconstruction" and self.target == "noise":
+            raise ValueError("decoder: reconstruction: is the picture; use target: clean, or decoder: full")
         return self
 
     @property

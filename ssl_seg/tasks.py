@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import NonNegativeFloat, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from ssl_seg.config import Config, Plugin, UserError, known_to_0_1
-from ssl_seg.models import DecoderKind, DenseHead, EncoderSpec, Features
+from ssl_seg.models import DecoderKind, EncoderSpec, Features, ReconstructionHead
 
 Stream = Literal["pool", "labelled"]
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to a head's prediction, float32, no gradient
@@ -192,10 +192,13 @@ class DenseTask(PretextTask, ABC):
     # full: that of the segmentation model, so that fine-tuning can start from it. By its skips fine detail passes the
     # deep layers by: a denoised picture needs little of them. deep cuts the skips, and what is drawn has come through
     # the coarsest map; light is a narrow decoder without skips, for which most of the work is left to the encoder.
-    decoder: DecoderKind = "full"
+    # reconstruction: none, for an encoder that draws the picture itself (encoder stacked).
+    decoder: Literal[DecoderKind, "reconstruction"] = "full"
 
-    def dense(self, encoder: EncoderSpec, out_channels: int, stride: int = 1) -> DenseHead:
+    def dense(self, encoder: EncoderSpec, out_channels: int, stride: int = 1) -> nn.Module:
         """The head that draws `out_channels` at `stride`, by the decoder that was asked for."""
+        if self.decoder == "reconstruction":
+            return ReconstructionHead(encoder, out_channels, stride)
         return encoder.dense(out_channels, stride, self.decoder)
 
 
@@ -210,6 +213,12 @@ class PictureTask(DenseTask, ABC):
     # of a picture is copied, and a network of strided maps spends its first thousands of steps on learning to copy.
     # As in Zhang et al., "Beyond a Gaussian denoiser: residual learning of deep CNN for image denoising", TIP 2017.
     residual: bool = False
+
+    @model_validator(mode="after")
+    def _check_residual(self) -> Self:
+        if self.residual and self.decoder == "reconstruction":
+            raise ValueError("residual: the encoder draws the whole picture (decoder: reconstruction); leave one out")
+        return self
 
     @abstractmethod
     def plain(self, view: View) -> Tensor:

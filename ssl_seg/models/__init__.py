@@ -29,6 +29,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DecoderKind = Literal["full", "deep", "light"]
 LIGHT_WIDTH = 64  # channels of a light decoder; on resnet18 it has a twentieth of the weights of a U-Net
 LIGHT_STRIDE = 4  # of its map, the finest that many decoders have
+RECONSTRUCTION = (
+    "reconstruction"  # the extra of an encoder that draws the image anew: (B, 3, H, W) RGB, padded as it is
+)
 
 
 @dataclass(eq=False)
@@ -120,6 +123,7 @@ class EncoderNet(nn.Module):
 class DecoderNet(nn.Module, ABC):
     """`Features` in, one map `(B, out_channels, h, w)` out, at a resolution that is a whole fraction of the input's."""
 
+    last_kernel: ClassVar[int] = 3  # side of the convolution that a head puts on top, odd; 3 as smp's SegmentationHead
     out_channels: int
 
     @abstractmethod
@@ -160,7 +164,8 @@ class DenseHead(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.deep = deep
-        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
+        kernel = decoder.last_kernel
+        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=kernel, padding=kernel // 2)
         # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
         nn.init.normal_(self.last.weight, std=0.01)
         assert self.last.bias is not None, "a convolution has one unless it is told otherwise"
@@ -194,6 +199,29 @@ class EncoderSpec:
     # fresh weights.
     dense: Callable[..., DenseHead]
     extras: tuple[str, ...] = ()  # names of the outputs beside the maps
+
+
+class ReconstructionHead(nn.Module):
+    """The encoder's own drawing of the image as a task's answer: no decoder, no weights."""
+
+    def __init__(self, encoder: EncoderSpec, out_channels: int, stride: int = 1) -> None:
+        """Raises UserError for an encoder that draws none, and for an answer that is no picture."""
+        super().__init__()
+        if RECONSTRUCTION not in encoder.extras:
+            raise UserError(
+                f"decoder: {RECONSTRUCTION}: model.encoder draws none; choose encoder stacked with halves: 2, or "
+                "decoder: full"
+            )
+        if (out_channels, stride) != (3, 1):
+            raise UserError(
+                f"decoder: {RECONSTRUCTION}: is a picture, and the task asks for {out_channels} channels at stride "
+                f"{stride}; use decoder: full"
+            )
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """`(B, 3, H, W)` for an input of `size` (H, W)."""
+        height, width = size
+        return features.extras[RECONSTRUCTION][..., :height, :width]
 
 
 class Encoder(Plugin, ABC):

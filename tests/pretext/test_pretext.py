@@ -531,6 +531,7 @@ def test_several_noises_are_drawn_evenly_per_sample():
         ({"noise": "pepper"}, "salt_and_pepper"),
         ({"distance": "l2"}, "'charbonnier'"),
         ({"relative": True, "target": "noise"}, "relative: is for target: clean"),
+        ({"residual": True, "decoder": "reconstruction"}, "residual: the encoder draws the whole picture"),
     ],
 )
 def test_denoise_refuses_options_without_meaning(options, words):
