@@ -121,9 +121,29 @@ class DecoderNet(nn.Module, ABC):
     """`Features` in, one map `(B, out_channels, h, w)` out, at a resolution that is a whole fraction of the input's."""
 
     out_channels: int
+    last_kernel: ClassVar[int] = 3  # of the last layer; smp's SegmentationHead has 3
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor: ...
+
+    def last_layer(self, out_channels: int) -> nn.Module:
+        """A fresh last layer, from this decoder's map to one prediction a pixel; each head has its own.
+
+        It may enlarge the map, as a published network's transposed convolution does. Start it by `near_zero`.
+        """
+        padding = self.last_kernel // 2
+        return near_zero(nn.Conv2d(self.out_channels, out_channels, kernel_size=self.last_kernel, padding=padding))
+
+
+def near_zero(layer: nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+    """The layer with weights near 0, as in RetinaNet (Lin et al. 2017).
+
+    The first loss is then that of a flat answer, not of a random one.
+    """
+    nn.init.normal_(layer.weight, std=0.01)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 class LightNet(DecoderNet):
@@ -160,11 +180,7 @@ class DenseHead(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.deep = deep
-        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
-        # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
-        nn.init.normal_(self.last.weight, std=0.01)
-        assert self.last.bias is not None, "a convolution has one unless it is told otherwise"
-        nn.init.zeros_(self.last.bias)
+        self.last = decoder.last_layer(out_channels)
         self.stride = stride
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
