@@ -166,6 +166,29 @@ def lovasz(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX) -> T
     return torch.where(wrong, torch.nan, _mean_of_present(per_class, truth))
 
 
+def binary(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """`(B,)`, as `cross_entropy`: the mean over the classes of each one's own question, this class or the rest.
+
+    Binary cross-entropy of the sigmoid of a class's logit. The classes do not compete for a share of 1, as they do in a
+    softmax; the largest logit is the answer all the same.
+    """
+    outputs, truth, counted, wrong = _against_the_rest(logits, label, ignore_index)
+    values = F.binary_cross_entropy_with_logits(outputs, truth, reduction="none").mean(dim=1)
+    return torch.where(wrong, torch.nan, _weighted_mean(values, label, counted, None))
+
+
+def smooth_l1(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX, beta: float = 1.0) -> Tensor:
+    """`(B,)`, as `binary`: the mean over the classes of how far the output itself lies from 1 (this class) or 0.
+
+    Segmentation as a regression: Girshick, "Fast R-CNN", ICCV 2015, section 2.3, where `beta` is 1: below that the
+    error is squared, above it counts by its size. Of the outputs as they are and not of softmax shares, since a share
+    has no slope where the network is sure and wrong; and an output aims at 1, so the largest is still the answer.
+    """
+    outputs, truth, counted, wrong = _against_the_rest(logits, label, ignore_index)
+    values = F.smooth_l1_loss(outputs, truth, reduction="none", beta=beta).mean(dim=1)
+    return torch.where(wrong, torch.nan, _weighted_mean(values, label, counted, None))
+
+
 def _counted(label: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Which pixels count, and which samples `(B,)` hold an id that is neither a class nor ignored."""
     in_range = (label >= 0) & (label < num_classes)
@@ -198,6 +221,18 @@ def _by_class(logits: Tensor, label: Tensor, counted: Tensor) -> tuple[Tensor, T
     shares = logits.softmax(dim=1).flatten(2) * counts
     ids = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1)
     return shares, (label.flatten(1).unsqueeze(1) == ids) & counts
+
+
+def _against_the_rest(logits: Tensor, label: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs and one-hot truth `(B, K, ...)`, both 0 at pixels that do not count, and what `_counted` gives."""
+    outputs = _full_precision(logits)
+    num_classes = outputs.shape[1]
+    counted, wrong = _counted(label, num_classes, ignore_index)
+    counts = counted.unsqueeze(1)
+    ids = torch.arange(num_classes, device=label.device).view(1, -1, *[1] * (label.ndim - 1))
+    truth = (label.unsqueeze(1) == ids) & counts
+    # Before the distance: behind it, the gradient of an output that is not finite would be 0 times infinity.
+    return torch.where(counts, outputs, 0.0), truth.to(outputs.dtype), counted, wrong
 
 
 def _mean_of_present(per_class: Tensor, truth: Tensor) -> Tensor:

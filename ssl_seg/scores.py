@@ -188,6 +188,11 @@ def named_scores(scores: SegmentationScores, class_names: Sequence[str]) -> dict
     return {name: None if math.isnan(value) else value for name, value in named.items()}
 
 
+def names_share(figure: str, class_names: Sequence[str]) -> bool:
+    """Whether `ImageConfusions.named` has a share of this name: all of them but the number of classes."""
+    return figure in ("miou", "accuracy", f"{BAND}/miou", *(f"iou/{name}" for name in class_names))
+
+
 def split_digest(rows: Sequence[Row]) -> str:
     """What tells a set of scored images from another: names, pixels and labels, in the data set's order."""
     hashed = hashlib.sha256()

@@ -57,6 +57,9 @@ class Segment(Task):
         "tversky",
         "tversky_beta",
         "lovasz",
+        "binary",
+        "smooth_l1",
+        "smooth_l1_beta",
         "label_smoothing",
         "hardest",
         "mix",
@@ -70,6 +73,9 @@ class Segment(Task):
     tversky: NonNegativeFloat = 0.0
     tversky_beta: float = Field(default=0.7, ge=0, le=1)  # what a missed pixel costs, one too many 1 - that; theirs
     lovasz: NonNegativeFloat = 0.0
+    binary: NonNegativeFloat = 0.0  # cross-entropy of each class's sigmoid against the rest
+    smooth_l1: NonNegativeFloat = 0.0  # of the outputs themselves against 1 for the own class and 0 for the others
+    smooth_l1_beta: PositiveFloat = 1.0  # below this error it is squared; Girshick's (2015), and torch's
     # Of cross-entropy and focal: weights per class, or "median" for median frequency balancing (Eigen and Fergus, ICCV
     # 2015, section 6.3.2), or a mapping that weakens it.
     class_weights: ClassWeights = None
@@ -83,7 +89,7 @@ class Segment(Task):
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
-        named = ("cross_entropy", "dice", "focal", "tversky", "lovasz")
+        named = ("cross_entropy", "dice", "focal", "tversky", "lovasz", "binary", "smooth_l1")
         if not any(getattr(self, name) for name in named):
             raise ValueError(
                 f"the weights of {', '.join(named)} are all 0, so nothing is learnt; give one of them a weight"
@@ -163,4 +169,8 @@ class Segment(Task):
             total = total + self.tversky * losses.tversky(prediction, label, beta=self.tversky_beta)
         if self.lovasz:
             total = total + self.lovasz * losses.lovasz(prediction, label)
+        if self.binary:
+            total = total + self.binary * losses.binary(prediction, label)
+        if self.smooth_l1:
+            total = total + self.smooth_l1 * losses.smooth_l1(prediction, label, beta=self.smooth_l1_beta)
         return total

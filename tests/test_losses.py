@@ -41,6 +41,9 @@ OBJECTIVES = {
     "focal of a root": partial(losses.focal, gamma=0.5),
     "tversky": losses.tversky,
     "lovasz": losses.lovasz,
+    "binary": losses.binary,
+    "smooth_l1": losses.smooth_l1,
+    "smooth_l1 of a small beta": partial(losses.smooth_l1, beta=0.1),
 }
 each_objective = pytest.mark.parametrize("loss", OBJECTIVES.values(), ids=OBJECTIVES)
 seeds = st.integers(0, 2**31 - 1)
@@ -329,6 +332,74 @@ def test_lovasz_of_hard_answers_is_one_minus_iou() -> None:
     assert losses.lovasz(logits, label).item() == pytest.approx(1 - iou, abs=1e-5)
 
 
+def one_hot(label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """The counted pixels, and their truth `(N, K)`."""
+    counted = label != 255
+    return counted, F.one_hot(label[counted], classes).float()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, classes=st.integers(2, 6))
+def test_binary_of_each_sample_equals_torch_and_so_does_its_gradient(seed: int, classes: int) -> None:
+    logits, label = random_logits_and_label(seed, classes)
+    logits.requires_grad_()
+    ours = losses.binary(logits, label)
+    expected = []
+    for i in range(3):
+        counted, truth = one_hot(label[i], classes)
+        expected.append(F.binary_cross_entropy_with_logits(logits[i].movedim(0, -1)[counted], truth))
+    assert torch.allclose(ours, torch.stack(expected), rtol=1e-5, atol=1e-6)
+    (own,) = torch.autograd.grad(ours.sum(), logits)
+    (other,) = torch.autograd.grad(torch.stack(expected).sum(), logits)
+    assert torch.allclose(own, other, rtol=1e-4, atol=1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, beta=st.floats(0.05, 3.0))
+def test_smooth_l1_of_each_sample_equals_torch_and_so_does_its_gradient(seed: int, beta: float) -> None:
+    logits, label = random_logits_and_label(seed)
+    logits.requires_grad_()
+    ours = losses.smooth_l1(logits, label, beta=beta)
+    expected = []
+    for i in range(3):
+        counted, truth = one_hot(label[i], 5)
+        expected.append(F.smooth_l1_loss(logits[i].movedim(0, -1)[counted], truth, beta=beta))
+    assert torch.allclose(ours, torch.stack(expected), rtol=1e-5, atol=1e-6)
+    (own,) = torch.autograd.grad(ours.sum(), logits)
+    (other,) = torch.autograd.grad(torch.stack(expected).sum(), logits)
+    assert torch.allclose(own, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_least_of_both_is_the_truth() -> None:
+    _, label = random_logits_and_label(15, ignored=0.0)
+    truth = F.one_hot(label, 5).permute(0, 3, 1, 2).float()
+    assert not losses.smooth_l1(truth, label).any()
+    assert losses.binary(100.0 * (2.0 * truth - 1.0), label).max() < 1e-6
+    assert losses.smooth_l1(-truth, label).min() > 0.1
+
+
+@pytest.mark.parametrize("loss", [losses.binary, losses.smooth_l1])
+def test_an_ignored_output_that_is_not_finite_has_no_part(loss: Callable[..., Tensor]) -> None:
+    logits, label = random_logits_and_label(16)
+    ignored = (label == 255).unsqueeze(1)
+    expected = loss(logits, label)
+    spoilt = torch.where(ignored, torch.inf, logits).requires_grad_()
+    values = loss(spoilt, label)
+    assert torch.equal(values, expected)
+    values.sum().backward()
+    assert spoilt.grad is not None
+    assert spoilt.grad.isfinite().all()
+    assert not torch.where(ignored, spoilt.grad, 0.0).any()
+
+
+def test_both_take_class_vectors_and_lists_of_tiles() -> None:
+    draw = generator(17)
+    logits, label = torch.randn(4, 6, 9, generator=draw), torch.randint(0, 6, (4, 9), generator=draw)
+    for loss in (losses.binary, losses.smooth_l1):
+        alone = torch.stack([loss(logits[..., place], label[:, place]) for place in range(9)])
+        assert torch.allclose(loss(logits, label), alone.mean(dim=0))
+
+
 @each_objective
 @settings(max_examples=15, deadline=None)
 @given(seed=seeds)
@@ -432,6 +503,7 @@ def segment_calls() -> dict[str, tuple[str, Call]]:
 
             calls[f"segment {options}"] = ("label", call)
     everything = {"dice": 0.5, "focal": 0.5, "tversky": 0.5, "lovasz": 0.5, "label_smoothing": 0.1, "hardest": 0.5}
+    everything |= {"binary": 0.5, "smooth_l1": 0.5}
     balance = {"balance": "median", "power": 0.5, "cap": 3}
     task = Segment.model_validate({"num_classes": CLASSES, **everything, "class_weights": balance})
     calls["segment of everything"] = ("label", partial(call, task=task))
@@ -563,7 +635,12 @@ def test_miou_is_over_the_classes_that_occur(case: str, guess: str) -> None:
 
 # ---- a fine-tuning on such masks ----
 
-SEGMENTS = ({}, {"cross_entropy": 0.0, "dice": 1.0}, {"dice": 1.0, "class_weights": "median"})
+SEGMENTS = (
+    {},
+    {"cross_entropy": 0.0, "dice": 1.0},
+    {"dice": 1.0, "class_weights": "median"},
+    {"cross_entropy": 0.0, "smooth_l1": 1.0, "binary": 1.0},
+)
 
 
 class Masks(Textured):

@@ -234,7 +234,8 @@ def test_segment_is_the_sum_of_its_losses():
     logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(2))
     weights = torch.tensor([1.0, 5.0, 0.1])
     parts = {"cross_entropy": 0.5, "dice": 0.25, "focal": 2.0, "tversky": 3.0, "lovasz": 4.0}
-    options = {"focal_gamma": 1.5, "tversky_beta": 0.6, "label_smoothing": 0.2, "hardest": 0.3}
+    parts |= {"binary": 5.0, "smooth_l1": 6.0}
+    options = {"focal_gamma": 1.5, "tversky_beta": 0.6, "label_smoothing": 0.2, "hardest": 0.3, "smooth_l1_beta": 0.4}
     task = Segment(num_classes=3, **parts, **options, class_weights=tuple(weights.tolist()))
     expected = (
         0.5 * losses.cross_entropy(logits, some.label, weights=weights, smoothing=0.2, hardest=0.3)
@@ -242,6 +243,8 @@ def test_segment_is_the_sum_of_its_losses():
         + 2.0 * losses.focal(logits, some.label, weights=weights, gamma=1.5)
         + 3.0 * losses.tversky(logits, some.label, beta=0.6)
         + 4.0 * losses.lovasz(logits, some.label)
+        + 5.0 * losses.binary(logits, some.label)
+        + 6.0 * losses.smooth_l1(logits, some.label, beta=0.4)
     )
     assert torch.allclose(task.loss(logits, task.view({"labelled": some})), expected)
 
@@ -252,6 +255,10 @@ def test_segment_is_written_as_version_0_1_wrote_it_until_a_new_key_is_used():
     assert used.dump()["class_weights"] == {"balance": "median", "power": 0.5, "cap": 10.0}
     assert used.dump()["lovasz"] == 1.0
     assert load(Segment, used.dump()) == used
+    regression = Segment.model_validate({"cross_entropy": 0, "smooth_l1": 1.0, "smooth_l1_beta": 0.5})
+    assert {"smooth_l1", "smooth_l1_beta"} <= set(regression.dump())
+    assert "binary" not in regression.dump()
+    assert load(Segment, regression.dump()) == regression
 
 
 def test_segment_asks_for_labels():

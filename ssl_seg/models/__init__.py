@@ -29,9 +29,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DecoderKind = Literal["full", "deep", "light"]
 LIGHT_WIDTH = 64  # channels of a light decoder; on resnet18 it has a twentieth of the weights of a U-Net
 LIGHT_STRIDE = 4  # of its map, the finest that many decoders have
-RECONSTRUCTION = (
-    "reconstruction"  # the extra of an encoder that draws the image anew: (B, 3, H, W) RGB, padded as it is
-)
+RECONSTRUCTION = "reconstruction"  # the extra of an encoder that draws the image anew: (B, 3, H, W) RGB, padded
 
 
 @dataclass(eq=False)
@@ -129,6 +127,25 @@ class DecoderNet(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features) -> Tensor: ...
 
+    def last_layer(self, out_channels: int) -> nn.Module:
+        """A fresh last layer, from this decoder's map to one prediction a pixel; each head has its own.
+
+        It may enlarge the map, as a published network's transposed convolution does. Start it by `near_zero`.
+        """
+        padding = self.last_kernel // 2
+        return near_zero(nn.Conv2d(self.out_channels, out_channels, kernel_size=self.last_kernel, padding=padding))
+
+
+def near_zero(layer: nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+    """The layer with weights near 0, as in RetinaNet (Lin et al. 2017).
+
+    The first loss is then that of a flat answer, not of a random one.
+    """
+    nn.init.normal_(layer.weight, std=0.01)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
 
 class LightNet(DecoderNet):
     """The coarsest map upsampled to stride 4, a convolution at each doubling: no skips, few channels, no norm.
@@ -164,12 +181,7 @@ class DenseHead(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.deep = deep
-        kernel = decoder.last_kernel
-        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=kernel, padding=kernel // 2)
-        # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
-        nn.init.normal_(self.last.weight, std=0.01)
-        assert self.last.bias is not None, "a convolution has one unless it is told otherwise"
-        nn.init.zeros_(self.last.bias)
+        self.last = decoder.last_layer(out_channels)
         self.stride = stride
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:

@@ -163,11 +163,7 @@ class Timm(Encoder):
         if its weights can be neither found nor fetched.
         """
         network, shapes = self._create(output_stride)
-        plain = _is_plain(shapes)
-        if plain:
-            backbone = Pyramid(network, shapes[-1].channels, output_stride)
-        else:
-            backbone = Maps(network, shapes, self.name, self.options)
+        backbone = self.backbone_of(network, shapes, output_stride)
         strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
         if backbone.strides != strides:
             found = f"has maps at strides {backbone.strides}, not {strides}"
@@ -176,6 +172,12 @@ class Timm(Encoder):
             raise UserError(f"encoder {self.name}: {found}; choose another")
         cfg = cast("dict[str, Any]", network.pretrained_cfg)  # to torch all attributes are tensors or modules
         return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], MULTIPLE)
+
+    def backbone_of(self, network: nn.Module, shapes: Sequence[MapShape], output_stride: int) -> Maps | Pyramid:
+        """What makes five maps of timm's network, whose own are of `shapes`; a family that taps others says which."""
+        if _is_plain(shapes):
+            return Pyramid(network, shapes[-1].channels, output_stride)
+        return Maps(network, shapes, self.name, self.options)
 
     def _create(self, output_stride: int) -> tuple[nn.Module, list[MapShape]]:
         weights = self._weights()

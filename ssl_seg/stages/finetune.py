@@ -43,7 +43,7 @@ from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
-from ssl_seg.scores import ImageConfusions, SegmentationScores
+from ssl_seg.scores import ImageConfusions, SegmentationScores, names_share
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
 from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
@@ -106,6 +106,18 @@ class FinetuneData(Config):
         return known_to_0_1(self, dump(self), since=("beside", "beside_share"))
 
 
+class ScoredStop(StopRule):
+    """When a fine-tuning ends before its last step, and by which validation figure; `select: best` goes by it too."""
+
+    # A figure of val/ that is a share: miou, accuracy, band/miou, iou/<class>. The mIoU, since a class that covers most
+    # pixels makes an accuracy by itself.
+    metric: str = "miou"
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("metric",))
+
+
 class FinetuneConfig(StageConfig):
     """`ssl-seg finetune`: what its YAML may hold."""
 
@@ -124,9 +136,10 @@ class FinetuneConfig(StageConfig):
     # Or encoder+<task>: that task's decoder too (Brempong et al. 2022). Or model: all of a fine-tuned run of the same
     # classes, its last layer too, as after training on drawn masks.
     transfer: str = "encoder"
-    # best: the weights of the best validation score; last: those of the last step, when val must not choose.
+    # best: the weights of the best validation score, which `stop.metric` names; last: those of the last step, when val
+    # must not choose.
     select: Literal["best", "last"] = "best"
-    stop: StopRule = StopRule()
+    stop: ScoredStop = ScoredStop()
     seed: int = 0
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
@@ -143,8 +156,10 @@ class FinetuneConfig(StageConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneConfig:
-        if self.stop != StopRule() and self.train.eval_every is None:
+        if self.stop != ScoredStop() and self.train.eval_every is None:
             raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
+        if self.stop.metric != ScoredStop().metric and self.select == "last" and not self.stop.may_end:
+            raise ValueError("stop.metric: nothing goes by it; give stop.target, stop.patience or select=best")
         if not weighty({SEGMENT: self.segment, **self.tasks}):
             raise ValueError("segment.weight: 0, so nothing is learnt; give it a weight")
         # Where its tasks weigh nothing it may stay in the config, as in a grid over their weights.
@@ -248,7 +263,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             signals=signals,
             mirror=mirror,
             # Where nothing asks for the best step, none is kept.
-            score="val/miou" if config.select == "best" or config.stop != StopRule() else None,
+            score=f"val/{config.stop.metric}" if config.select == "best" or config.stop.may_end else None,
             stop=config.stop,
             quiet=quiet,
         )
@@ -332,6 +347,11 @@ def check(config: FinetuneConfig, processes: Processes) -> None:
     tasks = weighty({SEGMENT: config.segment, **config.tasks})
     check_training(config.train, processes, tasks, streams, config.augment.crop)
     check_data(config)
+    if not names_share(config.stop.metric, config.data.labelled.class_names):
+        raise UserError(
+            f"stop.metric: '{config.stop.metric}' is no share that validation gives; write miou, accuracy, band/miou "
+            "or iou/ with the name of a class"
+        )
     for scored in (candidates(config)[1], config.data.test):
         if scored is not None:
             check_whole(config.train.reading, scored, config.data.resize)

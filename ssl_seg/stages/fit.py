@@ -32,10 +32,15 @@ LEAST_BETWEEN_SAVES = 200  # steps: writing one of resnet18 takes as long as ten
 
 
 class StopRule(Config):
-    """When a run ends before its last step: judged by the validation mIoU, or a pretraining's probe, at each time."""
+    """When a run ends before its last step: judged by the job's score, or a pretraining's probe, at each evaluation."""
 
     patience: PositiveInt | None = None  # evaluations without a new best
     target: float | None = Field(default=None, gt=0.0, le=1.0)  # a score that is good enough
+
+    @property
+    def may_end(self) -> bool:
+        """Whether it can end a run at all."""
+        return self.patience is not None or self.target is not None
 
 
 @dataclass
@@ -107,6 +112,8 @@ class Job:
             say(f"{skipped}: damaged, an older checkpoint is used", self.quiet)
         self.learner.restore(state.tensors, state.data["learner"])
         self.progress = Progress(**state.data["progressed"])
+        if state.data.get("score", self.score) != self.score:  # version 0.1 did not say which, and knew one alone
+            self.progress = Progress(seconds=self.progress.seconds)  # a figure tells nothing of another's best
         self.start = step
         self.owed = self._settled(step, state.data.get("owed"))  # version 0.1 knew none
         over = step == self.learner.config.steps or should_stop(self)
@@ -129,7 +136,7 @@ class Job:
         """
         self._refuse_not_finite(step)
         self.count_time()
-        data = {"learner": self.learner.data(), "progressed": vars(self.progress), "owed": owed}
+        data = {"learner": self.learner.data(), "progressed": vars(self.progress), "score": self.score, "owed": owed}
         keep = [self.progress.best_step] if self.score else []
         self.run.save_state(step, self.learner.tensors(), data, keep)
         self.learner.processes.barrier()

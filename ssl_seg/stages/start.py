@@ -104,8 +104,11 @@ def _inherit(exported: ModelConfig, given: ModelConfig, config: StageConfig) -> 
     names = [encoder.dump().get("name") for encoder in (exported.encoder, whole.encoder)]
     types = [encoder.type for encoder in (exported.encoder, whole.encoder)]
     if (names[0] != names[1] or types[0] != types[1]) and not config.init_allow:
+        holds, asks = (name or type_ for name, type_ in zip(names, types, strict=True))
+        if holds == asks:  # one network of timm, by other maps
+            holds, asks = (f"{type_} of {name}" for name, type_ in zip(names, types, strict=True))
         raise UserError(
-            f"init: {config.init} holds a {names[0] or types[0]}, and model.encoder asks for {names[1] or types[1]}; "
+            f"init: {config.init} holds a {holds}, and model.encoder asks for {asks}; "
             "leave model.encoder out to take that of init, or name another init"
         )
     return whole

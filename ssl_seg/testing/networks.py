@@ -200,6 +200,7 @@ def _check_decoding(decoder: DecoderNet, features: Features) -> None:
     head = DenseHead(decoder, 5)
     with evaluating(head):
         answer = head(features, (height - 13, width - 5))
+    assert answer.shape[1] == 5, f"last_layer(5) gives {answer.shape[1]} channels"
     assert answer.shape[-2:] == (height - 13, width - 5), f"the head gives {tuple(answer.shape[-2:])}"
 
 

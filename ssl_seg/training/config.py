@@ -29,9 +29,11 @@ from ssl_seg.training.balance import Balancing
 BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-SGD_DECAY = 1e-4
+# Of those whose decay is added to the gradient. sgd: He et al. 2016. adam: torch's own, since Adam divides what is
+# added by the size of the gradient, and so decays each weight otherwise (Loshchilov and Hutter, "AdamW", ICLR 2019).
+DECAY = {"sgd": 1e-4, "adam": 0.0}
 # Keys that version 0.1 did not know.
-SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout", "balance", "affinity")
+SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout", "balance", "affinity", "eps")
 
 
 class BatchSizes(Config):
@@ -64,7 +66,7 @@ class TrainConfig(Config):
     ] = 16
     # Micro-batches a step; auto: as few as fit into memory, found by a trial before the first step and kept to the end.
     accumulate: PositiveInt | Literal["auto"] = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
     # Factor on lr for the encoder: below 1 keeps a pretrained one closer to its start, 0 freezes it.
     encoder_lr: NonNegativeFloat = 1.0
@@ -75,11 +77,12 @@ class TrainConfig(Config):
     freeze_encoder: NonNegativeInt = 0  # steps at the beginning in which the encoder stays as it is
     # Factor on lr for the shares of switch norm: Adam moves a weight by lr a step at most, and logits have units to go.
     switch_lr: PositiveFloat = 10.0
-    # Not of biases, norms and what timm lists beside them. ConvNeXt's value; of sgd 1e-4 (He et al. 2016), whose decay
-    # is added to the gradient: 0.05 with momentum would take a weight to 0 within 100 steps at a rate of 0.1.
+    # Not of biases, norms and what timm lists beside them. ConvNeXt's value; of sgd 1e-4 and of adam 0, whose decay is
+    # added to the gradient: 0.05 with momentum would take a weight to 0 within 100 steps of sgd at a rate of 0.1.
     weight_decay: NonNegativeFloat = 0.05
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)  # of sgd
-    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw and adam
+    eps: PositiveFloat = 1e-8  # of adamw and adam: Kingma and Ba's (2015); added to the root of the second moment
     schedule: Literal["cosine", "poly", "multistep", "constant"] = "cosine"
     warmup: NonNegativeInt | None = None  # steps of linear warm-up; None: 50, or a tenth of a short run
     power: PositiveFloat = 0.9  # of poly; DeepLab's (Chen et al. 2017)
@@ -132,9 +135,10 @@ class TrainConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _decay_of_sgd(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("optimizer") == "sgd":
-            return {"weight_decay": SGD_DECAY, **values}
+    def _decay_of_the_optimizer(cls, values: Any) -> Any:
+        optimizer = values.get("optimizer") if isinstance(values, Mapping) else None
+        if isinstance(optimizer, str) and optimizer in DECAY:
+            return {"weight_decay": DECAY[optimizer], **values}
         return values
 
     @model_serializer(mode="wrap")

@@ -21,7 +21,8 @@ from ssl_seg.training.multitask import MultiTask
 from ssl_seg.training.processes import Processes
 from ssl_seg.training.teacher import Teacher
 
-MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}  # what each keeps of a weight
+OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": OF_ADAM, "adam": OF_ADAM, "sgd": ("momentum_buffer",)}  # what each keeps of a weight
 
 
 class Learner:
@@ -156,8 +157,9 @@ class Learner:
     def restore(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Put back what `tensors()` and `data()` gave.
 
-        Another optimizer than theirs begins with fresh moments, another balancer anew, a teacher that they have not
-        with the weights. Raises UserError, with nothing changed, for the weights of another module.
+        Another optimizer than theirs begins with fresh moments (Adam's and AdamW's are the same), another balancer
+        anew, a teacher that they have not with the weights. Raises UserError, with nothing changed, for the weights of
+        another module.
         """
         weights = _part(tensors, "model/")
         own = self.module.state_dict()
@@ -221,10 +223,10 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
 
 
 def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD, whose groups know their factor on the rate (the encoder's layers', switch norm's) and their decay.
+    """AdamW, Adam or SGD, whose groups know their factor on the rate and their decay.
 
-    An encoder that stays as it is for the whole run is in none; one that begins frozen is, and gets its moments with
-    its first gradient.
+    The factors are those of the encoder's layers and of switch norm. An encoder that stays as it is for the whole run
+    is in no group; one that begins frozen is, and gets its moments with its first gradient.
     """
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for part, part_factor in ((module.encoder, config.encoder_lr), (module.heads, 1.0)):
@@ -239,8 +241,9 @@ def build_optimizer(module: MultiTask, config: TrainConfig) -> torch.optim.Optim
     groups = [{"params": own, "factor": factor, "weight_decay": decay} for (factor, decay), own in members.items()]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     # Fused: a fifth of a small network's step on the CPU is this update otherwise.
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def not_decayed(part: nn.Module) -> set[str]:

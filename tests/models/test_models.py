@@ -532,6 +532,34 @@ def test_every_pair_gives_the_input_size_and_trains_every_weight(name, encoder, 
     model.zero_grad(set_to_none=True)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_last_layer_is_a_convolution_of_the_same_draws_as_ever(name):
+    """Of every decoder that says nothing else: weights, and the random numbers that come after them."""
+    config = DECODERS[name][0]
+    made = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        decoder = config.build(CHANNELS, _strides(config))
+        if own:
+            last = DenseHead(decoder, 5).last
+        else:
+            last = nn.Conv2d(decoder.out_channels, 5, kernel_size=3, padding=1)
+            nn.init.normal_(last.weight, std=0.01)
+            nn.init.zeros_(last.bias)
+        made.append(({**decoder.state_dict(), **last.state_dict()}, torch.get_rng_state()))
+    torch.testing.assert_close(*(state for state, _ in made), rtol=0, atol=0)
+    assert torch.equal(*(numbers for _, numbers in made))
+
+
+def test_a_decoder_may_give_its_last_layer_another_kernel():
+    class Pointwise(_Decoding):
+        last_kernel = 1
+
+    head = DenseHead(Pointwise(CHANNELS, ""), 3)
+    assert head.last.weight.shape == (3, 4, 1, 1)
+    assert head(_features((64, 96), HALVING), (60, 90)).shape == (1, 3, 60, 90)
+
+
 def test_a_head_of_coarser_stride_averages_before_its_last_layer():
     class Finest(DecoderNet):
         out_channels = 2
@@ -814,6 +842,9 @@ class _Decoding(DecoderNet):
             features[1].mul_(2)
         return answer
 
+    def last_layer(self, out_channels: int) -> nn.Module:
+        return super().last_layer(out_channels + (self.fault == "answer"))
+
 
 class FaultyDecoder(Unet):
     fault: str = ""
@@ -832,6 +863,7 @@ def test_a_sound_decoder_passes():
     ("fault", "message"),
     [
         ("channels", "as out_channels says"),
+        ("answer", r"last_layer\(5\) gives 6 channels"),
         ("unused", "get no gradient: spare"),
         ("last", "get no gradient: coarse"),
         ("flip", "misplaced"),

@@ -45,6 +45,7 @@ from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
 from ssl_seg.weights.export import load_model
 from ssl_seg.weights.receipt import Receipt
+from tests.faults import message_of
 from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining
 
 
@@ -423,6 +424,57 @@ def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tired: Fi
     content = run(tmp_path / "content", {"stop": {"target": 0.3}}, steps=60, eval_every=1, lr=3e-3)
     reached = [line["val/miou"] >= 0.3 for line in read_metrics(content.folder)]
     assert reached.index(True) == len(reached) - 1
+
+
+def test_it_stops_at_an_accuracy_and_chooses_by_it(tmp_path: Path) -> None:
+    stop = {"target": 0.6, "metric": "accuracy"}
+    done = run(tmp_path / "run", {"stop": stop}, steps=60, eval_every=1, lr=3e-3)
+    reached = [line["val/accuracy"] >= 0.6 for line in read_metrics(done.folder)]
+    assert reached.index(True) == len(reached) - 1
+    assert done.steps == done.selected_step == len(reached)
+    again = run(tmp_path / "run", {"stop": stop}, steps=60, eval_every=1, lr=3e-3)
+    assert again.steps == done.steps, "it is not taken up again"
+
+
+def test_the_best_weights_are_those_of_the_figure_that_is_named(tmp_path: Path) -> None:
+    found = run(tmp_path, {"stop": {"metric": "iou/disc"}}, steps=2, eval_every=1, lr=0.02)
+    lines = [line for line in read_metrics(tmp_path) if "val/iou/disc" in line]
+    best = {figure: max(lines, key=lambda line: line[f"val/{figure}"])["step"] for figure in ("iou/disc", "miou")}
+    assert found.selected_step == best["iou/disc"]
+    assert found.selected_step != best["miou"], "else this test shows nothing"
+
+
+def test_another_figure_does_not_go_by_the_best_of_the_first(tmp_path: Path) -> None:
+    """A target that the accuracy had reached ends no run that is now judged by the mIoU."""
+    changed = {"stop": {"target": 0.5, "metric": "accuracy"}}
+    first = run(tmp_path, changed, steps=3, eval_every=1, lr=1e-7)
+    assert first.steps == 1
+    values = {**finetuning(steps=3, eval_every=1, lr=1e-7), "stop": {"target": 0.5}}
+    assert first.val.miou < 0.5 <= first.val.accuracy, "else this test shows nothing"
+    options = Options(tmp_path, quiet=True, allow_changed=("stop.*",))
+    assert finetune(load(FinetuneConfig, values), options).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"stop": {"metric": "averaged_classes"}}, "stop.metric: 'averaged_classes' is no share that validation gives"),
+        ({"stop": {"metric": "iou/unicorn"}}, "or iou/ with the name of a class"),
+        ({"stop": {"metric": "val/accuracy"}}, "write miou, accuracy, band/miou"),
+        ({"stop": {"metric": "accuracy"}, "select": "last"}, "stop.metric: nothing goes by it"),
+    ],
+)
+def test_a_figure_that_cannot_be_gone_by_is_one_line(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    assert said in message_of(lambda: run(tmp_path / "run", changed, eval_every=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_figure_is_written_once_it_is_another() -> None:
+    values = {**finetuning(eval_every=1), "stop": {"target": 0.5}}
+    assert load(FinetuneConfig, values).dump()["stop"] == {"patience": None, "target": 0.5}
+    config = load(FinetuneConfig, {**values, "stop": {"metric": "accuracy"}})
+    assert config.dump()["stop"]["metric"] == "accuracy"
+    assert load(FinetuneConfig, config.dump()) == config
 
 
 def test_a_stopped_run_is_not_taken_up_again(tired: Finetuned, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         ("pretrain", 0, {}),
         ("pretrain", 2, {"encode": "in_turn", "steps": 4}),
         ("finetune", 0, {"eval_every": 2, "steps": 4}),
+        ("finetune", 0, {"optimizer": "adam", "eps": 1e-6, "steps": 3}),
         ("joint", 0, {"eval_every": 2, "freeze_encoder": 2, "steps": 4}),
         ("semi", 0, {"steps": 4}),
     ],

@@ -85,7 +85,7 @@ def test_it_learns_after_the_first_steps_and_its_moments_begin_there() -> None:
     assert {count for name, count in counts.items() if name.startswith("optimizer/heads.")} == {5.0}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_state_from_before_at_and_after_the_thaw_goes_on_bit_for_bit(at: int, optimizer: str) -> None:
     settings = {"freeze_encoder": 2, "steps": 4, "optimizer": optimizer}

@@ -102,6 +102,17 @@ def test_multistep_and_constant() -> None:
     assert lr_at(TrainConfig(steps=10, warmup=0, schedule="constant", lr=0.2), 9) == 0.2
 
 
+def test_multistep_halves_where_it_is_told_to() -> None:
+    config = TrainConfig(steps=8, warmup=0, schedule="multistep", lr=1.0, milestones=(0.25, 0.5, 0.75), gamma=0.5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    oracle = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 6], gamma=0.5)
+    for step in range(8):
+        assert lr_at(config, step) == pytest.approx(oracle.get_last_lr()[0])
+        optimizer.step()
+        oracle.step()
+    assert lr_at(config, 7) == 0.125
+
+
 def test_warm_up_rises_to_the_rate_and_never_starts_at_zero() -> None:
     config = TrainConfig(steps=100, warmup=4, lr=1.0)
     assert [lr_at(config, step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -163,7 +174,38 @@ def test_decay_is_what_the_optimizer_is_used_with() -> None:
     assert TrainConfig().weight_decay == TrainConfig(optimizer="adamw").weight_decay == 0.05
     assert TrainConfig(optimizer="sgd").weight_decay == 1e-4
     assert TrainConfig(optimizer="sgd", weight_decay=0.01).weight_decay == 0.01
-    assert load(TrainConfig, TrainConfig(optimizer="sgd").dump()) == TrainConfig(optimizer="sgd")
+    assert TrainConfig(optimizer="adam").weight_decay == 0.0
+    assert TrainConfig(optimizer="adam", weight_decay=0.01).weight_decay == 0.01
+    for optimizer in ("sgd", "adam"):
+        assert load(TrainConfig, TrainConfig(optimizer=optimizer).dump()) == TrainConfig(optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("kind", "named"), [(torch.optim.Adam, "adam"), (torch.optim.AdamW, "adamw")])
+def test_the_updates_of_adam_are_those_of_torch(kind: type[torch.optim.Optimizer], named: str) -> None:
+    """From the same gradients, with a decay and an epsilon that tell."""
+    settings = {"weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-2}
+    learner, sources = make(optimizer=named, steps=3, schedule="constant", warmup=0, clip=None, **settings)
+    other, _ = make(steps=3)
+    parameters = dict(other.module.named_parameters())
+    decayed = [own for own in parameters.values() if own.ndim > 1]
+    rest = [own for own in parameters.values() if own.ndim <= 1]
+    theirs = kind([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, **settings)
+    for _ in run(learner, sources):
+        for name, own in learner.module.named_parameters():
+            parameters[name].grad = own.grad.clone()
+        theirs.step()
+        for name, own in learner.module.named_parameters():
+            torch.testing.assert_close(own, parameters[name], rtol=1e-5, atol=1e-7)
+
+
+def test_epsilon_reaches_the_optimizer_and_is_written_once_it_is_used() -> None:
+    assert TrainConfig().eps == 1e-8
+    assert "eps" not in TrainConfig().dump()
+    assert TrainConfig(eps=1e-7).dump()["eps"] == 1e-7
+    for optimizer in ("adam", "adamw"):
+        learner, _ = make(optimizer=optimizer, eps=1e-7)
+        assert {group["eps"] for group in learner.optimizer.param_groups} == {1e-7}
+    assert {group["weight_decay"] for group in make(optimizer="adam")[0].optimizer.param_groups} == {0.0}
 
 
 def test_the_shares_of_switch_norm_have_a_rate_of_their_own() -> None:
@@ -187,7 +229,7 @@ def test_losses_fall() -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_the_same_run_twice_gives_the_same_bits(optimizer: str) -> None:
     first, second = make(optimizer=optimizer), make(optimizer=optimizer)
     assert [step.metrics for step in run(*first)] == [step.metrics for step in run(*second)]
