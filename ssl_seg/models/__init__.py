@@ -121,6 +121,7 @@ class DecoderNet(nn.Module, ABC):
     """`Features` in, one map `(B, out_channels, h, w)` out, at a resolution that is a whole fraction of the input's."""
 
     out_channels: int
+    last_kernel: int = 3  # side, odd, of the last layer that a `DenseHead` adds; 3 as in smp's SegmentationHead
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor: ...
@@ -160,7 +161,8 @@ class DenseHead(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.deep = deep
-        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=3, padding=1)  # as smp's SegmentationHead
+        side = decoder.last_kernel
+        self.last = nn.Conv2d(decoder.out_channels, out_channels, kernel_size=side, padding=side // 2)
         # Near zero, as in RetinaNet (Lin et al. 2017): the first loss is that of a flat answer, not of a random one.
         nn.init.normal_(self.last.weight, std=0.01)
         assert self.last.bias is not None, "a convolution has one unless it is told otherwise"
