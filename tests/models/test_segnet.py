@@ -257,7 +257,10 @@ def test_parts_of_a_batch_are_decoded_as_they_are_alone(segnet: SegmentationMode
 
 
 def accuracy_on_one_image(values: dict[str, Any], steps: int) -> float:
-    """Of a disc and a bar on noise, after a few steps on this image alone; as it is evaluated."""
+    """Of a disc and a bar on noise, after a few steps on this image alone, by the paper's optimizer.
+
+    With the image's own statistics: of running ones, a few dozen updates from 16 pixels a channel are poor estimates.
+    """
     model = model_of(values)
     random = torch.Generator().manual_seed(0)
     rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
@@ -265,21 +268,19 @@ def accuracy_on_one_image(values: dict[str, Any], steps: int) -> float:
     label[8:16, 10:60] = 2
     colours = torch.tensor([[0.2, 0.3, 0.2], [0.8, 0.3, 0.2], [0.3, 0.3, 0.9]])
     image = colours[label].permute(2, 0, 1)[None] + 0.05 * torch.randn(1, 3, 64, 64, generator=random)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # so that batch norm's statistics settle
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(image), label[None]).backward()
         optimizer.step()
-        schedule.step()
     with torch.no_grad():
-        return (model.eval()(image).argmax(dim=1) == label).float().mean().item()
+        return (model(image).argmax(dim=1) == label).float().mean().item()
 
 
 @pytest.mark.slow
 def test_segnet_learns_one_image():
-    assert accuracy_on_one_image(SEGNET, steps=60) > 0.99
+    assert accuracy_on_one_image(SEGNET, steps=30) > 0.99
 
 
 def test_segnet_basic_learns_one_image():
