@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 from segmentation_models_pytorch.base.initialization import initialize_decoder
-from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+from segmentation_models_pytorch.decoders.deeplabv3.decoder import ASPP, DeepLabV3PlusDecoder
 from segmentation_models_pytorch.decoders.fpn.decoder import Conv3x3GNReLU, FPNDecoder
 from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
@@ -58,10 +58,7 @@ class PoolingNet(SmpNet):
     """One that pools the whole image to a single value a channel."""
 
     def forward(self, features: Features) -> Tensor:
-        if self.training and len(features[-1]) == 1 and has_batch_norm(self.decoder):
-            raise UserError(
-                "this decoder's batch norm needs 2 images or more a process; raise train.batch_size or use norm: group"
-            )
+        require_two_images(self.decoder, features)
         return super().forward(features)
 
 
@@ -209,6 +206,23 @@ class Segformer(Decoder):
         decoder = SegformerDecoder(encoder_channels=[IMAGE_CHANNELS, *channels], segmentation_channels=self.channels)
         initialize_decoder(decoder)
         return SmpNet(decoder, self.channels)
+
+
+def atrous_pyramid(channels: int, rates: tuple[int, int, int], dropout: float) -> nn.Module:
+    """DeepLabV3's atrous spatial pyramid pooling (Chen et al., 2017), which keeps channels and size.
+
+    A 1 x 1 convolution, three 3 x 3 ones with these rates and the mean of the whole image, concatenated and mixed by a
+    1 x 1 convolution; batch norm and ReLU behind each, dropout of single values at the end.
+    """
+    return ASPP(channels, channels, rates, separable=False, dropout=dropout)
+
+
+def require_two_images(pooling: nn.Module, features: Features) -> None:
+    """Raise UserError where batch norm of one value a channel, the mean of a single image, would learn."""
+    if pooling.training and len(features[-1]) == 1 and has_batch_norm(pooling):
+        raise UserError(
+            "this decoder's batch norm needs 2 images or more a process; raise train.batch_size or use norm: group"
+        )
 
 
 def _require_strides(config: Decoder, wanted: Sequence[int], strides: Sequence[int], used: Sequence[int]) -> None:

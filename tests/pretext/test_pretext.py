@@ -494,7 +494,8 @@ def test_the_guess_of_inpaint_is_the_mean_colour_whatever_fills_the_holes():
 
 
 @pytest.mark.parametrize(
-    "task", [Denoise(), Denoise(target="noise"), Denoise(relative=True), Inpaint(), Inpaint(fill="noise"), Restore()],
+    "task",
+    [Denoise(), Denoise(target="noise"), Denoise(relative=True), Inpaint(), Inpaint(fill="noise"), Restore()],
     ids=repr,
 )
 def test_what_is_residual_is_added_to_the_guess(task):
