@@ -136,7 +136,7 @@ def test_unimatch_counts_only_what_it_is_sure_of_and_by_all_pixels() -> None:
 
 
 def test_dice_gives_what_is_rare_a_say() -> None:
-    """A hundredth of the pixels is of the second class: missing it costs next to nothing, and with Dice half the loss."""
+    """A hundredth of the pixels is of the second class: missing it costs next to nothing, with Dice half of it."""
     ids = torch.zeros(1, 10, 10, dtype=torch.long)
     ids[0, 0, 0] = 1
     sure = 20 * F.one_hot(ids, 2).movedim(-1, 1).float()
