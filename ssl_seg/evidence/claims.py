@@ -64,8 +64,9 @@ def rules(level: float = LEVEL) -> tuple[str, ...]:
         "seeds, as those of several pretrainings, count as one, by their mean.",
         f"Where pretraining does nothing at all, a gain or a loss is told by chance in {by_chance} of 100 comparisons, "
         f"whatever the number of pairs. Every comparison on a page has its own {by_chance}. So the first sentence of a "
-        "page with several also says what stands when they are corrected for their number (Holm 1979): something false "
-        f"does on {by_chance} of 100 pages at most.",
+        "page with several also says what stands when they are corrected for their number (Holm 1979, by the exact p "
+        "where all have one that can be small enough, else by Student's): something false does on "
+        f"{by_chance} of 100 pages at most.",
         "The interval is about other seeds: another choice among the labelled images, other orders, other first "
         "weights. The scored images stay the same, and so does whatever pairs share. It supposes differences that are "
         "roughly normal. The exact p, told from 8 independent pairs on, does not: it is the share of all ways to swap "
@@ -295,9 +296,8 @@ def stand(gains: Sequence[Gain]) -> list[bool]:
     """Which of several comparisons tell a gain or a loss that stands when they are corrected for their number."""
     compared = [gain for gain in gains if gain.n >= MIN_PAIRS]
     exact = all(_exact_can_stand(gain, len(compared)) for gain in compared)
-    p_values = [gain.p if exact else t_test_p(gain.independent) for gain in compared]
-    of_compared = iter(holm_where_known(p_values))
-    adjusted = [next(of_compared) if gain.n >= MIN_PAIRS else None for gain in gains]
+    p_values = {gain: gain.p if exact else t_test_p(gain.independent) for gain in compared}
+    adjusted = holm_where_known([p_values.get(gain) for gain in gains])
     small = [p is not None and p <= 1 - gain.level for gain, p in zip(gains, adjusted, strict=True)]
     return [is_small and verdict(gain) in TOLD for gain, is_small in zip(gains, small, strict=True)]
 

@@ -118,6 +118,17 @@ class EncoderNet(nn.Module):
         return given if isinstance(given, Features) else Features(list(given), self.strides)
 
 
+class Stages(nn.ModuleList):
+    """Layers in a row; the output of each is a map."""
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self:
+            image = stage(image)
+            maps.append(image)
+        return maps
+
+
 class DecoderNet(nn.Module, ABC):
     """`Features` in, one map `(B, out_channels, h, w)` out, at a resolution that is a whole fraction of the input's."""
 

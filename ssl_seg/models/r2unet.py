@@ -18,7 +18,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ssl_seg.config import UserError
-from ssl_seg.models import Decoder, DecoderNet, Encoder, EncoderNet, Features
+from ssl_seg.models import Decoder, DecoderNet, Encoder, EncoderNet, Features, Stages
 
 # The paper's four (figure 4). recurrent_residual: what gives R2U-Net its name. recurrent: without the sum around the
 # unit (RU-Net). residual: without recurrence. plain: two convolutions, as a U-Net's.
@@ -77,20 +77,13 @@ class UnitNet(nn.Module):
         return entered + answer if self.residual else answer
 
 
-class R2UnetMaps(nn.ModuleList):
+class R2UnetMaps(Stages):
     """A unit for each map, with 2 x 2 max pooling between them."""
 
     def __init__(self, widths: Sequence[int], unit: Unit, t: int) -> None:
         first = UnitNet(3, widths[0], unit, t)
         others = [nn.Sequential(nn.MaxPool2d(2), UnitNet(fine, coarse, unit, t)) for fine, coarse in pairwise(widths)]
         super().__init__([first, *others])
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        maps = []
-        for level in self:
-            image = level(image)
-            maps.append(image)
-        return maps
 
 
 class R2Unet(Encoder):

@@ -30,6 +30,7 @@ from ssl_seg.models import (
     Encoder,
     EncoderNet,
     Features,
+    Stages,
 )
 
 GROUPS = 16  # of every group norm here; the paper's
@@ -125,7 +126,7 @@ class StackedDecoder(Decoder):
         return StackedDecoderNet(taps, self.widths, self.upsampling, self.merge)
 
 
-class DenseMaps(nn.ModuleList):
+class DenseMaps(Stages):
     """DenseNet up to its last dense block: six maps, each part's output."""
 
     def __init__(self, growth_rate: int, blocks: tuple[int, int, int, int], width: int) -> None:
@@ -139,13 +140,6 @@ class DenseMaps(nn.ModuleList):
                 parts["denseblock4"],
             ]
         )
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        maps = []
-        for part in self:
-            image = part(image)
-            maps.append(image)
-        return maps
 
 
 class TwoHalves(nn.Module):
