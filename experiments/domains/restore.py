@@ -3,9 +3,10 @@
     python -m experiments.domains.restore experiments/domains/nuclei.yaml experiments/domains/nuclei/cells.csv \
         --out runs/domains_nuclei
 
-The study's own command then makes new arms and seeds, and none of the cells in the table again. Scores are there;
-weights, pictures and intervals over images are not, so an arm that starts from a pretraining of the table needs that
-made anew: remove its folder.
+The study's own command then makes new arms and seeds, and none of the cells in the table again. Scores are there, and
+by passports.json beside the table what they mean (the `passport` of any cell's result.json: without it new cells are not
+paired with them); weights, pictures and intervals over images are not, so an arm that starts from a pretraining of the
+table needs that made anew: remove its folder.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def main() -> None:
     with options.cells.open(newline="") as file:
         rows = {row["cell"]: row for row in csv.DictReader(file) if row["status"] == "finished"}
     cells = [cell for cell in plan.cells if cell.id in rows]
+    passports = options.cells.with_name("passports.json")
+    meant = {"passport": json.loads(passports.read_text())} if passports.exists() else {}
     for cell in cells:
-        write(options.out / cell.place / cell.id, cell.stage, scores_of(rows[cell.id]))
+        write(options.out / cell.place / cell.id, cell.stage, {**scores_of(rows[cell.id]), **meant})
     starts = [start for start in plan.pretrainings if start.id in {cell.start for cell in cells}]
     for start in starts:
         write(options.out / start.place / start.id, start.stage, {"val": {}})
