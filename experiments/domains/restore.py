@@ -4,9 +4,9 @@
         --out runs/domains_nuclei
 
 The study's own command then makes new arms and seeds, and none of the cells in the table again. Scores are there, and
-by passports.json beside the table what they mean (the `passport` of any cell's result.json: without it new cells are not
-paired with them); weights, pictures and intervals over images are not, so an arm that starts from a pretraining of the
-table needs that made anew: remove its folder.
+by passports.json beside the table what they mean: the `passport` of any cell's result.json, without which new cells are
+not paired with them. Weights, pictures and intervals over images are not, so an arm that starts from a pretraining of
+the table needs that made anew: remove its folder.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from ssl_seg.training.learner import Learner, layers_above
 from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import load_model
 from tests.faults import message_of
-from tests.small import finetuning
+from tests.small import finetuning, learnt_by_heart
 from tests.training.test_loop import run, weights
 
 BOTH = {"encoder": {"type": "mobilenet_unet"}, "decoder": {"type": "mobilenet_unet"}}
@@ -300,14 +300,6 @@ def test_a_run_of_it_is_exported_and_read_back(tmp_path: Path) -> None:
 
 
 def test_it_learns_one_image_by_heart() -> None:
-    model = model_of(NARROW).train()
-    image = images(1)
-    rows, columns = torch.arange(64).view(-1, 1), torch.arange(96).view(1, -1)
-    label = ((rows > 20).long() + ((rows - 30) ** 2 + (columns - 40) ** 2 < 400).long()).unsqueeze(0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(image), label).backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert (model(image).argmax(dim=1) == label).float().mean() > 0.99
+    model = model_of(NARROW)
+    own, _ = learnt_by_heart(model, torch.optim.Adam(model.parameters(), lr=1e-2), steps=60)
+    assert own > 0.99

@@ -19,6 +19,7 @@ from ssl_seg.models.timm import Timm
 from ssl_seg.testing import check_decoder, check_encoder
 from ssl_seg.weights.receipt import match_tensors
 from tests.faults import message_of
+from tests.small import learnt_by_heart
 
 SEGNET = {"encoder": {"type": "segnet"}, "decoder": {"type": "segnet"}}
 BASIC = {"encoder": {"type": "segnet_basic"}, "decoder": {"type": "segnet_basic"}}
@@ -257,25 +258,9 @@ def test_parts_of_a_batch_are_decoded_as_they_are_alone(segnet: SegmentationMode
 
 
 def accuracy_on_one_image(values: dict[str, Any], steps: int) -> float:
-    """Of a disc and a bar on noise, after a few steps on this image alone, by the paper's optimizer.
-
-    With the image's own statistics: of running ones, a few dozen updates from 16 pixels a channel are poor estimates.
-    """
+    """By the paper's optimizer, with the image's own statistics: a few dozen updates make poor estimates."""
     model = model_of(values)
-    random = torch.Generator().manual_seed(0)
-    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    label = ((rows - 40) ** 2 + (columns - 20) ** 2 < 150).long()
-    label[8:16, 10:60] = 2
-    colours = torch.tensor([[0.2, 0.3, 0.2], [0.8, 0.3, 0.2], [0.3, 0.3, 0.9]])
-    image = colours[label].permute(2, 0, 1)[None] + 0.05 * torch.randn(1, 3, 64, 64, generator=random)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(image), label[None]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return (model(image).argmax(dim=1) == label).float().mean().item()
+    return learnt_by_heart(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), steps)[0]
 
 
 @pytest.mark.slow
