@@ -1,4 +1,4 @@
-"""Cityscapes: street scenes of 50 cities, 2048 x 1024, with 2,975 finely labelled frames to train on and 500 to validate.
+"""Cityscapes: street scenes of 50 cities, 2048 x 1024; 2,975 finely labelled frames to train on and 500 to validate on.
 
 Cordts et al., "The Cityscapes dataset for semantic urban scene understanding", CVPR 2016. Ours, because torchvision's
 class gives pictures of Pillow with ids that are no classes yet, in the order in which the file system lists them, and
@@ -79,8 +79,8 @@ class Cityscapes(Layout):
     `root` holds `leftImg8bit/<split>/<city>/*_leftImg8bit.png`, and `gtFine` or `gtCoarse` with `*_labelIds.png` of the
     same frames, as the publisher's archives unpack.
 
-    The public masks of `test` are dummies, and `train_extra` has coarse ones only: as pools, and for `predict`, both are
-    read as others; whoever asks for such masks is refused.
+    The public masks of `test` are dummies, and `train_extra` has coarse ones only: as pools, and for `predict`, both
+    are read as others; whoever asks for such masks is refused.
     """
 
     split: Literal["train", "val", "test", "train_extra"] = "train"

@@ -7,7 +7,6 @@ Masks mean what they mean there (`masks`), and are not looked for until they are
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -91,11 +90,9 @@ class Layout(Dataset):
         try:
             return self.meaning.label(values)
         except ValueError as error:
-            strange = [value for value in np.unique(values) if values.ndim == 3 or not self.meaning.knows([value])]
-            held = "colours" if values.ndim == 3 else f"values that it does not know ({some_names(map(str, strange))})"
             raise UserError(
-                f"{show_path(path)}: is no mask of {self.type}, for it holds {held}; unpack {self.mask_archive} "
-                "anew, or read other masks by {type: folder} with a mapping"
+                f"{show_path(path)}: is no mask of {self.type}, for it holds {self._strange(values)}; unpack "
+                f"{self.mask_archive} anew, or read other masks by {{type: folder}} with a mapping"
             ) from error
 
     def name(self, index: int) -> str:
@@ -144,6 +141,12 @@ class Layout(Dataset):
                 f"folder that holds {name}"
             )
         return folder
+
+    def _strange(self, values: np.ndarray) -> str:
+        """What a mask holds that means nothing here."""
+        if values.ndim == 3:
+            return "colours"
+        return f"ids {some_names([str(value) for value in np.unique(values) if not self.meaning.knows([value])])}"
 
     def _refuse_without_masks(self) -> None:
         if self.without_masks:
