@@ -147,7 +147,7 @@ def finetune_command(
     result = finetune.finetune(config, _options(out, resume, overwrite, allow_changed, quiet))
     for part, scores in (("val", result.val), ("test", result.test)):
         if scores is not None:
-            print_lines(score_lines(part, scores, result.class_names))
+            print_lines(score_lines(part, scores, result.class_names, config.averages))
     print_lines([f"model: {result.model} (weights of step {result.selected_step})"])
 
 
@@ -176,8 +176,9 @@ def evaluate_command(words: Words = None, out: Out = None, plugin: Plugins = Non
     from ssl_seg.stages import evaluate
     from ssl_seg.stages.evaluate import EvaluateConfig
 
-    result = evaluate.evaluate(load(EvaluateConfig, values), out)
-    print_lines(score_lines("test", result.scores, result.class_names))
+    config = load(EvaluateConfig, values)
+    result = evaluate.evaluate(config, out)
+    print_lines(score_lines("test", result.scores, result.class_names, config.averages))
 
 
 @app.command("predict")

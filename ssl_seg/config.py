@@ -181,7 +181,11 @@ def known_to_0_1(config: Config, dumped: Mapping[str, Any], since: Collection[st
     So a run without them is described as then, and is of one group, and of one cell of a study, with runs of then.
     """
     fields = type(config).model_fields
-    return {key: value for key, value in dumped.items() if key not in since or value != fields[key].default}
+
+    def is_off(key: str, value: Any) -> bool:
+        return fields[key].default in (value, getattr(config, key))  # a tuple is dumped as a list
+
+    return {key: value for key, value in dumped.items() if key not in since or not is_off(key, value)}
 
 
 class Plugin(Config, ABC):

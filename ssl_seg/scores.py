@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import safetensors.numpy
@@ -35,6 +35,9 @@ BAND = "band"
 # segmentation?" (BMVC 2013). The 2 % of Boundary IoU (Cheng et al., CVPR 2021) is meant for single objects: of street
 # scenes such a band takes 37 % (CamVid's 101 validation frames; at 0.75 % it is 16 %).
 BAND_WIDTH = 0.0075
+# How the figures of classes become one; `SegmentationScores.averaged` says what each does.
+Average = Literal["macro", "micro", "weighted", "one_vs_rest_micro"]
+AVERAGES: tuple[Average, ...] = get_args(Average)
 
 
 class Row(NamedTuple):
@@ -76,6 +79,37 @@ class SegmentationScores:
             class_accuracy=_divide(hits, truth),
             dice=_divide(2 * hits, truth + predicted),
         )
+
+    def averaged(self, average: Average) -> dict[str, float]:
+        """recall (sensitivity), specificity, precision, f1, accuracy and jaccard; nan with nothing to divide by.
+
+        Each class that the mIoU averages is asked against all others: pixels of it that are found (TP) or missed (FN),
+        others that are taken for it (FP) or not (TN).
+
+        - macro: the mean of the classes' figures. A class that is predicted but absent has a recall of 0, one that is
+          never predicted a precision of 0. A class that all pixels are of has no specificity, and is left out there.
+        - weighted: the same, each class by its pixels in the truth.
+        - one_vs_rest_micro: the four counts summed over the classes, and then divided. Each wrong pixel is one FP and
+          one FN, so recall, precision and f1 are all the pixel accuracy; and of K classes it is a TN of K - 2, so that
+          specificity and accuracy are near 1 whatever is predicted.
+        - micro: a pixel is one answer, right or wrong, and not one a class. There is no TN then, so no specificity, and
+          the accuracy is that of the pixels.
+        """
+        truth, predicted = self.confusion.sum(axis=1), self.confusion.sum(axis=0)
+        occurs = truth + predicted > 0
+        found = self.confusion.diagonal()[occurs]
+        wrong = predicted[occurs] - found
+        missed = truth[occurs] - found
+        rest = self.confusion.sum() - found - wrong - missed
+        if average in ("macro", "weighted"):
+            weights = truth[occurs] if average == "weighted" else np.ones(len(found))
+            figures = _figures(found, wrong, missed, rest)
+            figures |= {name: np.nan_to_num(figures[name]) for name in ("recall", "precision")}
+            return {name: _weighted_mean(values, weights) for name, values in figures.items()}
+        summed = _figures(found.sum(), wrong.sum(), missed.sum(), rest.sum())
+        if average == "micro":
+            summed |= {"specificity": np.nan, "accuracy": self.accuracy}
+        return {name: float(value) for name, value in summed.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +164,9 @@ class ImageConfusions:
         band = self.band[near]
         return replace(self, image=self.image[near], cell=self.cell[near], count=band, band=band)
 
-    def named(self) -> dict[str, float | None]:
+    def named(self, averages: Sequence[Average] = ()) -> dict[str, float | None]:
         """The figures of a result.json: `named_scores`, and `band/miou` of the pixels near class boundaries."""
-        named = named_scores(self.scores(), self.class_names)
+        named = named_scores(self.scores(), self.class_names, averages)
         miou = self.at_boundaries().scores().miou
         return {**named, f"{BAND}/miou": None if math.isnan(miou) else miou}
 
@@ -176,8 +210,10 @@ def mean_iou(hits: np.ndarray, unions: np.ndarray) -> np.ndarray:
     return _divide(iou.sum(axis=-1), counted.sum(axis=-1))
 
 
-def named_scores(scores: SegmentationScores, class_names: Sequence[str]) -> dict[str, float | None]:
-    """`miou`, over how many classes it averages, `accuracy` and `iou/<class>`.
+def named_scores(
+    scores: SegmentationScores, class_names: Sequence[str], averages: Sequence[Average] = ()
+) -> dict[str, float | None]:
+    """`miou`, over how many classes it averages, `accuracy` and `iou/<class>`; of `averages` also `macro/f1` and so on.
 
     A class that occurs neither in truth nor in prediction has no score (None) and is not averaged; where no pixel
     counts nothing has one.
@@ -185,11 +221,18 @@ def named_scores(scores: SegmentationScores, class_names: Sequence[str]) -> dict
     averaged = int(np.isfinite(scores.iou).sum())
     named = {"miou": scores.miou, "averaged_classes": averaged, "accuracy": scores.accuracy}
     named |= {f"iou/{name}": iou for name, iou in zip(class_names, scores.iou.tolist(), strict=True)}
+    for average in averages:
+        named |= {f"{average}/{name}": value for name, value in scores.averaged(average).items()}
     return {name: None if math.isnan(value) else value for name, value in named.items()}
 
 
+def averages_in(named: Mapping[str, Any]) -> tuple[Average, ...]:
+    """Those of which a result.json has figures."""
+    return tuple(average for average in AVERAGES if any(name.startswith(f"{average}/") for name in named))
+
+
 def names_share(figure: str, class_names: Sequence[str]) -> bool:
-    """Whether `ImageConfusions.named` has a share of this name: all of them but the number of classes."""
+    """Whether `ImageConfusions.named` has a share of this name unasked: all of them but the number of classes."""
     return figure in ("miou", "accuracy", f"{BAND}/miou", *(f"iou/{name}" for name in class_names))
 
 
@@ -285,6 +328,24 @@ def _digest(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
 
 def _damaged(path: Path) -> str:
     return f"{path}: damaged; give the run's command again, or score its model by ssl-seg evaluate --out"
+
+
+def _figures(found: np.ndarray, wrong: np.ndarray, missed: np.ndarray, rest: np.ndarray) -> dict[str, np.ndarray]:
+    """What follows from TP, FP, FN and TN, of each class or summed."""
+    return {
+        "recall": _divide(found, found + missed),
+        "specificity": _divide(rest, rest + wrong),
+        "precision": _divide(found, found + wrong),
+        "f1": _divide(2 * found, 2 * found + wrong + missed),
+        "accuracy": _divide(found + rest, found + wrong + missed + rest),
+        "jaccard": _divide(found, found + wrong + missed),
+    }
+
+
+def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """Of the values that are there; nan where none weighs anything."""
+    there = np.isfinite(values)
+    return float(_divide((values * weights)[there].sum(), weights[there].sum()))
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:

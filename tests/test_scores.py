@@ -14,22 +14,37 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import jaccard_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    jaccard_score,
+    multilabel_confusion_matrix,
+    precision_recall_fscore_support,
+)
+from torchmetrics.functional.classification import multiclass_specificity
 
 from ssl_seg.config import UserError
+from ssl_seg.metrics import ConfusionMatrix
+from ssl_seg.reports.console import score_lines
 from ssl_seg.scores import (
+    AVERAGES,
     COLUMNS,
     IMAGES_FILE,
+    Average,
     ImageConfusions,
     Row,
     SegmentationScores,
+    averages_in,
     image_confusion_bytes,
     mean_iou,
+    named_scores,
     read_image_confusion,
     split_digest,
 )
+from tests import ROOT
 
 CLASSES = ("road", "Straße", "never")
 AWKWARD = ("ü/ö.png", "two\nlines", "no \udcff text", "")
@@ -254,3 +269,160 @@ def test_a_batch_of_matrices_has_the_miou_of_each() -> None:
     np.testing.assert_array_equal(found.ravel(), each)
     assert np.isnan(found[0, 2]), "the third has no pixel that counts"
     assert np.isfinite(found).sum() == 11
+
+
+# ---- averages ----
+
+PIXELS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60).map(np.array)
+FIGURES = ("recall", "specificity", "precision", "f1", "accuracy", "jaccard")
+
+
+def of_pixels(truth: np.ndarray, prediction: np.ndarray, num_classes: int = 6) -> SegmentationScores:
+    """The last class is in neither."""
+    matrix = np.zeros((num_classes, num_classes), dtype=int)
+    np.add.at(matrix, (truth, prediction), 1)
+    return SegmentationScores.from_confusion(matrix)
+
+
+@given(pixels=PIXELS)
+@pytest.mark.parametrize("average", ["macro", "micro", "weighted"])
+def test_averages_are_scikit_learn_s(average: Average, pixels: np.ndarray) -> None:
+    truth, prediction = pixels.T
+    found = of_pixels(truth, prediction).averaged(average)
+    assert tuple(found) == FIGURES
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, prediction, average=average, zero_division=0)
+    assert [found["precision"], found["recall"], found["f1"]] == pytest.approx([precision, recall, f1])
+    assert found["jaccard"] == pytest.approx(jaccard_score(truth, prediction, average=average, zero_division=0))
+
+
+@given(pixels=PIXELS)
+def test_specificity_and_accuracy_are_of_each_class_against_the_rest(pixels: np.ndarray) -> None:
+    truth, prediction = pixels.T
+    scores = of_pixels(truth, prediction)
+    of_classes = multilabel_confusion_matrix(truth, prediction).reshape(-1, 4)
+    tn, fp, fn, tp = of_classes.T
+    accuracy = (tp + tn) / len(truth)
+    some = tn + fp > 0
+    specificity = tn[some] / (tn + fp)[some]
+    macro, weighted, pooled = (scores.averaged(name) for name in ("macro", "weighted", "one_vs_rest_micro"))
+    assert macro["accuracy"] == pytest.approx(accuracy.mean())
+    assert weighted["accuracy"] == pytest.approx(np.average(accuracy, weights=tp + fn))
+    assert pooled["accuracy"] == pytest.approx((tp + tn).sum() / of_classes.sum())
+    shares = np.divide(tn.sum(), (tn + fp).sum()) if some.any() else math.nan
+    assert pooled["specificity"] == pytest.approx(shares, nan_ok=True)
+    assert macro["specificity"] == pytest.approx(specificity.mean() if some.any() else math.nan, nan_ok=True)
+    weights = (tp + fn)[some]
+    expected = np.average(specificity, weights=weights) if weights.sum() else math.nan
+    assert weighted["specificity"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_specificity_is_torchmetrics_s_where_every_class_occurs() -> None:
+    truth, prediction = np.random.default_rng(1).integers(0, 5, (2, 400))
+    scores = of_pixels(truth, prediction, 5)
+    pair = torch.from_numpy(prediction), torch.from_numpy(truth)
+    for ours, theirs in {"macro": "macro", "weighted": "weighted", "one_vs_rest_micro": "micro"}.items():
+        expected = multiclass_specificity(*pair, num_classes=5, average=theirs).item()
+        assert scores.averaged(ours)["specificity"] == pytest.approx(expected, abs=1e-6)
+
+
+@given(pixels=PIXELS)
+def test_one_against_the_rest_summed_says_no_more_than_pixel_accuracy(pixels: np.ndarray) -> None:
+    scores = of_pixels(*pixels.T)
+    right, found = scores.accuracy, scores.averaged("one_vs_rest_micro")
+    assert found["recall"] == found["precision"] == found["f1"] == right
+    assert right == pytest.approx(accuracy_score(*pixels.T))
+    assert found["jaccard"] == pytest.approx(right / (2 - right))
+    count = len(np.unique(pixels))
+    assert found["accuracy"] == pytest.approx(1 - 2 * (1 - right) / count)
+    if count > 1:
+        assert found["specificity"] == pytest.approx(1 - (1 - right) / (count - 1))
+    micro = scores.averaged("micro")
+    assert math.isnan(micro["specificity"])
+    assert {**micro, "specificity": 0, "accuracy": 0} == {**found, "specificity": 0, "accuracy": 0}
+    assert micro["accuracy"] == right
+
+
+@given(pixels=PIXELS)
+def test_the_macro_average_is_over_the_classes_of_the_miou(pixels: np.ndarray) -> None:
+    scores = of_pixels(*pixels.T)
+    assert scores.averaged("macro")["jaccard"] == pytest.approx(scores.miou)
+    # A class that is predicted but absent has a recall of 0; of one class alone scikit-learn warns.
+    if set(pixels[:, 1]) <= set(pixels[:, 0]) > {pixels[0, 0]}:
+        assert scores.averaged("macro")["recall"] == pytest.approx(balanced_accuracy_score(*pixels.T))
+    more = of_pixels(*pixels.T, num_classes=40)
+    for average in AVERAGES:
+        np.testing.assert_equal(more.averaged(average), scores.averaged(average))
+
+
+def test_absent_classes_count_as_in_the_miou() -> None:
+    scores = SegmentationScores.from_confusion(np.array([[6, 2, 0], [0, 0, 0], [0, 0, 0]]))
+    macro = scores.averaged("macro")
+    assert macro["jaccard"] == scores.miou == pytest.approx((6 / 8 + 0) / 2)
+    assert macro["recall"] == pytest.approx((6 / 8 + 0) / 2), "the second class is predicted and not there"
+    assert macro["precision"] == pytest.approx((1 + 0) / 2)
+    assert macro["specificity"] == pytest.approx(6 / 8), "the first has no pixel of others"
+    nothing = SegmentationScores.from_confusion(np.zeros((3, 3), dtype=int))
+    assert all(math.isnan(value) for average in AVERAGES for value in nothing.averaged(average).values())
+
+
+def test_ignored_pixels_are_in_no_average() -> None:
+    random = np.random.default_rng(2)
+    truth, prediction = random.integers(0, 3, (2, 20, 20))
+    ignored = random.random((20, 20)) < 0.3
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.from_numpy(np.where(ignored, 255, truth)), torch.from_numpy(prediction))
+    scores = SegmentationScores.from_confusion(matrix.counts)
+    kept = of_pixels(truth[~ignored], prediction[~ignored], 3)
+    for average in AVERAGES:
+        np.testing.assert_equal(scores.averaged(average), kept.averaged(average))
+
+
+def test_the_example_of_the_page() -> None:
+    """Three classes, 100 pixels of which 80 are right, and the rarest class is never found: docs/how_it_works.md."""
+    scores = SegmentationScores.from_confusion(np.array([[60, 10, 0], [5, 20, 0], [0, 5, 0]]))
+    lines = score_lines("test", scores, ("road", "car", "rider"), ["macro", "weighted", "one_vs_rest_micro"])
+    assert lines == [
+        "test mIoU 0.4333, pixel accuracy 0.8000",
+        "  road  0.8000",
+        "  car   0.5000",
+        "  rider 0.0000",
+        "                macro  weighted  one_vs_rest_micro",
+        "  recall       0.5524    0.8000             0.8000",
+        "  specificity  0.8778    0.8333             0.9000",
+        "  precision    0.4982    0.7890             0.8000",
+        "  f1           0.5185    0.7889             0.8000",
+        "  accuracy     0.8667    0.8425             0.8667",
+        "  jaccard      0.4333    0.6850             0.6667",
+    ]
+    page = (ROOT / "docs" / "how_it_works.md").read_text()
+    assert "\n".join(lines) in page
+    (missing,) = [line for line in score_lines("val", scores, ("a", "b", "c"), ["micro"]) if "specificity" in line]
+    assert missing.split() == ["specificity", "-"]
+
+
+def test_the_pattern_of_a_published_table() -> None:
+    """34 classes, four in five pixels right: recall, precision and F1 are one number, the others near 1."""
+    matrix = np.full((34, 34), 2)
+    np.fill_diagonal(matrix, 264)
+    found = SegmentationScores.from_confusion(matrix).averaged("one_vs_rest_micro")
+    assert {name: round(value, 4) for name, value in found.items()} == {
+        "recall": 0.8,
+        "precision": 0.8,
+        "f1": 0.8,
+        "jaccard": 0.6667,
+        "specificity": 0.9939,
+        "accuracy": 0.9882,
+    }
+
+
+def test_averages_are_named_only_where_they_are_asked_for() -> None:
+    found = of_matrices(drawn(5))
+    plain = found.named()
+    assert averages_in(plain) == ()
+    asked = found.named(["macro", "micro"])
+    assert list(asked)[: len(plain) - 1] == list(plain)[:-1], "the others stay where they are"
+    assert averages_in(asked) == ("macro", "micro")
+    assert asked["micro/specificity"] is None
+    assert asked["macro/f1"] == found.scores().averaged("macro")["f1"]
+    assert asked.items() >= plain.items()
+    assert named_scores(found.scores(), CLASSES, ["macro"]).keys() == found.named(["macro"]).keys() - {"band/miou"}

@@ -165,7 +165,7 @@ class Folder(Dataset):
         image, label = read_image(image_path, self.range), self.label(index)
         assert label is not None  # as there are masks
         if label.shape != image.shape[:2]:
-            raise UserError(_say_sizes(image_path, image.shape[:2], mask_path, label.shape))
+            raise UserError(say_sizes(image_path, image.shape[:2], mask_path, label.shape))
         return Example(image, label, image_name)
 
     def label(self, index: int) -> np.ndarray | None:
@@ -211,7 +211,8 @@ class Folder(Dataset):
         lines = self._scanned.notes + self._note_dark()
         if with_labels and self.masks is not None:
             lines += (f"{show_path(self._mask_folder)}: {self._reading.note}",) if self._reading.note else ()
-            lines += self._note_turned()
+            pairs = [(self._image_folder / name, self._mask_folder / mask) for name, mask in self._files]
+            lines += note_turned(self._image_folder, pairs)
         return lines
 
     @property
@@ -315,22 +316,6 @@ class Folder(Dataset):
             f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]",
         )
 
-    def _note_turned(self) -> tuple[str, ...]:
-        """A word where EXIF turns images but not their masks, and sizes do not tell what a mask was drawn on."""
-        turned = []
-        for image_name, mask_name in self._files:
-            header = read_header(self._image_folder / image_name)
-            told_by_size = header.orientation in QUARTER_TURNS and header.size[0] != header.size[1]
-            if header.orientation == 1 or told_by_size or read_header(self._mask_folder / mask_name).orientation != 1:
-                continue
-            turned.append(image_name)
-        if not turned:
-            return ()
-        return (
-            f"{show_path(self._image_folder)}: EXIF turns or mirrors {len(turned)} of the images ({_some(turned)}); "
-            "their masks are taken to be drawn on the turned ones",
-        )
-
 
 @dataclass(frozen=True)
 class _Scanned:
@@ -357,7 +342,7 @@ class Found:
             "pictures of a kind that is not read; convert them, or take them out": self.unread,
         }
         kinds = [(why, names) for why, names in passed_over.items() if names]
-        return tuple(f"{show_path(folder)}: {why}: {len(names)} ({_some(names)})" for why, names in kinds)
+        return tuple(f"{show_path(folder)}: {why}: {len(names)} ({some_names(names)})" for why, names in kinds)
 
 
 def find_files(folder: Path, suffixes: Collection[str], without: Path | None = None) -> Found:
@@ -513,7 +498,25 @@ def _refuse_empty(folder: Path, names: Sequence[str], found: Found) -> None:
         raise UserError(f"{show_path(folder)}: no image in it or its subfolders ({known}); give another folder{passed}")
 
 
-def _say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
+def note_turned(folder: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[str, ...]:
+    """A word where EXIF turns images of `folder` but not their masks, and no size tells what a mask was drawn on."""
+    turned = []
+    for image, mask in pairs:
+        header = read_header(image)
+        told_by_size = header.orientation in QUARTER_TURNS and header.size[0] != header.size[1]
+        if header.orientation == 1 or told_by_size or read_header(mask).orientation != 1:
+            continue
+        turned.append(image.relative_to(folder).as_posix())
+    if not turned:
+        return ()
+    return (
+        f"{show_path(folder)}: EXIF turns or mirrors {len(turned)} of the images ({some_names(turned)}); their masks "
+        "are taken to be drawn on the turned ones",
+    )
+
+
+def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
+    """That a mask has another size than its image, and what to do."""
     said = (
         f"{show_path(mask)}: {mask_size[0]} x {mask_size[1]} pixels (H x W), but its image {show_path(image)} has "
         f"{size[0]} x {size[1]}"
@@ -535,12 +538,12 @@ def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int) 
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"
     return (
         f"{show_path(masks)}: no mask for {len(missing)} of the {count} images of {show_path(folder)} "
-        f"({_some(missing)}); a mask has its image's relative path with {' '.join(sorted(MASK_SUFFIXES))}: add them "
-        "or remove the images"
+        f"({some_names(missing)}); a mask has its image's relative path with {' '.join(sorted(MASK_SUFFIXES))}: add "
+        "them or remove the images"
     )
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def some_names(names: Sequence[str], limit: int = 3) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(show_path(name) for name in names[:limit]) + more

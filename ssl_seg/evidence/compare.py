@@ -35,6 +35,7 @@ IDLE = (
     "train.save_every",
     "workers",
     "worker_timeout",
+    "averages",
 )
 TIMM = "model.encoder.pretrained"
 # What a fine-tuning from scratch has otherwise than its pretrained twin.

@@ -16,7 +16,14 @@ from typing import Any
 
 from ssl_seg.config import UserError
 from ssl_seg.runs.folder import RunFolder, find_runs
-from ssl_seg.scores import BAND_WIDTH, ImageConfusions, SegmentationScores, named_scores, read_image_confusion
+from ssl_seg.scores import (
+    BAND_WIDTH,
+    ImageConfusions,
+    SegmentationScores,
+    averages_in,
+    named_scores,
+    read_image_confusion,
+)
 
 DEFINITION = 1  # to be raised with any change of what a figure means; figures of two definitions are not ranked
 EXACT = 1e-9  # how far a figure may be from what its matrices say: rounding in another order, and no pixel more
@@ -124,11 +131,13 @@ def verify(folder: str | Path) -> Verified:
         if summed[part] != found.total().tolist() or tuple(summed.get("classes", ())) != found.class_names:
             raise UserError(f"{folder}: confusion.json is not the sum of the images' matrices in {part}; {_AGAIN}")
         _check_passport(folder, part, written, found)
-        from_sum = named_scores(SegmentationScores.from_confusion(summed[part]), found.class_names)
-        for recomputed in (found.named(), from_sum):
+        averages = averages_in(result[part])
+        from_images = found.named(averages)
+        from_sum = named_scores(SegmentationScores.from_confusion(summed[part]), found.class_names, averages)
+        for recomputed in (from_images, from_sum):
             differences += _differences(folder, part, result[part], recomputed)
-        _refuse_more(folder, part, result[part], found.named())
-        figures += len(found.named())
+        _refuse_more(folder, part, result[part], from_images)
+        figures += len(from_images)
     return Verified(figures, max(differences), tuple(part for part, written in parts.items() if written is None))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ssl_seg.evidence.comparison import Arm, Comparison, Condition, Gain
     from ssl_seg.evidence.results import Study
     from ssl_seg.evidence.statistics import Interval
-    from ssl_seg.scores import SegmentationScores
+    from ssl_seg.scores import Average, SegmentationScores
     from ssl_seg.stages.gap import Gaps
     from ssl_seg.stages.probe import Probes
 
@@ -24,13 +25,29 @@ if TYPE_CHECKING:
 ARMS_ABREAST = 6  # columns of a table that fits a wide terminal
 
 
-def score_lines(part: str, scores: SegmentationScores, class_names: Sequence[str]) -> list[str]:
-    """The mIoU of a part, and the IoU of each class."""
+def score_lines(
+    part: str, scores: SegmentationScores, class_names: Sequence[str], averages: Sequence[Average] = ()
+) -> list[str]:
+    """The mIoU of a part, the IoU of each class, and the averages that were asked for."""
     width = max(len(name) for name in class_names)
     rows = [f"  {name:<{width}} {iou:.4f}" for name, iou in zip(class_names, scores.iou.tolist(), strict=True)]
     averaged = sum(iou == iou for iou in scores.iou.tolist())  # nan: neither in the truth nor predicted
     over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
-    return [f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}", *rows]
+    first = f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}"
+    return [first, *rows, *_average_lines(scores, averages)]
+
+
+def _average_lines(scores: SegmentationScores, averages: Sequence[Average]) -> list[str]:
+    """A row a figure, under the names of the averages."""
+    columns = {average: scores.averaged(average) for average in averages}
+    names = list(next(iter(columns.values()), ()))
+    width = max(map(len, names), default=0)
+    lines = ["  ".join([f"  {'':<{width}}", *(f"{average:>6}" for average in columns)])] if columns else []
+    for name in names:
+        values = [(own[name], max(6, len(average))) for average, own in columns.items()]
+        cells = [f"{'-':>{room}}" if math.isnan(value) else f"{value:>{room}.4f}" for value, room in values]
+        lines.append("  ".join([f"  {name:<{width}}", *cells]))
+    return lines
 
 
 def probe_lines(found: Probes) -> list[str]:

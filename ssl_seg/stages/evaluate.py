@@ -23,7 +23,7 @@ from ssl_seg.models import SegmentationModel
 from ssl_seg.runs.folder import Records, beside, origin
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.schema import read_checked
-from ssl_seg.scores import ImageConfusions, SegmentationScores
+from ssl_seg.scores import Average, ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
 from ssl_seg.stages.scoring import Mirrored, Scored, image_confusions
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
@@ -45,6 +45,8 @@ class EvaluateConfig(ReadingConfig):
     # Whether each image is looked at mirrored too, and the mean of both answers is scored: twice the time, and a score
     # that is never ranked with one without. Off: then a score here is as that of the run itself.
     flips: bool = False
+    # Recall, specificity, precision and others as averages over the classes, for a comparison with published tables.
+    averages: tuple[Average, ...] = ()
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT
     device: DeviceName = "auto"
@@ -52,7 +54,7 @@ class EvaluateConfig(ReadingConfig):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("flips",))
+        return known_to_0_1(self, dump(self), since=("flips", "averages"))
 
 
 @dataclass(frozen=True)
@@ -149,5 +151,5 @@ def _write(
     if path is not None:  # what tells which runs are a pair
         split = read_checked(path)
         place.write_json("split.json", {name: split[name] for name in OF_LABELLED if name in split})
-    write_scores(place, model, {"test": (data, found)}, resize)
+    write_scores(place, model, {"test": (data, found)}, resize, averages=config.averages)
     place.write_json("run.json", _record(config, "finished"))  # last: until then the folder may be taken again

@@ -43,7 +43,7 @@ from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
-from ssl_seg.scores import ImageConfusions, SegmentationScores, names_share
+from ssl_seg.scores import Average, ImageConfusions, SegmentationScores, names_share
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
 from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
@@ -140,6 +140,7 @@ class FinetuneConfig(StageConfig):
     # must not choose.
     select: Literal["best", "last"] = "best"
     stop: ScoredStop = ScoredStop()
+    averages: tuple[Average, ...] = ()  # of recall, specificity, precision and others, beside the scores of result.json
     seed: int = 0
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
@@ -172,6 +173,10 @@ class FinetuneConfig(StageConfig):
         if SEGMENT in self.tasks:
             raise ValueError(f"tasks.{SEGMENT}: the name is taken by the supervised task; choose another")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("averages",))
 
     @property
     def pool(self) -> Dataset | None:
@@ -284,7 +289,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             export_encoder(run.folder, judged.encoder, start.model.dump(), seen)
             export_heads(run, judged)
             kinds.tell(run, labelled, found, config.train.reading, processes.device, quiet)
-            panels.write_scores(run, model, found, resize, {"steps": steps, "selected_step": selected})
+            about = {"steps": steps, "selected_step": selected}
+            panels.write_scores(run, model, found, resize, about, config.averages)
         processes.barrier()
     scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
     return Finetuned(

@@ -21,7 +21,7 @@ from ssl_seg.images import Size
 from ssl_seg.leaks.record import Place
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.runs.folder import RunFolder
-from ssl_seg.scores import IMAGES_FILE, ImageConfusions, image_confusion_bytes
+from ssl_seg.scores import IMAGES_FILE, Average, ImageConfusions, image_confusion_bytes
 from ssl_seg.stages.scoring import Mirrored, device_of, masks_of, predict_ids, pretext_tasks
 from ssl_seg.training.multitask import MultiTask, make_views
 from ssl_seg.training.processes import DeviceName, choose_device
@@ -105,15 +105,17 @@ def write_scores(
     found: Mapping[str, tuple[Examples, ImageConfusions]],
     resize: Size | None = None,
     about: Mapping[str, Any] | None = None,
+    averages: Sequence[Average] = (),
 ) -> None:
     """Write what is known of a scored model: `write_images`, confusion.json, and result.json with a passport a part.
 
-    `about` is what else the result says. result.json comes last: a folder that has one has all of it.
+    `about` is what else the result says, beside figures and `averages` of them. result.json comes last: a folder that
+    has one has all of it.
     """
     write_images(place.folder, model, found, resize)
     matrices = {part: confusions.total().tolist() for part, (_, confusions) in found.items()}
     place.write_json("confusion.json", {"classes": model.class_names, **matrices})
-    named = {part: confusions.named() for part, (_, confusions) in found.items()}
+    named = {part: confusions.named(averages) for part, (_, confusions) in found.items()}
     flips = isinstance(model, Mirrored)
     passports = {part: passport_of(confusions, resize, flips).dump() for part, (_, confusions) in found.items()}
     place.write_json("result.json", {**(about or {}), **named, "passport": passports})

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ssl_seg.config import UserError
 from ssl_seg.evidence.passport import differing, passport_of, passports_in, verify, verify_all
-from ssl_seg.scores import IMAGES_FILE, ImageConfusions, Row, image_confusion_bytes
+from ssl_seg.scores import AVERAGES, IMAGES_FILE, Average, ImageConfusions, Row, image_confusion_bytes
 from ssl_seg.tracking.server import from_tags, to_tags
 from tests.faults import message_of
 
@@ -38,11 +38,13 @@ def scored(seed: int = 0, count: int = 5, classes: tuple[str, ...] = CLASSES, im
     return ImageConfusions.from_rows(classes, rows)
 
 
-def write_scored(folder: Path, parts: dict[str, ImageConfusions], **record: Any) -> Path:
+def write_scored(
+    folder: Path, parts: dict[str, ImageConfusions], averages: Sequence[Average] = (), **record: Any
+) -> Path:
     """A finished run with these scores, as finetune writes it."""
     folder.mkdir(parents=True)
     passports = {part: passport_of(found).dump() for part, found in parts.items()}
-    result = {"steps": 5, **{part: found.named() for part, found in parts.items()}, "passport": passports}
+    result = {"steps": 5, **{part: found.named(averages) for part, found in parts.items()}, "passport": passports}
     classes = next(iter(parts.values())).class_names
     summed = {part: found.total().tolist() for part, found in parts.items()}
     write_json(folder / "run.json", {"stage": "finetune", "status": "finished", "config": {}, **record})
@@ -88,6 +90,14 @@ def test_a_run_is_verified_image_by_image_and_summed(tmp_path: Path) -> None:
     assert found.figures == 2 * (figures + 1), "two parts; each figure counts once, by whatever it is checked"
     assert found.largest <= 1e-9
     assert found.without_passport == ()
+
+
+def test_averages_are_verified_where_there_are_some(tmp_path: Path) -> None:
+    run = write_scored(tmp_path / "run", {"val": scored(0)}, averages=AVERAGES)
+    assert verify(run).figures == 3 + len(CLASSES) + 1 + 6 * len(AVERAGES)
+    change(run / "result.json", lambda result: result["val"].update({"macro/f1": 0.5}))
+    with pytest.raises(UserError, match=r"result.json says val/macro/f1 = 0.5, its confusion matrices say"):
+        verify(run)
 
 
 def spoil_score(run: Path) -> None:

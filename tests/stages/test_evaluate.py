@@ -407,6 +407,22 @@ def test_scores_with_mirrored_looks_say_so_and_are_never_ranked_with_others(trai
     assert differing(spoiled["passport"], passports[0]) == []
 
 
+def test_averages_stand_beside_the_scores_where_they_are_asked_for(trained: Path, tmp_path: Path) -> None:
+    plain, asked = of_textured(trained, 6), of_textured(trained, 6, averages=["macro", "one_vs_rest_micro"])
+    assert "averages" not in plain.dump(), "as it always was"
+    assert asked.dump()["averages"] == ["macro", "one_vs_rest_micro"]
+    evaluate(plain, tmp_path / "plain")
+    scores = evaluate(asked, tmp_path / "asked").scores
+    before, after = (RunFolder.open(tmp_path / name).result for name in ("plain", "asked"))
+    assert after["passport"] == before["passport"], "what the mIoU means is the same"
+    assert after["test"].items() > before["test"].items()
+    assert after["test"]["macro/f1"] == scores.averaged("macro")["f1"]
+    assert after["test"]["one_vs_rest_micro/recall"] == scores.accuracy
+    assert verify(tmp_path / "asked").figures == 6 + 2 * 6
+    (table,) = compare([tmp_path / "plain", tmp_path / "asked"]).tables
+    assert len(table) == 1, "no score comes out differently"
+
+
 def test_what_changed_is_drawn_by_the_model_as_it_was_scored(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -380,6 +380,17 @@ def test_every_image_s_confusion_adds_up_to_the_run_s(finetuned: Finetuned) -> N
     assert split["sha256_of_labelled"] == sample_digest(labelled) != sample_digest(Textured(count=4, seed=6))
 
 
+def test_averages_are_in_the_result_alone(tmp_path: Path) -> None:
+    config = load(FinetuneConfig, finetuning())
+    assert "averages" not in config.dump(), "as it always was"
+    done = run(tmp_path / "run", {"averages": ["weighted"]}, steps=1)
+    result = json.loads((done.folder / "result.json").read_text())
+    for part, scores in (("val", done.val), ("test", done.test)):
+        assert result[part]["weighted/jaccard"] == scores.averaged("weighted")["jaccard"]
+    assert verify(done.folder).largest <= 1e-9
+    assert "weighted" not in (done.folder / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_the_same_command_draws_and_counts_again_what_is_lost(select: str, tmp_path: Path) -> None:
     def made() -> dict[str, bytes]:
