@@ -22,7 +22,7 @@ COLUMNS = 4  # of a line of a list: name, class, species, breed
 
 
 class Pets(Layout):
-    """A split of the pets; the sequence of an image is its breed.
+    """A split of the pets.
 
     `root` holds `images` and `annotations`, as images.tar.gz and annotations.tar.gz unpack. The split is what
     `annotations/<split>.txt` lists: images beside it (41 are in no list) and files that macOS has left (`._*`) are not
@@ -49,9 +49,6 @@ class Pets(Layout):
     @property
     def mask_archive(self) -> str:
         return "annotations.tar.gz"
-
-    def sequence(self, index: int) -> str:
-        return self.name(index).rpartition("_")[0]
 
     @cached_property
     def listed(self) -> tuple[Listed, ...]:

@@ -10,7 +10,6 @@ from PIL import Image
 from torchvision.datasets import OxfordIIITPet
 
 from ssl_seg.config import load
-from ssl_seg.data.splits import hold_out
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.pets import CLASSES, OFFICIAL, Pets
 from ssl_seg.stages.finetune import FinetuneConfig
@@ -92,16 +91,6 @@ def test_the_border_is_a_class_or_ignored(tmp_path: Path) -> None:
     assert border.any()
     np.testing.assert_array_equal(two == 255, border)
     assert set(np.unique(two)) == {0, 1, 255}
-
-
-def test_a_breed_is_kept_together(tmp_path: Path) -> None:
-    pets = Pets(root=str(put_pets(tmp_path)))
-    breeds = [pets.sequence(index) for index in range(len(pets))]
-    assert breeds == ["Abyssinian", "Abyssinian", "american_bulldog", "Egyptian_Mau", "pug"]
-    trained, held = hold_out(pets)
-    sides = [{part.sequence(index) for index in range(len(part))} for part in (trained, held)]
-    assert sides[1]
-    assert not sides[0] & sides[1]
 
 
 def test_a_pool_needs_no_trimaps(tmp_path: Path) -> None:
