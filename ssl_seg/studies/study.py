@@ -362,6 +362,7 @@ class _Ledger:
                 "changes": arm.changes,
                 "pretraining": arm.pretraining,
                 "from_scratch": plan.from_scratch(arm.name),
+                **({} if arm.tasks is None else {"tasks": arm.tasks}),
             }
             for arm in plan.arms
         ]
