@@ -23,6 +23,7 @@ from ssl_seg.evidence.ledger import Choice, extras, ledgers, shares
 from ssl_seg.evidence.statistics import holm, sign_flip_p, t_interval
 from ssl_seg.reports.console import print_study
 from ssl_seg.studies.config import StudyConfig, arms_of
+from ssl_seg.studies.executor import Call, Executor, Handle
 from ssl_seg.studies.plan import make_plan
 from tests.faults import message_of
 from tests.reports.test_study import cells_of, change, page_of, section, text_of, write_json, write_study
@@ -316,7 +317,36 @@ def test_what_cannot_be_is_one_line(keys: dict[str, Any], message: str) -> None:
 # ---- end to end ----
 
 
-def test_a_study_of_two_tasks_writes_its_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Inside(Executor):
+    """Runs in this process: eleven of their own would spend a minute on imports."""
+
+    poll = 0.0
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def start(self, call: Call, slot: int) -> Handle:
+        return Ended(cli.run(lambda: cli.app(args=list(call.words), standalone_mode=False)))
+
+
+class Ended(Handle):
+    def __init__(self, code: int) -> None:
+        self.ended = code
+
+    def code(self) -> int:
+        return self.ended
+
+    def ask(self) -> None:
+        pass
+
+    def end(self, patience: float) -> None:
+        pass
+
+
+def test_a_study_of_two_tasks_writes_its_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ssl_seg.studies.study.Here", Inside)
     squares = {"type": "synthetic", "kind": "squares", "size": [32, 32]}
     train = {"steps": 2, "batch_size": 2, "workers": 0, "device": "cpu", "save_every": 100}
     common = {"augment": {"crop": [32, 32]}, "train": train, "tracking": UNTRACKED}
@@ -335,7 +365,7 @@ def test_a_study_of_two_tasks_writes_its_ledger(tmp_path: Path, capsys: pytest.C
     }
     out = tmp_path / "study"
     with pytest.raises(SystemExit) as ended:
-        cli.main(["study", words(study, tmp_path)[0], "--out", str(out), "--jobs", "2", "--quiet"])
+        cli.main(["study", words(study, tmp_path)[0], "--out", str(out), "--quiet"])
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
     rows = table(out)
