@@ -27,7 +27,7 @@ from ssl_seg.studies.executor import Call, Executor, Handle
 from ssl_seg.studies.plan import make_plan
 from tests.faults import message_of
 from tests.reports.test_study import cells_of, change, page_of, section, text_of, write_json, write_study
-from tests.small import UNTRACKED, finetuning, pretraining, words
+from tests.small import MODEL, UNTRACKED, finetuning, pretraining, words
 
 TASKS = ("denoise", "inpaint", "colorize", "jigsaw")
 NONE: Choice = frozenset()
@@ -281,7 +281,7 @@ def test_every_choice_of_tasks_is_a_pretraining_and_an_arm() -> None:
 def test_subsets_lie_beside_other_arms_and_may_have_a_recipe() -> None:
     arms = {"wide": {"init": "denoise+rotate", "train.lr": 0.1}}
     assert [arm.name for arm in arms_of(load(StudyConfig, values(arms=arms)))][-1] == "wide"
-    recipe = {"recipe": "squares", "tracking": UNTRACKED}
+    recipe = {"recipe": "squares", "model": MODEL, "tracking": UNTRACKED}
     made = make_plan(load(StudyConfig, values(subsets=recipe)), Path("runs/study")).pretrainings
     assert [list(cell.config.tasks) for cell in made[::2]] == [["denoise"], ["inpaint"], ["denoise", "inpaint"]]
 
@@ -347,10 +347,10 @@ def test_a_study_of_two_tasks_writes_its_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ssl_seg.studies.study.Here", Inside)
-    squares = {"type": "synthetic", "kind": "squares", "size": [32, 32]}
+    squares = {"type": "synthetic", "kind": "squares", "size": [64, 64]}
     train = {"steps": 2, "batch_size": 2, "workers": 0, "device": "cpu", "save_every": 100}
-    common = {"augment": {"crop": [32, 32]}, "train": train, "tracking": UNTRACKED}
-    model = {"encoder": "mobilenetv2_035", "decoder": {"type": "fpn", "pyramid_channels": 8, "channels": 8}}
+    common = {"augment": {"crop": [64, 64]}, "train": train, "tracking": UNTRACKED}
+    model = {"encoder": "mobilenetv2_035", "decoder": {"type": "fpn", "pyramid_channels": 8, "channels": 32}}
     data = {"labelled": {**squares, "count": 4, "seed": 1}, "test": {**squares, "count": 3, "seed": 2}}
     study = {
         "finetune": {**common, "data": data},
