@@ -174,9 +174,7 @@ class PlannedArm:
     name: str
     changes: Mapping[str, Any]  # dotted keys of `ssl-seg finetune`
     pretraining: str | None = None  # the one of `pretrainings_of` that it starts from
-    tasks: tuple[str, ...] | None = (
-        None  # those of `subsets` that it was pretrained with; None where it is of no subset
-    )
+    tasks: tuple[str, ...] | None = None  # of `subsets`, those that it is pretrained with; None for any other arm
 
 
 def arms_of(config: StudyConfig) -> tuple[PlannedArm, ...]:
@@ -222,11 +220,11 @@ def _subsets(config: StudyConfig) -> Iterator[dict[str, Any]]:
     if not config.subsets:
         return
     given = base(config.subsets, "subsets")
-    tasks = {name: own for name, own in (given.get("tasks") or {}).items() if own is not None}
+    named = given.get("tasks")
+    tasks = {name: own for name, own in named.items() if own is not None} if isinstance(named, Mapping) else {}
     if not 2 <= len(tasks) <= MAX_TASKS:
-        raise UserError(
-            f"subsets.tasks: {len(tasks)} of them; name 2 to {MAX_TASKS}, for every choice is a pretraining"
-        )
+        many = f"{len(tasks)} of them; name 2 to {MAX_TASKS}, as in tasks: {{denoise: {{}}, inpaint: {{}}}}"
+        raise UserError(f"subsets.tasks: {many}: every choice is a pretraining")
     odd = next((name for name in tasks if not re.fullmatch(r"[\w\-]+", name)), None)
     if odd is not None:
         raise UserError(f"subsets.tasks.{odd}: names an arm and a folder; use letters, digits, _ and -")
