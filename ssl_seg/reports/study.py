@@ -73,7 +73,7 @@ OF_SHARES = (
     "A task's share is what it adds to the tasks before it, as a mean over all orders in which they may come (Shapley "
     "1953): the shares add up to the gain of all. Alone is its gain without the others. Points of mIoU, ± standard "
     "deviation over seeds, {level} intervals of the mean. Every choice of tasks took as many steps and read as many "
-    "images; more tasks make more of each image, and take longer."
+    "images; where each task sees all of them (train.views: all), more tasks take longer."
 )
 OF_EXTRAS = (
     "How much more two tasks give beside each other than each without the other, as a mean over the tasks before them "
