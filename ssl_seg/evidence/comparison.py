@@ -69,6 +69,7 @@ class Arm:
     label: str  # short, and different from those of the other arms
     outcomes: tuple[Outcome, ...]
     from_scratch: bool = False  # whether these are fine-tunings, or evaluations of some, that started from no weights
+    tasks: tuple[str, ...] | None = None  # of a study's `subsets`, those that it was pretrained with; else None
 
     @property
     def settings(self) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ssl_seg import files
 from ssl_seg.config import UserError
-from ssl_seg.evidence import label_curve
+from ssl_seg.evidence import label_curve, ledger
 from ssl_seg.evidence.compare import TIMM
 from ssl_seg.evidence.comparison import Arm, Comparison, Gain, Outcome
 from ssl_seg.evidence.pairs import MIN_STARTS
@@ -31,6 +31,7 @@ STUDY_FILE = "study.json"
 CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
 _AGAIN = "give the study's command again, which makes it anew from the cells"
 CELLS_FILE, GAINS_FILE, LABELS_FILE, PRIMARY_FILE = "cells.csv", "gains.csv", "labels.csv", "primary.csv"
+LEDGER_FILE = "ledger.csv"
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +179,9 @@ def _arm(own: Mapping[str, Any], cells: Iterable[Outcome]) -> Arm:
     """One with its cells; where the study does not say whether it is from scratch, what it changes tells."""
     told = own.get("from_scratch")
     starts = own["changes"].get("init") is not None or bool(own["changes"].get(TIMM))
-    return Arm(own["name"], tuple(cells), told if isinstance(told, bool) else not starts)
+    from_scratch = told if isinstance(told, bool) else not starts
+    tasks = own.get("tasks")
+    return Arm(own["name"], tuple(cells), from_scratch, None if tasks is None else tuple(tasks))
 
 
 class _RunShape(Shape):
@@ -212,6 +215,7 @@ class _SearchShape(Shape):
 class _ArmShape(Shape):
     name: str
     changes: dict[str, Any]
+    tasks: list[str] | None = None
 
 
 class _PrimaryShape(Shape):
@@ -266,8 +270,8 @@ class _StudyShape(Shape):
 def write_tables(study: Study) -> None:
     """Tidy, for a spreadsheet or pandas: cells.csv, a row a cell, and gains.csv, a row a gain of mIoU or of a class.
 
-    Of learning curves also labels.csv, a row for each arm with each number of labels; and primary.csv, a row for each
-    comparison that was named beforehand.
+    Of learning curves also labels.csv, a row for each arm with each number of labels; primary.csv, a row for each
+    comparison that was named beforehand; and of `subsets` ledger.csv, a row for each task and pair of tasks.
     """
     files.write_atomic(study.folder / CELLS_FILE, _csv(cell_rows(study)))
     files.write_atomic(study.folder / GAINS_FILE, _csv(gain_rows(study)))
@@ -275,6 +279,8 @@ def write_tables(study: Study) -> None:
         files.write_atomic(study.folder / LABELS_FILE, _csv(labels))
     if study.contrasts:
         files.write_atomic(study.folder / PRIMARY_FILE, _csv(primary_rows(study)))
+    if earned := ledger.rows(study):
+        files.write_atomic(study.folder / LEDGER_FILE, _csv(earned))
 
 
 def cell_rows(study: Study) -> list[dict[str, Any]]:

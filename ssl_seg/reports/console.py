@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ssl_seg.evidence.comparison import Arm, Comparison, Condition, Gain
+    from ssl_seg.evidence.ledger import Ledger
     from ssl_seg.evidence.results import Study
     from ssl_seg.evidence.statistics import Interval
     from ssl_seg.scores import Average, SegmentationScores
@@ -116,13 +117,18 @@ def print_comparison(found: Comparison) -> None:
 
 def print_study(study: Study) -> None:
     """A row an arm under each condition, the baseline first, and where everything is."""
-    from ssl_seg.evidence import label_curve
+    from ssl_seg.evidence import label_curve, ledger
     from ssl_seg.evidence.claims import answer
-    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE, LABELS_FILE, PRIMARY_FILE
+    from ssl_seg.evidence.results import CELLS_FILE, GAINS_FILE, LABELS_FILE, LEDGER_FILE, PRIMARY_FILE
 
     _print_arms(_console(), study, study.arms, *_rows_of_study(study))
+    books = ledger.ledgers(study)
+    if any(book.whole is not None for book in books):
+        _console().print(_ledger_table(study, books))
+    print_lines([note for book in books for note in ledger.notes(book)])
     written = [CELLS_FILE, GAINS_FILE, *[LABELS_FILE] * bool(label_curve.curves(study))]
     written += [PRIMARY_FILE] * bool(study.contrasts)
+    written += [LEDGER_FILE] * any(book.whole is not None for book in books)
     tables = ", ".join(str(study.folder / name) for name in written)
     told = [words for words in (answer(study).headline, label_curve.sentence(study)) if words]
     print_lines([*told, f"tables: {tables}", f"report: {study.folder / 'report.html'}"])
@@ -185,6 +191,29 @@ def _rows_of_study(study: Study) -> tuple[list[str], Cells]:
         return row
 
     return heads, cells
+
+
+def _ledger_table(study: Study, books: Sequence[Ledger]) -> Table:
+    """A row a task with its share and what it gives alone, a row for all, and a row a pair, in points."""
+    from rich.table import Table
+
+    from ssl_seg.evidence.formatting import NOTHING, between, level_text, p_as_number, points
+
+    heads = ["share of the gain", "points", level_text(study.level), "exact p", "n", "alone, points"]
+    table = Table(*study.axes, *heads)
+    for book in books:
+        if book.whole is None:
+            continue
+        alone = {entry.tasks: points(entry.mean) for entry in book.alone}
+        listed = [(entry.name, entry) for entry in book.shares]
+        listed += [("all, less none", book.whole)]
+        listed += [(f"{entry.name}, as a pair", entry) for entry in book.extras]
+        for name, entry in listed:
+            p = NOTHING if entry.p is None else p_as_number(entry.p)
+            cells = [points(entry.mean), between(entry.interval), p, str(entry.n), alone.get(entry.tasks, "")]
+            table.add_row(*dict(book.condition).values(), name, *cells)
+        table.add_section()
+    return table
 
 
 def _figure_table(found: Comparison, arms: Sequence[Arm]) -> Table:

@@ -18,11 +18,11 @@ from markupsafe import Markup
 
 from ssl_seg import files
 from ssl_seg.config import UserError
-from ssl_seg.evidence import results
+from ssl_seg.evidence import ledger, results
 from ssl_seg.evidence.cautions import of_shared_starts
 from ssl_seg.evidence.claims import OF_CONDITIONS, answer, rules, state_of, states
 from ssl_seg.evidence.comparison import PairedGain, condition_text
-from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, p_as_number, percent
+from ssl_seg.evidence.formatting import NOTHING, average, begun, between, count_of, duration, p_as_number, percent
 from ssl_seg.evidence.pairs import Spread
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.evidence.statistics import (
@@ -33,17 +33,21 @@ from ssl_seg.evidence.statistics import (
     NEIGHBOURS,
     Interval,
 )
+from ssl_seg.figures import charts
 from ssl_seg.reports import curves, sections
 from ssl_seg.reports.arms import Page, make_page
 from ssl_seg.reports.blocks import (
     Fold,
     Front,
     Gallery,
+    Panel,
+    Panels,
     Report,
     Section,
     Table,
     TableRow,
     Text,
+    drawn,
     place_of,
     shot,
     write,
@@ -64,6 +68,17 @@ OF_GAINS = (
 OF_CONTRASTS = (
     "Named in the study's config before there was a score; p by Holm is corrected for these alone. Of several "
     "conditions a gain is the mean, seed by seed."
+)
+OF_SHARES = (
+    "A task's share is what it adds to the tasks before it, as a mean over all orders in which they may come (Shapley "
+    "1953): the shares add up to the gain of all. Alone is its gain without the others. Points of mIoU, ± standard "
+    "deviation over seeds, {level} intervals of the mean. Every choice of tasks took as many steps and read as many "
+    "images; where each task sees all of them (train.views: all), more tasks take longer."
+)
+OF_EXTRAS = (
+    "How much more two tasks give beside each other than each without the other, as a mean over the tasks before them "
+    "(Shapley-Taylor index, Sundararajan et al. 2020); below 0 they give the same twice. A task's share is what it "
+    "gives alone and half of what each of its pairs adds."
 )
 Kind = tuple[str, Markup | None, Sequence[RunFolder]]  # runs of one kind, with its label and its arm's mark
 
@@ -198,6 +213,49 @@ def _on_gains(study: Study) -> Iterator[str]:
     if _has_starts(study):
         yield "Over starts: the interval by Student of the means of the pairs that share a pretraining."
     yield from of_shared_starts(study)
+
+
+def _ledger(page: Page[Study]) -> Iterator[Section]:
+    """Which task earned what, where a study has every choice of some."""
+    books = ledger.ledgers(page.found)
+    if not books:
+        return
+    shares, extras, panels = [], [], []
+    for number, book in enumerate(own for own in books if own.whole is not None):
+        alone = dict(zip(book.shares, book.alone, strict=True))
+        shares += [_entry_row(page, own, alone[own]) for own in book.shares]
+        shares += [_entry_row(page, book.whole, book.whole, "all, less none")] if book.whole else []
+        extras += [_entry_row(page, own) for own in book.extras]
+        if number < sections.SHOWN:
+            panels.append(_share_dots(page, number, book))
+    told = [Text(f"{begun(note)}.") for book in books for note in ledger.notes(book)]
+    axes, numbers = tuple(page.found.axes), ("Points", f"{page.level} interval", "Exact p (Holm)", "Seeds", "Starts")
+    blocks = [Panels(tuple(panels), shape="wide")] * bool(panels)
+    if shares:
+        blocks += [Table(OF_SHARES.format(level=page.level), ("Task", *axes, *numbers, "Alone, points"), tuple(shares))]
+        blocks += [Table(OF_EXTRAS, ("Pair", *axes, *numbers), tuple(extras))]
+    yield Section("ledger", "Which task earned what", (*blocks, *told))
+
+
+def _entry_row(page: Page[Study], own: ledger.Entry, alone: ledger.Entry | None = None, name: str = "") -> TableRow:
+    cells = [dict(own.conditions[0]).get(key, NOTHING) for key in page.found.axes]
+    cells += [sections.gain_text(own), between(own.interval)]
+    cells += [NOTHING if own.p is None or own.p_holm is None else f"{p_as_number(own.p)} ({p_as_number(own.p_holm)})"]
+    cells += [str(own.n), str(own.num_weights)]
+    cells += [] if alone is None else [NOTHING if alone is own else sections.gain_text(alone)]
+    return TableRow(name or own.name, tuple(cells), None if len(own.tasks) > 1 else page.marks[own.arm])
+
+
+def _share_dots(page: Page[Study], number: int, book: ledger.Ledger) -> Panel:
+    """The share of each task in every seed."""
+    under = f" ({condition_text(book.condition)})" if book.condition else ""
+    rows = [
+        charts.Row(own.name, sections.hundredths(own.values), page.styles[own.arm], sections.gain_text(own))
+        for own in book.shares
+    ]
+    about = f"share of each task{under}: " + "; ".join(f"{row.label} {row.note}" for row in rows)
+    svg = drawn(charts.dots, f"ledger{number}", rows, "share, points of mIoU", about, zero=True)
+    return Panel(f"The share of each task{under}, a dot a seed.", svg)
 
 
 def _search(page: Page[Study]) -> Iterator[Section]:
@@ -403,6 +461,7 @@ def _when(resumed: Any) -> str:
 SECTIONS: tuple[Callable[[Page[Study]], Iterator[Section]], ...] = (
     _primary,
     _gains,
+    _ledger,
     curves.learning,
     curves.labels,
     sections.class_gains,

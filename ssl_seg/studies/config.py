@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ssl_seg.config import Config, UserError, flatten
+from ssl_seg.config import Config, UserError, find_recipe, flatten, merge, read_words, unflatten
+from ssl_seg.evidence.comparison import SCRATCH
 from ssl_seg.evidence.statistics import LEVEL
 from ssl_seg.runs.folder import transfer_in_words
 
 IMAGENET = "imagenet"  # an `init`: the weights that timm publishes for the encoder
+NO_TASK = "no task"  # the arm of no task, where all pretrainings of `subsets` go on from weights
 MAX_SEEDS = 10_000  # each is a run of every arm
+MAX_TASKS = 6  # of `subsets`: 63 pretrainings and 64 arms
 ARM_AXES = ("init", "transfer")  # keys of the grid that are compared, not conditions of the comparison
 
 
@@ -68,6 +71,9 @@ class StudyConfig(Config):
 
     finetune: dict[str, Any]  # what all cells share: keys of `ssl-seg finetune`, over those of a `recipe`
     pretrain: dict[str, dict[str, Any]] = Field(default={})  # pretrainings to be made first: keys of `ssl-seg pretrain`
+    # Keys of one pretraining more. It is made with every choice of its tasks, each of them an arm, beside one without
+    # pretraining: `evidence.ledger` then tells what each task earned. All else is the same, steps and images too.
+    subsets: dict[str, Any] = Field(default={})
     # How many of each, with seeds 0, 1, ...; the seeds of the study take them in turn. With one for each seed the
     # intervals hold for other pretrainings too; fewer save time, and the page says so.
     pretrainings: PositiveInt = 1
@@ -133,8 +139,11 @@ class StudyConfig(Config):
     @model_validator(mode="after")
     def _arms_from_one_place(self) -> StudyConfig:
         axes = [key for key in self.grid if key in ARM_AXES or key in self.compare]
-        if self.arms and axes:
-            raise ValueError(f"arms, and the axis {axes[0]} of the grid, both say what is compared; keep one of them")
+        for place in ("arms", "subsets"):
+            if getattr(self, place) and axes:
+                raise ValueError(
+                    f"{place}, and the axis {axes[0]} of the grid, both say what is compared; keep one of them"
+                )
         for key in self.compare:
             if key not in self.grid:
                 raise ValueError(f"compare: {key} is no axis of the grid; name one of: {', '.join(self.grid)}")
@@ -164,13 +173,14 @@ class PlannedArm:
 
     name: str
     changes: Mapping[str, Any]  # dotted keys of `ssl-seg finetune`
-    pretraining: str | None = None  # the one of `pretrain` that it starts from
+    pretraining: str | None = None  # the one of `pretrainings_of` that it starts from
+    tasks: tuple[str, ...] | None = None  # of `subsets`, those that it is pretrained with; None for any other arm
 
 
 def arms_of(config: StudyConfig) -> tuple[PlannedArm, ...]:
     """What is compared: the named arms, or every combination of the axes that make arms."""
-    if config.arms:
-        return tuple(_arm(name, changes, config) for name, changes in config.arms.items())
+    if config.arms or config.subsets:
+        return (*_subset_arms(config), *(_arm(name, changes, config) for name, changes in config.arms.items()))
     axes = {key: values for key, values in config.grid.items() if key in ARM_AXES or key in config.compare}
     combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     # Without weights to start from no decoder can come along, and timm publishes none.
@@ -185,6 +195,66 @@ def arms_of(config: StudyConfig) -> tuple[PlannedArm, ...]:
     return tuple(arms)
 
 
+def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys that a study gives a stage, on those of the `recipe` among them."""
+    own = unflatten({key: value for key, value in given.items() if key != "recipe"})
+    if "recipe" not in given:
+        return own
+    if not isinstance(given["recipe"], str):
+        raise UserError(f"{where}.recipe: not the name of a recipe or a YAML file: {given['recipe']!r}")
+    find_recipe(given["recipe"])
+    return merge(read_words([given["recipe"]]), own)
+
+
+def pretrainings_of(config: StudyConfig) -> dict[str, dict[str, Any]]:
+    """The keys of every pretraining by its name: those of `pretrain`, and one for each choice of tasks of `subsets`."""
+    made = {"+".join(own["tasks"]): own for own in _subsets(config)}
+    twice = next((name for name in made if name in config.pretrain), None)
+    if twice is not None:
+        raise UserError(f"pretrain.{twice}: so one of subsets is called already; choose another name")
+    return {**config.pretrain, **made}
+
+
+def _subsets(config: StudyConfig) -> Iterator[dict[str, Any]]:
+    """The keys of a pretraining with each choice of the tasks, few tasks first; none without `subsets`."""
+    if not config.subsets:
+        return
+    given = base(config.subsets, "subsets")
+    named = given.get("tasks")
+    tasks = {name: own for name, own in named.items() if own is not None} if isinstance(named, Mapping) else {}
+    if not 2 <= len(tasks) <= MAX_TASKS:
+        many = f"{len(tasks)} of them; name 2 to {MAX_TASKS}, as in tasks: {{denoise: {{}}, inpaint: {{}}}}"
+        raise UserError(f"subsets.tasks: {many}: every choice is a pretraining")
+    odd = next((name for name in tasks if not re.fullmatch(r"[\w\-]+", name)), None)
+    if odd is not None:
+        raise UserError(f"subsets.tasks.{odd}: names an arm and a folder; use letters, digits, _ and -")
+    for size in range(1, len(tasks) + 1):
+        for chosen in combinations(tasks, size):
+            yield {**given, "tasks": {name: tasks[name] for name in chosen}}
+
+
+def _subset_arms(config: StudyConfig) -> Iterator[PlannedArm]:
+    """One for each choice of tasks, after one with none, which starts where all the pretrainings start."""
+    made = list(_subsets(config))
+    if not made:
+        return
+    before = {"init": made[0].get("init"), **_pretrained(made[0])}
+    changes = {key: value for key, value in before.items() if value}
+    names = [NO_TASK if changes else SCRATCH, *("+".join(own["tasks"]) for own in made)]
+    twice = next((name for name in names if name in config.arms), None)
+    if twice is not None:
+        raise UserError(f"arms.{twice}: so one of subsets is called already; choose another name")
+    yield PlannedArm(names[0], changes, tasks=())
+    for name, own in zip(names[1:], made, strict=True):
+        yield PlannedArm(name, {"init": name}, name, tuple(own["tasks"]))
+
+
+def _pretrained(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the encoder of a pretraining begins with published weights, as the key of a fine-tuning."""
+    encoder = (given.get("model") or {}).get("encoder")
+    return {"model.encoder.pretrained": encoder.get("pretrained")} if isinstance(encoder, Mapping) else {}
+
+
 def _is_plain(changes: Mapping[str, Any]) -> bool:
     return changes.get("transfer", "encoder") == "encoder"
 
@@ -193,7 +263,7 @@ def _arm(name: str, changes: Mapping[str, Any], config: StudyConfig) -> PlannedA
     start = changes.get("init")
     if start is not None and not isinstance(start, str):
         raise UserError(f"arm {name}: init is a name, a path, imagenet or null, not {start!r}")
-    if start in config.pretrain:
+    if start in pretrainings_of(config):
         return PlannedArm(name, changes, start)
     if start == IMAGENET:
         return PlannedArm(name, {**changes, "init": None, "model.encoder.pretrained": True})

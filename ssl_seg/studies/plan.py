@@ -19,11 +19,9 @@ from ssl_seg.config import (
     C,
     Config,
     UserError,
-    find_recipe,
     flatten,
     load,
     merge,
-    read_words,
     unflatten,
     user_path,
 )
@@ -32,7 +30,15 @@ from ssl_seg.runs.folder import WATCHING, WHOLE
 from ssl_seg.stages.finetune import FinetuneConfig, check_data
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.setup import check_images
-from ssl_seg.studies.config import PlannedArm, StudyConfig, arms_of, conditions_of, refuse_keys_said_twice
+from ssl_seg.studies.config import (
+    PlannedArm,
+    StudyConfig,
+    arms_of,
+    base,
+    conditions_of,
+    pretrainings_of,
+    refuse_keys_said_twice,
+)
 from ssl_seg.weights.export import read_encoder_info
 
 SEARCH_SEEDS = 1000  # the first seed of the search, or above the study's own, so that none is tuned on its own draws
@@ -164,6 +170,7 @@ class _Maker:
         self.config = config
         self.out = out
         self.number = min(config.pretrainings, len(config.seeds))
+        self.given = pretrainings_of(config)
         needed = dict.fromkeys(arm.pretraining for arm in arms if arm.pretraining)
         self.pretrainings = {
             (name, seed): self._pretraining(name, seed) for name in needed for seed in range(self.number)
@@ -172,10 +179,11 @@ class _Maker:
         self._digests: dict[tuple[str | None, str], str | None] = {}
 
     def _pretraining(self, name: str, seed: int) -> Cell[PretrainConfig]:
-        given = base(self.config.pretrain[name], f"pretrain.{name}")
-        if "seed" in self.config.pretrain[name]:
-            raise UserError(f"pretrain.{name}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
-        whole = _checked(PretrainConfig, _tracked(merge(given, {"seed": seed}), self.out), f"pretrain.{name}")
+        where = f"pretrain.{name}" if name in self.config.pretrain else "subsets"
+        given = base(self.given[name], where)
+        if "seed" in self.given[name]:
+            raise UserError(f"{where}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
+        whole = _checked(PretrainConfig, _tracked(merge(given, {"seed": seed}), self.out), where)
         digest = _digest(whole, _start_digest(whole.init, "encoder"))
         return Cell("pretrain", PRETRAINED, f"{files.slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
 
@@ -190,7 +198,7 @@ class _Maker:
         for arm in arms:
             start = arm.changes.get("init")
             if arm.pretraining and not model:
-                model = base(self.config.pretrain[arm.pretraining], "pretrain").get("model", {})
+                model = base(self.given[arm.pretraining], "pretrain").get("model", {})
             elif start is not None and not model:
                 model = read_encoder_info(start).get("config", {})
         if isinstance(model.get("encoder"), Mapping):
@@ -245,17 +253,6 @@ class _Maker:
         for condition, arm, found, number in product(held, arms, tries, range(search.seeds)):
             cell = self.cell(arm, condition, first + number, {**condition, **found}, searching=True)
             yield Trial(choice_key(self.config, arm.name, condition), found, cell)
-
-
-def base(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keys that a study gives a stage, on those of the `recipe` among them."""
-    own = unflatten({key: value for key, value in given.items() if key != "recipe"})
-    if "recipe" not in given:
-        return own
-    if not isinstance(given["recipe"], str):
-        raise UserError(f"{where}.recipe: not the name of a recipe or a YAML file: {given['recipe']!r}")
-    find_recipe(given["recipe"])
-    return merge(read_words([given["recipe"]]), own)
 
 
 def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell[PretrainConfig]) -> None:

@@ -3,7 +3,7 @@
 `plan` says which runs there are, `executor` executes them, `evidence.results` reads what came out. This file ties them:
 it keeps the order of the runs, and study.json, which is true at every instant. So a study can be killed and taken up.
 
-    runs/<study>/ study.json  cells.csv  gains.csv  labels.csv  report.html
+    runs/<study>/ study.json  cells.csv  gains.csv  labels.csv  ledger.csv  report.html
                   pretrained/<id>/  searched/<id>/  cells/<id>/
                   each run with its <id>.yaml (config) and <id>.log beside its folder
 """
@@ -362,6 +362,7 @@ class _Ledger:
                 "changes": arm.changes,
                 "pretraining": arm.pretraining,
                 "from_scratch": plan.from_scratch(arm.name),
+                **({} if arm.tasks is None else {"tasks": arm.tasks}),
             }
             for arm in plan.arms
         ]
