@@ -135,6 +135,7 @@ def _sample_one(
     model: nn.Module, image: Tensor, size: Sequence[int], sampling: DropoutSampling, name: str
 ) -> tuple[Tensor, Tensor]:
     key = rng.fold_in(rng.fold_in(rng.as_key(sampling.seed), "dropout"), name)
+    image = image.contiguous()  # torch deals random numbers out in the order in which values lie in memory
     mean = squares = torch.zeros(())
     for number in range(sampling.samples):
         with _dropping(model), rng.seeded(rng.fold_in(key, number), image.device):
