@@ -40,7 +40,8 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     table = Table(options.out / "scores.csv", words=4)
-    print(f"a pixel's answer is made of {' to '.join(map(str, receptive_field()))} pixels a side")
+    side = receptive_field()
+    print(f"a pixel's answer is made of {side} x {side} pixels")
     print(f"levels to the most similar training picture: {' '.join(map(str, colour_distances(options.count)))}")
     for norm in options.norms:
         for seed in options.seeds:
@@ -85,10 +86,11 @@ def trained_by(size: int, norm: str, seed: int, precision: str) -> dict[str, Any
     return merge(read_words([str(HERE / "train.yaml")]), own)
 
 
-def receptive_field() -> tuple[int, int]:
-    """The least and the most pixels in a row on which one pixel's answer depends.
+def receptive_field() -> int:
+    """Pixels in a row of which one pixel's answer is made.
 
-    Pooling hands on one value of four, so that of one picture a part alone is seen: of many all of it.
+    Pooling hands on one value of four, so that of one picture a part alone is seen: of many all of it. The values that
+    it compares with these are not among them: they reach four pixels further for some places.
     """
     torch.manual_seed(0)
     config = load(ModelConfig, trained_by(512, "batch", 0, "fp32")["model"])
@@ -103,11 +105,11 @@ def receptive_field() -> tuple[int, int]:
             reached |= picture.grad[0].abs().sum(dim=(0, 1)) > 0
         columns = reached.nonzero()
         sides.append(int(columns.max() - columns.min()) + 1)
-    return min(sides), max(sides)
+    return max(sides)
 
 
 def colour_distances(count: int) -> list[int]:
-    """For each fresh picture: the largest difference of a channel, of ground or box, to the training picture nearest."""
+    """For each fresh picture: the largest difference of a channel, of ground or box, to the nearest of training."""
     test, labelled = colours_of(count, TEST_SEED), colours_of(100, 10)
     differences = (test[:, None] - labelled[None]).abs().amax(dim=2)  # (tested, trained)
     return sorted(differences.amin(dim=1).tolist())
