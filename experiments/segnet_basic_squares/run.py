@@ -24,6 +24,7 @@ from ssl_seg.datasets.synthetic import Synthetic
 
 HERE = Path(__file__).parent
 NORMS = {"batch": "keep", "instance": "instance", "switch": "switch"}  # by the words of `model.norm`
+WAYS = ["image", "running", "recalibrated"]
 TEST_SEED = 12  # train.yaml has 10 and 11
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=512, help="side of a picture in pixels; its box grows with it")
     parser.add_argument("--norms", nargs="+", default=["batch"], choices=NORMS)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=20, help="fresh pictures that are scored")
     parser.add_argument("--recalibrate", type=int, default=32, help="training pictures for statistics anew")
@@ -53,9 +55,9 @@ def measure(table: Table, options: argparse.Namespace, norm: str, seed: int) -> 
     """Train, and score in each way that there is for this norm."""
     run = options.out / f"{norm}_{options.size}_{seed}"
     values = trained_by(options.size, norm, seed, options.precision)
-    finetune(load(FinetuneConfig, values), Options(run, quiet=True))
-    ways = ["running"] if norm == "instance" else ["image", "running", "recalibrated"]
-    for way in ways:
+    if not (run / "result.json").exists():
+        finetune(load(FinetuneConfig, values), Options(run, quiet=True))
+    for way in ["running"] if norm == "instance" else options.ways:  # instance norm keeps no statistics
         if table.has(options.size, norm, seed, way):
             continue
         model = run
