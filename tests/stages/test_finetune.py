@@ -425,8 +425,9 @@ BATCH = {"encoder": {"name": "mobilenetv2_035"}, "decoder": {"channels": [16, 16
 
 def test_running_statistics_are_estimated_anew_before_the_scores(tmp_path: Path) -> None:
     """As torch's update_bn does on the run's own crops, with nothing but statistics changed; a run taken up too."""
-    changed = {"model": BATCH, "select": "last", "recalibrate": 6}
-    done = run(tmp_path / "anew", changed, steps=2, batch_size=3, save_every=1, eval_every=1)
+    data = {"labelled": {**POOL, "count": 4, "seed": 5}, "val": {**POOL, "count": 1, "seed": 6}}
+    changed = {"data": data, "model": BATCH, "select": "last", "recalibrate": 6}
+    done = run(tmp_path / "anew", changed, steps=2, batch_size=3, save_every=1)
     trained = {name.removeprefix("model/"): value for name, value in load_state(done.folder).tensors.items()}
     exported = load_file(done.folder / "model" / "model.safetensors")
     names = {name: name.replace("head.", f"heads.{SEGMENT}.", 1) for name in exported}
@@ -442,7 +443,7 @@ def test_running_statistics_are_estimated_anew_before_the_scores(tmp_path: Path)
     scored = image_confusions(load_model(done.folder)[0], config.data.val).scores()
     assert (scored.confusion == done.val.confusion).all(), "the scores are those of what is exported"
     cut_after(1, done.folder, tmp_path / "cut")
-    again = run(tmp_path / "cut", changed, steps=2, batch_size=3, save_every=1, eval_every=1)
+    again = run(tmp_path / "cut", changed, steps=2, batch_size=3, save_every=1)
     torch.testing.assert_close(load_file(again.model / "model.safetensors"), exported, rtol=0, atol=0)
     assert (again.val.confusion == done.val.confusion).all()
 
