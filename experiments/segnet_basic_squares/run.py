@@ -104,6 +104,7 @@ def receptive_field() -> int:
         for _ in range(40):
             picture = torch.rand(1, 3, 64, 64, requires_grad=True)
             head(encoder(picture), (64, 64))[0, 0, 32, place].backward()
+            assert picture.grad is not None
             reached |= picture.grad[0].abs().sum(dim=(0, 1)) > 0
         columns = reached.nonzero()
         sides.append(int(columns.max() - columns.min()) + 1)
