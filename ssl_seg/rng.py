@@ -116,8 +116,12 @@ def _shift(word: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
-def seeded(key: Tensor) -> Iterator[None]:
-    """What torch draws inside (first weights) depends on the key alone; its generator goes on as before after."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(key: Tensor, device: torch.device | None = None) -> Iterator[None]:
+    """What torch draws inside (first weights) depends on the key alone; its generator goes on as before after.
+
+    On the CPU, and on `device` too where it is a GPU.
+    """
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(int(key) & (2**63 - 1))
         yield

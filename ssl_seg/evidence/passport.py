@@ -31,6 +31,7 @@ IGNORED = 255
 # Fields that scores are ranked across: how large the network wants its images is a property of the model, for whatever
 # it sees, its answer is scored at the label's size; and the version of the software is told apart by the definition.
 FACTS = ("resize", "software")
+LOOKS = ("flips", "statistics")  # fields that say how a model was asked, and are written where that is unusual
 Passports = Mapping[str, Mapping[str, Any] | None]  # by part; None: of a version that wrote no passports
 
 
@@ -50,17 +51,28 @@ class Passport:
     band: float = BAND_WIDTH  # of the label's diagonal, on each side of a class boundary
     software: str = metadata.version("ssl_seg")
     flips: bool = False  # whether an answer is the mean of those to the image and to its mirror image
+    statistics: str = "running"  # of batch norm; image: each image is normalized by its own
 
     def dump(self) -> dict[str, Any]:
-        """Plain JSON types. `flips` stands there only where it is true: other passports are as they always were."""
-        plain = {key: value for key, value in asdict(self).items() if key != "flips" or value}
+        """Plain JSON types. How a model is asked stands there only where it is unusual: others are as ever."""
+        usual = {key: getattr(Passport, key) for key in LOOKS}
+        plain = {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
         return {**plain, "classes": list(self.classes), "resize": None if self.resize is None else list(self.resize)}
 
 
-def passport_of(found: ImageConfusions, resize: Sequence[int] | None = None, flips: bool = False) -> Passport:
-    """That of the scores of `found`, by a network that saw images of `resize` (H, W), with `flips` mirrored too."""
+def passport_of(
+    found: ImageConfusions, resize: Sequence[int] | None = None, flips: bool = False, statistics: str = "running"
+) -> Passport:
+    """That of the scores of `found`, by a network that saw images of `resize` (H, W) and was asked in these ways."""
     size = None if resize is None else tuple(resize)
-    return Passport(classes=found.class_names, images=len(found), split=found.digest, resize=size, flips=flips)
+    looks = {"flips": flips, "statistics": statistics}
+    return Passport(classes=found.class_names, images=len(found), split=found.digest, resize=size, **looks)
+
+
+def looks_of(written: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model was asked, by what a passport, or the config of an evaluation, says of it."""
+    statistics = "image" if written.get("statistics") == "image" else "running"
+    return {"flips": written.get("flips") is True, "statistics": statistics}
 
 
 def passports_in(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
@@ -171,7 +183,7 @@ def _check_passport(folder: str | Path, part: str, written: Mapping[str, Any] | 
             f"{folder}: {part} is scored by definition {written.get('definition')}, and this version knows "
             f"{DEFINITION}; verify it with the version that made it"
         )
-    wanted = passport_of(found, written.get("resize"), written.get("flips") is True).dump()
+    wanted = passport_of(found, written.get("resize"), **looks_of(written)).dump()
     wrong = _differing_fields(wanted, written)
     if wrong:
         raise UserError(f"{folder}: the passport of {part} says another {wrong[0]} than its matrices; {_AGAIN}")

@@ -202,6 +202,29 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     return [value for name, value in buffers if name in STATISTICS]
 
 
+def layers_with_statistics(module: nn.Module) -> list[BatchNorm | SwitchNorm2d]:
+    """Those that keep running statistics and normalize by them in evaluation; frozen ones, which are constants, not."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm | SwitchNorm2d)]
+    return [layer for layer in layers if layer.running_mean is not None]
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, norm layers in evaluation mode take the statistics of what they are given; the running ones stay.
+
+    Of one image these are the image's own. Nothing else is as in training: dropout is off, and processes do not meet.
+    """
+    layers = layers_with_statistics(module)
+    kept = [(layer, name, getattr(layer, name)) for layer in layers for name in STATISTICS]
+    for layer, name, _ in kept:
+        setattr(layer, name, None)  # torch's layers, timm's and ours: where none are kept, those of the batch are taken
+    try:
+        yield
+    finally:
+        for layer, name, value in kept:
+            setattr(layer, name, value)
+
+
 def recalibrate(module: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object] | None = None) -> int:
     """Estimate the running statistics inside `module` anew, and give the number of layers that have some.
 
@@ -211,8 +234,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor], forward: Callable[
 
     torch's `swa_utils.update_bn` does so for batch norm alone, and with dropout on.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm | SwitchNorm2d)]
-    layers = [layer for layer in layers if layer.running_mean is not None]
+    layers = layers_with_statistics(module)
     if not layers:
         return 0
     show = forward or module

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveFloat, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
+from torch import nn
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, known_to_0_1, user_path
@@ -19,13 +20,12 @@ from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
-from ssl_seg.models import SegmentationModel
 from ssl_seg.runs.folder import Records, beside, origin
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.schema import read_checked
 from ssl_seg.scores import Average, ImageConfusions, SegmentationScores
 from ssl_seg.stages.panels import prediction_panel, write_scores
-from ssl_seg.stages.scoring import Mirrored, Scored, image_confusions
+from ssl_seg.stages.scoring import Looks, Scored, Statistics, image_confusions, looks_at
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info
@@ -45,6 +45,9 @@ class EvaluateConfig(ReadingConfig):
     # Whether each image is looked at mirrored too, and the mean of both answers is scored: twice the time, and a score
     # that is never ranked with one without. Off: then a score here is as that of the run itself.
     flips: bool = False
+    # Of batch norm, and of the batch's share in a switch norm. running: the averages of training. image: those of the
+    # image at hand, as a network that was trained on single images has always had them; never ranked with the others.
+    statistics: Statistics = "running"
     # Recall, specificity, precision and others as averages over the classes, for a comparison with published tables.
     averages: tuple[Average, ...] = ()
     workers: int = Field(default=2, ge=0)
@@ -54,7 +57,7 @@ class EvaluateConfig(ReadingConfig):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("flips", "averages"))
+        return known_to_0_1(self, dump(self), since=("flips", "statistics", "averages"))
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
     tell_notes({"test": data}, labelled=("test",))
     with _opened(config, out) as place:
         _guard(config, place)
-        scored = Mirrored(model) if config.flips else model
-        found = image_confusions(scored, data, resize, config.reading)
+        looks = looks_at(model, config.statistics, config.flips)
+        found = image_confusions(looks.of(model), data, resize, config.reading)
         if out is not None:
-            _write(place, config, scored, found, resize)
+            _write(place, config, model, looks, found, resize)
     return Evaluated(found.scores(), model.class_names, None if out is None else place.folder)
 
 
@@ -140,16 +143,18 @@ def _guard(config: EvaluateConfig, place: Records) -> None:
 def _write(
     place: Records,
     config: EvaluateConfig,
-    model: SegmentationModel | Mirrored,
+    model: nn.Module,
+    looks: Looks,
     found: ImageConfusions,
     resize: Size | None,
 ) -> None:
     data = config.data.test
-    images.write_image(place.folder / "predictions.png", prediction_panel(model, data, resize))
+    images.write_image(place.folder / "predictions.png", prediction_panel(looks.of(model), data, resize))
     place.write_json("data.json", {"test": manifest(data)})
     path = beside(config.model, "split.json")
     if path is not None:  # what tells which runs are a pair
         split = read_checked(path)
         place.write_json("split.json", {name: split[name] for name in OF_LABELLED if name in split})
-    write_scores(place, model, {"test": (data, found)}, resize, averages=config.averages)
+    scored = {"test": (data, found)}
+    write_scores(place, model, scored, resize, looks=looks, averages=config.averages)
     place.write_json("run.json", _record(config, "finished"))  # last: until then the folder may be taken again

@@ -58,8 +58,10 @@ from ssl_seg.stages.setup import (
     check_same_images,
     check_training,
     check_whole,
+    enough_to_recalibrate,
     export_heads,
     open_run,
+    recalibrate,
     say_clamped_zoom,
     say_other_ranges,
     tell_notes,
@@ -140,10 +142,19 @@ class FinetuneConfig(StageConfig):
     # must not choose.
     select: Literal["best", "last"] = "best"
     stop: ScoredStop = ScoredStop()
+    # Training images on which the running statistics are estimated anew after the last step, before the scores at the
+    # end: averages in which every image weighs the same, and of the final weights. 0: as training left them. What is
+    # scored on the way, and so `select: best`, has those of training.
+    recalibrate: int = Field(default=0, ge=0, le=1_000_000)
     averages: tuple[Average, ...] = ()  # of recall, specificity, precision and others, beside the scores of result.json
     seed: int = 0
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
+
+    @field_validator("recalibrate")
+    @classmethod
+    def _more_than_one(cls, recalibrate: int) -> int:
+        return enough_to_recalibrate(recalibrate)
 
     @field_validator("transfer")
     @classmethod
@@ -176,7 +187,7 @@ class FinetuneConfig(StageConfig):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("averages",))
+        return known_to_0_1(self, dump(self), since=("averages", "recalibrate"))
 
     @property
     def pool(self) -> Dataset | None:
@@ -278,6 +289,10 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         steps = fit(job)
         # No step is the best where no mask counted.
         selected = restore_best(job, steps) if config.select == "best" else steps
+        if config.recalibrate:
+            latest.clear()  # its statistics are gone
+            layers = recalibrate(learner, sources["labelled"], config.recalibrate, "labelled")
+            say(of_recalibration(layers, config.recalibrate), quiet)
         found = {"val": (val, latest[0] if latest and selected == steps else confuse(val))}
         if config.data.test is not None:
             found["test"] = (config.data.test, confuse(config.data.test))
@@ -414,6 +429,13 @@ def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = N
     if config.data.val is None and "val" in recorded:
         return labelled, subset_of(config.data.labelled, recorded["val"])
     return labelled, candidates(config)[1]
+
+
+def of_recalibration(layers: int, count: int) -> str:
+    """What has come of `recalibrate`, where it is asked for."""
+    if layers:
+        return f"running statistics are those of {count} training images, in {layers} norm layers"
+    return "recalibrate: has nothing to do, for no norm layer that learns keeps running statistics"
 
 
 def of_small_images(config: FinetuneConfig, labelled: Examples) -> list[str]:

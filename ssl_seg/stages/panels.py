@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Whole, loader, pack
 from ssl_seg.data.splits import Examples, evenly, hold_out, subset_of
 from ssl_seg.datasets import Dataset
-from ssl_seg.evidence.passport import passport_of
+from ssl_seg.evidence.passport import looks_of, passport_of
 from ssl_seg.figures import panels
 from ssl_seg.images import Size
 from ssl_seg.leaks.record import Place
-from ssl_seg.models import SegmentationModel, evaluating
+from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import IMAGES_FILE, Average, ImageConfusions, image_confusion_bytes
-from ssl_seg.stages.scoring import Mirrored, device_of, masks_of, predict_ids, pretext_tasks
+from ssl_seg.stages.scoring import PLAINLY, Looks, device_of, masks_of, predict_ids, pretext_tasks
 from ssl_seg.training.multitask import MultiTask, make_views
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
@@ -101,23 +102,25 @@ def write_images(
 
 def write_scores(
     place: Place,
-    model: SegmentationModel | Mirrored,
+    model: nn.Module,
     found: Mapping[str, tuple[Examples, ImageConfusions]],
     resize: Size | None = None,
     about: Mapping[str, Any] | None = None,
+    looks: Looks = PLAINLY,
     averages: Sequence[Average] = (),
 ) -> None:
     """Write what is known of a scored model: `write_images`, confusion.json, and result.json with a passport a part.
 
-    `about` is what else the result says, beside figures and `averages` of them. result.json comes last: a folder that
-    has one has all of it.
+    `about` is what else the result says, beside figures and `averages` of them; `looks` how `model` was asked.
+    result.json comes last: a folder that has one has all of it.
     """
-    write_images(place.folder, model, found, resize)
+    write_images(place.folder, looks.of(model), found, resize)
     matrices = {part: confusions.total().tolist() for part, (_, confusions) in found.items()}
-    place.write_json("confusion.json", {"classes": model.class_names, **matrices})
+    class_names = next(confusions.class_names for _, confusions in found.values())
+    place.write_json("confusion.json", {"classes": class_names, **matrices})
     named = {part: confusions.named(averages) for part, (_, confusions) in found.items()}
-    flips = isinstance(model, Mirrored)
-    passports = {part: passport_of(confusions, resize, flips).dump() for part, (_, confusions) in found.items()}
+    how = asdict(looks)
+    passports = {part: passport_of(confusions, resize, **how).dump() for part, (_, confusions) in found.items()}
     place.write_json("result.json", {**(about or {}), **named, "passport": passports})
 
 
@@ -173,11 +176,11 @@ def _predicted(model: nn.Module, examples: Examples, index: int, resize: Size | 
     return ids[0].byte().cpu().numpy(), truth.numpy()
 
 
-def _scored_model(run: RunFolder) -> tuple[SegmentationModel | Mirrored, Size | None]:
+def _scored_model(run: RunFolder) -> tuple[nn.Module, Size | None]:
     """The exported model that was scored, as it was: a run's own, or that which an evaluation names."""
     named = run.config.get("model")
     model, resize = load_model(named if isinstance(named, str) else run.folder)
-    return Mirrored(model) if run.config.get("flips") is True else model, resize
+    return Looks(**looks_of(run.config)).of(model), resize
 
 
 def _fitted(image: np.ndarray) -> np.ndarray:

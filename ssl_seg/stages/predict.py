@@ -1,5 +1,7 @@
 """Masks for images: class ids as PNG files, and the same in colour over the image for a person.
 
+Beside them, where they are asked for, grey pictures: the share of each class, and how unsure the network is of a pixel.
+
 A folder of masks is made in one go or in several: an image that cannot be read, or not be predicted, is left out and
 named at the end, and the same command makes what is missing.
 """
@@ -8,18 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, SerializeAsAny
+from pydantic import Field, PositiveFloat, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
+from torch import nn
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, PathText, UserError, user_path
+from ssl_seg.config import Config, PathText, UserError, known_to_0_1, user_path
 from ssl_seg.data.loading import Whole, pack
 from ssl_seg.data.splits import digest_of, names_of
 from ssl_seg.data.workers import TIMEOUT, collected
@@ -28,14 +33,18 @@ from ssl_seg.figures import panels
 from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.scoring import check_memory, predict_ids
+from ssl_seg.stages.scoring import Statistics, check_memory, looks_at, predict_ids
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
+from ssl_seg.stages.uncertainty import DropoutSampling, check_dropout, probabilities, sample
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info
 
 RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
 MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
+ASKED = ("uncertainty", "statistics")  # keys that change masks; noted where they are not as usual
+MASKS, OVERLAYS, UNCERTAINTY = "masks", "overlays", "uncertainty"  # folders
+LONGEST_CLASS = 80  # letters of a class in a folder's name: four bytes each at most
 LONGEST_NAME = 255  # bytes of a file's name on the usual disks
 SHOWN = 20  # lines about images that cannot be read: a screenful
 
@@ -50,9 +59,18 @@ class PredictConfig(ReadingConfig):
     model: PathText  # a run folder or its model/
     data: PredictData
     overlays: bool = True  # also write overlays/, colours laid over each image
+    probabilities: bool = False  # also write probabilities/ID_CLASS/, each class's share: black is 0, white 1
+    # Sample the network with its dropout on: the class is the mean's, and uncertainty/ has how far the samples differ,
+    # 0 (black) to 1 (white). None: one prediction without dropout. As many times the time as there are samples.
+    uncertainty: DropoutSampling | None = None
+    statistics: Statistics = "running"  # of batch norm, as for `evaluate`
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
     device: DeviceName = "auto"
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("probabilities", "uncertainty", "statistics"))
 
 
 @dataclass(frozen=True)
@@ -77,41 +95,82 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
         model, resize = load_model(config.model)
+        if config.uncertainty is not None:
+            check_dropout(model)
         device = choose_device(config.device)
         model = model.to(device)
+        asked = looks_at(model, config.statistics).of(model)
         colours = panels.palette(len(model.class_names))
         made = _made_before(place.folder / MADE)
         unread: dict[str, str] = {}
         whole = Whole(dataset, with_labels=False)
         one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size
-        with evaluating(model):
+        with evaluating(asked):
             for (index,), packed in zip(one_by_one, collected(whole, one_by_one, config.reading, pack), strict=True):
                 if isinstance(packed, UserError):
                     unread[dataset.name(index)] = str(packed)
                     continue
                 original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
                 digest = digest_of(Example(original, None, ""))
-                mask, overlay = (place.folder / kind / names[index] for kind in ("masks", "overlays"))
-                if made.get(names[index]) == digest and _is_whole(mask) and (overlay.is_file() or not config.overlays):
+                written = _files(config, model.class_names, place.folder, names[index])
+                others = [path for kind, path in written.items() if kind != MASKS]
+                if made.get(names[index]) == digest and _is_whole(written[MASKS]) and all(map(Path.is_file, others)):
                     continue
                 seen = original if resize is None else images.resize_image(original, resize)
                 batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
                 size = original.shape[:2]
                 try:
-                    check_memory(model, seen.shape[:2], "predicting", size)
-                    ids = predict_ids(model, batch, size)[0].byte().cpu().numpy()
+                    check_memory(asked, seen.shape[:2], "predicting", size)
+                    pictures = _look(config, asked, batch, size, dataset.name(index))
                 except UserError as error:  # too large for the memory, too small for the network: others may fit
                     name = dataset.name(index)
                     unread[name] = f"{images.show_path(name)}: {error}"
                     continue
-                images.write_mask(mask, ids, colours)
+                ids = pictures.pop(MASKS)
+                images.write_mask(written[MASKS], ids, colours)
                 if config.overlays:
-                    images.write_image(overlay, panels.overlay(original, ids, colours))
+                    pictures[OVERLAYS] = panels.overlay(original, ids, colours)
+                for kind, path in written.items():
+                    if kind != MASKS:
+                        images.write_image(path, pictures[kind])
                 _note(place.folder / MADE, names[index], digest)
         place.write_json(RECORD, {**_record(config), "finished": not unread, "unread": unread})
         if unread:
             raise UserError(_say_unread(unread, len(dataset), place.folder))
     return Predicted(place.folder, names, model.class_names)
+
+
+def _look(
+    config: PredictConfig, asked: nn.Module, batch: torch.Tensor, size: Sequence[int], name: str
+) -> dict[str, np.ndarray]:
+    """Class ids of an image of `size` (H, W), and the grey pictures that are wanted: uint8 `(H, W)` by their folder."""
+    grey: dict[str, torch.Tensor] = {}  # (H, W) in [0, 1]
+    if config.uncertainty is None and not config.probabilities:
+        ids = predict_ids(asked, batch, size)[0]
+    else:
+        if config.uncertainty is None:
+            shares = probabilities(asked, batch, size)[0]
+        else:
+            sampled = sample(asked, batch, size, config.uncertainty, [name])
+            shares = sampled.mean[0]
+            grey[UNCERTAINTY] = sampled.deviation[0]
+        ids = shares.argmax(dim=0)
+        grey |= {str(number): share for number, share in enumerate(shares)} if config.probabilities else {}
+    pictures = {kind: (255 * values).round().byte().cpu().numpy() for kind, values in grey.items()}
+    return {MASKS: ids.byte().cpu().numpy(), **pictures}
+
+
+def _files(config: PredictConfig, class_names: Sequence[str], folder: Path, name: str) -> dict[str, Path]:
+    """Where the pictures of one image are written, by the words of `_look`."""
+    kinds = {MASKS: MASKS}
+    if config.overlays:
+        kinds[OVERLAYS] = OVERLAYS
+    if config.probabilities:  # a class may be called as no folder can be
+        plain = [re.sub(r"[^\w-]", "_", own)[:LONGEST_CLASS] for own in class_names]
+        kinds |= {str(number): f"probabilities/{number}_{own}" for number, own in enumerate(plain)}
+    if config.uncertainty is not None:
+        kinds[UNCERTAINTY] = UNCERTAINTY
+    return {kind: folder / place / name for kind, place in kinds.items()}
 
 
 @contextmanager
@@ -135,6 +194,7 @@ def _record(config: PredictConfig) -> dict[str, Any]:
         "model": config.model,
         "sha256": info.get("sha256"),
         "resize": info.get("resize"),
+        **{key: value for key, value in config.dump().items() if key in ASKED},
     }
 
 
@@ -148,6 +208,11 @@ def _check_continues(place: Records, record: Mapping[str, Any]) -> None:
             f"--out {place.folder}: holds masks of another model ({former.get('model')}, or of other weights in it); "
             "name a new folder"
         )
+    for key in ASKED:
+        if former.get(key) != record.get(key):
+            raise UserError(
+                f"--out {place.folder}: holds masks that were made with another {key}; give that, or name a new folder"
+            )
 
 
 def _made_before(path: Path) -> dict[str, str]:

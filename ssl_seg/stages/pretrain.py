@@ -38,6 +38,7 @@ from ssl_seg.stages.setup import (
     check_processes,
     check_same_images,
     check_training,
+    enough_to_recalibrate,
     export_heads,
     open_run,
     recalibrate,
@@ -117,9 +118,7 @@ class PretrainConfig(StageConfig):
     @field_validator("recalibrate")
     @classmethod
     def _more_than_one(cls, recalibrate: int) -> int:
-        if recalibrate == 1:
-            raise ValueError("one image has no batch statistics; use 2 or more, or 0 for none")
-        return recalibrate
+        return enough_to_recalibrate(recalibrate)
 
     @field_validator("tasks")
     @classmethod

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from ssl_seg.datasets import Example
 from ssl_seg.images import Size
 from ssl_seg.losses import IGNORE_INDEX
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
-from ssl_seg.models import SegmentationModel, evaluating
+from ssl_seg.models import evaluating
+from ssl_seg.norm.convert import batch_statistics, layers_with_statistics
 from ssl_seg.scores import ImageConfusions, Row
 from ssl_seg.tasks import PretextTask
 from ssl_seg.terminal import say
@@ -33,6 +35,7 @@ from ssl_seg.training.multitask import MultiTask, dealing, make_views
 from ssl_seg.training.processes import Processes
 
 SMALLER_IMAGES = "give smaller images, train with data.resize=[H,W], or choose a device with more memory (device=cpu)"
+PREDICTION = "a prediction of {} x {} pixels at once"
 CROPS = 16  # scored at a time
 GUESS = "guess"  # the figure of a loss that takes no learning
 # Bytes of a pixel, without gradients, that no network is known to exceed: a resnet18 U-Net takes 0.4 kB, swin_base with
@@ -66,6 +69,24 @@ class Scored(Subset):
         return replace(example, label=None)
 
 
+Statistics = Literal["running", "image"]
+
+
+class OneByOne(nn.Module):
+    """A model whose batch norms take the statistics of the image at hand, each image by itself, for the running ones.
+
+    The batch's share of a switch norm likewise. So an answer does not depend on what else is in the batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        with batch_statistics(self.model):
+            return torch.cat([self.model(one) for one in image.split(1)])
+
+
 class Mirrored(nn.Module):
     """A model that also looks at each image's mirror image: its shares are the mean of both looks.
 
@@ -73,15 +94,38 @@ class Mirrored(nn.Module):
     but for a number that all classes of a pixel have in common.
     """
 
-    def __init__(self, model: SegmentationModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.class_names = model.class_names
 
     def forward(self, image: Tensor) -> Tensor:
         plain = self.model(image).log_softmax(dim=1)
         mirrored = self.model(image.flip(-1)).flip(-1).log_softmax(dim=1)
         return torch.logaddexp(plain, mirrored) - math.log(2)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How a model is asked where it is not simply asked: what a score's passport tells of it, and nothing else does."""
+
+    flips: bool = False  # each image is looked at mirrored too
+    statistics: Statistics = "running"  # image: those of the image at hand
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """The model as it is to be asked."""
+        asked = OneByOne(model) if self.statistics == "image" else model
+        return Mirrored(asked) if self.flips else asked
+
+
+PLAINLY = Looks()
+
+
+def looks_at(model: nn.Module, statistics: Statistics, flips: bool = False) -> Looks:
+    """How `model` is asked by these options; told where it keeps no running statistics that others could replace."""
+    if statistics == "image" and not layers_with_statistics(model):
+        say("statistics: image has nothing to do, for no norm layer of the model keeps running statistics")
+        return Looks(flips)
+    return Looks(flips, statistics)
 
 
 def read_once(parts: Iterable[Examples], workers: Workers, processes: Processes) -> None:
@@ -141,7 +185,7 @@ def count_image(index: int, packed: Packed, ids: Tensor, num_classes: int) -> Ro
 def predict_ids(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
     """Class ids `(B, *size)` int64, of `size` (H, W), for images `(B, 3, H, W)` in [0, 1]."""
     height, width = image.shape[-2:]
-    with enough_memory(f"a prediction of {height} x {width} pixels at once", SMALLER_IMAGES, image.device):
+    with enough_memory(PREDICTION.format(height, width), SMALLER_IMAGES, image.device):
         return logits_at(model, image, size).argmax(dim=1)
 
 

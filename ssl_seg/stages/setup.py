@@ -255,11 +255,11 @@ def check_whole(reading: Workers, examples: Examples, resize: Size | None) -> No
     check_room(reading, pack([Whole(examples, resize)[0]]).nbytes)
 
 
-def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
+def recalibrate(learner: Learner, samples: Samples, count: int, stream: Stream = "pool") -> int:
     """Estimate the batch statistics of what is exported on the run's first `count` crops, before any task touches them.
 
-    Every process reads the same ones, so all end with the same. An encoder that is frozen keeps its own. Gives the
-    number of layers that have some.
+    They are the first of `stream`, which `samples` reads. Every process reads the same ones, so all end with the same.
+    An encoder that is frozen keeps its own. Gives the number of layers that have some.
     """
     module = learner.evaluated
 
@@ -268,7 +268,8 @@ def recalibrate(learner: Learner, pool: Samples, count: int) -> int:
         for head in module.heads.values():
             head(features, image.shape[-2:])
 
-    return convert.recalibrate(module.heads if learner.module.frozen else module, _clean(learner, pool, count), show)
+    batches = _clean(learner, samples, count, stream=stream)
+    return convert.recalibrate(module.heads if learner.module.frozen else module, batches, show)
 
 
 def recalibrated_encoder(learner: Learner, pool: Samples, count: int) -> EncoderNet:
@@ -279,13 +280,22 @@ def recalibrated_encoder(learner: Learner, pool: Samples, count: int) -> Encoder
     return encoder
 
 
-def _clean(learner: Learner, pool: Samples, count: int, workers: Workers | None = None) -> Iterator[torch.Tensor]:
-    """The run's first `count` crops, in batches."""
+def enough_to_recalibrate(count: int) -> int:
+    """The number of images of `recalibrate`, for a validator. Raises ValueError for a single one."""
+    if count == 1:
+        raise ValueError("one image has no batch statistics; use 2 or more, or 0 for none")
+    return count
+
+
+def _clean(
+    learner: Learner, samples: Samples, count: int, workers: Workers | None = None, stream: Stream = "pool"
+) -> Iterator[torch.Tensor]:
+    """The first `count` crops of a stream, in batches."""
     config = learner.config
     # No more than a step takes, for memory; from 3 on, an even split leaves no image alone, without a variance.
-    at_once = max(3, min(CLEAN_BATCH, config.batch_of("pool") * len(readers(learner.evaluated.tasks, "pool"))))
+    at_once = max(3, min(CLEAN_BATCH, config.batch_of(stream) * len(readers(learner.evaluated.tasks, stream))))
     chunks = np.array_split(np.arange(count), max(1, -(-count // at_once)))
-    for packed in loader(pool, [chunk.tolist() for chunk in chunks if len(chunk)], workers or config.reading):
+    for packed in loader(samples, [chunk.tolist() for chunk in chunks if len(chunk)], workers or config.reading):
         yield packed.to(learner.processes.device, config.channels_last).image
 
 

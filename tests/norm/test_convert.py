@@ -548,6 +548,50 @@ def test_recalibration_averages_the_batches_and_changes_nothing_else() -> None:
     torch.testing.assert_close(module[4].running_mean, torch.stack([x.mean((0, 2, 3)) for x in third]).mean(0))
 
 
+def test_recalibration_is_torchs_update_bn_where_nothing_is_dropped() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    theirs = copy.deepcopy(ours)
+    batches = [torch.randn(2, 3, 7, 6) * 3 + 2 for _ in range(3)]
+    assert convert.recalibrate(ours, batches) == 2
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["batch", "sync", "switch", "switch_sync"])
+def test_in_evaluation_the_batchs_own_statistics_are_those_of_training(kind: str) -> None:
+    torch.manual_seed(0)
+    dropping = BatchNormAct2d(4, drop_layer=lambda: nn.Dropout(0.5))
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Dropout(0.5), dropping)
+    convert_norm(module, kind)
+    with convert.unsynchronised(module):
+        module(torch.randn(8, 3, 5, 5) * 3 + 2)
+    module.eval()
+    image = torch.randn(1, 3, 6, 7) - 4
+    before, running = copy.deepcopy(module.state_dict()), module(image)
+    with convert.batch_statistics(module):
+        found = module(image)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(module(image), running)
+    assert not torch.allclose(found, running, atol=0.1)
+    trained = copy.deepcopy(module).train()
+    for layer in trained.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.eval()
+    with convert.unsynchronised(trained):
+        torch.testing.assert_close(found, trained(image))
+
+
+def test_statistics_that_are_constants_stay_what_they_are() -> None:
+    module = _with_activation()
+    convert_norm(module, "frozen")
+    assert not convert.layers_with_statistics(module.eval())
+    image = torch.randn(1, 24, 5, 5)
+    expected = module(image)
+    with convert.batch_statistics(module):
+        assert torch.equal(module(image), expected)
+
+
 def test_frozen_statistics_and_those_of_no_batch_stay() -> None:
     module = _with_activation()
     before = copy.deepcopy(module.state_dict())

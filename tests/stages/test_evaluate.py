@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from ssl_seg.scores import named_scores, read_image_confusion
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.panels import changed_pictures, error_picture, prediction_panel, task_pictures, write_images
 from ssl_seg.stages.pretrain import PretrainConfig, of_idle_tasks
-from ssl_seg.stages.scoring import Mirrored, image_confusions, predict_ids, score_tasks
+from ssl_seg.stages.scoring import Looks, Mirrored, OneByOne, image_confusions, looks_at, predict_ids, score_tasks
 from ssl_seg.stages.start import build_module
 from ssl_seg.training.multitask import make_views
 from tests.faults import message_of
@@ -381,6 +382,68 @@ def test_a_mirrored_look_is_the_mean_of_two() -> None:
         torch.testing.assert_close(Mirrored(even)(image), even(image).log_softmax(1))
 
 
+def test_with_its_own_statistics_an_image_is_what_training_makes_of_it_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+    images_ = torch.rand(5, 3, 9, 8) * torch.arange(1, 6)[:, None, None, None]
+    expected = torch.cat([copy.deepcopy(model).train()(one) for one in images_.split(1)])
+    before = copy.deepcopy(model.eval().state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(OneByOne(model)(images_), expected)
+        torch.testing.assert_close(OneByOne(model)(images_[3:4]), expected[3:4])
+        mirrored = Looks(flips=True, statistics="image").of(model)
+        assert isinstance(mirrored, Mirrored)
+        assert isinstance(mirrored.model, OneByOne)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_without_running_statistics_there_is_nothing_to_replace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert looks_at(nn.GroupNorm(1, 4), "image", flips=True) == Looks(flips=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "statistics: image has nothing to do, for no norm layer of the model keeps running statistics"
+    assert looks_at(nn.BatchNorm2d(4), "image") == Looks(statistics="image")
+    assert looks_at(nn.BatchNorm2d(4), "running") == Looks()
+    assert capsys.readouterr().err == ""
+
+
+class Contrast(Brightness):
+    """Class 1 where it is brighter than the statistics say."""
+
+    class_names = ("ground", "disc")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        relative = self.norm(image[:, :1])
+        return torch.cat([-relative, relative], dim=1)
+
+
+def test_scores_by_the_images_own_statistics_say_so_and_are_never_ranked_with_others(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Contrast().eval(), None))
+    plain, own = of_textured(trained, 6), of_textured(trained, 6, statistics="image")
+    assert "statistics" not in plain.dump(), "as it always was"
+    assert own.dump()["statistics"] == "image"
+    everywhere = evaluate(plain, tmp_path / "plain").scores
+    scores = evaluate(own, tmp_path / "own").scores
+    assert everywhere.confusion[:, 0].sum() == 0, "all is brighter than fresh statistics, whose mean is 0"
+    assert scores.miou > everywhere.miou + 0.2
+    runs = [RunFolder.open(tmp_path / name) for name in ("plain", "own")]
+    passports = [run.result["passport"] for run in runs]
+    assert passports[1]["test"] == {**passports[0]["test"], "statistics": "image"}
+    assert differing(*passports) == ["test: statistics"]
+    assert len(compare([tmp_path / "plain", tmp_path / "own"]).tables) == 2
+    assert verify(tmp_path / "own").figures == 6
+    monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda path: (Contrast().eval(), None))
+    (row,) = changed_pictures(*runs, "test", ["textured_6_0"], "cpu")
+    monkeypatch.setattr("ssl_seg.stages.panels.looks_of", lambda config: {"flips": False, "statistics": "running"})
+    (other,) = changed_pictures(*runs, "test", ["textured_6_0"], "cpu")
+    assert not np.array_equal(row, other), "each is drawn as it was scored"
+
+
 class Evenly(Brightness):
     class_names = ("dark", "bright", "never")
 
@@ -456,7 +519,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
 def test_an_evaluation_that_was_killed_is_taken_again(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     config, out = of_textured(trained, 6), tmp_path / "out"

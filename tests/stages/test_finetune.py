@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from ssl_seg import images
 from ssl_seg.config import UserError, load
+from ssl_seg.data.loading import Samples, loader
 from ssl_seg.data.splits import sample_digest
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.folder import Folder
@@ -35,6 +36,7 @@ from ssl_seg.stages.finetune import (
     choose_images,
     finetune,
     load_weights,
+    of_recalibration,
     of_small_images,
     resolve,
     try_out,
@@ -47,6 +49,7 @@ from ssl_seg.weights.export import load_model
 from ssl_seg.weights.receipt import Receipt
 from tests.faults import message_of
 from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining
+from tests.two_processes import cut_after
 
 
 def run(folder: Path, changed: dict[str, Any] | None = None, **train: Any) -> Finetuned:
@@ -426,6 +429,47 @@ def tired(tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
 
 def run_tired(folder: Path) -> Finetuned:
     return run(folder, {"stop": {"patience": 2}}, steps=60, eval_every=1, lr=1e-7)
+
+
+BATCH = {"encoder": {"name": "mobilenetv2_035"}, "decoder": {"channels": [16, 16, 8, 8, 8]}, "norm": "batch"}
+
+
+def test_running_statistics_are_estimated_anew_before_the_scores(tmp_path: Path) -> None:
+    """As torch's update_bn does on the run's own crops, with nothing but statistics changed; a run taken up too."""
+    data = {"labelled": {**POOL, "count": 4, "seed": 5}, "val": {**POOL, "count": 1, "seed": 6}}
+    changed = {"data": data, "model": BATCH, "select": "last", "recalibrate": 6}
+    done = run(tmp_path / "anew", changed, steps=2, batch_size=3, save_every=1)
+    trained = {name.removeprefix("model/"): value for name, value in load_state(done.folder).tensors.items()}
+    exported = load_file(done.folder / "model" / "model.safetensors")
+    names = {name: name.replace("head.", f"heads.{SEGMENT}.", 1) for name in exported}
+    differ = {name for name, own in names.items() if not torch.equal(exported[name], trained[own])}
+    assert differ == {name for name in names if "running_" in name}, "in either case two batches have been counted"
+    config = load(FinetuneConfig, {**finetuning(steps=2, batch_size=3), **changed})
+    model, _ = load_model(done.folder)
+    model.load_state_dict({name: trained[own] for name, own in names.items()})
+    samples = Samples(config.data.labelled, config.augment, config.seed, with_labels=True)
+    batches = [packed.to(torch.device("cpu")).image for packed in loader(samples, [[0, 1, 2], [3, 4, 5]])]
+    torch.optim.swa_utils.update_bn(batches, model)
+    torch.testing.assert_close(model.state_dict(), exported, rtol=1e-4, atol=1e-5)
+    scored = image_confusions(load_model(done.folder)[0], config.data.val).scores()
+    assert (scored.confusion == done.val.confusion).all(), "the scores are those of what is exported"
+    cut_after(1, done.folder, tmp_path / "cut")
+    again = run(tmp_path / "cut", changed, steps=2, batch_size=3, save_every=1)
+    torch.testing.assert_close(load_file(again.model / "model.safetensors"), exported, rtol=0, atol=0)
+    assert (again.val.confusion == done.val.confusion).all()
+
+
+def test_recalibrating_says_what_it_did_and_stands_in_no_config_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(FinetuneConfig, {**finetuning(steps=1), "recalibrate": 2})
+    assert config.dump()["recalibrate"] == 2
+    assert "recalibrate" not in load(FinetuneConfig, finetuning()).dump(), "as it always was"
+    finetune(config, Options(tmp_path))
+    assert "recalibrate: has nothing to do, for no norm layer that learns keeps" in capsys.readouterr().err
+    assert of_recalibration(4, 100) == "running statistics are those of 100 training images, in 4 norm layers"
+    with pytest.raises(UserError, match="recalibrate: one image has no batch statistics"):
+        load(FinetuneConfig, {**finetuning(), "recalibrate": 1})
 
 
 def test_it_stops_when_nothing_improves_and_when_the_target_is_reached(tired: Finetuned, tmp_path: Path) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ssl_seg import images
-from ssl_seg.config import UserError
+from ssl_seg import cli, images
+from ssl_seg.config import UserError, load
 from ssl_seg.datasets import Dataset, Example
+from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.predict import PredictConfig, mask_names, predict
+from ssl_seg.stages.setup import Options
+from ssl_seg.stages.uncertainty import DropoutSampling, sample
 from tests.faults import message_of
+from tests.small import MODEL, Textured, finetuning
 
 CUT = "b.png"
 
@@ -125,6 +130,133 @@ def test_a_folder_that_cannot_be_made_is_told_before_any_work(model: Bright, pho
         assert named in message_of(lambda out=out: predict(of(photos), out))
     assert model.seen == 0
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+
+
+class Dropping(Bright):
+    """A batch norm and a dropout before the same answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return 4 * super().forward(self.dropout(self.norm(image)))
+
+
+@pytest.fixture
+def dropping(model: Bright, monkeypatch: pytest.MonkeyPatch) -> Dropping:
+    made = Dropping().eval()
+    monkeypatch.setattr("ssl_seg.stages.predict.load_model", lambda _: (made, None))
+    return made
+
+
+@pytest.fixture
+def waves(tmp_path: Path) -> Path:
+    """Two images that can be read."""
+    for name in ("a.png", "deep/c.png"):
+        noise = np.random.default_rng(len(name)).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        images.write_image(tmp_path / "waves" / name, noise)
+    return tmp_path / "waves"
+
+
+def test_shares_and_how_unsure_it_is_are_pictures_beside_the_masks(
+    dropping: Dropping, waves: Path, tmp_path: Path
+) -> None:
+    dropping.class_names = ("dark", "b/right: all")
+    wanted = {"uncertainty": {"samples": 5, "seed": 2}, "probabilities": True}
+    out = predict(load(PredictConfig, {**of(waves).dump(), **wanted}), tmp_path / "out").out
+    for name in ("a.png", "deep/c.png"):
+        image = torch.from_numpy(images.read_image(waves / name)).permute(2, 0, 1)[None].float() / 255
+        found = sample(dropping, image, (8, 12), DropoutSampling(samples=5, seed=2), [name])
+        dark, bright = (images.read_mask(out / "probabilities" / of_class / name) for of_class in CLASSES)
+        np.testing.assert_array_equal(bright, (255 * found.mean[0, 1]).round().numpy())
+        np.testing.assert_allclose(dark.astype(int) + bright, 255, atol=1)
+        np.testing.assert_array_equal(images.read_mask(out / "masks" / name), found.mean[0].argmax(0).numpy())
+        unsure = images.read_mask(out / "uncertainty" / name)
+        np.testing.assert_array_equal(unsure, (255 * found.deviation[0]).round().numpy())
+        assert unsure.max() > 60 > unsure.min()
+    record = json.loads((out / "classes.json").read_text())
+    assert record["uncertainty"] == {"samples": 5, "seed": 2}
+    assert "statistics" not in record
+
+
+CLASSES = ("0_dark", "1_b_right__all")
+
+
+def test_shares_without_samples_are_those_of_the_mask(dropping: Dropping, waves: Path, tmp_path: Path) -> None:
+    plain = predict(of(waves), tmp_path / "plain").out
+    asked = load(PredictConfig, {**of(waves).dump(), "probabilities": True, "overlays": False})
+    out = predict(asked, tmp_path / "shares").out
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"masks", "probabilities"}
+    mask = images.read_mask(plain / "masks" / "a.png")
+    np.testing.assert_array_equal(images.read_mask(out / "masks" / "a.png"), mask)
+    assert (images.read_mask(out / "probabilities" / "1_bright" / "a.png")[mask == 1] >= 128).all()
+    assert set(json.loads((plain / "classes.json").read_text())) == {
+        "classes", "model", "sha256", "resize", "finished", "unread"
+    }  # fmt: skip
+
+
+def test_each_image_is_normalized_by_its_own_statistics(dropping: Dropping, waves: Path, tmp_path: Path) -> None:
+    """Noise is brighter than its own mean in half of the pixels, and than fresh statistics, whose mean is 0, in all."""
+    masks = {}
+    for word in ("running", "image"):
+        config = load(PredictConfig, {**of(waves).dump(), "statistics": word})
+        out = predict(config, tmp_path / word).out
+        masks[word] = images.read_mask(out / "masks" / "a.png")
+        assert json.loads((out / "classes.json").read_text()).get("statistics", "running") == word
+    image = images.read_image(waves / "a.png")[..., 0] / 255
+    np.testing.assert_array_equal(masks["image"], (image - image.mean()) / image.std() > 0.5)
+    np.testing.assert_array_equal(masks["running"], image > 0.5)
+
+
+def test_a_picture_that_is_missing_is_made_and_masks_made_otherwise_are_not_mixed(
+    dropping: Dropping, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    sampled = load(PredictConfig, {**of(photos).dump(), "uncertainty": {"samples": 2}})
+    message_of(lambda: predict(sampled, out))
+    mend(photos)
+    other = load(PredictConfig, {**of(photos).dump(), "uncertainty": {"samples": 3}})
+    said = "holds masks that were made with another uncertainty; give that, or name a new folder"
+    assert said in message_of(lambda: predict(other, out))
+    assert said in message_of(lambda: predict(of(photos), out))
+    (out / "uncertainty" / "a.png").unlink()
+    predict(load(PredictConfig, {**sampled.dump(), "probabilities": True}), out)
+    for folder in ("masks", "overlays", "uncertainty", *(f"probabilities/{name}" for name in ("0_dark", "1_bright"))):
+        assert {path.relative_to(out / folder).as_posix() for path in (out / folder).rglob("*.png")} == {
+            "a.png", CUT, "deep/c.png"
+        }  # fmt: skip
+
+
+def test_a_network_without_dropout_is_refused_before_any_mask(model: Bright, waves: Path, tmp_path: Path) -> None:
+    sampled = load(PredictConfig, {**of(waves).dump(), "uncertainty": {}})
+    assert message_of(lambda: predict(sampled, tmp_path / "out")).startswith("uncertainty: the model has no dropout")
+    assert model.seen == 0
+
+
+HALF = {"type": "segnet", "dropout": 0.5}
+BAYESIAN = pytest.param({"encoder": HALF, "decoder": HALF}, marks=pytest.mark.slow, id="segnet")
+
+
+@pytest.mark.parametrize("network", [pytest.param(MODEL, id="fpn"), BAYESIAN])
+def test_a_trained_network_with_dropout_predicts_by_the_command(
+    network: dict[str, Any], waves: Path, tmp_path: Path
+) -> None:
+    """As the pages have it: the same maps whenever it is asked with the same seed."""
+    values = {**finetuning(steps=1, batch_size=1, optimizer="sgd"), "model": network}
+    images.write_image(waves / "deep" / "c.png", Textured().read(0).image[:40, :60])
+    values["data"] = {"labelled": values["data"]["labelled"], "val": {**values["data"]["val"], "count": 1}}
+    finetune(load(FinetuneConfig, values), Options(tmp_path / "run", quiet=True))
+    asked = [f"model={tmp_path}/run", "data.images.type=folder", f"data.images.images={waves}", "workers=0"]
+    asked += ["uncertainty.samples=3", "statistics=image", "device=cpu", "--out"]
+    for out in ("once", "twice"):
+        command = ["predict", *asked, str(tmp_path / out)]
+        assert cli.run(lambda command=command: cli.app(args=command, standalone_mode=False)) == 0
+    for folder in ("masks", "uncertainty"):
+        once, twice = (images.read_mask(tmp_path / out / folder / "deep" / "c.png") for out in ("once", "twice"))
+        np.testing.assert_array_equal(once, twice)
+    assert once.max() > 0, "unsure of something"
 
 
 class Named(Dataset):

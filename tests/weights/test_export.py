@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg.config import UserError
-from ssl_seg.models import DecoderNet, DenseHead, EncoderNet, Features, SegmentationModel
+from ssl_seg.config import UserError, load
+from ssl_seg.models import DecoderNet, DenseHead, EncoderNet, Features, ModelConfig, SegmentationModel
 from ssl_seg.weights.export import (
+    build_model,
     export_decoder,
     export_encoder,
     export_model,
@@ -346,6 +348,16 @@ def test_a_fingerprint_leaves_the_network_as_it_is():
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_a_fingerprint_does_not_ask_how_weights_lie_in_memory():
+    """Else a SegNet trained with `channels_last` may be refused: which value of a window is the largest is rounded."""
+    torch.manual_seed(0)
+    config = load(ModelConfig, {"encoder": {"type": "segnet_basic"}, "decoder": {"type": "segnet_basic"}})
+    model = build_model(config, ("a", "b"))
+    lying = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert fingerprint(lying) == fingerprint(model)
+    assert not next(lying.parameters()).is_contiguous(), "the network is left as it is"
 
 
 def test_a_fingerprint_bears_a_map_that_is_absent():
