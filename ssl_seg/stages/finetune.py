@@ -305,7 +305,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             export_heads(run, judged)
             kinds.tell(run, labelled, found, config.train.reading, processes.device, quiet)
             about = {"steps": steps, "selected_step": selected}
-            panels.write_scores(run, model, found, resize, about, config.averages)
+            panels.write_scores(run, model, found, resize, about, averages=config.averages)
         processes.barrier()
     scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
     return Finetuned(

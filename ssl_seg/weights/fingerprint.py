@@ -47,7 +47,7 @@ def figures_of(net: nn.Module) -> list[list[float]]:
     probe = rng.uniform(rng.fold_in(key, torch.arange(images)), tuple(shape))
     plain = net
     if not _is_plain(net):
-        plain = copy.deepcopy(net).to("cpu", torch.float32, memory_format=torch.contiguous_format)
+        plain = copy.deepcopy(net).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     with evaluating(plain), torch.autocast("cpu", enabled=False):
         output = plain(probe)
     maps = [output] if isinstance(output, Tensor) else output
