@@ -147,7 +147,8 @@ def halves(part: Path, name: str) -> tuple[list[Path], list[Path]]:
         each = round(len(files) * (1 - GAP) / 2)
         return files[:each], files[-each:]
     small = np.stack([images.resize_image(images.read_image(file), (8, 8)).ravel() for file in files])
-    clusters = KMeans(max(2, len(files) // ALIKE), random_state=0, n_init="auto").fit_predict(small)
+    # One start, said explicitly: with another number the halves are others, and scores of both are not to be paired.
+    clusters = KMeans(max(2, len(files) // ALIKE), random_state=0, n_init=1).fit_predict(small)
     sides: tuple[list[Path], list[Path]] = ([], [])
     # The largest first, each to the side that has fewer.
     for cluster in np.argsort(-np.bincount(clusters), kind="stable"):
