@@ -36,7 +36,7 @@ PROCESSES.set_forkserver_preload(
         "segmentation_models_pytorch",
     ]
 )
-TIMEOUT = 120  # seconds; what hangs is killed
+TIMEOUT = 240  # seconds; what hangs is killed
 
 
 class Child:
