@@ -44,6 +44,8 @@ TRAINED, SCORED = ("0001TP", "0016E5"), ("0006R0",)  # drives of CamVid
 CANDIDATES = {"nuclei": 40}
 IMAGENET = {"name": "tf_efficientnet_lite0", "pretrained": "package"}  # the one network whose weights a package holds
 GAP = 0.1  # share of the scored drive that lies between its halves: a tenth of its 101 frames is 10 s
+# One start of the clustering, written down: by another number the halves are others, and scores of both no pairs.
+BEGUN: dict[str, Any] = {"random_state": 0, "n_init": 1}
 ALIKE = 4  # images of a cluster on average, none of which is parted: photographs of one patient, cuts of one slide
 
 
@@ -147,8 +149,7 @@ def halves(part: Path, name: str) -> tuple[list[Path], list[Path]]:
         each = round(len(files) * (1 - GAP) / 2)
         return files[:each], files[-each:]
     small = np.stack([images.resize_image(images.read_image(file), (8, 8)).ravel() for file in files])
-    # One start, said explicitly: with another number the halves are others, and scores of both are not to be paired.
-    clusters = KMeans(max(2, len(files) // ALIKE), random_state=0, n_init=1).fit_predict(small)
+    clusters = KMeans(max(2, len(files) // ALIKE), **BEGUN).fit_predict(small)
     sides: tuple[list[Path], list[Path]] = ([], [])
     # The largest first, each to the side that has fewer.
     for cluster in np.argsort(-np.bincount(clusters), kind="stable"):
