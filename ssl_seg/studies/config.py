@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -179,13 +179,14 @@ class PlannedArm:
 
 def arms_of(config: StudyConfig) -> tuple[PlannedArm, ...]:
     """What is compared: the named arms, or every combination of the axes that make arms."""
+    pretrainings = pretrainings_of(config)
     if config.arms or config.subsets:
-        return (*_subset_arms(config), *(_arm(name, changes, config) for name, changes in config.arms.items()))
+        return (*_subset_arms(config), *(_arm(name, changes, pretrainings) for name, changes in config.arms.items()))
     axes = {key: values for key, values in config.grid.items() if key in ARM_AXES or key in config.compare}
     combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     # Without weights to start from no decoder can come along, and timm publishes none.
     plain = [own for own in combinations if own.get("init", True) not in (None, IMAGENET) or _is_plain(own)]
-    arms = [_arm(_arm_name(own), own, config) for own in plain]
+    arms = [_arm(_arm_name(own), own, pretrainings) for own in plain]
     if len(arms) < 2:
         raise UserError("arms: nothing to compare; name two arms or more, or give grid.init several values")
     names = [arm.name for arm in arms]
@@ -259,11 +260,11 @@ def _is_plain(changes: Mapping[str, Any]) -> bool:
     return changes.get("transfer", "encoder") == "encoder"
 
 
-def _arm(name: str, changes: Mapping[str, Any], config: StudyConfig) -> PlannedArm:
+def _arm(name: str, changes: Mapping[str, Any], pretrainings: Collection[str]) -> PlannedArm:
     start = changes.get("init")
     if start is not None and not isinstance(start, str):
         raise UserError(f"arm {name}: init is a name, a path, imagenet or null, not {start!r}")
-    if start in pretrainings_of(config):
+    if start in pretrainings:
         return PlannedArm(name, changes, start)
     if start == IMAGENET:
         return PlannedArm(name, {**changes, "init": None, "model.encoder.pretrained": True})
