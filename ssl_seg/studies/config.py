@@ -70,7 +70,9 @@ class StudyConfig(Config):
     """`ssl-seg study`: what its YAML may hold."""
 
     finetune: dict[str, Any]  # what all cells share: keys of `ssl-seg finetune`, over those of a `recipe`
-    pretrain: dict[str, dict[str, Any]] = Field(default={})  # pretrainings to be made first: keys of `ssl-seg pretrain`
+    # Pretrainings to be made first: keys of `ssl-seg pretrain`, or with `data.labelled` of `ssl-seg finetune`, where
+    # other images' masks are learnt first, as of drawn scenes.
+    pretrain: dict[str, dict[str, Any]] = Field(default={})
     # Keys of one pretraining more. It is made with every choice of its tasks, each of them an arm, beside one without
     # pretraining: `evidence.ledger` then tells what each task earned. All else is the same, steps and images too.
     subsets: dict[str, Any] = Field(default={})

@@ -27,7 +27,7 @@ from ssl_seg.config import (
 )
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED
 from ssl_seg.runs.folder import WATCHING, WHOLE
-from ssl_seg.stages.finetune import FinetuneConfig, check_data
+from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, check_data
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.setup import check_images
 from ssl_seg.studies.config import (
@@ -68,6 +68,10 @@ class Cell(Generic[Stage]):
         return self.config.init is None and not getattr(encoder, "pretrained", False)
 
 
+# A pretraining by tasks, or one by other images' masks.
+Start = Cell[PretrainConfig] | Cell[FinetuneConfig]
+
+
 @dataclass(frozen=True)
 class Trial:
     """A run of the search."""
@@ -84,7 +88,7 @@ class Plan:
     arms: tuple[PlannedArm, ...]
     baseline: str
     axes: Mapping[str, Sequence[Any]]  # the grid without what makes arms
-    pretrainings: tuple[Cell[PretrainConfig], ...]
+    pretrainings: tuple[Start, ...]
     trials: tuple[Trial, ...]  # none without a search
     cells: tuple[Cell[FinetuneConfig], ...]
 
@@ -148,7 +152,7 @@ def _refuse_unknown_contrasts(config: StudyConfig, arms: Sequence[PlannedArm]) -
 def check_images_of(plan: Plan) -> None:
     """What a run refuses before its work, for all of them: an empty folder, too few labelled images, other classes."""
     for cell in plan.pretrainings:
-        check_images(f"pretrain.{cell.arm}.data.pool", cell.config.data.pool)
+        _check_images_of_start(cell)
     different: dict[str, Cell[FinetuneConfig]] = {}
     for cell in (*plan.cells, *(trial.cell for trial in plan.trials)):
         asked = [cell.config.data.dump(), cell.config.labels.dump()]
@@ -158,6 +162,32 @@ def check_images_of(plan: Plan) -> None:
             check_data(cell.config)
         except UserError as error:
             raise UserError(f"arm {cell.arm}: {error}") from error
+    _check_classes_of_starts(plan)
+
+
+def _check_images_of_start(cell: Start) -> None:
+    if isinstance(cell.config, PretrainConfig):
+        check_images(f"pretrain.{cell.arm}.data.pool", cell.config.data.pool)
+        return
+    try:
+        check_data(cell.config)
+    except UserError as error:
+        raise UserError(f"pretrain.{cell.arm}: {error}") from error
+
+
+def _check_classes_of_starts(plan: Plan) -> None:
+    """A whole network goes on with the classes that it has learnt: else its cells would fail after hours."""
+    starts = {cell.id: cell for cell in plan.pretrainings}
+    for cell in plan.cells:
+        start = starts.get(cell.start or "")
+        if start is None or cell.config.transfer != WHOLE or not isinstance(start.config, FinetuneConfig):
+            continue
+        own, theirs = (config.data.labelled.class_names for config in (cell.config, start.config))
+        if own != theirs:
+            raise UserError(
+                f"arm {cell.arm}: transfer: {WHOLE}: pretrain.{start.arm} tells {', '.join(theirs)} apart, and "
+                f"finetune.data.labelled {', '.join(own)}; transfer: encoder+{SEGMENT} takes all but the last layer"
+            )
 
 
 # ---- single runs ----
@@ -178,14 +208,20 @@ class _Maker:
         self.common = self._common(arms)
         self._digests: dict[tuple[str | None, str], str | None] = {}
 
-    def _pretraining(self, name: str, seed: int) -> Cell[PretrainConfig]:
+    def _pretraining(self, name: str, seed: int) -> Start:
         where = f"pretrain.{name}" if name in self.config.pretrain else "subsets"
         given = base(self.given[name], where)
         if "seed" in self.given[name]:
             raise UserError(f"{where}.seed: they have the seeds 0, 1, ...; say how many by `pretrainings`")
+        data = given.get("data")
+        if isinstance(data, Mapping) and data.get("labelled") is not None:
+            values = merge(given, {"seed": seed, "labels": {"seed": seed}})
+            learnt = _checked(FinetuneConfig, _tracked(values, self.out), where)
+            place = _place_of_start(name, seed, _digest(learnt, _start_digest(learnt.init, learnt.transfer)))
+            return Cell("finetune", PRETRAINED, place, learnt, name, {}, seed)
         whole = _checked(PretrainConfig, _tracked(merge(given, {"seed": seed}), self.out), where)
-        digest = _digest(whole, _start_digest(whole.init, "encoder"))
-        return Cell("pretrain", PRETRAINED, f"{files.slug(name)}-seed{seed}-{digest}", whole, name, {}, seed)
+        place = _place_of_start(name, seed, _digest(whole, _start_digest(whole.init, "encoder")))
+        return Cell("pretrain", PRETRAINED, place, whole, name, {}, seed)
 
     def _common(self, arms: Sequence[PlannedArm]) -> dict[str, Any]:
         """What all arms share. What the study does not say of the model is that of the first start, for every arm.
@@ -230,7 +266,7 @@ class _Maker:
         folder = SEARCHED if searching else CELLS
         return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
 
-    def _start(self, arm: PlannedArm, seed: int) -> Cell[PretrainConfig] | None:
+    def _start(self, arm: PlannedArm, seed: int) -> Start | None:
         if arm.pretraining is None:
             return None
         place = self.config.seeds.index(seed) if seed in self.config.seeds else seed
@@ -255,7 +291,11 @@ class _Maker:
             yield Trial(choice_key(self.config, arm.name, condition), found, cell)
 
 
-def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell[PretrainConfig]) -> None:
+def _place_of_start(name: str, seed: int, digest: str) -> str:
+    return f"{files.slug(name)}-seed{seed}-{digest}"
+
+
+def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Start) -> None:
     """Whether a cell can start from a pretraining of the study, before that is made."""
     models = [own.model for own in (config, start.config) if own.model is not None]
     encoders = [model.encoder.dump() for model in models]
@@ -263,10 +303,11 @@ def _check_fit(arm: PlannedArm, config: FinetuneConfig, start: Cell[PretrainConf
     if len(names) == 2 and names[0] != names[1]:  # one that names none takes the other's
         raise UserError(f"arm {arm.name}: its encoder is {names[0]}, and that of pretrain.{start.arm} is {names[1]}")
     _, _, task = config.transfer.partition("+")
-    if config.transfer == WHOLE:
+    if config.transfer == WHOLE and start.stage == "pretrain":
         raise UserError(f"arm {arm.name}: transfer: {WHOLE} takes a fine-tuned run, and pretrain.{start.arm} is none")
-    if task and task not in start.config.tasks:
-        known = ", ".join(start.config.tasks)
+    drawn = [SEGMENT, *start.config.tasks] if start.stage == "finetune" else list(start.config.tasks)
+    if task and task not in drawn:
+        known = ", ".join(drawn)
         raise UserError(f"arm {arm.name}: transfer: pretrain.{start.arm} has no task {task}; it has: {known}")
 
 

@@ -25,6 +25,7 @@ import torch
 
 from ssl_seg import files
 from ssl_seg.config import Interrupted, UserError, user_path
+from ssl_seg.datasets import Dataset
 from ssl_seg.evidence import results
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.leaks import guard
@@ -35,9 +36,10 @@ from ssl_seg.runs.folder import Records, RunFolder
 from ssl_seg.runs.lock import LOCK, hold, holder_of, is_held
 from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import FinetuneConfig, candidates
+from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, Watch, execute
-from ssl_seg.studies.plan import Cell, Plan, check_images_of, choose, make_plan
+from ssl_seg.studies.plan import Cell, Plan, Start, check_images_of, choose, make_plan
 from ssl_seg.terminal import clock, say, watch_signals
 
 MIOU = "miou"
@@ -314,7 +316,7 @@ class _Ledger:
 
     def _tidy(self, cell: Cell) -> None:
         """A study of a hundred cells would hold some ten gigabytes of what nobody looks at."""
-        if cell.stage == "finetune":
+        if cell.place != PRETRAINED:
             for name in DOUBLE:
                 shutil.rmtree(_folder(self.out, cell) / name, ignore_errors=True)
 
@@ -414,7 +416,7 @@ def leak_question(plan: Plan) -> guard.Question | None:
     scored: dict[str, Any] = {}
     own_cuts: set[tuple[str, str]] = set()
     for cell in plan.pretrainings:
-        trained[f"{cell.arm}.pool"] = cell.config.data.pool
+        trained |= {f"{cell.arm}.{part}": own for part, own in learnt_by(cell).items()}
     for number, cell in enumerate(_of_different_data(plan.cells), start=1):
         suffix = "" if number == 1 else f"#{number}"
         available, val = candidates(cell.config)
@@ -424,6 +426,19 @@ def leak_question(plan: Plan) -> guard.Question | None:
     paths = dict.fromkeys(cell.config.init for cell in plan.cells if cell.config.init and cell.start is None)
     inits = {f"init.{number}" if len(paths) > 1 else "init": path for number, path in enumerate(paths, start=1)}
     return guard.Question(trained, scored, settings, inits, frozenset(own_cuts)) if settings.check else None
+
+
+def learnt_by(start: Start) -> dict[str, Dataset | None]:
+    """The images that the weights of a pretraining rest on, by their part.
+
+    Of one by masks also those that it was validated on, where they chose its weights or its end.
+    """
+    config = start.config
+    if isinstance(config, PretrainConfig):
+        return {"pool": config.data.pool}
+    given = config.parts()
+    chosen = config.select == "best" or config.stop.may_end
+    return {part: given[part] for part in ("labelled", "beside", "pool", *["val"] * chosen)}
 
 
 def _of_different_data(cells: Iterable[Cell[FinetuneConfig]]) -> list[Cell[FinetuneConfig]]:

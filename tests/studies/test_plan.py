@@ -56,6 +56,29 @@ def test_a_pretraining_that_no_arm_needs_is_not_made() -> None:
     assert not make_plan(config, OUT).pretrainings
 
 
+def drawn(**keys: Any) -> dict[str, Any]:
+    """The keys of a pretraining by other images' masks."""
+    own = finetuning()
+    return {**own, "data": {"labelled": {**own["data"]["labelled"], "seed": 11}}, **keys}
+
+
+def test_a_start_with_labelled_images_learns_their_masks() -> None:
+    arms = {
+        "scratch": {},
+        "encoder": {"init": "drawn"},
+        "decoder": {"init": "drawn", "transfer": "encoder+segment"},
+        "whole": {"init": "drawn", "transfer": "model"},
+    }
+    asked = values(pretrain={"drawn": drawn()}, arms=arms, grid={}, pretrainings=3)
+    plan = make_plan(load(StudyConfig, asked), OUT)
+    made = [(cell.stage, cell.place, cell.config.seed, cell.config.labels.seed) for cell in plan.pretrainings]
+    assert made == [("finetune", "pretrained", seed, seed) for seed in range(3)]
+    assert {cell.start for cell in plan.cells if cell.arm != "scratch"} == {cell.id for cell in plan.pretrainings}
+    assert plan.baseline == "scratch"
+    other = values(pretrain={"drawn": drawn(segment={"dice": 1.0})}, arms=arms, grid={})
+    assert make_plan(load(StudyConfig, other), OUT).pretrainings[0].id != plan.pretrainings[0].id
+
+
 def test_an_id_is_that_of_the_config_and_the_weights_and_of_nothing_else() -> None:
     few = {"grid": {"labels.count": [1]}, "seeds": 1}
     ids = {cell.id for cell in plan_of(**few)}
@@ -94,6 +117,7 @@ def test_a_recipe_lies_below_the_keys_beside_it() -> None:
 
 
 EMPTY = {"type": "textured", "count": 0}
+SQUARES = {"type": "synthetic", "kind": "squares", "count": 10}
 LR = {"grid": {"train.lr": [0.001, 0.01]}}
 WIDE = {"scratch": {}, "wide": {"train.lr": 0.1}}
 
@@ -176,6 +200,13 @@ def test_from_scratch_is_what_starts_from_nothing_whatever_its_arm_says() -> Non
         ({"arms": {"scratch": {}, "b": {}}}, "arms: scratch and b are one and the same run; drop one"),
         ({"arms": {"scratch": {}, "b": {"init": "two", "transfer": "encoder+rotat"}}}, "arm b: transfer: pretrain.two"),
         ({"arms": {"scratch": {}, "b": {"init": "two", "model.encoder.name": "resnet18"}}}, "arm b: "),
+        (
+            {"pretrain": {"two": drawn()}, "arms": {"a": {}, "b": {"init": "two", "transfer": "encoder+denoise"}}},
+            "arm b: transfer: pretrain.two has no task denoise; it has: segment",
+        ),
+        ({"arms": {"a": {}, "b": {"init": "two", "transfer": "model"}}}, "arm b: transfer: model takes a fine-tuned"),
+        ({"pretrain": {"two": drawn(tasks={"denoise": {}})}}, "pretrain.two: config: data.pool: missing"),
+        ({"pretrain": {"two": drawn(seed=1)}}, "pretrain.two.seed: they have the seeds 0, 1, ..."),
         ({"primary": {"contrasts": {"four": "scratch"}}}, "primary.contrasts: there is no arm 'four'; name two of: "),
         ({"primary": {"contrasts": {"encoder": "encoder"}}}, "primary.contrasts: encoder is measured from itself"),
         ({"primary": {"contrasts": {}}}, "primary.contrasts: "),
@@ -204,6 +235,14 @@ def test_a_search_on_the_images_that_score_is_refused() -> None:
         # Its trials hold one of the four labelled images out.
         ({"grid": {"labels.count": [4]}, "search": LR}, "arm scratch: labels.count: 4 is more than the 3 labelled"),
         ({"pretrain": {"two": {**pretraining(), "data": {"pool": EMPTY}}}}, "pretrain.two.data.pool: holds no image"),
+        ({"pretrain": {"two": drawn(labels={"count": 50})}}, "pretrain.two: labels.count: 50 is more than the 3"),
+        (
+            {
+                "pretrain": {"two": drawn(data={"labelled": SQUARES})},
+                "arms": {"a": {}, "b": {"init": "two", "transfer": "model"}},
+            },
+            "arm b: transfer: model: pretrain.two tells background, ",
+        ),
     ],
 )
 def test_images_that_are_missing_are_told_before_anything_runs(keys: dict[str, Any], said: str) -> None:

@@ -107,6 +107,34 @@ def test_a_study_lets_its_own_cut_pass_as_a_run_does(tmp_path: Path) -> None:
         assert leak_question(make_plan(config, tmp_path)).own_cuts == cuts
 
 
+def test_a_study_learns_other_masks_first(tmp_path: Path) -> None:
+    first = short(finetuning())
+    first["data"] = {"labelled": {**first["data"]["labelled"], "seed": 11}, "val": {**first["data"]["val"], "seed": 12}}
+    arms = {"scratch": {}, "whole": {"init": "other", "transfer": "model"}}
+    config = load(StudyConfig, values(pretrain={"other": first}, arms=arms))
+    question = leak_question(make_plan(config, tmp_path))
+    assert {name: own.seed for name, own in question.trained.items() if own} == {
+        "other.labelled": 11,
+        "other.val": 12,  # it has chosen the weights
+        "labelled": 5,
+    }
+    found = study(config, options(tmp_path / "study"))
+    assert [arm.from_scratch for arm in found.arms] == [True, False]
+    assert found.gains[0].n == 1
+    receipts = json.loads((found.cells[1].run.folder / "receipts.json").read_text())
+    assert list(receipts) == ["model"]
+    assert receipts["model"]["share"] == 1
+    assert "pretraining other" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_images_that_chose_nothing_are_not_learnt(tmp_path: Path) -> None:
+    first = {**short(finetuning()), "select": "last"}
+    config = load(StudyConfig, values(pretrain={"other": first}, arms={"scratch": {}, "b": {"init": "other"}}))
+    question = leak_question(make_plan(config, tmp_path))
+    assert "other.val" not in question.trained
+    assert "other.test" not in question.trained
+
+
 @pytest.mark.slow
 def test_a_study_goes_on_without_its_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Cut, lost, a pipe or of another kind: the cells are there, and each knows its config."""
