@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ssl_seg import files
@@ -28,7 +29,7 @@ from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, finetune,
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import image_confusions, score_tasks
-from ssl_seg.stages.setup import Options
+from ssl_seg.stages.setup import Options, recalibrate
 from ssl_seg.stages.start import build_module
 from ssl_seg.training.config import TrainConfig
 from ssl_seg.training.learner import Learner
@@ -96,6 +97,18 @@ def jointly(encode: str, **changed: Any) -> list[float]:
     learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
     streams = open_streams(samples, config.train, processes, learner.module.tasks, 0)
     return [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
+
+
+def recalibrated() -> list[dict[str, Tensor]]:
+    """Of each process the running statistics that a fine-tuning estimates anew on its labelled images."""
+    values = finetuning()
+    values["model"] = {"encoder": {"name": "mobilenetv2_035"}, "decoder": {"channels": [16, 16, 8, 8, 8]}}
+    config, start = resolve(load(FinetuneConfig, values))
+    processes = Processes(config.train)
+    labelled = config.labels.choose(config.data.labelled)
+    learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
+    assert recalibrate(learner, samples["labelled"], 6, stream="labelled") > 0
+    return processes.gather([{name: own for name, own in learner.module.named_buffers() if "running_" in name}])
 
 
 def on_pseudo_labels(accumulate: int = 1) -> list[float]:
@@ -295,6 +308,7 @@ def compare_modes(out: str) -> None:
     seen["one image"] = score_one_image()
     seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}
     seen["taught"] = {encode: taught(encode) for encode in ("together", "in_turn")}
+    seen["recalibrated"] = recalibrated()
     seen["pseudo-labels"] = on_pseudo_labels()
     seen["nan"] = meet_nan()
     seen["auto"] = settle_accumulate(room=2)

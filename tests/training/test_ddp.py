@@ -38,6 +38,7 @@ from tests.two_processes import (
     evaluate,
     jointly,
     on_pseudo_labels,
+    recalibrated,
     record,
     score_one_image,
     taught,
@@ -94,6 +95,14 @@ def test_a_process_without_an_image_does_no_harm(two: dict[str, Any]) -> None:
 @pytest.mark.parametrize("encode", ["together", "in_turn"])
 def test_joint_training_deals_out_both_streams(two: dict[str, Any], encode: str) -> None:
     assert two["jointly"][encode] == pytest.approx(jointly(encode), rel=1e-3)
+
+
+def test_statistics_that_are_estimated_anew_are_the_same_on_each_process(two: dict[str, Any]) -> None:
+    (alone,) = recalibrated()
+    for both in two["recalibrated"]:
+        assert both.keys() == alone.keys()
+        for name, own in alone.items():
+            torch.testing.assert_close(both[name], own, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_pseudo_labels_are_the_same_on_two_processes_and_in_micro_batches(two: dict[str, Any]) -> None:
