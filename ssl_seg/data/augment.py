@@ -36,7 +36,8 @@ from ssl_seg.images import Size, SizeField
 
 Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, 3) uint8 and its mask (H, W) uint8
 Draw = Callable[[str, int], list[float]]  # so many numbers in [0, 1) under a word
-SINCE_0_1 = ("pad", "rare", "rotate", "vertical", "turns", "saturation", "hue", "blur")  # keys that it did not know
+# Keys that version 0.1 did not know.
+SINCE_0_1 = ("pad", "rare", "rotate", "vertical", "turns", "saturation", "hue", "blur", "noise")
 BEYOND = cv2.BORDER_REFLECT_101  # what an image is continued by: itself, mirrored about its last pixel
 MAX_TURNED = 32_766  # pixels of a side: OpenCV turns no longer ones
 
@@ -229,6 +230,21 @@ class Blur(Augmentation):
         return cv2.GaussianBlur(image, (0, 0), sigma, borderType=BEYOND), label
 
 
+@dataclass(frozen=True)
+class Noise(Augmentation):
+    """Gaussian noise, of each pixel and channel by itself, whose deviation is drawn from 0 to `sigma` of the range."""
+
+    sigma: float
+    word = "noise"
+    count = 2
+
+    def apply(self, image: np.ndarray, label: np.ndarray | None, drawn: Sequence[float]) -> Pair:
+        strength, seed = drawn
+        random = np.random.default_rng(int(seed * 2**32))
+        noise = random.standard_normal(image.shape, dtype=np.float32)
+        return _pixels(image + 255 * self.sigma * strength * noise), label
+
+
 class Augment(Config):
     """Random crops of the training images; the same for image and mask."""
 
@@ -248,6 +264,7 @@ class Augment(Config):
     saturation: float = Field(default=0.0, ge=0.0, le=1.0)  # factor in 1 -+ saturation
     hue: float = Field(default=0.0, ge=0.0, le=0.5)  # of the colour circle, either way
     blur: NonNegativeFloat = 0.0  # largest sigma, in pixels of the crop
+    noise: float = Field(default=0.0, ge=0.0, le=1.0)  # largest sigma, as a share of black to white
 
     @model_validator(mode="after")
     def _in_order(self) -> Augment:
@@ -280,6 +297,7 @@ class Augment(Config):
             (self.saturation, Saturation(self.saturation)),
             (self.hue, Hue(self.hue)),
             (self.blur, Blur(self.blur)),
+            (self.noise, Noise(self.noise)),
         ]
         return [augmentation for wanted, augmentation in known if wanted]
 

@@ -21,6 +21,7 @@ from ssl_seg.data.augment import (
     Blur,
     Crop,
     Hue,
+    Noise,
     QuarterTurn,
     RareCrop,
     Rotate,
@@ -41,6 +42,7 @@ ALL = {
     "saturation": 0.5,
     "hue": 0.1,
     "blur": 1.5,
+    "noise": 0.1,
 }
 MOVING = ("pad", "rare", "rotate", "vertical", "turns")
 
@@ -95,12 +97,27 @@ def test_blur_is_torchvision_s(number: float) -> None:
     assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize("augmentation", [Hue(0.0), Saturation(0.0), Blur(0.0), Rotate(0.0)])
+@pytest.mark.parametrize("number", [0.0, 0.5, 0.9])
+def test_noise_has_the_deviation_that_is_drawn_and_no_pattern(number: float) -> None:
+    image = np.full((200, 200, 3), 128, dtype=np.uint8)
+    found, _ = Noise(0.1).apply(image, None, [number, 0.3])
+    noise = found.astype(float) - 128
+    rounding = 1 / 12 if number else 0
+    assert noise.std() == pytest.approx(np.sqrt((25.5 * number) ** 2 + rounding), rel=0.01)
+    assert abs(noise.mean()) < 0.2
+    if number:
+        correlation = np.corrcoef(noise.reshape(-1, 3), rowvar=False) - np.eye(3)
+        assert np.abs(correlation).max() < 0.02
+        other, _ = Noise(0.1).apply(image, None, [number, 0.4])
+        assert abs(np.corrcoef(noise.ravel(), other.astype(float).ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("augmentation", [Hue(0.0), Saturation(0.0), Blur(0.0), Noise(0.0), Rotate(0.0)])
 @given(number=st.floats(0, 1, exclude_max=True))
 def test_strength_0_changes_nothing(augmentation: Augmentation, number: float) -> None:
     image = np.random.default_rng(1).integers(0, 256, (24, 30, 3)).astype(np.uint8)
     label = image[..., 0] % 5
-    found, mask = augmentation.apply(image, label, [number])
+    found, mask = augmentation.apply(image, label, [number] * augmentation.count)
     np.testing.assert_array_equal(found, image)
     np.testing.assert_array_equal(mask, label)
 
@@ -175,7 +192,7 @@ def test_mask_and_image_move_alike_and_no_new_id_appears(
     assert agree[inside & flat].all()
 
 
-@pytest.mark.parametrize("name", ["hue", "saturation", "blur"])
+@pytest.mark.parametrize("name", ["hue", "saturation", "blur", "noise"])
 def test_colours_change_and_masks_do_not(name: str) -> None:
     image, (_, label) = colourful(40, 60), told_apart()
     plain, same = Augment(crop=(24, 24)).apply(image, label, rng.as_key(1))
