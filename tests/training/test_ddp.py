@@ -40,6 +40,7 @@ from tests.two_processes import (
     on_pseudo_labels,
     record,
     score_one_image,
+    sharing_a_pass,
     taught,
 )
 
@@ -94,6 +95,12 @@ def test_a_process_without_an_image_does_no_harm(two: dict[str, Any]) -> None:
 @pytest.mark.parametrize("encode", ["together", "in_turn"])
 def test_joint_training_deals_out_both_streams(two: dict[str, Any], encode: str) -> None:
     assert two["jointly"][encode] == pytest.approx(jointly(encode), rel=1e-3)
+
+
+def test_a_pass_that_two_tasks_share_is_the_same_on_two_processes_and_in_turn(two: dict[str, Any]) -> None:
+    alone = sharing_a_pass("together")
+    for found in (*two["shared"].values(), sharing_a_pass("in_turn")):
+        assert found == pytest.approx(alone, rel=1e-3)
 
 
 def test_pseudo_labels_are_the_same_on_two_processes_and_in_micro_batches(two: dict[str, Any]) -> None:
