@@ -7,7 +7,7 @@ has no colour spaces, and OpenCV's are on the CPU alone: hence the conversions h
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Colorize(DenseTask):
     red" where a mean would be grey. Or as numbers (`target: ab`), by regression.
     """
 
+    in_place: ClassVar[bool] = True
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.14, 0.60 and 0.33 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 1.0

@@ -7,7 +7,7 @@ segmentation, decoder included: Brempong et al., "Denoising pretraining for sema
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -31,6 +31,7 @@ class Denoise(PictureTask):
     reconstruction means the same under both.
     """
 
+    in_place: ClassVar[bool] = True
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.37, 0.50 and 0.21 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 3.0

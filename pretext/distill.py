@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import (
@@ -54,6 +54,7 @@ class Distill(PretextTask):
     mode, in float32, and no gradient reaches it; state dicts, DDP and the moving average do not know it.
     """
 
+    in_place: ClassVar[bool] = True
     # The norm of its gradient on the encoder, while seven tasks are trained together on CamVid in batches of 4, is 0.45
     # and 0.35 after 50 and 150 steps; those of denoise, inpaint, colorize and jigsaw are 0.45 to 1.09 and 0.57 to 0.76.
     weight: NonNegativeFloat = 1.0

@@ -7,7 +7,7 @@ inpainting with gated convolution", ICCV 2019; the block grid after Xie et al., 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -31,6 +31,7 @@ class Inpaint(PictureTask):
     strokes erase 0.22 of a square image on average; Pathak's random blocks erase up to a quarter.
     """
 
+    in_place: ClassVar[bool] = True
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.42, 0.34 and 0.40 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 0.5

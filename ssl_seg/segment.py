@@ -64,6 +64,7 @@ class Segment(Task):
         "hardest",
         "mix",
         "mix_share",
+        "sees",
     )
     num_classes: int = Field(default=0, ge=0, le=255)  # 0: as many as the labelled data set has names
     cross_entropy: NonNegativeFloat = 1.0
@@ -86,6 +87,9 @@ class Segment(Task):
     # the class that the partner shows most (Ghiasi et al., CVPR 2021).
     mix: Literal["cutmix", "classmix", "copy_paste"] | None = None
     mix_share: float = Field(default=0.5, ge=0, le=1)  # of the images; a half, as CutMix on CIFAR: the rest stay whole
+    # The task of `tasks` whose view of the labelled images is segmented in place of the images as they are, by the same
+    # pass of the encoder: its noise, its holes. As in Aspris 2021, where one noisy image is drawn clean and segmented.
+    sees: str | None = None
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
@@ -99,6 +103,8 @@ class Segment(Task):
                 raise ValueError(f"{key}: changes cross_entropy, whose weight is 0; give it a weight, or drop {key}")
         if self.mix is None and "mix_share" in self.model_fields_set:
             raise ValueError("mix_share: nothing is mixed; give mix=cutmix, classmix or copy_paste, or drop it")
+        if self.mix is not None and self.sees is not None:
+            raise ValueError(f"sees: what {self.sees} shows is not mixed; drop mix={self.mix}, or sees")
         given = self.class_weights
         if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
             raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
@@ -112,6 +118,10 @@ class Segment(Task):
     @property
     def mixes(self) -> bool:
         return self.mix is not None
+
+    @property
+    def borrowed_input(self) -> str | None:
+        return self.sees
 
     def prepare(self, pixels: Tensor, pixels_beside: Tensor) -> Self:
         """A copy whose class weights are numbers where they follow from the images; what no image shows weighs 1.

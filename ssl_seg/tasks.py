@@ -56,6 +56,10 @@ class Task(Config, ABC):
 
     streams: ClassVar[tuple[Stream, ...]]  # those it reads
     borrowed_head: ClassVar[str | None] = None  # the task whose head it uses too; None: it has a head of its own
+    # The task whose input it is shown too, in one pass of the encoder; None: it is shown that of its own view.
+    borrowed_input: ClassVar[str | None] = None
+    # Whether the view shows each image once and leaves its pixels where they are, so that the image's mask fits it.
+    in_place: ClassVar[bool] = False
     asks_teacher: ClassVar[bool] = False  # whether `view` needs the teacher, which `train.ema` gives
     # Whether the view of an image depends on its partner too (`partners`), as in CutMix. Partners then stay together in
     # whatever a batch is dealt out to: processes, micro-batches, tasks.
@@ -143,24 +147,33 @@ class TaskPlugin(Task, Plugin, ABC):
         return None
 
     def prepare(self, images: Tensor) -> Self:
-        """Measure a fixed sample of the pool once, before step 0; the copy is recorded, a resumed run reads it back."""
+        """Measure a fixed sample of its stream once, before step 0; the copy is recorded, a resumed run reads it back.
+
+        Of a task that reads two streams it is one of the first. So is that of `doubt`.
+        """
         return self
 
     def doubt(self, images: Tensor) -> str:
         """What a person should know before the task learns from images such as these, in a few words; '' for nothing.
 
-        They are a fixed sample of the pool, `(N, 3, H, W)` in [0, 1], and are asked about once, before step 0.
+        They are a fixed sample of its stream, `(N, 3, H, W)` in [0, 1], and are asked about once, before step 0.
         """
         return ""
 
 
 class PretextTask(TaskPlugin, ABC):
-    """A task that makes its own answer from unlabelled images: corrupt them, and ask for what was there.
+    """A task that makes its own answer from images without their masks: corrupt them, and ask for what was there.
 
     Three methods are required: `corrupt`, `head` and `loss`. `ssl_seg.testing.check_pretext_task(MyTask())` tests one.
     """
 
-    streams: ClassVar[tuple[Stream, ...]] = ("pool",)
+    since_0_1: ClassVar[tuple[str, ...]] = (*Task.since_0_1, "stream")
+    # Which images it learns from: those of the pool, or those of fine-tuning that have masks, which it does not read.
+    stream: Stream = "pool"
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.stream,)
 
     @abstractmethod
     def corrupt(self, image: Tensor, key: Tensor) -> View:
@@ -171,7 +184,8 @@ class PretextTask(TaskPlugin, ABC):
         """
 
     def view(self, batches: Mapping[Stream, Batch], teacher: Predict | None = None) -> View:
-        return self.corrupt(batches["pool"].image, batches["pool"].key)
+        batch = batches[self.stream]
+        return self.corrupt(batch.image, batch.key)
 
     @abstractmethod
     def head(self, encoder: EncoderSpec) -> nn.Module:
@@ -188,7 +202,7 @@ class PretextTask(TaskPlugin, ABC):
 class DenseTask(PretextTask, ABC):
     """A pretext task whose answer is a map: it says which decoder draws that."""
 
-    since_0_1: ClassVar[tuple[str, ...]] = (*Task.since_0_1, "decoder")
+    since_0_1: ClassVar[tuple[str, ...]] = (*PretextTask.since_0_1, "decoder")
     # full: that of the segmentation model, so that fine-tuning can start from it. By its skips fine detail passes the
     # deep layers by: a denoised picture needs little of them. deep cuts the skips, and what is drawn has come through
     # the coarsest map; light is a narrow decoder without skips, for which most of the work is left to the encoder.
@@ -271,7 +285,10 @@ def streams_of(tasks: Mapping[str, Task]) -> list[Stream]:
 
 
 def check_tasks(tasks: Mapping[str, Task], streams: Collection[Stream], has_teacher: bool) -> None:
-    """Raise UserError for a task that cannot work beside the others: no such stream, no head to borrow, no teacher."""
+    """Raise UserError for a task that cannot work beside the others.
+
+    No such stream, no head to borrow, none whose input it could be shown, no teacher.
+    """
     for name, task in tasks.items():
         missing = [stream for stream in task.streams if stream not in streams]
         if missing:
@@ -280,5 +297,21 @@ def check_tasks(tasks: Mapping[str, Task], streams: Collection[Stream], has_teac
         if lender is not None and (lender not in tasks or tasks[lender].borrowed_head is not None):
             owners = ", ".join(other for other, own in tasks.items() if own.borrowed_head is None) or "none"
             raise UserError(f"tasks.{name}: uses the head of '{lender}', and the tasks with a head are: {owners}")
+        shower = task.borrowed_input
+        if shower is not None:
+            others = {other: own for other, own in tasks.items() if other != name}
+            if shower not in others:
+                known = ", ".join(others) or "none"
+                raise UserError(f"{name}.sees: '{shower}' is no other task that has a weight; those are: {known}")
+            if others[shower].streams != ("labelled",):
+                raise UserError(
+                    f"{name}.sees: {shower} shows the pool, which has no masks; give tasks.{shower}.stream=labelled"
+                )
+            if not others[shower].in_place:
+                fitting = ", ".join(other for other, own in others.items() if own.in_place) or "none"
+                raise UserError(
+                    f"{name}.sees: {shower} does not leave each pixel at its place, so masks would not fit; those that "
+                    f"do: {fitting}"
+                )
         if task.asks_teacher and not has_teacher:
             raise UserError(f"tasks.{name}: asks a teacher, and there is none; give train.ema=0.999")

@@ -117,6 +117,11 @@ def joining(**train: Any) -> dict[str, Any]:
     return {**values, "tasks": {"denoise": {}, "consistent": {}}}
 
 
+def sharing(**train: Any) -> dict[str, Any]:
+    """The values of a FinetuneConfig without a pool, whose noisy images are both cleaned and segmented."""
+    return {**finetuning(**train), "segment": {"sees": "denoise"}, "tasks": {"denoise": {"stream": "labelled"}}}
+
+
 def semisupervised(**train: Any) -> dict[str, Any]:
     """The values of a FinetuneConfig with both shipped tasks on pseudo-labels, of all pixels; one rises over a ramp."""
     values = finetuning(**{"ema": 0.9, "batch_size": {"labelled": 2, "pool": 4}, **train})

@@ -447,6 +447,88 @@ def test_a_task_reads_both_streams_and_uses_the_head_of_another():
     assert torch.equal(halves["agree"].input, torch.cat([pool.image[1::3], labelled.image])), "the labels stay whole"
 
 
+SHARING = {"segment": Segment(num_classes=3, sees="denoise"), "denoise": Denoise(stream="labelled")}
+
+
+def test_a_pretext_task_reads_the_stream_that_it_is_told():
+    assert (Denoise().streams, Denoise(stream="labelled").streams) == (("pool",), ("labelled",))
+    for kind in (Denoise, Rotate):
+        assert "stream" not in kind().dump(), "a run without it is described as before"
+        assert load(PretextTask, kind(stream="labelled").dump()) == kind(stream="labelled")
+    assert "sees" not in Segment().dump()
+    tasks = {"denoise": Denoise(stream="labelled"), "rotate": Rotate(), "segment": Segment(num_classes=3)}
+    both = {"pool": batch(4), "labelled": batch(2, labelled=True)}
+    views = make_views(tasks, both, split=True)
+    assert torch.equal(views["denoise"].target, both["labelled"].image)
+    assert len(views["rotate"].target) == 4, "the pool is dealt out to those that read it"
+    module = network(tasks)
+    module(views)
+    assert module.encoder.backbone.batches == [2, 4, 2], "whoever reads labelled images is encoded apart"
+
+
+def test_one_pass_of_a_noisy_image_answers_two_tasks():
+    labelled = batch(2, labelled=True)
+    views = make_views(SHARING, {"labelled": labelled})
+    assert views["segment"].input is views["denoise"].input
+    assert not torch.equal(views["segment"].input, labelled.image)
+    assert torch.equal(views["segment"].target, labelled.label)
+    module, by_hand = network(SHARING), network(SHARING)
+    total = weighted_total(SHARING, module(views))
+    total.backward()
+    assert module.encoder.backbone.batches == [2]
+    features = by_hand.encoder(SHARING["denoise"].corrupt(labelled.image, rng.fold_in(labelled.key, "denoise")).input)
+    wanted = sum(
+        task.weight * task.loss(by_hand.heads[name](features, SIZE), views[name]).mean()
+        for name, task in SHARING.items()
+    )
+    wanted.backward()
+    assert torch.equal(total, wanted)
+    for name, gradient in gradients(by_hand).items():
+        torch.testing.assert_close(gradients(module)[name], gradient, rtol=0, atol=0)
+    alone = {name: network(SHARING).predict({name: view})[name] for name, view in views.items()}
+    torch.testing.assert_close(network(SHARING).predict(views), alone, rtol=0, atol=0)
+
+
+def test_a_shared_pass_keeps_its_bits_beside_others():
+    tasks = {**SHARING, "rotate": Rotate(), "inpaint": Inpaint(stream="labelled")}
+    module = network(tasks)
+    views = make_views(tasks, {"pool": batch(4), "labelled": batch(2, labelled=True)})
+    found = module.predict(views)
+    assert module.encoder.backbone.batches == [2, 4, 2]
+    alone = network(SHARING).predict(make_views(SHARING, {"labelled": batch(2, labelled=True)}))
+    torch.testing.assert_close({name: found[name] for name in alone}, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({}, "segment.sees: 'denoise' is no other task that has a weight; those are: none"),
+        ({"denois": Denoise(stream="labelled")}, "no other task that has a weight; those are: denois"),
+        ({"denoise": Denoise()}, "segment.sees: denoise shows the pool, which has no masks; give tasks.denoise.stream"),
+        (
+            {"denoise": Rotate(stream="labelled"), "inpaint": Inpaint()},
+            "segment.sees: denoise does not leave each pixel at its place, .*; those that do: inpaint",
+        ),
+    ],
+)
+def test_an_input_that_cannot_be_segmented_is_refused_in_a_line(others: dict[str, Task], said: str):
+    with pytest.raises(UserError, match=said) as caught:
+        check_tasks({"segment": SHARING["segment"], **others}, ("labelled", "pool"), has_teacher=False)
+    assert "\n" not in str(caught.value)
+    check_tasks(SHARING, ("labelled",), has_teacher=False)
+
+
+def test_the_tasks_whose_input_a_mask_fits():
+    kinds = {name: PretextTask.choose(name) for name in PretextTask.names()}
+    shipped = {name: kind for name, kind in kinds.items() if kind.__module__.startswith("pretext.")}
+    assert {name for name, kind in shipped.items() if kind.in_place} == {"colorize", "denoise", "distill", "inpaint"}
+
+
+def test_what_is_mixed_is_shown_by_no_other():
+    with pytest.raises(ValidationError, match=r"sees: what denoise shows is not mixed; drop mix=cutmix, or sees"):
+        Segment(sees="denoise", mix="cutmix")
+
+
 def test_both_tasks_move_a_head_that_they_share():
     tasks = {"segment": Segment(num_classes=3), "agree": Agree(weight=0.5)}
     views = make_views(

@@ -36,7 +36,7 @@ from ssl_seg.training.learner import Learner
 from ssl_seg.training.loop import backward, finish_gradients, train
 from ssl_seg.training.multitask import make_views
 from ssl_seg.training.processes import Processes
-from tests.small import POOL, Textured, finetuning, joining, pretraining, semisupervised
+from tests.small import POOL, Textured, finetuning, joining, pretraining, semisupervised, sharing
 
 MODES = tuple(product(("all", "split"), ("together", "in_turn")))
 # A task that asks a network which nobody trains, and one that shows two inputs a sample.
@@ -90,13 +90,7 @@ def jointly(encode: str, **changed: Any) -> list[float]:
     values = finetuning(encode=encode, steps=4, lr=LR, **changed)
     values["data"] = {**values["data"], "pool": POOL}
     values["tasks"] = {"denoise": {}, "rotate": {}}
-    values["model"] = without_dropout(values["model"])
-    config, start = resolve(load(FinetuneConfig, values))
-    processes = Processes(config.train)
-    labelled = config.labels.choose(config.data.labelled)
-    learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
-    streams = open_streams(samples, config.train, processes, learner.module.tasks, 0)
-    return [step.metrics["train/loss"] for step in train(learner, streams, 0, seed=0)]
+    return losses_of(values)
 
 
 def recalibrated() -> list[dict[str, Tensor]]:
@@ -115,8 +109,17 @@ def on_pseudo_labels(accumulate: int = 1) -> list[float]:
     """Losses of a few steps of the shipped semi-supervised tasks, with other batches of either stream."""
     sizes = {"labelled": 4, "pool": 8}
     values = semisupervised(steps=4, lr=LR, batch_size=sizes, accumulate=accumulate)
-    values["model"] = without_dropout(values["model"])
-    config, start = resolve(load(FinetuneConfig, values))
+    return losses_of(values)
+
+
+def sharing_a_pass(encode: str) -> list[float]:
+    """Losses of a few steps in which one pass of a noisy image answers two tasks."""
+    return losses_of(sharing(encode=encode, steps=4, lr=LR))
+
+
+def losses_of(values: dict[str, Any]) -> list[float]:
+    """Those of every step of a FinetuneConfig's values, without dropout."""
+    config, start = resolve(load(FinetuneConfig, {**values, "model": without_dropout(values["model"])}))
     processes = Processes(config.train)
     labelled = config.labels.choose(config.data.labelled)
     learner, samples = assemble(config, start, processes, None, labelled, quiet=True)
@@ -307,6 +310,7 @@ def compare_modes(out: str) -> None:
     seen["confusions"] = [evaluate(count) for count in range(4)]
     seen["one image"] = score_one_image()
     seen["jointly"] = {encode: jointly(encode) for encode in ("together", "in_turn")}
+    seen["shared"] = {encode: sharing_a_pass(encode) for encode in ("together", "in_turn")}
     seen["taught"] = {encode: taught(encode) for encode in ("together", "in_turn")}
     seen["recalibrated"] = recalibrated()
     seen["pseudo-labels"] = on_pseudo_labels()

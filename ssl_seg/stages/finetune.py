@@ -176,9 +176,10 @@ class FinetuneConfig(StageConfig):
             raise ValueError("segment.weight: 0, so nothing is learnt; give it a weight")
         # Where its tasks weigh nothing it may stay in the config, as in a grid over their weights.
         if self.data.pool is not None and not readers(self.tasks, "pool"):
-            raise ValueError("data.pool: would not be looked at; name tasks for joint training, or drop it")
-        if readers(weighty(self.tasks), "pool") and self.data.pool is None:
-            raise ValueError("data.pool: missing; joint training (tasks is not empty) takes unlabelled images from it")
+            raise ValueError("data.pool: would not be looked at; name a task that reads it, or drop it")
+        reading = readers(weighty(self.tasks), "pool")
+        if reading and self.data.pool is None:
+            raise ValueError(f"data.pool: missing; tasks.{reading[0]} takes unlabelled images from it")
         if self.transfer != "encoder" and self.init is None:
             raise ValueError(f"transfer: '{self.transfer}' needs init=RUN, the run whose weights are meant")
         if SEGMENT in self.tasks:
@@ -478,7 +479,7 @@ def assemble(
     segment = recall(config.segment, recorded.get(SEGMENT))
     if segment is None and config.segment.balances:
         segment = config.segment.prepare(*pixel_counts(labelled))
-    others = prepare_tasks(weighty(config.tasks), sources.get("pool"), recorded, quiet, processes)
+    others = prepare_tasks(weighty(config.tasks), sources, recorded, quiet, processes)
     tasks = {SEGMENT: segment or config.segment, **others}
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and start.kind != "checkpoint":

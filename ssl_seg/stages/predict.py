@@ -1,6 +1,7 @@
 """Masks for images: class ids as PNG files, and the same in colour over the image for a person.
 
 Beside them, where they are asked for, grey pictures: the share of each class, and how unsure the network is of a pixel.
+An image that is too large to be looked at whole is predicted in tiles.
 
 A folder of masks is made in one go or in several: an image that cannot be read, or not be predicted, is left out and
 named at the end, and the same command makes what is missing.
@@ -12,9 +13,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,8 +35,9 @@ from ssl_seg.figures import panels
 from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.scoring import Statistics, check_memory, looks_at, predict_ids
+from ssl_seg.stages.scoring import Statistics, check_memory, looks_at, memory_at_risk, predict_ids
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
+from ssl_seg.stages.tiles import Block, Tiles, in_tiles, of_norms
 from ssl_seg.stages.uncertainty import DropoutSampling, check_dropout, probabilities, sample
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
@@ -42,7 +45,7 @@ from ssl_seg.weights.export import load_model, range_of, read_model_info
 
 RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
 MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
-ASKED = ("uncertainty", "statistics")  # keys that change masks; noted where they are not as usual
+ASKED = ("uncertainty", "statistics", "tiles")  # keys that change masks; noted where they are not as usual
 MASKS, OVERLAYS, UNCERTAINTY = "masks", "overlays", "uncertainty"  # folders
 LONGEST_CLASS = 80  # letters of a class in a folder's name: four bytes each at most
 LONGEST_NAME = 255  # bytes of a file's name on the usual disks
@@ -64,13 +67,15 @@ class PredictConfig(ReadingConfig):
     # 0 (black) to 1 (white). None: one prediction without dropout. As many times the time as there are samples.
     uncertainty: DropoutSampling | None = None
     statistics: Statistics = "running"  # of batch norm, as for `evaluate`
+    # Look at an image larger than a tile tile by tile. None: whole, and in tiles where the memory of a CPU may not do.
+    tiles: Tiles | None = None
     workers: int = Field(default=2, ge=0)
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
     device: DeviceName = "auto"
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("probabilities", "uncertainty", "statistics"))
+        return known_to_0_1(self, dump(self), since=("probabilities", "uncertainty", "statistics", "tiles"))
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,13 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
         model, resize = load_model(config.model)
         if config.uncertainty is not None:
             check_dropout(model)
+        if config.tiles is not None and resize is not None:
+            raise UserError(f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key")
         device = choose_device(config.device)
         model = model.to(device)
         asked = looks_at(model, config.statistics).of(model)
+        if config.tiles is not None and (told := of_norms(asked)):
+            say(f"tiles: of {config.tiles.size} pixels{told}")
         colours = panels.palette(len(model.class_names))
         made = _made_before(place.folder / MADE)
         unread: dict[str, str] = {}
@@ -117,11 +126,22 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
                 if made.get(names[index]) == digest and _is_whole(written[MASKS]) and all(map(Path.is_file, others)):
                     continue
                 seen = original if resize is None else images.resize_image(original, resize)
-                batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
                 size = original.shape[:2]
                 try:
-                    check_memory(asked, seen.shape[:2], "predicting", size)
-                    pictures = _look(config, asked, batch, size, dataset.name(index))
+                    tiles = _tiles(config, asked, size, dataset.name(index)) if resize is None else None
+                    if tiles is None:
+                        check_memory(asked, seen.shape[:2], "predicting", size)
+                        batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
+                        pictures = _look(config, asked, batch, size, dataset.name(index))
+                    else:
+                        by_tile = in_tiles(
+                            original,
+                            partial(_figures, config, asked, name=dataset.name(index)),
+                            tiles,
+                            model.encoder.multiple,
+                            device,
+                        )
+                        pictures = _joined(config, by_tile, size)
                 except UserError as error:  # too large for the memory, too small for the network: others may fit
                     name = dataset.name(index)
                     unread[name] = f"{images.show_path(name)}: {error}"
@@ -140,24 +160,55 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     return Predicted(place.folder, names, model.class_names)
 
 
+def _tiles(config: PredictConfig, asked: nn.Module, size: Sequence[int], name: str) -> Tiles | None:
+    """How an image of `size` (H, W) is cut; None where it is looked at whole."""
+    tiles = config.tiles
+    if tiles is None and memory_at_risk(asked, size) is not None:
+        tiles = Tiles()
+        say(
+            f"{images.show_path(name)}: {size[0]} x {size[1]} pixels may not fit into memory at once, and are looked "
+            f"at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(asked)}"
+        )
+    return tiles if tiles is not None and max(size) > tiles.size else None
+
+
 def _look(
     config: PredictConfig, asked: nn.Module, batch: torch.Tensor, size: Sequence[int], name: str
 ) -> dict[str, np.ndarray]:
     """Class ids of an image of `size` (H, W), and the grey pictures that are wanted: uint8 `(H, W)` by their folder."""
-    grey: dict[str, torch.Tensor] = {}  # (H, W) in [0, 1]
     if config.uncertainty is None and not config.probabilities:
-        ids = predict_ids(asked, batch, size)[0]
-    else:
-        if config.uncertainty is None:
-            shares = probabilities(asked, batch, size)[0]
-        else:
-            sampled = sample(asked, batch, size, config.uncertainty, [name])
-            shares = sampled.mean[0]
-            grey[UNCERTAINTY] = sampled.deviation[0]
-        ids = shares.argmax(dim=0)
-        grey |= {str(number): share for number, share in enumerate(shares)} if config.probabilities else {}
+        return {MASKS: predict_ids(asked, batch, size)[0].byte().cpu().numpy()}
+    return _drawn(config, _figures(config, asked, batch, name, size))
+
+
+def _figures(
+    config: PredictConfig, asked: nn.Module, batch: torch.Tensor, name: str, size: Sequence[int] | None = None
+) -> torch.Tensor:
+    """`(K, H, W)`, the share of each class in [0, 1], and last how far samples differ, where that is wanted."""
+    size = batch.shape[-2:] if size is None else size
+    if config.uncertainty is None:
+        return probabilities(asked, batch, size)[0]
+    sampled = sample(asked, batch, size, config.uncertainty, [name])
+    return torch.cat([sampled.mean[0], sampled.deviation])
+
+
+def _drawn(config: PredictConfig, figures: torch.Tensor) -> dict[str, np.ndarray]:
+    """The pictures of such figures, by the words of `_files`."""
+    shares = figures if config.uncertainty is None else figures[:-1]
+    grey = {} if config.uncertainty is None else {UNCERTAINTY: figures[-1]}
+    grey |= {str(number): share for number, share in enumerate(shares)} if config.probabilities else {}
     pictures = {kind: (255 * values).round().byte().cpu().numpy() for kind, values in grey.items()}
-    return {MASKS: ids.byte().cpu().numpy(), **pictures}
+    return {MASKS: shares.argmax(dim=0).byte().cpu().numpy(), **pictures}
+
+
+def _joined(config: PredictConfig, blocks: Iterable[Block], size: Sequence[int]) -> dict[str, np.ndarray]:
+    """The pictures of an image of `size` (H, W), of the blocks that it was looked at in."""
+    pictures: dict[str, np.ndarray] = {}
+    for block in blocks:
+        for kind, part in _drawn(config, block.values).items():
+            whole = pictures.setdefault(kind, np.empty(tuple(size), dtype=np.uint8))
+            whole[block.rows, block.columns] = part
+    return pictures
 
 
 def _files(config: PredictConfig, class_names: Sequence[str], folder: Path, name: str) -> dict[str, Path]:

@@ -295,7 +295,7 @@ def assemble(
     pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
     say_clamped_zoom(pool, quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
-    tasks = prepare_tasks(weighty(config.tasks), pool, recorded, quiet, processes)
+    tasks = prepare_tasks(weighty(config.tasks), {"pool": pool}, recorded, quiet, processes)
     module, receipts = start_module(start, tasks, config.seed, partial(load_weights, config), quiet)
     if run is not None and receipts:
         run.write_json("receipts.json", {part: asdict(receipt) for part, receipt in receipts.items()})

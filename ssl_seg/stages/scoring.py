@@ -203,17 +203,10 @@ def check_memory(model: nn.Module, size: Sequence[int], what: str, out: Sequence
     There it is a kill, with nothing said, if it takes more than is free. Raises UserError that begins with `what`
     where it surely does; where it may, a line tells it.
     """
+    needed = memory_at_risk(model, size, out)
+    if needed is None:
+        return
     free = available()
-    pixels, of_logits = math.prod(size), 0 if out is None or tuple(out) == tuple(size) else math.prod(out)
-    if device_of(model).type != "cpu" or max(pixels, of_logits) * MOST_OF_A_WHOLE_PIXEL < free:
-        return
-    with evaluating(model):
-        probe = torch.full((1, 3, PROBED, PROBED), 0.5)
-        of_a_pixel = bytes_of(lambda: predict_ids(model, probe, probe.shape[-2:])) / PROBED**2
-        channels = model(probe).shape[1]
-    needed = of_a_pixel * pixels + of_logits * channels * torch.float32.itemsize
-    if TAKEN * needed < free:
-        return
     height, width = size
     takes = (
         f"{what}: {height} x {width} pixels at once take more than {needed / GIB:.1f} GiB to predict, and "
@@ -222,6 +215,20 @@ def check_memory(model: nn.Module, size: Sequence[int], what: str, out: Sequence
     if needed > free:
         raise UserError(f"{takes}; give smaller images, or train with data.resize=[H,W]")
     say(f"{takes}: the system may kill this; smaller images, or a model trained with data.resize=[H,W], would be safe")
+
+
+def memory_at_risk(model: nn.Module, size: Sequence[int], out: Sequence[int] | None = None) -> float | None:
+    """Bytes that such a prediction takes at least, where it may take more than a CPU has free; else None."""
+    free = available()
+    pixels, of_logits = math.prod(size), 0 if out is None or tuple(out) == tuple(size) else math.prod(out)
+    if device_of(model).type != "cpu" or max(pixels, of_logits) * MOST_OF_A_WHOLE_PIXEL < free:
+        return None
+    with evaluating(model):
+        probe = torch.full((1, 3, PROBED, PROBED), 0.5)
+        of_a_pixel = bytes_of(lambda: predict_ids(model, probe, probe.shape[-2:])) / PROBED**2
+        channels = model(probe).shape[1]
+    needed = of_a_pixel * pixels + of_logits * channels * torch.float32.itemsize
+    return None if TAKEN * needed < free else needed
 
 
 def score_tasks(

@@ -24,7 +24,7 @@ from ssl_seg.rng import seeded
 from ssl_seg.runs.checkpoint import has_checkpoint
 from ssl_seg.runs.writer import Run, former_config
 from ssl_seg.stages.setup import StageConfig
-from ssl_seg.tasks import Task, TaskPlugin
+from ssl_seg.tasks import Stream, Task, TaskPlugin
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import enough_memory
 from ssl_seg.training.multitask import MultiTask
@@ -184,26 +184,29 @@ def _loaded(module: MultiTask, start: Start, load: Callable[[MultiTask], dict[st
 
 def prepare_tasks(
     tasks: Mapping[str, TaskPlugin],
-    pool: Samples | None,
+    sources: Mapping[Stream, Samples],
     recorded: Recorded,
     quiet: bool = True,
     processes: Processes | None = None,
 ) -> dict[str, TaskPlugin]:
-    """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the pool.
+    """The tasks after `prepare`: as the run has recorded them, else measured on a fixed sample of the stream they read.
 
     What they doubt of the sample is told. All processes take what the first one has measured: another may have other
     weights of a teacher, which then are refused.
     """
     prepared = {name: recall(task, recorded.get(name)) for name, task in tasks.items()}
     new = {name: task for name, task in tasks.items() if prepared[name] is None}
-    if pool is not None and any(_looks(type(task)) for task in new.values()):
-        fitting = max(1, MOST_PREPARED // math.prod(pool.augment.crop))
-        draws = [list(range(min(NUM_PREPARED, fitting, len(pool.examples))))]
-        sample = next(loader(pool, draws)).to(torch.device("cpu")).image
-        for name, task in new.items():
+    for stream, samples in sources.items():
+        looking = {name: task for name, task in new.items() if _looks(type(task)) and task.streams[0] == stream}
+        if not looking:
+            continue
+        fitting = max(1, MOST_PREPARED // math.prod(samples.augment.crop))
+        draws = [list(range(min(NUM_PREPARED, fitting, len(samples.examples))))]
+        sample = next(loader(samples, draws)).to(torch.device("cpu")).image
+        for name, task in looking.items():
             doubt = task.doubt(sample)
             say(f"tasks.{name}: {doubt}", quiet or not doubt)
-        new = {name: task.prepare(sample) for name, task in new.items()}
+        new |= {name: task.prepare(sample) for name, task in looking.items()}
     own = {name: prepared[name] or new[name] for name in tasks}
     if processes is None:
         return own
@@ -212,7 +215,7 @@ def prepare_tasks(
 
 
 def _looks(kind: type[TaskPlugin]) -> bool:
-    """Whether tasks of this class look at a sample of the pool."""
+    """Whether tasks of this class look at a sample of their images."""
     return kind.prepare is not TaskPlugin.prepare or kind.doubt is not TaskPlugin.doubt
 
 

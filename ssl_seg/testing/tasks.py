@@ -78,6 +78,9 @@ def _check_view(task: PretextTask, images: Tensor, keys: Tensor, keyed: bool, to
     copies = len(given) / count
     assert copies >= 1, f"the view's input has {len(given)} images for a batch of {count}"
     assert copies == int(copies), f"the view's input has {len(given)} images for a batch of {count}, no multiple of it"
+    assert given.shape == images.shape or not task.in_place, (
+        f"the view's input is {tuple(given.shape)} for images {tuple(images.shape)}: no mask fits; it is not in_place"
+    )
     assert given.dtype == torch.float32, f"the view's input is {given.dtype}, not float32"
     assert given.isfinite().all(), "the view's input is not finite"
     low, high = given.min().item(), given.max().item()

@@ -90,17 +90,19 @@ class MultiTask(nn.Module):
         """Per task its head's output. Views of the pool and of one size share an encoder pass.
 
         Each task that reads labelled images is encoded apart: the supervised one then gives the same bits with and
-        without others beside it.
+        without others beside it. One that is shown another's input shares that one's pass.
         """
         groups: dict[tuple, list[str]] = {}
         for name, view in views.items():
-            apart = name if "labelled" in self.tasks[name].streams else ""
+            task = self.tasks[name]
+            apart = (task.borrowed_input or name) if "labelled" in task.streams else ""
             groups.setdefault((apart, *view.input.shape[-2:]), []).append(name)
         predictions: dict[str, Tensor] = {}
-        for (_, height, width), names in groups.items():
+        for (apart, height, width), names in groups.items():
+            shown = names[:1] if apart else names  # apart stands one input, of one task or of two
             with telling_small_maps((height, width)):
-                features = self._encode([views[name].input for name in names])
-                for name, own in zip(names, features, strict=True):
+                features = self._encode([views[name].input for name in shown])
+                for name, own in zip(names, features * (len(names) // len(shown)), strict=True):
                     given = self.tasks[name].perturb(own, views[name])
                     predictions[name] = self.heads[head_of(self.tasks, name)](given, (height, width))
         return predictions
@@ -122,7 +124,8 @@ def make_views(
 ) -> dict[str, View]:
     """Each task's view of its streams' batches; with `split` the pool's images are dealt out to the tasks in turn.
 
-    A sample's key is folded with the task's name, so two tasks corrupt one image independently.
+    A sample's key is folded with the task's name, so two tasks corrupt one image independently. A task that borrows
+    another's input has its own target, and that very tensor.
     """
     views = {}
     deal, at_once = dealing(tasks, "pool", split)
@@ -133,7 +136,8 @@ def make_views(
         own = {stream: replace(batch, key=rng.fold_in(batch.key, name)) for stream, batch in own.items()}
         teacher = partial(teach, head_of(tasks, name)) if teach is not None and task.asks_teacher else None
         views[name] = task.view(own, teacher)
-    return views
+    borrowed = {name: task.borrowed_input for name, task in tasks.items() if task.borrowed_input is not None}
+    return views | {name: replace(views[name], input=views[shower].input) for name, shower in borrowed.items()}
 
 
 def dealing(tasks: Mapping[str, Task], stream: Stream, split: bool) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from pretext.colorize import Colorize
 from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.jigsaw import Jigsaw
+from ssl_seg import rng
 from ssl_seg.config import load
 from ssl_seg.models import (
     IMAGENET_MEAN,
@@ -34,12 +35,14 @@ from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus
 from ssl_seg.models.stacked import STRIDES, Stacked, StackedDecoder
 from ssl_seg.norm.convert import Kind, convert_norm, has_batch_norm
 from ssl_seg.runs.folder import read_metrics
+from ssl_seg.segment import Segment
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
-from ssl_seg.tasks import PretextTask
+from ssl_seg.tasks import Batch, PretextTask
 from ssl_seg.testing import check_decoder, check_encoder, check_pretext_task
+from ssl_seg.training.multitask import make_views, weighted_total
 from ssl_seg.weights.export import load_model
 from tests.faults import message_of
 from tests.small import UNTRACKED, learnt_by_heart
@@ -424,6 +427,52 @@ def test_denoising_joins_fine_tuning_with_the_labelled_images_as_the_pool(pretra
     assert learnt(before, after) == {"first", "decoder", "last", "second"}
     model, _ = load_model(tuned.folder)
     assert model(images(1, 50, 70)).shape == (1, 2, 50, 70)
+
+
+# One noisy image through both halves, as published: SmoothL1 of the drawing and of the mask
+PUBLISHED = {
+    "segment": {"sees": "denoise", "cross_entropy": 0.0, "smooth_l1": 1.0},
+    "tasks": {"denoise": {**DRAWN, "stream": "labelled", "sigma": [0.2, 0.2], "weight": 0.02}},
+}
+
+
+def test_one_pass_draws_and_segments_as_published():
+    drawing = load(PretextTask, PUBLISHED["tasks"]["denoise"])
+    tasks = {"segment": load(Segment, {**PUBLISHED["segment"], "num_classes": 2}), "denoise": drawing}
+    module = build_module(ModelConfig(encoder=SMALL, decoder=NARROW), tasks, 0)
+    seen: list[Tensor] = []
+    for half in (module.encoder.backbone.first, module.encoder.backbone.second):
+        half.register_forward_hook(lambda _, given, made: seen.append(given[0]))
+    clean, keys = images(2, 64, 64), torch.arange(2)
+    mask = (clean.mean(dim=1) > 0.5).long()
+    views = make_views(tasks, {"labelled": Batch(clean, keys, mask)})
+    total = weighted_total(tasks, module(views))
+    assert [len(given) for given in seen] == [2, 2], "each half once"
+    noisy = drawing.corrupt(clean, rng.fold_in(keys, "denoise")).input
+    torch.testing.assert_close(seen[0], (noisy - module.encoder.mean) / module.encoder.std)
+
+    features = module.encoder(noisy)
+    drawn, segmented = features.extras[RECONSTRUCTION], module.heads["segment"](features, (64, 64))
+    assert (drawn - clean).abs().max() < 1, "else an error counts by its square here and by its size there"
+    outputs = F.one_hot(mask).movedim(-1, 1).float()
+    torch.testing.assert_close(total, F.smooth_l1_loss(drawn, clean) + F.smooth_l1_loss(segmented, outputs))
+
+    total.backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in module.parameters())
+
+
+def test_joint_training_needs_no_pool(tmp_path: Path):
+    values = {
+        **COMMON,
+        **PUBLISHED,
+        "data": {"labelled": LABELLED, "val": {**SQUARES, "count": 2, "seed": 3}},
+        "model": ModelConfig(encoder=SMALL, decoder=NARROW).dump(),
+    }
+    config = load(FinetuneConfig, values)
+    tuned = finetune(config, Options(tmp_path / "tuned", quiet=True))
+    before = build_module(config.model, config.tasks, config.seed).encoder.state_dict()
+    after = load_file(tuned.folder / "encoder" / "encoder.safetensors")
+    assert learnt(before, after) == {"first", "decoder", "last", "second"}
 
 
 def test_a_drawing_has_no_decoder_to_carry_on(pretrained: Path, tmp_path: Path):

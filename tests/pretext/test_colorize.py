@@ -463,7 +463,7 @@ def test_a_pool_of_grey_images_is_told(capsys, monkeypatch):
     def pool():
         return Samples(Textured(count=4), Augment(crop=(32, 32)), seed=0)
 
-    prepare_tasks({"colorize": Colorize()}, pool(), {}, quiet=False)
+    prepare_tasks({"colorize": Colorize()}, {"pool": pool()}, {}, quiet=False)
     assert not capsys.readouterr().err
     colours = Textured.read
 
@@ -474,19 +474,31 @@ def test_a_pool_of_grey_images_is_told(capsys, monkeypatch):
 
     monkeypatch.setattr(Textured, "read", grey)
     for task in (Colorize(), Colorize(target="ab")):
-        prepare_tasks({"colorize": task}, pool(), {}, quiet=False)
+        prepare_tasks({"colorize": task}, {"pool": pool()}, {}, quiet=False)
         assert capsys.readouterr().err.startswith("tasks.colorize: 4 of 4 images that were looked at are grey")
 
 
 def test_a_resumed_run_reads_the_frequencies_back():
     pool = Samples(Textured(count=3), Augment(crop=(32, 32)), seed=0)
     given = {"colorize": Colorize()}
-    prepared = prepare_tasks(given, pool, {})
+    prepared = prepare_tasks(given, {"pool": pool}, {})
     assert prepared["colorize"].frequencies is not None
     record = {"given": given["colorize"].dump(), "prepared": prepared["colorize"].dump()}
     recorded = json.loads(json.dumps({"colorize": record}))
     assert recall(given["colorize"], recorded["colorize"]) == prepared["colorize"]
-    assert prepare_tasks(given, None, recorded) == prepared  # the pool is not asked
+    assert prepare_tasks(given, {}, recorded) == prepared  # the pool is not asked
+
+
+def test_the_colours_that_are_counted_are_those_of_the_stream_it_reads():
+    sources = {
+        stream: Samples(Textured(count=3, seed=seed), Augment(crop=(32, 32)), seed=0)
+        for seed, stream in enumerate(("pool", "labelled"))
+    }
+    pool, labelled = (
+        prepare_tasks({"colorize": Colorize(stream=stream)}, sources, {})["colorize"].frequencies for stream in sources
+    )
+    assert pool == prepare_tasks({"colorize": Colorize()}, {"pool": sources["pool"]}, {})["colorize"].frequencies
+    assert labelled not in (None, pool)
 
 
 def test_rare_colours_cost_more_once_the_pool_is_known():

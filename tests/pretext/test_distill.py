@@ -245,13 +245,13 @@ def test_all_processes_take_what_the_first_has_measured_and_refuse_another_teach
     values["tasks"] = {"distill": {"teacher": {"name": "mobilenetv2_035", "pretrained": str(file)}}, "denoise": {}}
     config = load(PretrainConfig, values)
     pool = Samples(config.data.pool, config.augment, 0)
-    of_first = prepare_tasks(config.tasks, pool, {})
+    of_first = prepare_tasks(config.tasks, {"pool": pool}, {})
     second = Processes(config.train)
     second.from_first = lambda own: {name: task.dump() for name, task in of_first.items()}
-    same = prepare_tasks(config.tasks, pool, {}, processes=second)
+    same = prepare_tasks(config.tasks, {"pool": pool}, {}, processes=second)
     assert same == of_first
     weights_of("mobilenetv2_035", file, seed=1)
-    other = prepare_tasks(load(PretrainConfig, values).tasks, pool, {}, processes=second)
+    other = prepare_tasks(load(PretrainConfig, values).tasks, {"pool": pool}, {}, processes=second)
     assert other == of_first
     with pytest.raises(UserError, match="teacher's weights are not those"):
         build_module(config.model, other, 0)

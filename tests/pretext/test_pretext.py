@@ -187,6 +187,10 @@ class MixedWithTheNext(Mixed):
         return View((image + image.roll(1, 0)) / 2 * rng.uniform(key, (1, 1, 1)), image)
 
 
+class NotInPlace(Twice):
+    in_place: ClassVar[bool] = True
+
+
 class Unpure(Invert):
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         return View((image + 0.1 * torch.randn_like(image)).clamp(0, 1), image)
@@ -292,6 +296,7 @@ class LoadsAsAnother(Invert):
         (LooksAtTheBatch, "an image's view depends on the images or keys beside it"),
         (LooksAtThePlace, "corrupt is not per sample"),
         (MixedWithTheNext, "an image's view depends on other images or keys than its partner's"),
+        (NotInPlace, "no mask fits; it is not in_place"),
         (ChangesItsArgument, "corrupt changes the images it is given"),
         (Detached, "the loss does not depend on the network"),
         (IgnoresTheEncoder, "no gradient reaches the encoder"),

@@ -24,6 +24,7 @@ from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.evidence.passport import verify
 from ssl_seg.images import write_image, write_mask
+from ssl_seg.models import EncoderNet, Features
 from ssl_seg.runs.checkpoint import load_state
 from ssl_seg.runs.folder import read_metrics
 from ssl_seg.runs.lock import LOCK
@@ -48,7 +49,7 @@ from ssl_seg.stages.start import build_module
 from ssl_seg.weights.export import load_model
 from ssl_seg.weights.receipt import Receipt
 from tests.faults import message_of
-from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining
+from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining, sharing
 from tests.two_processes import cut_after
 
 
@@ -339,6 +340,54 @@ def test_each_stream_has_its_batch(tmp_path: Path) -> None:
 def test_batches_that_cannot_be_are_told(batch_size: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         try_out(load(FinetuneConfig, joining(batch_size=batch_size)))
+
+
+@pytest.mark.parametrize(
+    ("sees", "train", "passes"),
+    [("denoise", {}, 1), (None, {}, 2), ("denoise", {"encode": "in_turn"}, 2), ("denoise", {"accumulate": 2}, 2)],
+)
+def test_a_noisy_labelled_image_goes_through_the_encoder_once(
+    sees: str | None, train: dict[str, Any], passes: int, tmp_path: Path
+) -> None:
+    """Without a pool; `passes` a step."""
+    real, seen = EncoderNet.forward, []
+
+    def forward(net: EncoderNet, image: torch.Tensor) -> Features:
+        seen.extend([len(image)] * net.training)
+        return real(net, image)
+
+    with mock.patch.object(EncoderNet, "forward", forward):
+        done = run(tmp_path / "run", {**sharing(steps=3, **train), "segment": {"sees": sees}})
+    assert seen == [4 // train.get("accumulate", 1)] * 3 * passes
+    record = json.loads((done.folder / "run.json").read_text())
+    assert record["cost"]["images"] == 3 * 4
+    assert record["config"]["tasks"]["denoise"]["stream"] == "labelled"
+    for line in read_metrics(done.folder):
+        assert line["train/loss"] == pytest.approx(line["train/segment/loss"] + 3 * line["train/denoise/loss"])
+    assert (done.folder / "decoders" / "denoise.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": {**finetuning()["data"], "pool": POOL}}, r"data\.pool: would not be looked at; name a task that"),
+        ({"tasks": {"denoise": {}}}, r"data\.pool: missing; tasks\.denoise takes"),
+        ({"tasks": {"denoise": {"stream": "labelled", "weight": 0.0}}}, r"segment\.sees: 'denoise' is no other task"),
+        ({"segment": {"sees": "denois"}}, r"segment\.sees: 'denois' is no other task .*; those are: denoise$"),
+        ({"segment": {"sees": "denoise", "mix": "cutmix"}}, r"segment: sees: what denoise shows is not mixed; drop"),
+        ({"tasks": {"denoise": {"stream": "labeled"}}}, r"tasks\.denoise\.stream: .*'pool' or 'labelled'"),
+    ],
+)
+def test_a_pass_that_cannot_be_shared_is_one_line(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        try_out(load(FinetuneConfig, {**sharing(), **changed}))
+    assert "\n" not in str(caught.value)
+
+
+def test_pretraining_has_no_labelled_images(tmp_path: Path) -> None:
+    values = {**pretraining(), "tasks": {"denoise": {"stream": "labelled"}}}
+    with pytest.raises(UserError, match=r"^tasks\.denoise: reads labelled images, and this stage has none; use it in"):
+        pretrain(load(PretrainConfig, values), Options(tmp_path / "run", quiet=True))
 
 
 def test_joint_training_with_weight_changes_the_encoder(finetuned: Finetuned, tmp_path: Path) -> None:

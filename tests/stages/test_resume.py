@@ -33,13 +33,14 @@ from ssl_seg.stages.start import find_start
 from ssl_seg.training.loop import train
 from ssl_seg.training.processes import Processes
 from tests.processes import Child, command, in_pair, start_torchrun
-from tests.small import finetuning, joining, pretraining, semisupervised, words
+from tests.small import finetuning, joining, pretraining, semisupervised, sharing, words
 from tests.two_processes import cut_after, resume, resume_after_every_step, without_dropout
 
 STAGES = {
     "pretrain": (pretraining, PretrainConfig, pretrain),
     "finetune": (finetuning, FinetuneConfig, finetune),
     "joint": (joining, FinetuneConfig, finetune),
+    "shared": (sharing, FinetuneConfig, finetune),
     "semi": (semisupervised, FinetuneConfig, finetune),
 }
 
@@ -67,6 +68,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         ("finetune", 0, {"eval_every": 2, "steps": 4}),
         ("finetune", 0, {"optimizer": "adam", "eps": 1e-6, "steps": 3}),
         ("joint", 0, {"eval_every": 2, "freeze_encoder": 2, "steps": 4}),
+        ("shared", 0, {"steps": 3}),
         ("semi", 0, {"steps": 4}),
     ],
 )

@@ -41,6 +41,7 @@ from tests.two_processes import (
     recalibrated,
     record,
     score_one_image,
+    sharing_a_pass,
     taught,
 )
 
@@ -103,6 +104,12 @@ def test_statistics_that_are_estimated_anew_are_the_same_on_each_process(two: di
         assert both.keys() == alone.keys()
         for name, own in alone.items():
             torch.testing.assert_close(both[name], own, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_pass_that_two_tasks_share_is_the_same_on_two_processes_and_in_turn(two: dict[str, Any]) -> None:
+    alone = sharing_a_pass("together")
+    for found in (*two["shared"].values(), sharing_a_pass("in_turn")):
+        assert found == pytest.approx(alone, rel=1e-3)
 
 
 def test_pseudo_labels_are_the_same_on_two_processes_and_in_micro_batches(two: dict[str, Any]) -> None:
