@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ssl_seg.evidence.comparison import Arm, Comparison, Outcome, labels_of, main_score_of
@@ -11,7 +11,12 @@ from ssl_seg.evidence.passport import differing
 from ssl_seg.evidence.results import Study
 from ssl_seg.images import show_path
 
-NAMED = 3  # images of a kind, in its sentence
+NAMED = 3  # images of a kind, or classes, in a sentence
+# A class is hardly predicted where its prediction is smaller than this part of what masks show of it: its IoU is then
+# below it too, wherever the prediction lies.
+HARDLY = 0.05
+LARGE = 0.05  # of all scored pixels: a class of this share that a network does not know makes its score say little
+REMEDY = "train longer, label more of it, or try segment.dice=1 or segment.class_weights={balance: median, power: 0.5}"
 LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
     "allowed": "trained on some of the scored images, which leaks.allow let pass",
     "cut": "trained on frames beside scored ones, at the cut that the run made itself",
@@ -42,7 +47,51 @@ def notes(found: Comparison) -> tuple[str, ...]:
     if shared:
         counts = [f"{arm.label} ({gain.n} pairs, pretrainings: {gain.num_starts})" for arm, gain in shared.items()]
         lines.append(f"pairs that start from one pretraining are not independent: {', '.join(counts)}")
-    return (*found.apart, *lines, *_uncovered(found.arms))
+    return (*found.apart, *lines, *_unpredicted(found.arms), *_uncovered(found.arms))
+
+
+def _unpredicted(arms: Iterable[Arm]) -> Iterator[str]:
+    """A line for each arm of which runs hardly predict some class."""
+    for arm in arms:
+        told = [hardly_predicted(outcome.run.read("confusion.json")) for outcome in arm.outcomes if outcome.run]
+        found = [own for own in told if own]
+        if found:
+            yield f"{arm.label} ({len(found)} of {len(arm.outcomes)} runs) hardly predicts {_classes_in_words(found)}"
+
+
+def hardly_predicted(record: Mapping[str, Any] | None) -> dict[str, float]:
+    """Classes that a run hardly predicts where it is scored, by its confusion.json, with their share of the pixels.
+
+    Of the test images, else of those it was validated on. Empty without a record.
+    """
+    if record is None:
+        return {}
+    matrix = record.get("test") or record.get("val") or []
+    truth = [sum(row) for row in matrix]
+    predicted = [sum(column) for column in zip(*matrix, strict=True)]
+    pixels = sum(truth)
+    counted = zip(record["classes"], truth, predicted, strict=False)
+    return {name: own / pixels for name, own, found in counted if own and found < HARDLY * own}
+
+
+def unpredicted_in_words(record: Mapping[str, Any] | None) -> str:
+    """The word on a single run that hardly predicts some class; '' where there is none."""
+    found = hardly_predicted(record)
+    if not found:
+        return ""
+    return f"hardly predicts {_classes_in_words([found])}: {REMEDY}"
+
+
+def _classes_in_words(found: Sequence[Mapping[str, float]]) -> str:
+    """`'membrane' (22 % of the scored pixels), and smaller 'pole', 'fence'`: large ones with their share, all named."""
+    shares = {name: share for own in found for name, share in own.items()}
+    large = sorted((name for name, share in shares.items() if share >= LARGE), key=shares.__getitem__, reverse=True)
+    small = [name for name in shares if name not in large]
+    words = [f"'{name}' ({100 * shares[name]:.0f} % of the scored pixels)" for name in large]
+    more = f" and {len(small) - NAMED} more" if len(small) > NAMED else ""
+    few = ", ".join(f"'{name}'" for name in small[:NAMED]) + more
+    rare = [f"{few} (below {100 * LARGE:.0f} %)"] if small else []
+    return ", ".join([*words, *rare])
 
 
 def _uncovered(arms: Iterable[Arm]) -> Iterator[str]:
@@ -84,6 +133,7 @@ def cautions(study: Study) -> list[str]:
         *_of_passports([cell for cell in study.cells if cell.scores]),
         *_of_software(study),
         *_of_apart(study),
+        *_of_unpredicted(study),
         *_of_kinds(study),
     ]
 
@@ -177,6 +227,26 @@ def _of_apart(study: Study) -> list[str]:
     first, *others = study.apart
     more = f", and {len(others)} more" if others else ""
     return [f"CAUTION: cells that are no pair are left out of every gain: {first}{more}."]
+
+
+def _of_unpredicted(study: Study) -> list[str]:
+    """A word where runs hardly predict a class that is much of what is scored, and one where it is little of it."""
+    done = [cell.run for cell in study.cells if cell.scores and cell.run is not None]
+    told = [hardly_predicted(run.read("confusion.json")) for run in done]
+    large = [{name: share for name, share in own.items() if share >= LARGE} for own in told]
+    small = [{name: share for name, share in own.items() if share < LARGE} for own in told]
+    lines = []
+    if any(large):
+        lines.append(
+            f"CAUTION: {sum(map(bool, large))} of {len(done)} runs hardly predict {_classes_in_words(large)}: the "
+            f"comparison says little; {REMEDY}."
+        )
+    if any(small):
+        lines.append(
+            f"{sum(map(bool, small))} of {len(done)} runs hardly predict {_classes_in_words(small)}, whose IoU is "
+            "about 0 there and counts in the mIoU as any other."
+        )
+    return lines
 
 
 def _of_kinds(study: Study) -> list[str]:

@@ -38,6 +38,7 @@ from ssl_seg.data.splits import (
     untrained_classes,
 )
 from ssl_seg.datasets import Dataset
+from ssl_seg.evidence.cautions import unpredicted_in_words
 from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
@@ -307,6 +308,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             kinds.tell(run, labelled, found, config.train.reading, processes.device, quiet)
             about = {"steps": steps, "selected_step": selected}
             panels.write_scores(run, model, found, resize, about, averages=config.averages)
+            if told := unpredicted_in_words(run.read_json("confusion.json")):
+                say(f"CAUTION: {told}", quiet)
         processes.barrier()
     scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
     return Finetuned(

@@ -705,7 +705,9 @@ def test_a_kind_that_is_held_out_whole_is_told(tmp_path: Path, capsys: pytest.Ca
     assert len(told) == 1
     assert re.match(r"data\.val: shows class_\d, and none of .* it will be scored 0; give data\.val", told[0])
     finetune(config, Options(tmp_path / "run"))
-    assert told[0] in capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    assert told[0] in lines
+    assert [line for line in lines if line.startswith("CAUTION: hardly predicts 'class_")], "after a step it knows none"
     finetune(config, Options(tmp_path / "run"))
     assert told[0] not in capsys.readouterr().err.splitlines()  # it has been told, and no mask is read again for it
 
