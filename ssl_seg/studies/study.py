@@ -72,20 +72,20 @@ def study(config: StudyConfig, options: StudyOptions) -> Study:
     plan = _plan(config, out)
     executor = _executor(config, options, out)
     with hold(out), watch_signals():
-        ledger = _Ledger(config, options, plan, executor, out)
+        progress = _Progress(config, options, plan, executor, out)
         try:
-            ledger.check_leaks()
-            ledger.make("pretrainings", plan.pretrainings)
-            ledger.make("runs of the search", [trial.cell for trial in plan.trials])
-            ledger.choose()
-            ledger.make("cells", ledger.plan.cells)
+            progress.check_leaks()
+            progress.make("pretrainings", plan.pretrainings)
+            progress.make("runs of the search", [trial.cell for trial in plan.trials])
+            progress.choose()
+            progress.make("cells", progress.plan.cells)
         except Interrupted:
-            ledger.write("killed")
+            progress.write("killed")
             raise
         except UserError:
-            ledger.write("failed")
+            progress.write("failed")
             raise
-        return ledger.close()
+        return progress.close()
 
 
 def outline(config: StudyConfig, out: Path) -> list[str]:
@@ -150,7 +150,7 @@ def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor
     return Here(options.jobs, devices)
 
 
-class _Ledger:
+class _Progress:
     """study.json, kept true while the runs are made: every run with how far it is."""
 
     def __init__(self, config: StudyConfig, options: StudyOptions, plan: Plan, executor: Executor, out: Path) -> None:
