@@ -192,6 +192,23 @@ def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None
     print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(parser=user_path, metavar="RUN", help="A fine-tuned run or its model/.")],
+    out: Out = None,
+) -> None:
+    """Write a fine-tuned model as an ONNX file, which runs without this package."""
+    from ssl_seg.weights import onnx
+
+    done = onnx.export_onnx(model, _needed(out))
+    print_lines(
+        [
+            f"{done.path}: answers as the model at {len(onnx.COMPARED)} sizes, to {done.largest_difference:.0e} of the "
+            f"largest logit; takes RGB in [0, 1] of any size, tells {', '.join(done.class_names)} apart"
+        ]
+    )
+
+
 @app.command("select")
 def select_command(
     pool: Annotated[str, typer.Argument(metavar="POOL", help="A folder of images, or a YAML file with data.pool.")],
