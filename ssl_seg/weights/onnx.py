@@ -13,8 +13,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,6 +38,7 @@ TRACED = (2, 97, 131)
 COMPARED = ((1, 64, 64), (2, 100, 150), (3, 225, 130))  # and of those that the program is compared by
 # Of logits, as a part of the largest: what float32 in another order of sums may give. A wrong layer gives tenths.
 TOLERANCE = 1e-4
+ALL_BUT_FEW = 0.999
 IMAGE, LOGITS = "image", "logits"
 
 
@@ -46,7 +48,7 @@ class Exported:
 
     path: Path
     class_names: tuple[str, ...]
-    largest_difference: float  # of a logit, as a part of the largest, over the images compared
+    largest_difference: float  # by `difference`, over the images compared
 
 
 def export_onnx(model: str | Path, out: str | Path) -> Exported:
@@ -70,7 +72,7 @@ def export_onnx(model: str | Path, out: str | Path) -> Exported:
     with evaluating(network), _quietly():
         payload = _traced(network, {"class_names": json.dumps(network.class_names), "model_sha256": info["sha256"]})
         answer = runner(payload)
-        differences = {"x".join(map(str, shape)): _difference(network, answer, shape) for shape in COMPARED}
+        differences = {"x".join(map(str, shape)): difference(network, answer, shape) for shape in COMPARED}
     largest = max(differences.values())
     if not largest < TOLERANCE:
         raise UserError(
@@ -130,12 +132,17 @@ def _traced(network: SegmentationModel, notes: Mapping[str, str]) -> bytes:
 
 
 @torch.no_grad()
-def _difference(network: nn.Module, answer: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> float:
-    """The largest of a logit, as a part of the largest logit."""
+def difference(network: nn.Module, answer: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
+    """How far logits differ for random images of a `shape` (B, H, W), as a part of the largest: 999 in 1,000 of them.
+
+    The last is left out, since SegNet's poolings choose: of two pixels that are alike but for rounding either is right.
+    """
     batch, height, width = shape
     image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
-    wanted = network(image)
-    return ((answer(image) - wanted).abs().max() / wanted.abs().max()).item()
+    wanted, found = network(image), answer(image)
+    if found.shape != wanted.shape:
+        return math.inf
+    return ((found - wanted).abs().flatten().quantile(ALL_BUT_FEW) / wanted.abs().max()).item()
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def exported(folder: Path, values: dict[str, Any], **extra: Any) -> Segmentation
     return model
 
 
-@pytest.mark.slow  # torch takes half a minute to write the smallest network
+@pytest.mark.slow  # torch takes half a minute of a free core to write the smallest network
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_program_answers_as_the_model_at_any_size(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -68,10 +69,7 @@ def test_a_program_answers_as_the_model_at_any_size(
     assert told.err == "", "torch's own words help nobody"
     answer = onnx.runner(out.read_bytes())
     for shape in ((1, 61, 47), (4, 130, 210), (1, 256, 256)):
-        image = torch.rand(shape[0], 3, *shape[1:])
-        with torch.no_grad():
-            wanted = model(image)
-        assert (answer(image) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert onnx.difference(model, answer, shape) < 1e-4
     receipt = json.loads(out.with_name("model.onnx.json").read_text())
     assert receipt["class_names"] == list(CLASSES)
     assert (receipt["resize"], receipt["range"]) == ([64, 48], [0.0, 4095.0])
@@ -82,10 +80,14 @@ def test_a_program_answers_as_the_model_at_any_size(
 def test_a_program_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = exported(tmp_path / "run", BASIC)
     monkeypatch.setattr(onnx, "_traced", lambda network, notes: b"a program")
-    monkeypatch.setattr(onnx, "runner", lambda payload: lambda image: 1.01 * model(image))
+    monkeypatch.setattr(onnx, "runner", lambda payload: lambda image: 1.1 * model(image))
     said = message_of(lambda: export_onnx(tmp_path / "run", tmp_path / "made.onnx"))
-    assert said.startswith("export: the program answers otherwise than the model, by 0.01 of its largest logit")
+    assert said.startswith("export: the program answers otherwise than the model, by 0.0")
     assert not list(tmp_path.glob("made*"))
+    monkeypatch.setattr(onnx, "runner", lambda payload: lambda image: model(image)[..., :-1])
+    assert "answers otherwise than the model, by inf" in message_of(
+        lambda: export_onnx(tmp_path / "run", tmp_path / "made.onnx")
+    )
     monkeypatch.setattr(onnx, "runner", lambda payload: model)
     assert export_onnx(tmp_path / "run", tmp_path / "made.onnx").largest_difference == 0
     assert (tmp_path / "made.onnx").read_bytes() == b"a program"
