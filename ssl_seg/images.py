@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -31,7 +31,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffImageFile
 from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
-from pydantic import AfterValidator, PositiveInt
+from pydantic import AfterValidator, FiniteFloat, PositiveInt
 
 from ssl_seg.config import UserError
 
@@ -103,7 +103,14 @@ def check_size(size: Size) -> Size:
     return size
 
 
+def _check_range(value: Range) -> Range:
+    if value[0] >= value[1]:
+        raise ValueError(f"black ({value[0]:g}) has to be less than white ({value[1]:g})")
+    return value
+
+
 SizeField = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(check_size)]  # (H, W), as a key of a config
+RangeField = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_check_range)]  # black and white, likewise
 
 
 def read_image(path: str | Path, value_range: Range | None = None) -> np.ndarray:
@@ -202,6 +209,27 @@ def write_mask(
         colours[: len(palette)] = palette
         image.putpalette(colours.tobytes())
     _write_png(Path(path), _encoded(image, level=3))
+
+
+def scaled(values: np.ndarray, value_range: Range, inverted: bool = False) -> np.ndarray:
+    """Stored values `(H, W)` or `(H, W, 3)` as RGB `(H, W, 3)` uint8, given those that are black and white.
+
+    Values beyond them are cut off, and what is no number is black; `inverted` says that the first of them is white.
+    """
+    if values.dtype in (np.uint8, np.uint16):
+        return _three_channels(_table(np.iinfo(values.dtype).max + 1, value_range, inverted)[values])
+    return _three_channels(_to_bytes(values, value_range, inverted))
+
+
+def _to_bytes(values: np.ndarray, value_range: Range, inverted: bool) -> np.ndarray:
+    shown = np.interp(values, value_range, (255, 0) if inverted else (0, 255))
+    return np.rint(np.nan_to_num(shown)).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _table(count: int, value_range: Range, inverted: bool) -> np.ndarray:
+    """The same of every value there can be: to look it up takes a tenth of the time."""
+    return _to_bytes(np.arange(count), value_range, inverted)
 
 
 def resize_image(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -517,8 +545,7 @@ def _in_range(image: ImageFile, path: Path, value_range: Range) -> np.ndarray:
         raise UserError(
             f"{shown}: has 8 bits a channel, and range is for more; leave range out of the data set, or the image"
         )
-    scaled = np.interp(values, value_range, (255, 0) if _is_inverted(image) else (0, 255))
-    return _three_channels(np.rint(np.nan_to_num(scaled)).astype(np.uint8))
+    return scaled(values, value_range, _is_inverted(image))
 
 
 def _three_channels(array: np.ndarray) -> np.ndarray:

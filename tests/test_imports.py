@@ -24,6 +24,7 @@ HOMES = {  # the only files that may import a heavy library
     "segmentation_models_pytorch": {"models.smp"},
     "omegaconf": {"config"},
     "PIL": {"images"},
+    "tifffile": {"datasets.stack"},
 }
 
 

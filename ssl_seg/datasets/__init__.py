@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Self
@@ -103,6 +104,13 @@ class Dataset(Plugin, ABC):
         to agree.
         """
         return {}
+
+    def join_masks(self, masks: Sequence[Path], folder: Path) -> None:
+        """Put the masks that were predicted, a file for each image, together in `folder` as the images are.
+
+        Asked once all are there; nothing for images that are files of their own.
+        """
+        return
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         """What a person should know of the files that are taken or passed over, a line each; told when a run starts.

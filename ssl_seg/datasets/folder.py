@@ -9,40 +9,26 @@ import errno
 import os
 import stat
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
-from pydantic import (
-    Field,
-    FiniteFloat,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
-from ssl_seg.config import PathText, UserError, known_to_0_1, load, user_path
-from ssl_seg.datasets import Dataset, Example
-from ssl_seg.datasets.masks import (
-    MAX_STORED,
-    Meaning,
-    Reading,
-    ask_for_classes,
-    class_word,
-    class_words,
-    how_to_read,
-    stored_value,
-)
+from ssl_seg.config import UserError, known_to_0_1, load, user_path
+from ssl_seg.datasets import Example
+from ssl_seg.datasets.labelled import Labelled
+from ssl_seg.datasets.masks import MAX_STORED, Reading, ask_for_classes, class_words, how_to_read
 from ssl_seg.files import read_json
 from ssl_seg.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     Range,
+    RangeField,
     Size,
     default_range,
     doubt,
@@ -69,10 +55,8 @@ OTHER_SUFFIXES = frozenset(
 )
 LOST_AND_FOUND = "lost+found"  # the file system's own, at the root of a disk, which only root may read
 
-StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 
-
-class Folder(Dataset):
+class Folder(Labelled):
     """Images under a folder, and class masks found by the same relative path without its suffix.
 
     Images are all files with a known suffix in the folder and its subfolders, ordered by relative path, as `find_files`
@@ -93,47 +77,7 @@ class Folder(Dataset):
     two images or two masks for one stem, a mask of another size than its image, values that are no class.
     """
 
-    images: PathText
-    masks: PathText | None = None
-    classes: tuple[str, ...] | int | None = None
-    ignore: tuple[StoredId, ...] = ()
-    mapping: dict[str, int | str] | None = None
-    range: tuple[FiniteFloat, FiniteFloat] | None = None
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _check_classes(cls, value: Any) -> Any:
-        return None if value is None else class_words(value)
-
-    @field_validator("mapping", mode="before")
-    @classmethod
-    def _normalize_mapping(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        keys = [stored_value(key) for key in value]
-        if len(set(keys)) < len(keys):
-            raise ValueError("two keys mean the same stored value; keep one")
-        return dict(zip(keys, [class_word(word) for word in value.values()], strict=True))
-
-    @field_validator("range")
-    @classmethod
-    def _check_range(cls, value: Range | None) -> Range | None:
-        if value is not None and value[0] >= value[1]:
-            raise ValueError(f"black ({value[0]:g}) has to be less than white ({value[1]:g})")
-        return value
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        labelled = {"classes": self.classes, "ignore": self.ignore, "mapping": self.mapping}
-        given = [key for key, value in labelled.items() if value]
-        if self.masks is None and given:
-            raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")
-        twice = sorted({str(value) for value in self.ignore} & set(self.mapping or {}))
-        if twice:
-            raise ValueError(f"id {twice[0]} is in ignore and in mapping; keep one")
-        if self.classes is not None:
-            _ = self._meaning  # which refuses values that are no class
-        return self
+    range: RangeField | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -141,13 +85,7 @@ class Folder(Dataset):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        if self.masks is None:
-            return ()
-        if self.classes is None:
-            return self._names_beside
-        if isinstance(self.classes, int):
-            return tuple(f"class_{index}" for index in range(self.classes))
-        return self.classes
+        return self._names_beside if self.masks is not None and self.classes is None else super().class_names
 
     def __len__(self) -> int:
         return len(self._files)
@@ -253,11 +191,6 @@ class Folder(Dataset):
         return words
 
     @cached_property
-    def _meaning(self) -> Meaning:
-        """Raises ValueError for a value of `mapping` that is no class."""
-        return Meaning.of(self.class_names, self.ignore, self.mapping or {})
-
-    @cached_property
     def _reading(self) -> Reading:
         """How the masks are read. Loader workers inherit it, where it has been asked for before there are any."""
         try:
@@ -271,33 +204,15 @@ class Folder(Dataset):
         return self._scanned.pairs
 
     @cached_property
-    def _scanned(self) -> _Scanned:
+    def _scanned(self) -> Scanned:
         """What is there; loader workers inherit it."""
         if self.masks is not None and self.classes is None:
             _ = self._names_beside  # which says what is missing
         return self._scan()
 
-    def _scan(self) -> _Scanned:
-        folder = self._image_folder
-        if self.masks is None:
-            found = find_files(folder, IMAGE_SUFFIXES)
-            names = _without_aliases(folder, found.files)
-            _refuse_empty(folder, names, found)
-            return _Scanned(tuple((name, "") for name in names), found.notes(folder))
-        masks = self._mask_folder
-        beside = masks == folder  # then images are what masks cannot be
-        suffixes = IMAGE_SUFFIXES - MASK_SUFFIXES if beside else IMAGE_SUFFIXES
-        found = find_files(folder, suffixes, without=masks)
-        names = _without_aliases(folder, found.files)
-        _refuse_empty(folder, names, found)
-        found_masks = find_files(masks, MASK_SUFFIXES)
-        images_by_stem = _by_stem(folder, names)
-        masks_by_stem = _by_stem(masks, found_masks.files)
-        missing = [name for stem, name in images_by_stem.items() if stem not in masks_by_stem]
-        if missing:
-            raise UserError(_say_missing(folder, masks, missing, len(names)))
-        pairs = tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
-        return _Scanned(pairs, tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))))
+    def _scan(self) -> Scanned:
+        masks = None if self.masks is None else self._mask_folder
+        return scan(self._image_folder, masks, IMAGE_SUFFIXES, MASK_SUFFIXES)
 
     def _note_dark(self) -> tuple[str, ...]:
         """A word where 16 bits are used so little that images are nearly black."""
@@ -318,11 +233,32 @@ class Folder(Dataset):
 
 
 @dataclass(frozen=True)
-class _Scanned:
+class Scanned:
     """The images of a folder with their masks, and what a person should know of it."""
 
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, str], ...]  # relative paths; '' where there are no masks
     notes: tuple[str, ...]
+
+
+def scan(folder: Path, masks: Path | None, suffixes: frozenset[str], mask_suffixes: frozenset[str]) -> Scanned:
+    """The images of a folder, each with the mask that has its relative path. Raises UserError where one has none."""
+    if masks is None:
+        found = find_files(folder, suffixes)
+        names = _without_aliases(folder, found.files)
+        _refuse_empty(folder, names, found, suffixes)
+        return Scanned(tuple((name, "") for name in names), found.notes(folder))
+    beside = masks == folder  # then images are what masks cannot be
+    found = find_files(folder, suffixes - mask_suffixes if beside else suffixes, without=masks)
+    names = _without_aliases(folder, found.files)
+    _refuse_empty(folder, names, found, suffixes)
+    found_masks = find_files(masks, mask_suffixes)
+    images_by_stem = by_stem(folder, names)
+    masks_by_stem = by_stem(masks, found_masks.files)
+    missing = [name for stem, name in images_by_stem.items() if stem not in masks_by_stem]
+    if missing:
+        raise UserError(_say_missing(folder, masks, missing, len(names), mask_suffixes))
+    pairs = tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
+    return Scanned(pairs, tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))))
 
 
 @dataclass(frozen=True)
@@ -473,7 +409,8 @@ def _without_aliases(folder: Path, names: Sequence[str]) -> list[str]:
     return kept
 
 
-def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The names by their path without suffix. Raises UserError for two that would be one."""
     found: dict[str, str] = {}
     for name in names:
         stem = _stem(name)
@@ -491,9 +428,9 @@ def _stem(name: str) -> str:
     return unicodedata.normalize("NFC", PurePosixPath(name).with_suffix("").as_posix())
 
 
-def _refuse_empty(folder: Path, names: Sequence[str], found: Found) -> None:
+def _refuse_empty(folder: Path, names: Sequence[str], found: Found, suffixes: Collection[str]) -> None:
     if not names:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
+        known = " ".join(sorted(suffixes))
         passed = "".join(f"; {note}" for note in found.notes(folder))
         raise UserError(f"{show_path(folder)}: no image in it or its subfolders ({known}); give another folder{passed}")
 
@@ -530,7 +467,7 @@ def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
     return f"{said}; make the mask anew or remove both"
 
 
-def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int) -> str:
+def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int, mask_suffixes: Collection[str]) -> str:
     stems = {_stem(name) for name in missing}
     lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if _stem(name) in stems]
     if lossy and masks != folder:
@@ -538,7 +475,7 @@ def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int) 
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"
     return (
         f"{show_path(masks)}: no mask for {len(missing)} of the {count} images of {show_path(folder)} "
-        f"({some_names(missing)}); a mask has its image's relative path with {' '.join(sorted(MASK_SUFFIXES))}: add "
+        f"({some_names(missing)}); a mask has its image's relative path with {' '.join(sorted(mask_suffixes))}: add "
         "them or remove the images"
     )
 

@@ -276,8 +276,17 @@ def how_to_read(meaning: Meaning, folder: Path, names: Sequence[str]) -> Reading
     palettes = {name: palette for name in names if (palette := read_palette(folder / name)) is not None}
     painted = [_Painted(folder / name, palette) for name, palette in palettes.items()]
     reading = _of_palettes(meaning, painted, len(names)) if painted else Reading()
-    _refuse_black_and_white(meaning, reading, folder, names)
+    _refuse_black_and_white(meaning, folder, (reading.values(folder / name) for name in names))
     return reading
+
+
+def check_ids(meaning: Meaning, where: Path, masks: Iterable[np.ndarray]) -> None:
+    """The same for masks that are no files of their own, ids `(H, W)` or colours `(H, W, 3)`: raises such UserErrors.
+
+    They are asked for as far as they are needed.
+    """
+    _refuse_lost_classes(meaning, where)
+    _refuse_black_and_white(meaning, where, masks)
 
 
 def _refuse_lost_classes(meaning: Meaning, folder: Path) -> None:
@@ -383,13 +392,12 @@ def _refuse_other_palettes(meaning: Meaning, painted: Sequence[_Painted]) -> Non
             )
 
 
-def _refuse_black_and_white(meaning: Meaning, reading: Reading, folder: Path, names: Sequence[str]) -> None:
+def _refuse_black_and_white(meaning: Meaning, folder: Path, masks: Iterable[np.ndarray]) -> None:
     """As `Meaning` asks of each mask where there are two classes; among more, 0 and 255 may be all that one shows."""
     if meaning.names_ids([IGNORE]) or meaning.colours or len(meaning.names) == 2:
         return
     found: set[int] = set()
-    for name in names:
-        values = reading.values(folder / name)
+    for values in masks:
         if values.ndim == 3 and not _is_grey(values):
             return
         found.update(_used(values if values.ndim == 2 else values[..., 0]))

@@ -80,7 +80,7 @@ class PredictConfig(ReadingConfig):
 
 @dataclass(frozen=True)
 class Predicted:
-    """Where the masks are: `out/masks/<name>.png`, one for each image."""
+    """Where the masks are: `out/masks/<name>.png`, one for each image; of stacks also `out/masks/<stack>.tif`."""
 
     out: Path
     names: tuple[str, ...]
@@ -154,6 +154,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
                     if kind != MASKS:
                         images.write_image(path, pictures[kind])
                 _note(place.folder / MADE, names[index], digest)
+        if not unread:
+            dataset.join_masks([place.folder / MASKS / name for name in names], place.folder / MASKS)
         place.write_json(RECORD, {**_record(config), "finished": not unread, "unread": unread})
         if unread:
             raise UserError(_say_unread(unread, len(dataset), place.folder))

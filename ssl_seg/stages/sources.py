@@ -7,10 +7,13 @@ on, another picture under an old name does not. Masks are looked at as images ar
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
 from ssl_seg import files
@@ -182,7 +185,14 @@ def _digests(listed: Listed, chosen: Sequence[int], workers: Workers) -> Generat
 
 def _digest_of_file(path: Path) -> str:
     with files.naming(path, "cannot be read"):
-        return files.sha256(files.read_bytes(path))
+        about = path.stat()
+        return _digest_of_same_file(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # the masks of a stack are one file, and come one after the other
+def _digest_of_same_file(path: Path, *_: int) -> str:
+    with os.fdopen(files.open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say_changed(listed: Listed, changed: Sequence[str]) -> str:

@@ -1,0 +1,66 @@
+"""What the data sets that people bring share: where images and masks lie, and what the values in masks mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ssl_seg.config import PathText
+from ssl_seg.datasets import Dataset
+from ssl_seg.datasets.masks import MAX_STORED, Meaning, class_word, class_words, stored_value
+
+StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
+
+
+class Labelled(Dataset):
+    """Images with masks, or without; `mapping` and `ignore` turn stored values into classes as `masks` says."""
+
+    images: PathText
+    masks: PathText | None = None
+    classes: tuple[str, ...] | int | None = None
+    ignore: tuple[StoredId, ...] = ()
+    mapping: dict[str, int | str] | None = None
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _check_classes(cls, value: Any) -> Any:
+        return None if value is None else class_words(value)
+
+    @field_validator("mapping", mode="before")
+    @classmethod
+    def _normalize_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        keys = [stored_value(key) for key in value]
+        if len(set(keys)) < len(keys):
+            raise ValueError("two keys mean the same stored value; keep one")
+        return dict(zip(keys, [class_word(word) for word in value.values()], strict=True))
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        labelled = {"classes": self.classes, "ignore": self.ignore, "mapping": self.mapping}
+        given = [key for key, value in labelled.items() if value]
+        if self.masks is None and given:
+            raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")
+        twice = sorted({str(value) for value in self.ignore} & set(self.mapping or {}))
+        if twice:
+            raise ValueError(f"id {twice[0]} is in ignore and in mapping; keep one")
+        if self.classes is not None:
+            _ = self._meaning  # which refuses values that are no class
+        return self
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        if self.masks is None or self.classes is None:
+            return ()
+        if isinstance(self.classes, int):
+            return tuple(f"class_{index}" for index in range(self.classes))
+        return self.classes
+
+    @cached_property
+    def _meaning(self) -> Meaning:
+        """Raises ValueError for a value of `mapping` that is no class."""
+        return Meaning.of(self.class_names, self.ignore, self.mapping or {})

@@ -1,0 +1,572 @@
+"""Stacks: TIFF files of many pages, each an image, with masks in stacks of as many pages.
+
+tifffile reads and writes them, since it knows the axes of ImageJ and OME, BigTIFF and stacks whose pages have no
+directory, and reads page by page. Ours is what it leaves to its callers: which axes count pages, what is black and
+white of 12 bits in 16, and a refusal where it goes on with fewer pages, or zeros in their place, after a line in a log.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn, Self
+
+import numpy as np
+import tifffile
+from pydantic import NonNegativeInt, model_validator
+
+from ssl_seg import files
+from ssl_seg.config import UserError, load, user_path
+from ssl_seg.datasets import Example
+from ssl_seg.datasets.folder import by_stem, is_folder, scan
+from ssl_seg.datasets.labelled import Labelled
+from ssl_seg.datasets.masks import MAX_STORED, check_ids
+from ssl_seg.images import DECODE_ERRORS, Range, RangeField, Size, check_size, read_mask, scaled, show_path
+
+SUFFIXES = frozenset({".tif", ".tiff"})
+# What is cut off below and above. Programs cut 0 to 1 % (ImageJ 0.18 on either side, CSBDeep 1 and 0.2, nnU-Net 0.5 of
+# CT): small bright things, such as spots, are often less than 1 % of the pixels, and hot ones less than 0.1 %.
+PERCENTILES = (0.1, 99.9)
+SAMPLED_PAGES = 32  # for percentiles
+SAMPLED_SIDE = 512  # pixels of each of them, along a side, evenly apart
+COLOURS = "CS"  # axes: channels in pages of their own, or within a page
+SIDES = "YX"
+MIN_IS_WHITE, PALETTE = 0, 3  # photometric interpretations
+SHOWN = frozenset({MIN_IS_WHITE, 1, 2})  # those that are grey or RGB as they are stored
+YCBCR, JPEG = 6, 7  # a photometric that is decoded to RGB where it is compressed so
+SPEAKING = ("shaped", "mmstack", "ome", "imagej", "lsm")  # kinds of metadata that say what a page is
+ORIENTATION = 274  # a tag
+IMAGECODECS = "imagecodecs"
+OPENED = 64  # files whose directories a process keeps
+
+
+class Entry(NamedTuple):
+    """A stack and its masks, as their directories have them."""
+
+    stem: str
+    image: str
+    mask: str  # '' where there are none
+    pages: int
+    dtype: str
+    bits: int | None  # that are used, where the file says it is fewer than it has
+    seen_bits: int  # of the largest value that ImageJ showed; 0 where that says nothing
+
+
+class Stack(Labelled):
+    """The pages of TIFF stacks, named `<stack>/<number>`, from 0 on.
+
+    `images` is a file or a folder of them, and `masks` the same: a stack of masks has its images' relative path and as
+    many pages. All axes but channels and sides count pages, in the file's own order (of TZCYX first all Z of the first
+    T). One channel is grey and three are RGB; `channel` takes one of them. The sequence of a page is its stack.
+
+    `range` gives the stored values that become black and white, of more than 8 bits: the same for all pages of all
+    stacks. `bits`, the default, is 0 and the largest value of the bits that are used: by the file's word (OME's
+    SignificantBits, bits a sample), else by the largest value of all pages, or that ImageJ showed as white.
+    `percentile` is `PERCENTILES` of the values, of pages evenly apart. Signed and float values have no bits and need
+    one of the others. A run tells what it takes.
+
+    Errors (UserError, one line): as of `folder`, and other numbers or orders of pages, pages that differ, are cut off
+    or were never written, several files for one stack, palettes, turned pages, a kind of compression that needs
+    imagecodecs.
+    """
+
+    range: RangeField | Literal["bits", "percentile"] | None = None
+    channel: NonNegativeInt | None = None  # counted from 0
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> Self:
+        if self.masks is not None and self.classes is None:
+            raise ValueError("classes is missing; write their names in the order of their ids, or their number")
+        if self.masks == self.images:
+            raise ValueError("images and masks are one path; give each its own file or folder")
+        return self
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def name(self, index: int) -> str:
+        entry, page = self._at(index)
+        return f"{entry.stem}/{page:0{max(4, len(str(entry.pages - 1)))}d}"
+
+    def sequence(self, index: int) -> str:
+        return self._at(index)[0].stem
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        entry, _ = self._at(index)
+        return tuple(Path(path) for path in (entry.image, entry.mask) if path)
+
+    def image(self, index: int) -> Example:
+        entry, page = self._at(index)
+        file = _opened(entry.image)
+        values = file.read(page, self.channel)
+        value_range = self._chosen.range or (0, 255)
+        if self._chosen.by_bits and values.max() > value_range[1]:
+            raise UserError(
+                f"{file.shown}: page {page} holds {values.max()}, more than the bits that the files declare "
+                f"({value_range[1]:.10g}); write range: [0, {2 ** int(values.max()).bit_length() - 1}]"
+            )
+        return Example(scaled(values, value_range, file.is_inverted), None, self.name(index))
+
+    def read(self, index: int) -> Example:
+        example = self.image(index)
+        return example if self.masks is None else Example(example.image, self.label(index), example.name)
+
+    def label(self, index: int) -> np.ndarray | None:
+        if self.masks is None:
+            return None
+        self._check_ids()
+        entry, page = self._at(index)
+        file = _opened(entry.mask)
+        try:
+            return self._meaning.label(file.ids(page))
+        except ValueError as error:
+            raise UserError(f"{file.shown} (mask of {show_path(entry.image)}), page {page}: {error}") from error
+
+    def value_range(self) -> Range | None:
+        # What wants a range and has none is refused when it is read: a model's may come first.
+        return None if self.range is None and self._wants_range else self._chosen.range
+
+    def in_range(self, value_range: Range) -> Self:
+        if self.range is not None or _has_8_bits(self._entries[0]):
+            return self
+        return load(type(self), {**self.dump(), "range": value_range})
+
+    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
+        if with_labels and self.masks is not None:
+            self._check_ids()
+        return self._listed.notes + ((f"{show_path(self.images)}: {self._chosen.note}",) if self._chosen.note else ())
+
+    def join_masks(self, masks: Sequence[Path], folder: Path) -> None:
+        for number, entry in enumerate(self._entries):
+            own = masks[self._ends[number] - entry.pages : self._ends[number]]
+            write_stack(folder / f"{entry.stem}.tif", own)
+
+    def _at(self, index: int) -> tuple[Entry, int]:
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        entry = self._entries[number]
+        return entry, index - self._ends[number] + entry.pages
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """How many pages there are up to the end of each stack."""
+        return np.cumsum([entry.pages for entry in self._entries]).tolist()
+
+    @cached_property
+    def _listed(self) -> _Listed:
+        """The stacks that are there; workers inherit it."""
+        images = user_path(self.images)
+        masks = None if self.masks is None else user_path(self.masks)
+        if masks is not None and images.is_file() != masks.is_file():
+            raise UserError(f"{show_path(masks)}: images and masks are both a file, or both a folder; give two alike")
+        if images.is_file():
+            pairs, notes = [(images, masks)], ()
+        elif is_folder(images):
+            found = scan(images, masks, SUFFIXES, SUFFIXES)
+            by_stem(images, [name for name, _ in found.pairs])
+            pairs, notes = [(images / name, masks / mask if masks else None) for name, mask in found.pairs], found.notes
+        else:
+            raise UserError(f"{show_path(images)}: no such file or folder; check the path")
+        root = images.parent if images.is_file() else images
+        entries = [self._entry(root, image, mask) for image, mask in pairs]
+        kinds = {(np.dtype(entry.dtype).kind, np.dtype(entry.dtype).itemsize): entry for entry in entries}
+        if len(kinds) > 1:
+            one, other, *_ = kinds.values()
+            raise UserError(
+                f"{show_path(other.image)}: {other.dtype} values, and {show_path(one.image)} has {one.dtype}; name a "
+                "data set for each kind"
+            )
+        return _Listed(tuple(entries), notes)
+
+    @property
+    def _entries(self) -> tuple[Entry, ...]:
+        return self._listed.entries
+
+    def _entry(self, root: Path, image: Path, mask: Path | None) -> Entry:
+        file = _opened(str(image))
+        file.check_shown(self.channel)
+        if mask is not None:
+            labels = _opened(str(mask))
+            labels.check_ids(has_colours=bool(self._meaning.colours))
+            if len(labels) != len(file):
+                raise UserError(
+                    f"{labels.shown}: {len(labels)} pages, and its images {file.shown} have {len(file)}; each page "
+                    "needs one of the other"
+                )
+            if labels.size != file.size:
+                (height, width), (own_height, own_width) = file.size, labels.size
+                raise UserError(
+                    f"{labels.shown}: pages of {own_height} x {own_width} pixels (H x W), and its images {file.shown} "
+                    f"have {height} x {width}; make the masks anew"
+                )
+            if {*file.order} == {*labels.order} == {*"TZ"} and file.order != labels.order:
+                raise UserError(
+                    f"{labels.shown}: its pages are in the order {labels.order}, and those of {file.shown} in "
+                    f"{file.order}; save both alike"
+                )
+        stem = image.relative_to(root).with_suffix("").as_posix()
+        return Entry(stem, str(image), str(mask or ""), len(file), str(file.dtype), file.declared_bits, file.seen_bits)
+
+    @cached_property
+    def _chosen(self) -> _Chosen:
+        """Black and white for all pages; workers inherit it."""
+        where = show_path(self.images)
+        if _has_8_bits(self._entries[0]):
+            if self.range is not None:
+                raise UserError(
+                    f"{where}: has 8 bits a channel, and range is for more; leave range out of the data set"
+                )
+            return _Chosen(None)
+        if isinstance(self.range, tuple):
+            return _Chosen(self.range)
+        if self.range == "percentile":
+            black, white = self._percentiles()
+            how = f"{PERCENTILES[0]:g} and {PERCENTILES[1]:g} % of the values are below"
+        elif self._wants_range:
+            raise UserError(
+                f"{where}: {self._entries[0].dtype} values have no white of their own; say which are black and white: "
+                "range: [black, white] in the data set, or range: percentile"
+            )
+        else:
+            return self._by_bits()
+        return _Chosen((black, white), f"{black:g} is black and {white:g} white, since {how}; {_keep(black, white)}")
+
+    @property
+    def _wants_range(self) -> bool:
+        """Whether values have no bits that could tell white."""
+        return np.dtype(self._entries[0].dtype).kind != "u"
+
+    def _by_bits(self) -> _Chosen:
+        told = [entry.bits for entry in self._entries]
+        bits = max((own for own in told if own is not None), default=1)
+        if None not in told:
+            how = f"the files declare {bits} bits"
+            return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), by_bits=True)
+        largest = 0
+        for index in range(len(self)):
+            entry, page = self._at(index)
+            if entry.bits is None:
+                with suppress(UserError):  # of a page that cannot be read whoever needs it speaks
+                    largest = max(largest, int(_opened(entry.image).read(page, self.channel).max()))
+        seen = max(entry.seen_bits for entry in self._entries)
+        bits = max(bits, largest.bit_length(), seen)
+        how = f"the largest value is {largest}" + (f" and ImageJ showed {seen} bits" if seen == bits else "")
+        return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), by_bits=True)
+
+    def _percentiles(self) -> Range:
+        parts = []
+        for index in np.unique(np.linspace(0, len(self) - 1, SAMPLED_PAGES).round().astype(int)):
+            entry, page = self._at(index)
+            with suppress(UserError):
+                values = _opened(entry.image).read(page, self.channel)
+                step = [max(1, side // SAMPLED_SIDE) for side in values.shape[:2]]
+                some = values[:: step[0], :: step[1]].ravel()
+                parts.append(some[np.isfinite(some)])
+        values = np.concatenate([*parts, np.empty(0)])
+        # Six digits, as they are printed: who writes down what is told takes the same.
+        black, white = (float(f"{own:.6g}") for own in np.percentile(values, PERCENTILES)) if len(values) else (0, 0)
+        if black >= white:
+            raise UserError(
+                f"{show_path(self.images)}: {PERCENTILES[0]:g} and {PERCENTILES[1]:g} % of its values are one value, "
+                f"{black:g}; write range: [black, white]"
+            )
+        return black, white
+
+    def _check_ids(self) -> None:
+        _ = self._are_ids
+
+    @cached_property
+    def _are_ids(self) -> bool:
+        """Raises UserError where all masks are black and white among more classes."""
+        pages = (_opened(entry.mask).ids(page) for entry in self._entries for page in range(entry.pages))
+        check_ids(self._meaning, user_path(self.masks or ""), pages)
+        return True
+
+
+class _Listed(NamedTuple):
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+
+
+class _Chosen(NamedTuple):
+    """Black and white of more than 8 bits, and a line about how they came."""
+
+    range: Range | None
+    note: str = ""
+    by_bits: bool = False
+
+
+def _has_8_bits(entry: Entry) -> bool:
+    return entry.dtype == "uint8"
+
+
+def _keep(black: float, white: float) -> str:
+    return f"to keep it whatever the files, write range: [{black:.10g}, {white:.10g}]"
+
+
+def _say_bits(bits: int, how: str) -> str:
+    white = 2**bits - 1
+    return f"0 is black and {white} white, since {how}; {_keep(0, white)}"
+
+
+# ---- files ----
+
+
+def write_stack(path: Path, masks: Sequence[Path]) -> None:
+    """Masks of one size, read one at a time, as the pages of one TIFF of uint8; whole or not at all."""
+    first = read_mask(masks[0])
+    part = path.with_name(f".{path.name}.part")
+    with files.naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tifffile.imwrite(
+                part,
+                map(read_mask, masks),
+                shape=(len(masks), *first.shape),
+                dtype=np.uint8,
+                photometric="minisblack",
+                compression="zlib",
+                ome=path.name.endswith(".ome.tif"),  # which other programs expect by the name
+                metadata={"axes": "ZYX"},
+            )
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _opened(path: str) -> _File:
+    """The file, whose directories are read once a process while it is the same."""
+    try:
+        about = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{show_path(path)}: cannot be read ({error.strerror}); put it back") from error
+    return _open(path, about.st_size, about.st_mtime_ns)
+
+
+class _File:
+    """The directories of a TIFF. The file itself is open only while a page is read, so it may cross a fork."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.shown = show_path(path)
+        with _naming(self.shown), tifffile.TiffFile(path) as self.tiff:
+            series = self._one_kind(self.tiff.series)
+            self.parts = [[page for page in own if page is not None] for own in self.tiff.series]
+            self.keyframe = series.keyframe
+            is_plain = self.keyframe.bitspersample == 8 * series.dtype.itemsize
+            self.starts = [own.dataoffset if is_plain else None for own in self.tiff.series]
+            self.palette = self.keyframe.colormap
+            self.dtype = np.dtype(series.dtype).newbyteorder("=")
+            self.declared_bits, self.seen_bits = self._bits()
+            if self.keyframe.tags.valueof(ORIENTATION, 1) != 1:
+                self._refuse("its pages are turned by an orientation tag; save them upright")
+        depth = len(self.keyframe.shape)
+        lead, self.inner = series.axes[:-depth], series.axes[-depth:]
+        if {*self.inner} - {*COLOURS, *SIDES} or {*SIDES} - {*self.inner} or {*lead} & {*SIDES}:
+            self._refuse(f"its pages have the axes {self.inner}, which are not read; save each plane as a page (YX)")
+        if "C" in lead and {*COLOURS} & {*self.inner}:
+            self._refuse(f"has channels on two axes ({series.axes}); save grey pages with an axis of channels")
+        shape = series.shape[:-depth]
+        sides = dict(zip(self.inner, self.keyframe.shape, strict=True))
+        self.size: Size = (sides["Y"], sides["X"])
+        # The number of each plane, page by page, and its channels where they are planes of their own.
+        planes = np.arange(math.prod(shape)).reshape(shape)
+        planes = np.moveaxis(planes, lead.index("C"), -1) if "C" in lead else planes[..., None]
+        self.planes = planes.reshape(-1, planes.shape[-1])
+        for start, own in zip(self.starts, self.parts, strict=True):
+            # One that holds all is that of a large ImageJ stack.
+            if len(own) != self.planes.size and (start is None or len(own) > 1):
+                self._refuse(f"has {len(own)} pages, not the {self.planes.size} that its metadata name; save it anew")
+        self.axes, self.order = series.axes, lead.replace("C", "")
+        self.channels = planes.shape[-1] * math.prod(sides.get(axis, 1) for axis in COLOURS)
+        self.is_inverted = self.keyframe.photometric == MIN_IS_WHITE
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.parts) * len(self.planes)
+
+    def read(self, page: int, channel: int | None = None) -> np.ndarray:
+        """The values of a page, `(H, W)` of one channel, else `(H, W, C)`."""
+        part, number = divmod(page, len(self.planes))
+        planes = self.planes[number]
+        with _naming(f"{self.shown}, page {page}"):
+            if len(planes) > 1:
+                chosen = planes if channel is None else planes[[channel]]
+                values = np.stack([self._plane(part, int(plane)) for plane in chosen], axis=-1)
+            else:
+                values = self._plane(part, int(planes[0]))
+                for axis in {*COLOURS} & {*self.inner}:
+                    values = np.moveaxis(values, self.inner.index(axis), -1)
+                if values.ndim == 3 and channel is not None:
+                    values = values[..., channel]
+        return values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+
+    def ids(self, page: int) -> np.ndarray:
+        """The values of a mask, `(H, W)` or colours `(H, W, 3)`. Raises UserError for what can be no id."""
+        values = self.read(page)
+        if values.dtype == bool:
+            return values.astype(np.uint8)
+        if values.min() < 0 or values.max() > MAX_STORED:
+            raise UserError(
+                f"{self.shown}, page {page}: ids {values.min()} to {values.max()} do not fit 16 bits; save them with 8 "
+                "or 16"
+            )
+        return values if values.dtype == np.uint8 else values.astype(np.uint16)
+
+    def check_shown(self, channel: int | None) -> None:
+        """Raise UserError unless pages are grey or RGB."""
+        photometric, compression = self.keyframe.photometric, self.keyframe.compression
+        if photometric == PALETTE:
+            self._refuse(
+                "has a palette (ImageJ: a lookup table); save it as RGB, or as grey (Image > Lookup Tables > Grays)"
+            )
+        if photometric not in SHOWN and (photometric, compression) != (YCBCR, JPEG):
+            self._refuse(f"pixels of photometric {int(photometric)} are not read; save them as grey or RGB")
+        if self.dtype.kind not in "uif":
+            self._refuse(f"{self.dtype} values are no image; save grey or RGB of 8 bits or more")
+        if channel is not None and channel >= self.channels:
+            self._refuse(
+                f"has {self.channels} channels, counted from 0, so there is no channel {channel}; write another"
+            )
+        if channel is None and self.channels not in (1, 3):
+            self._refuse(
+                f"pages of {self.channels} channels ({self.axes}); write channel: 0 to {self.channels - 1} for "
+                "one of them, or save one (grey) or three (RGB)"
+            )
+
+    def check_ids(self, has_colours: bool) -> None:
+        """Raise UserError for pages that are no masks."""
+        if self.is_inverted:
+            self._refuse("greys are stored upside down (white is 0); save the masks with black as 0")
+        if (
+            self.dtype.kind not in "bui"
+            or self.channels not in (1, 3)
+            or (self.channels == 3 and self.dtype != np.uint8)
+        ):
+            kind = f"{self.channels} channels of {self.dtype} values"
+            self._refuse(f"{kind} are no class ids; save the masks as 8- or 16-bit grey, or 8-bit RGB")
+        palette = self.palette
+        if palette is None:
+            return
+        if has_colours:
+            self._refuse("has a palette, and mapping names colours; save the masks as RGB, or map ids")
+        greys = (palette == palette[:1]).all()
+        if greys and not np.array_equal(palette[0] >> 8, np.arange(palette.shape[1])):
+            self._refuse("has a palette of greys that are not the ids; save the masks as plain grey")
+
+    def _bits(self) -> tuple[int | None, int]:
+        """The bits that are used, where the file says it is fewer than it has; those of what ImageJ showed as white."""
+        all_bits = 8 * self.dtype.itemsize
+        told = [int(self.keyframe.bitspersample)]
+        told += [int(own) for own in re.findall(r'\bSignificantBits="(\d{1,2})"', self.tiff.ome_metadata or "")]
+        shown = (self.tiff.imagej_metadata or {}).get("max", 0)
+        # The largest value that there can be is what programs write which do not know.
+        seen = int(shown).bit_length() if isinstance(shown, int | float) and 0 < shown < 2**all_bits - 1 else 0
+        declared = [bits for bits in told if 0 < bits < all_bits]
+        return max(declared, default=None), seen if seen < all_bits else 0
+
+    def _plane(self, part: int, plane: int) -> np.ndarray:
+        keyframe, start = self.keyframe, self.starts[part]
+        if start is not None:  # one after the other and as they are: those of a large ImageJ stack have no directory
+            dtype = np.dtype(self.tiff.byteorder + self.dtype.char)
+            offset = start + plane * keyframe.size * dtype.itemsize
+            values = np.fromfile(self.path, dtype, keyframe.size, offset=offset)
+            if values.size < keyframe.size:
+                raise OSError("its end is missing")
+            return values.reshape(keyframe.shape).astype(self.dtype)
+        page = self.parts[part][plane]
+        if 0 in (*page.dataoffsets, *page.databytecounts):
+            raise OSError("a part of the page was never written")
+        if max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > os.path.getsize(self.path):
+            raise OSError("its end is missing")
+        self.tiff.filehandle.open()
+        try:
+            return np.array(page.asarray(maxworkers=1)).astype(self.dtype)
+        finally:
+            self.tiff.filehandle.close()
+
+    def _one_kind(self, found: Sequence[tifffile.TiffPageSeries]) -> tifffile.TiffPageSeries:
+        """The first of the series in a file, which all have to be like it."""
+        if not found:
+            self._refuse("holds no page; copy it again or remove it")
+        first = found[0]
+        spoken = [kind for kind in SPEAKING if getattr(self.tiff, f"is_{kind}")]
+        if spoken and first.kind not in spoken:
+            self._refuse(f"its metadata ({spoken[0]}) do not fit its pages; save it anew")
+        kinds = [f"{'x'.join(map(str, series.shape))} {series.dtype} ({series.axes})" for series in found]
+        # Pages of several kinds are sorted by kind, so what looks alike may be out of order.
+        if len({*kinds}) > 1 or (len(found) > 1 and first.kind not in ("shaped", "ome")):
+            other = next((kind for kind in kinds if kind != kinds[0]), kinds[-1])
+            self._refuse(f"holds pages of several kinds, {kinds[0]} and {other}; save those of one kind alone")
+        for page in (page for series in found for page in series):
+            if page is None:
+                self._refuse("lacks pages that its metadata name; save it anew")
+            elif page.parent is not self.tiff:
+                self._refuse("names pages of other files; save the stack as one file")
+        return first
+
+    def _check(self) -> None:
+        try:
+            check_size(self.size)
+        except ValueError as error:
+            self._refuse(f"pages of {error}")
+        if self.starts[0] is None:
+            try:
+                self.read(0)
+            except UserError as error:  # of other faults whoever reads that page is told
+                if IMAGECODECS in str(error):
+                    raise
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.shown}: {what}")
+
+
+_open = lru_cache(maxsize=OPENED)(lambda path, size, modified: _File(path))
+
+
+class _Told(logging.Handler):
+    """The first thing that tifffile says and goes on after."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.first = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Warnings may be about odd metadata that are not read, but those about series say that pages are others.
+        if record.levelno >= logging.ERROR or record.funcName.startswith("_series"):
+            self.first = self.first or record.getMessage()
+
+
+@contextmanager
+def _naming(shown: str) -> Iterator[None]:
+    """What goes wrong inside becomes one line about a file, also what tifffile only logs."""
+    logger, told = logging.getLogger("tifffile"), _Told()
+    logger.addHandler(told)
+    former, logger.propagate = logger.propagate, False
+    try:
+        yield
+        if told.first:
+            raise OSError(told.first)
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from error
+    except (tifffile.TiffFileError, *DECODE_ERRORS) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if IMAGECODECS in reason:
+            kind = re.search(r"COMPRESSION\.(\w+)", reason)
+            what = f"compressed by {kind[1]}" if kind else "packed"
+            raise UserError(
+                f"{shown}: {what}, for which another package is needed; pip install {IMAGECODECS}, or save it with "
+                "deflate or none"
+            ) from error
+        raise UserError(f"{shown}: no TIFF, damaged or cut off ({reason}); copy it again or remove it") from error
+    finally:
+        logger.removeHandler(told)
+        logger.propagate = former
