@@ -271,33 +271,21 @@ class Folder(Dataset):
         return self._scanned.pairs
 
     @cached_property
-    def _scanned(self) -> _Scanned:
+    def _scanned(self) -> Matched:
         """What is there; loader workers inherit it."""
         if self.masks is not None and self.classes is None:
             _ = self._names_beside  # which says what is missing
         return self._scan()
 
-    def _scan(self) -> _Scanned:
-        folder = self._image_folder
-        if self.masks is None:
-            found = find_files(folder, IMAGE_SUFFIXES)
-            names = _without_aliases(folder, found.files)
-            _refuse_empty(folder, names, found)
-            return _Scanned(tuple((name, "") for name in names), found.notes(folder))
-        masks = self._mask_folder
-        beside = masks == folder  # then images are what masks cannot be
-        suffixes = IMAGE_SUFFIXES - MASK_SUFFIXES if beside else IMAGE_SUFFIXES
-        found = find_files(folder, suffixes, without=masks)
-        names = _without_aliases(folder, found.files)
-        _refuse_empty(folder, names, found)
-        found_masks = find_files(masks, MASK_SUFFIXES)
-        images_by_stem = _by_stem(folder, names)
-        masks_by_stem = _by_stem(masks, found_masks.files)
-        missing = [name for stem, name in images_by_stem.items() if stem not in masks_by_stem]
-        if missing:
-            raise UserError(_say_missing(folder, masks, missing, len(names)))
-        pairs = tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
-        return _Scanned(pairs, tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))))
+    def _scan(self) -> Matched:
+        folder, masks = self._image_folder, None if self.masks is None else self._mask_folder
+        matched = match(folder, masks)
+        if matched.clashes:
+            raise UserError(matched.clashes[0])
+        missing = [name for name, mask in matched.pairs if not mask]
+        if masks is not None and missing:
+            raise UserError(_say_missing(folder, masks, missing, len(matched.pairs)))
+        return matched
 
     def _note_dark(self) -> tuple[str, ...]:
         """A word where 16 bits are used so little that images are nearly black."""
@@ -318,11 +306,36 @@ class Folder(Dataset):
 
 
 @dataclass(frozen=True)
-class _Scanned:
+class Matched:
     """The images of a folder with their masks, and what a person should know of it."""
 
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[str, str], ...]  # relative paths; '' for a mask that there is not
     notes: tuple[str, ...]
+    without_image: tuple[str, ...] = ()  # masks
+    clashes: tuple[str, ...] = ()  # a line for every two images, or masks, of which one alone could be meant
+
+
+def match(folder: Path, masks: Path | None = None) -> Matched:
+    """The images of a folder, each with the mask of the same relative path, whatever is missing.
+
+    Raises UserError for a folder that is missing, cannot be read or holds no image.
+    """
+    # Where masks lie beside them, images are what masks cannot be.
+    suffixes = IMAGE_SUFFIXES - MASK_SUFFIXES if masks == folder else IMAGE_SUFFIXES
+    found = find_files(folder, suffixes, without=masks)
+    names = _without_aliases(folder, found.files)
+    _refuse_empty(folder, names, found)
+    if masks is None:
+        return Matched(tuple((name, "") for name in names), found.notes(folder))
+    found_masks = find_files(masks, MASK_SUFFIXES)
+    images_by_stem, clashes = _by_stem(folder, names)
+    masks_by_stem, others = _by_stem(masks, found_masks.files)
+    return Matched(
+        tuple((name, masks_by_stem.get(stem, "")) for stem, name in images_by_stem.items()),
+        tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))),
+        tuple(name for stem, name in masks_by_stem.items() if stem not in images_by_stem),
+        (*clashes, *others),
+    )
 
 
 @dataclass(frozen=True)
@@ -473,20 +486,22 @@ def _without_aliases(folder: Path, names: Sequence[str]) -> list[str]:
     return kept
 
 
-def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def _by_stem(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The first name of each stem, and a line for every other one."""
     found: dict[str, str] = {}
+    clashes = []
     for name in names:
-        stem = _stem(name)
+        stem = stem_of(name)
         if stem in found:
             same_letters = PurePosixPath(found[stem]).with_suffix("") == PurePosixPath(name).with_suffix("")
             how = "by their suffix only" if same_letters else "by how Unicode writes the same letters"
             both = f"{show_path(found[stem])} and {show_path(name)}"
-            raise UserError(f"{show_path(folder)}: {both} differ {how}; rename or remove one of them")
-        found[stem] = name
-    return found
+            clashes.append(f"{show_path(folder)}: {both} differ {how}; rename or remove one of them")
+        found.setdefault(stem, name)
+    return found, clashes
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """What an image and its mask have in common; macOS takes letters with accents apart (NFD), other systems do not."""
     return unicodedata.normalize("NFC", PurePosixPath(name).with_suffix("").as_posix())
 
@@ -531,8 +546,8 @@ def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
 
 
 def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int) -> str:
-    stems = {_stem(name) for name in missing}
-    lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if _stem(name) in stems]
+    stems = {stem_of(name) for name in missing}
+    lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if stem_of(name) in stems]
     if lossy and masks != folder:
         path = show_path(masks / lossy[0])
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"
