@@ -23,6 +23,7 @@ _HOMES = {
     "norm.layers": ("SwitchNorm2d",),
     "reports": ("report",),
     "runs.checkpoint": ("load_state",),
+    "stages.check": ("Checked", "check"),
     "stages.evaluate": ("EvaluateConfig", "evaluate"),
     "stages.finetune": ("FinetuneConfig", "finetune"),
     "stages.fit": ("open_streams",),

@@ -6,6 +6,7 @@ imported inside the commands, after the words have been looked at, so `--help` a
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -27,7 +28,7 @@ from ssl_seg.config import (
     use_plugin,
     user_path,
 )
-from ssl_seg.reports.console import gap_lines, print_comparison, print_study, probe_lines, score_lines
+from ssl_seg.reports.console import check_lines, gap_lines, print_comparison, print_study, probe_lines, score_lines
 from ssl_seg.terminal import print_lines, say, tells, tells_here, usable_streams, watch_signals
 
 if TYPE_CHECKING:
@@ -300,6 +301,55 @@ def gap_command(
         print_lines([f"pictures: {out} (look at {out / 'sheet.png'})"])
 
 
+@app.command("check")
+def check_command(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES [MASKS] | CONFIG ...",
+            help="Folders; or the config of a pretraining or fine-tuning. Then keys.",
+        ),
+    ],
+    classes: Annotated[str | None, typer.Option(metavar="A,B", help="Names of the classes, in order of ids.")] = None,
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that was found as one JSON object.")] = False,
+    plugin: Plugins = None,
+    quiet: Quiet = False,
+) -> int:
+    """Look at images and masks before anything is trained: what is wrong, and the command that trains on them.
+
+    Exits with 0 where nothing is wrong, with 1 where something is to be mended first.
+    """
+    folders = [word for word in words if "=" not in word and user_path(word).is_dir()]
+    rest = [word for word in words if word not in folders]
+    values = _values(rest, plugin)
+    both = [Path(folder, name) for folder in folders for name in ("images", "masks")]
+    if len(folders) == 1 and all(user_path(path).is_dir() for path in both):
+        folders = [str(path) for path in both]
+    if len(folders) > 2 or (classes is not None and len(folders) < 2):
+        raise UserError("check: name the folder of the images, then that of the masks; --classes goes with these")
+    if folders:
+        named: dict[str, Any] = dict(zip(("images", "masks"), folders, strict=False))
+        named |= {} if classes is None else {"classes": [name.strip() for name in classes.split(",")]}
+        part = "labelled" if len(folders) == 2 else "pool"
+        base: dict[str, Any] = {"data": {part: {"type": "folder", **named}}}
+        values = merge(base if part == "labelled" else {**base, "tasks": {"denoise": {}, "inpaint": {}}}, values)
+    from ssl_seg.stages import check
+    from ssl_seg.stages.finetune import FinetuneConfig
+    from ssl_seg.stages.pretrain import PretrainConfig
+
+    data = values.get("data")
+    kind = FinetuneConfig if isinstance(data, dict) and "labelled" in data else PretrainConfig
+    typed = [*rest, *(word for module in plugin or [] for word in ("--plugin", module))]
+    found = check.check(load(kind, values), out, quiet, typed, propose=bool(folders))
+    if as_json:
+        print_lines([json.dumps(found.plain(), indent=2)])
+        return int(bool(found.faults))
+    print_lines(check_lines(found))
+    print_lines([f"pictures: {out / 'sheet.png'}" if out is not None else "pictures: add --out FOLDER"])
+    return int(bool(found.faults))
+
+
 @app.command("compare")
 def compare_command(
     runs: Runs = None,
@@ -471,7 +521,10 @@ def synth_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 something the user can mend, 3 a leak, 128 + n stopped by signal n."""
+    """Run a command and exit.
+
+    0 done, 1 faults that `check` found, 2 something the user can mend, 3 a leak, 128 + n stopped by signal n.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(run(lambda: app(args=words, prog_name="ssl-seg", standalone_mode=False)))
 

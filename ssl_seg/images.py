@@ -143,6 +143,24 @@ def largest_value(path: str | Path) -> int | None:
     return _decode(Path(path), _largest)
 
 
+class Examined(NamedTuple):
+    """A picture and what its file holds, by one decoding."""
+
+    image: np.ndarray | None  # as `read_image` gives it; None where its values have no white of their own
+    refusal: str  # what `read_image` says then
+    kind: str  # such as '8 bits RGB'
+    used: Range  # the smallest and the largest stored value
+
+
+def examine(path: str | Path, value_range: Range | None = None) -> Examined:
+    """As `read_image`, with what the pixels were before they became RGB of 8 bits.
+
+    Of 16-bit colours the upper byte tells what is used, so that up to 255 more may be. Raises UserError for what cannot
+    be decoded.
+    """
+    return _decode(Path(path), partial(_examined, value_range=value_range))
+
+
 def default_range(path: str | Path) -> Range | None:
     """The values that `read_image` takes for black and white where no range is given; None of 8 bits a channel.
 
@@ -588,6 +606,23 @@ def _largest(image: ImageFile, _: Path) -> int | None:
     if _white(image) == 65535 and image.format != "PPM":
         return int(np.asarray(image).max())
     return int(np.asarray(image).max()) * 256 + 255 if is_deep and image.mode == "RGB" else None
+
+
+def _examined(image: ImageFile, path: Path, value_range: Range | None) -> Examined:
+    is_deep = _layout(image).startswith("16")  # loading forgets it
+    bits = _bits(image.tag_v2) if isinstance(image, TiffImageFile) else 16 if is_deep or image.mode[0] == "I" else 8
+    try:
+        rgb, refusal = (_to_rgb(image, path) if value_range is None else _in_range(image, path, value_range)), ""
+    except UserError as error:
+        rgb, refusal = None, str(error)
+    values = _stored_values(image, image) if image.mode[0] in "IF" else np.asarray(image)
+    values = values[np.isfinite(values)] if image.mode == "F" else values
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if is_deep and image.mode == "RGB":  # Pillow keeps the upper byte
+        low, high = low * 256, high * 256 + 255
+    kind = {"1": "grey", "L": "grey", "P": "palette", "I": "grey", "I;16": "grey", "F": "float grey"}
+    named = kind.get(image.mode, "grey" if image.mode.startswith("I;16") else image.mode)
+    return Examined(rgb, refusal, f"{bits} bit{'s' * (bits != 1)} {named}", (low, high))
 
 
 def _default_range(image: ImageFile, _: Path) -> Range | None:

@@ -269,6 +269,11 @@ def check_call(words: list[str]) -> None:
             GapConfig,
             {"data": {"target": target, "pools": {own["images"]: own for own in pools}}, "init": given["init"]},
         )
+    elif name == "check":
+        if not any(word.endswith("_labelled") for word in given["words"]):
+            assert 1 <= len(given["words"]) <= 2
+        else:
+            load(FinetuneConfig, given["words"])
     elif name == "pseudo_label":
         PseudoLabelConfig.of(read_words(given["words"] or []))
     elif name in STAGES:

@@ -204,15 +204,14 @@ class Folder(Labelled):
         return self._scanned.pairs
 
     @cached_property
-    def _scanned(self) -> Scanned:
+    def _scanned(self) -> Matched:
         """What is there; loader workers inherit it."""
         if self.masks is not None and self.classes is None:
             _ = self._names_beside  # which says what is missing
         return self._scan()
 
-    def _scan(self) -> Scanned:
-        masks = None if self.masks is None else self._mask_folder
-        return scan(self._image_folder, masks, IMAGE_SUFFIXES, MASK_SUFFIXES)
+    def _scan(self) -> Matched:
+        return scan(self._image_folder, None if self.masks is None else self._mask_folder)
 
     def _note_dark(self) -> tuple[str, ...]:
         """A word where 16 bits are used so little that images are nearly black."""
@@ -233,32 +232,56 @@ class Folder(Labelled):
 
 
 @dataclass(frozen=True)
-class Scanned:
+class Matched:
     """The images of a folder with their masks, and what a person should know of it."""
 
-    pairs: tuple[tuple[str, str], ...]  # relative paths; '' where there are no masks
+    pairs: tuple[tuple[str, str], ...]  # relative paths; '' for a mask that there is not
     notes: tuple[str, ...]
+    without_image: tuple[str, ...] = ()  # masks
+    clashes: tuple[str, ...] = ()  # a line for every two images, or masks, of which one alone could be meant
 
 
-def scan(folder: Path, masks: Path | None, suffixes: frozenset[str], mask_suffixes: frozenset[str]) -> Scanned:
-    """The images of a folder, each with the mask that has its relative path. Raises UserError where one has none."""
-    if masks is None:
-        found = find_files(folder, suffixes)
-        names = _without_aliases(folder, found.files)
-        _refuse_empty(folder, names, found, suffixes)
-        return Scanned(tuple((name, "") for name in names), found.notes(folder))
-    beside = masks == folder  # then images are what masks cannot be
-    found = find_files(folder, suffixes - mask_suffixes if beside else suffixes, without=masks)
+def match(
+    folder: Path,
+    masks: Path | None = None,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    mask_suffixes: frozenset[str] = MASK_SUFFIXES,
+) -> Matched:
+    """The images of a folder, each with the mask of the same relative path, whatever is missing.
+
+    Raises UserError for a folder that is missing, cannot be read or holds no image.
+    """
+    # Where masks lie beside them, images are what masks cannot be.
+    found = find_files(folder, suffixes - mask_suffixes if masks == folder else suffixes, without=masks)
     names = _without_aliases(folder, found.files)
     _refuse_empty(folder, names, found, suffixes)
+    if masks is None:
+        return Matched(tuple((name, "") for name in names), found.notes(folder))
     found_masks = find_files(masks, mask_suffixes)
-    images_by_stem = by_stem(folder, names)
-    masks_by_stem = by_stem(masks, found_masks.files)
-    missing = [name for stem, name in images_by_stem.items() if stem not in masks_by_stem]
-    if missing:
-        raise UserError(_say_missing(folder, masks, missing, len(names), mask_suffixes))
-    pairs = tuple((name, masks_by_stem[stem]) for stem, name in images_by_stem.items())
-    return Scanned(pairs, tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))))
+    images_by_stem, clashes = _by_stem(folder, names)
+    masks_by_stem, others = _by_stem(masks, found_masks.files)
+    return Matched(
+        tuple((name, masks_by_stem.get(stem, "")) for stem, name in images_by_stem.items()),
+        tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))),
+        tuple(name for stem, name in masks_by_stem.items() if stem not in images_by_stem),
+        (*clashes, *others),
+    )
+
+
+def scan(
+    folder: Path,
+    masks: Path | None,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    mask_suffixes: frozenset[str] = MASK_SUFFIXES,
+) -> Matched:
+    """As `match`. Raises UserError too where an image has no mask, or two could be meant."""
+    matched = match(folder, masks, suffixes, mask_suffixes)
+    if matched.clashes:
+        raise UserError(matched.clashes[0])
+    missing = [name for name, mask in matched.pairs if not mask]
+    if masks is not None and missing:
+        raise UserError(_say_missing(folder, masks, missing, len(matched.pairs), mask_suffixes))
+    return matched
 
 
 @dataclass(frozen=True)
@@ -411,19 +434,28 @@ def _without_aliases(folder: Path, names: Sequence[str]) -> list[str]:
 
 def by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """The names by their path without suffix. Raises UserError for two that would be one."""
+    found, clashes = _by_stem(folder, names)
+    if clashes:
+        raise UserError(clashes[0])
+    return found
+
+
+def _by_stem(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The first name of each stem, and a line for every other one."""
     found: dict[str, str] = {}
+    clashes = []
     for name in names:
-        stem = _stem(name)
+        stem = stem_of(name)
         if stem in found:
             same_letters = PurePosixPath(found[stem]).with_suffix("") == PurePosixPath(name).with_suffix("")
             how = "by their suffix only" if same_letters else "by how Unicode writes the same letters"
             both = f"{show_path(found[stem])} and {show_path(name)}"
-            raise UserError(f"{show_path(folder)}: {both} differ {how}; rename or remove one of them")
-        found[stem] = name
-    return found
+            clashes.append(f"{show_path(folder)}: {both} differ {how}; rename or remove one of them")
+        found.setdefault(stem, name)
+    return found, clashes
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """What an image and its mask have in common; macOS takes letters with accents apart (NFD), other systems do not."""
     return unicodedata.normalize("NFC", PurePosixPath(name).with_suffix("").as_posix())
 
@@ -468,8 +500,8 @@ def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
 
 
 def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int, mask_suffixes: Collection[str]) -> str:
-    stems = {_stem(name) for name in missing}
-    lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if _stem(name) in stems]
+    stems = {stem_of(name) for name in missing}
+    lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if stem_of(name) in stems]
     if lossy and masks != folder:
         path = show_path(masks / lossy[0])
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"

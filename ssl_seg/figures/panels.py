@@ -20,6 +20,7 @@ MENDED_COLOUR = (60, 170, 255)
 WRONG_SHADING = 0.4  # its share that the image may take away
 DIMMED = 0.4
 CAPTION = 24  # pixels of a line's height
+CELL = 240  # pixels of a side of a picture on a contact sheet
 PANEL_SIDE = 400  # pixels of a panel's longer side: four of them fill a page, and a row takes about 300 kB
 
 
@@ -177,6 +178,40 @@ def caption(text: str, width: int) -> np.ndarray:
     plain = text.encode("ascii", "replace").decode()
     cv2.putText(strip, plain, (GAP, CAPTION - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return strip
+
+
+def contact_sheet(
+    title: str,
+    pictures: Sequence[tuple[str, np.ndarray | None, np.ndarray | None]],
+    names: Sequence[str],
+    strange: int,
+) -> np.ndarray:
+    """Below a legend, captions with each image beside its class ids laid over it, two of them in a row.
+
+    An image or ids that are not there leave a dark panel; ids of another size are drawn alone. `strange` is an id that
+    is no class, drawn in the colour of what is wrong.
+    """
+    colours = palette(len(names))
+    colours[strange] = WRONG_COLOUR
+    cells = []
+    for text, image, ids in pictures:
+        panel = np.full((CELL, CELL, 3), 64, dtype=np.uint8)
+        shown = [panel if image is None else boxed(image, CELL)]
+        if names and ids is None:
+            shown.append(panel)
+        elif names and ids is not None:
+            fits = image is not None and image.shape[:2] == ids.shape
+            shown.append(boxed(overlay(image, ids, colours) if fits and image is not None else colours[ids], CELL))
+        row = grid([shown])
+        cells.append(np.vstack([caption(text, row.shape[1]), row]))
+    abreast = 2 if names else 4
+    white = np.full_like(cells[0], 255) if cells else np.full((GAP, CELL, 3), 255, dtype=np.uint8)
+    rows = [cells[start : start + abreast] for start in range(0, len(cells), abreast)] or [[white]]
+    sheet = grid([[*row, *[white] * (abreast - len(row))] for row in rows])
+    wrong = [*names, "no class", "ignored"]
+    swatches = np.array([*colours[: len(names)], WRONG_COLOUR, IGNORE_COLOUR], dtype=np.uint8)
+    key = [legend(wrong, swatches, sheet.shape[1])] if names else []
+    return np.vstack([caption(title, sheet.shape[1]), *key, sheet])
 
 
 def _panel_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -8,8 +8,9 @@ allowed by name.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ from pydantic import Field, NonNegativeInt
 
 from ssl_seg import files
 from ssl_seg.config import Config, UserError
+from ssl_seg.datasets import numbering
 from ssl_seg.images import write_image
 from ssl_seg.leaks.near_duplicates import SIDE, Fingerprints, altered, equal, fingerprint
-from ssl_seg.leaks.neighbours import TOO_FEW, frames_apart, how_judged, neighbours
+from ssl_seg.leaks.neighbours import LEAST_PAIRS, TOO_FEW, frames_apart, how_judged, neighbours
 from ssl_seg.leaks.record import (
     Compared,
     Kind,
@@ -318,6 +320,46 @@ def compare(
         elif index not in found:
             note(index, "altered", other, None, "the same number, and much alike")
     return list(found.values())
+
+
+def within(part: str, prints: Fingerprints, config: Leaks) -> Generator[None, None, list[Leak]]:
+    """What one part holds twice, and neighbours in it: what a split by chance would make leaks of.
+
+    Each half is compared with the other, every other image being in it, then what is left of either in itself. So an
+    image is told once, with one that is like it, and three copies are two pairs. Pauses now and then.
+    """
+    found: list[Leak] = []
+    waiting = [list(range(len(prints)))]
+    while waiting:
+        chosen = waiting.pop()
+        if len(chosen) < 2:
+            continue
+        one, other = chosen[::2], chosen[1::2]
+        own = yield from compare(part, prints.some(one), part, prints.some(other), config)
+        found += own
+        told = {leak.name for leak in own}
+        waiting += [[index for index in one if prints.names[index] not in told], other]
+    # Few pictures, or those of a camera that moves fast, do not say that numbers are time; others of the same numbering
+    # may have said it, and so do several that are alike and close.
+    close = Counter(_numbering_of(leak) for leak in found if _is_close(leak, config.frames))
+    said = {_numbering_of(leak) for leak in found if leak.kind == "sequence"}
+    videos = said | {numbered for numbered, count in close.items() if count >= LEAST_PAIRS}
+    return [
+        replace(leak, kind="sequence", alike=None, detail=f"{frames_apart(leak.name, leak.scored)} frames apart")
+        if leak.kind == "altered" and _is_close(leak, config.frames) and _numbering_of(leak) in videos
+        else leak
+        for leak in found
+    ]
+
+
+def _is_close(leak: Leak, frames: int) -> bool:
+    """Whether its images are close in one numbering."""
+    return 0 < (frames_apart(leak.name, leak.scored) or 0) <= frames
+
+
+def _numbering_of(leak: Leak) -> str:
+    numbered = numbering(leak.name)
+    return "" if numbered is None else numbered[0]
 
 
 # ---- the picture of the worst ----

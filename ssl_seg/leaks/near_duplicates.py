@@ -89,6 +89,11 @@ class Fingerprints:
         assert self.thumbs is not None
         return self.thumbs
 
+    def some(self, indices: Sequence[int]) -> Fingerprints:
+        """Those of these images that were read just now."""
+        names, digests = (tuple(own[index] for index in indices) for own in (self.names, self.digests))
+        return Fingerprints(names, digests, self.pictures[list(indices)])
+
 
 # ---- what is kept of an image ----
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from ssl_seg.evidence.results import Study
     from ssl_seg.evidence.statistics import Interval
     from ssl_seg.scores import Average, SegmentationScores
+    from ssl_seg.stages.check import Checked
     from ssl_seg.stages.gap import Gaps
     from ssl_seg.stages.probe import Probes
 
     Cells = Callable[[Arm, Condition], list[str]]  # the row of an arm
 
+OF_A_KIND = 5  # findings of `check` on the terminal
 ARMS_ABREAST = 6  # columns of a table that fits a wide terminal
 
 
@@ -98,6 +101,37 @@ def gap_lines(found: Gaps) -> list[str]:
 
 def _gap(value: float) -> str:
     return f"{value:.2f}" if round(value, 2) else "0.00"  # no -0.00
+
+
+def check_lines(found: Checked) -> list[str]:
+    """What each part holds, then what is to be mended, what is worth knowing, and the command that trains."""
+    lines = []
+    for part in found.parts:
+        lines += [f"data.{part.name}"] if len(found.parts) > 1 else []
+        sizes = list(part.sizes)
+        told = (
+            f"all {sizes[0]}" if len(sizes) == 1 else f"{len(sizes)} sizes, most {sizes[0]}" if sizes else "none read"
+        )
+        kinds = ", ".join(part.kinds)
+        deep = part.used is not None and not kinds.startswith(("8 ", "1 "))
+        used = f", {part.used[0]:g} to {part.used[1]:g} used" if deep and part.used else ""
+        lines.append(f"images  {part.images}, {told}, {kinds}{used}")
+        if part.masks is not None:
+            shares = ", ".join(f"{own.name} {own.percent}" for own in part.classes) or "not known"
+            ignored = f"; ignored {part.ignored * 100:.2g} % of all pixels" if part.ignored else ""
+            lines.append(f"masks   {part.masks}, {len(part.values)} values; classes: {shares}{ignored}")
+    for head, findings in (("faults", found.faults), ("worth knowing", found.notes)):
+        lines += [f"{head}: {len(findings)}"] if findings else []
+        told_of = Counter[str]()
+        for one in findings:
+            told_of[one.kind] += 1
+            where = f"data.{one.part}: " if len(found.parts) > 1 else ""
+            lines += [f"  {where}{one.text}"] if told_of[one.kind] <= OF_A_KIND else []
+        more = [f"{count - OF_A_KIND} more of {kind}" for kind, count in told_of.items() if count > OF_A_KIND]
+        lines += [f"  and {', '.join(more)}: --json has all"] if more else []
+    if found.command is None:
+        return [*lines, "next: mend the faults, and check again"]
+    return [*lines, f"next: {found.command}"]
 
 
 def print_comparison(found: Comparison) -> None:
