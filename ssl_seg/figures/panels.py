@@ -191,7 +191,7 @@ def contact_sheet(
     An image or ids that are not there leave a dark panel; ids of another size are drawn alone. `strange` is an id that
     is no class, drawn in the colour of what is wrong.
     """
-    colours = palette(len(names))
+    colours = palette(max(1, len(names)))
     colours[strange] = WRONG_COLOUR
     cells = []
     for text, image, ids in pictures:
@@ -205,7 +205,9 @@ def contact_sheet(
         row = grid([shown])
         cells.append(np.vstack([caption(text, row.shape[1]), row]))
     abreast = 2 if names else 4
-    white = np.full_like(cells[0], 255) if cells else np.full((GAP, CELL, 3), 255, dtype=np.uint8)
+    white = (
+        np.full_like(cells[0], 255) if cells else np.full((GAP, 2 * CELL + GAP if names else CELL, 3), 255, np.uint8)
+    )
     rows = [cells[start : start + abreast] for start in range(0, len(cells), abreast)] or [[white]]
     sheet = grid([[*row, *[white] * (abreast - len(row))] for row in rows])
     wrong = [*names, "no class", "ignored"]

@@ -20,6 +20,7 @@ from ssl_seg import cli, images
 from ssl_seg.config import UserError, load, read_words
 from ssl_seg.datasets.guess import Held, guess
 from ssl_seg.datasets.masks import IGNORE, Meaning
+from ssl_seg.leaks import guard
 from ssl_seg.stages.check import Checked, Finding, check
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.pretrain import PretrainConfig
@@ -183,7 +184,8 @@ def test_images_alone_are_a_pool_and_the_command_pretrains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("photos"))
-    assert run("check", "photos/images", "train.workers=0", "--quiet") == 0
+    assert run("check", "photos/images", "train.workers=0", "--quiet", "--out", "look") == 0
+    assert images.read_image("look/sheet.png").shape == (24 + 3 * (24 + 240 + 4) - 4, 4 * 240 + 3 * 4, 3)
     said = capsys.readouterr().out.splitlines()
     assert not [line for line in said if line.startswith("masks")]
     (command,) = [line.removeprefix("next: ") for line in said if line.startswith("next: ")]
@@ -241,6 +243,19 @@ def test_frames_of_a_video_are_told(tmp_path: Path) -> None:
     (told,) = [one for one in found.notes if one.kind == "neighbours"]
     assert "images are frames beside others of a video (clip_0" in told.text
     assert len(told.files) >= 38
+
+
+def test_copies_are_told_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In halves, and bit by bit: of three copies two are told, each once."""
+    monkeypatch.setattr(guard, "FEW", 8)
+    for number in range(26):
+        copied = {3: 20, 11: 20, 4: 6}.get(number, number)
+        images.write_image(tmp_path / "images" / f"{name(number)}.png", picture(copied))
+    found = [set(one.files) for one in of(tmp_path, masks=False).notes if one.kind == "twice"]
+    groups = [set(map(name, own)) for own in ((3, 11, 20), (4, 6))]
+    assert sorted(len(pair) for pair in found) == [2, 2, 2]
+    assert sum({file.removesuffix(".png") for file in pair} <= groups[0] for pair in found) == 2
+    assert sum({file.removesuffix(".png") for file in pair} == groups[1] for pair in found) == 1
 
 
 def test_sixteen_bits_get_a_range_and_it_is_in_the_command(tmp_path: Path) -> None:
