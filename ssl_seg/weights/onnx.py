@@ -38,7 +38,7 @@ TRACED = (2, 97, 131)
 COMPARED = ((1, 64, 64), (2, 100, 150), (3, 225, 130))  # and of those that the program is compared by
 # Of logits, as a part of the largest: what float32 in another order of sums may give. A wrong layer gives tenths.
 TOLERANCE = 1e-4
-ALL_BUT_FEW = 0.999
+ALL_BUT_FEW = 0.99
 IMAGE, LOGITS = "image", "logits"
 
 
@@ -133,9 +133,10 @@ def _traced(network: SegmentationModel, notes: Mapping[str, str]) -> bytes:
 
 @torch.no_grad()
 def difference(network: nn.Module, answer: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
-    """How far logits differ for random images of a `shape` (B, H, W), as a part of the largest: 999 in 1,000 of them.
+    """How far logits differ for random images of a `shape` (B, H, W), as a part of the largest: 99 in 100 of them.
 
-    The last is left out, since SegNet's poolings choose: of two pixels that are alike but for rounding either is right.
+    The last is left out, since SegNet's poolings choose: of two pixels that are alike but for rounding either is right,
+    and the convolutions behind spread it: 0.5 in 100 of SegNet-basic's logits on noise. A wrong layer changes most.
     """
     batch, height, width = shape
     image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
