@@ -71,8 +71,7 @@ def export_onnx(model: str | Path, out: str | Path) -> Exported:
     info = read_model_info(model)
     with evaluating(network), _quietly():
         payload = _traced(network, {"class_names": json.dumps(network.class_names), "model_sha256": info["sha256"]})
-        answer = runner(payload)
-        differences = {"x".join(map(str, shape)): difference(network, answer, shape) for shape in COMPARED}
+        differences = _differences(network, payload)
     largest = max(differences.values())
     if not largest < TOLERANCE:
         raise UserError(
@@ -129,6 +128,22 @@ def _traced(network: SegmentationModel, notes: Mapping[str, str]) -> bytes:
     assert made is not None, "with dynamo it gives a program"
     onnx.helper.set_model_props(made.model_proto, dict(notes))
     return made.model_proto.SerializeToString()
+
+
+def _differences(network: nn.Module, payload: bytes) -> dict[str, float]:
+    """`difference` by the shape. Raises UserError for what onnxruntime does not run at one of them."""
+    found = {}
+    for shape in COMPARED:
+        words = "x".join(map(str, shape))
+        try:
+            found[words] = difference(network, runner(payload), shape)
+        except Exception as error:  # onnxruntime's own kinds, none of which it makes public
+            said = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"export: onnxruntime does not run this network for images of {words} ({said}), so nothing is written; "
+                "ssl-seg predict runs it"
+            ) from error
+    return found
 
 
 @torch.no_grad()

@@ -84,6 +84,9 @@ def test_a_program_that_answers_otherwise_is_not_written(tmp_path: Path, monkeyp
     said = message_of(lambda: export_onnx(tmp_path / "run", tmp_path / "made.onnx"))
     assert said.startswith("export: the program answers otherwise than the model, by 0.0")
     assert not list(tmp_path.glob("made*"))
+    monkeypatch.setattr(onnx, "runner", lambda payload: lambda image: 1 / 0)
+    said = message_of(lambda: export_onnx(tmp_path / "run", tmp_path / "made.onnx"))
+    assert said.startswith("export: onnxruntime does not run this network for images of 1x64x64 (division by zero)")
     monkeypatch.setattr(onnx, "runner", lambda payload: lambda image: model(image)[..., :-1])
     assert "answers otherwise than the model, by inf" in message_of(
         lambda: export_onnx(tmp_path / "run", tmp_path / "made.onnx")
