@@ -328,16 +328,16 @@ def check_command(
         folders = [str(path) for path in both]
     if len(folders) > 2 or (classes is not None and len(folders) < 2):
         raise UserError("check: name the folder of the images, then that of the masks; --classes goes with these")
+    from ssl_seg.stages import check
+    from ssl_seg.stages.finetune import FinetuneConfig
+    from ssl_seg.stages.pretrain import PretrainConfig
+
     if folders:
         named: dict[str, Any] = dict(zip(("images", "masks"), folders, strict=False))
         named |= {} if classes is None else {"classes": [name.strip() for name in classes.split(",")]}
         part = "labelled" if len(folders) == 2 else "pool"
         base: dict[str, Any] = {"data": {part: {"type": "folder", **named}}}
-        values = merge(base if part == "labelled" else {**base, "tasks": {"denoise": {}, "inpaint": {}}}, values)
-    from ssl_seg.stages import check
-    from ssl_seg.stages.finetune import FinetuneConfig
-    from ssl_seg.stages.pretrain import PretrainConfig
-
+        values = merge(base if part == "labelled" else {**base, "tasks": check.TASKS}, values)
     data = values.get("data")
     kind = FinetuneConfig if isinstance(data, dict) and "labelled" in data else PretrainConfig
     typed = [*rest, *(word for module in plugin or [] for word in ("--plugin", module))]

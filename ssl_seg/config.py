@@ -315,6 +315,11 @@ def load(cls: type[C], words: Sequence[str] | Mapping[str, Any]) -> C:
         raise UserError(explain(error)) from error
 
 
+def first_line(error: Exception) -> str:
+    """What another library says first, of what may be pages; the kind of error where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def explain(error: ValidationError) -> str:
     """One line for the first thing that is wrong: the key, the value and what to do."""
     first = error.errors(include_url=False)[0]

@@ -120,6 +120,16 @@ class Dataset(Plugin, ABC):
         return ()
 
 
+def place_in(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Of files that hold several images each: which one an image is in, and its number there.
+
+    `ends` says how many images there are up to the end of each file. Negative indices count from the end, as a list's.
+    """
+    index = range(ends[-1])[index]
+    number = int(np.searchsorted(ends, index, side="right"))
+    return number, index - (ends[number - 1] if number else 0)
+
+
 def numbering(name: str) -> tuple[str, int] | None:
     """The sequence that a name speaks of, and its number in it: its last number that no letter follows.
 

@@ -23,7 +23,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from ssl_seg import files
 from ssl_seg.config import UserError, load, user_path
-from ssl_seg.datasets import Example
+from ssl_seg.datasets import Example, place_in
 from ssl_seg.datasets.folder import by_stem, is_folder, scan
 from ssl_seg.datasets.labelled import Labelled
 from ssl_seg.datasets.masks import MAX_STORED, check_ids
@@ -148,10 +148,8 @@ class Stack(Labelled):
             write_stack(folder / f"{entry.stem}.tif", own)
 
     def _at(self, index: int) -> tuple[Entry, int]:
-        index = range(len(self))[index]
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        entry = self._entries[number]
-        return entry, index - self._ends[number] + entry.pages
+        number, page = place_in(self._ends, index)
+        return self._entries[number], page
 
     @cached_property
     def _ends(self) -> list[int]:

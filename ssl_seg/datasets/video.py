@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 
 from ssl_seg.config import PathText, UserError, user_path
-from ssl_seg.datasets import Dataset, Example
+from ssl_seg.datasets import Dataset, Example, place_in
 from ssl_seg.datasets.folder import by_stem, is_folder, scan
 from ssl_seg.images import show_path
 
@@ -104,10 +104,8 @@ class Video(Dataset):
         return (*self._scanned[1], f"{show_path(self.clips)}: {told}")
 
     def _at(self, index: int) -> tuple[Clip, int]:
-        index = range(len(self))[index]
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        clip = self._clips[number]
-        return clip, index - self._ends[number] + len(clip.frames)
+        number, place = place_in(self._ends, index)
+        return self._clips[number], place
 
     @cached_property
     def _ends(self) -> list[int]:

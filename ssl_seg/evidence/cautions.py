@@ -83,7 +83,7 @@ def unpredicted_in_words(record: Mapping[str, Any] | None) -> str:
 
 
 def _classes_in_words(found: Sequence[Mapping[str, float]]) -> str:
-    """`'membrane' (22 % of the scored pixels), and smaller 'pole', 'fence'`: large ones with their share, all named."""
+    """`'membrane' (22 % of the scored pixels), 'pole', 'fence' (below 5 %)`: large ones first, with their shares."""
     shares = {name: share for own in found for name, share in own.items()}
     large = sorted((name for name, share in shares.items() if share >= LARGE), key=shares.__getitem__, reverse=True)
     small = [name for name in shares if name not in large]

@@ -130,7 +130,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
                 try:
                     tiles = _tiles(config, asked, size, dataset.name(index)) if resize is None else None
                     if tiles is None:
-                        check_memory(asked, seen.shape[:2], "predicting", size)
+                        if resize is not None:
+                            check_memory(asked, seen.shape[:2], "predicting", size)
                         batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
                         pictures = _look(config, asked, batch, size, dataset.name(index))
                     else:
@@ -163,15 +164,19 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
 
 
 def _tiles(config: PredictConfig, asked: nn.Module, size: Sequence[int], name: str) -> Tiles | None:
-    """How an image of `size` (H, W) is cut; None where it is looked at whole."""
-    tiles = config.tiles
-    if tiles is None and memory_at_risk(asked, size) is not None:
-        tiles = Tiles()
+    """How an image of `size` (H, W) is cut; None where it is looked at whole, for which there is memory."""
+    if config.tiles is None and memory_at_risk(asked, size) is None:
+        return None
+    tiles = Tiles() if config.tiles is None else config.tiles
+    if max(size) <= tiles.size:
+        check_memory(asked, size, "predicting")
+        return None
+    if config.tiles is None:
         say(
             f"{images.show_path(name)}: {size[0]} x {size[1]} pixels may not fit into memory at once, and are looked "
             f"at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(asked)}"
         )
-    return tiles if tiles is not None and max(size) > tiles.size else None
+    return tiles
 
 
 def _look(

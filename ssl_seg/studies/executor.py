@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssl_seg import files
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, first_line
 
 POLL = 0.1  # seconds between two looks at processes here
 POLL_CLUSTER = 2.0  # at jobs of a cluster: its scheduler is asked
@@ -303,8 +303,7 @@ class Cluster(Executor):
 
 def _refusal(error: Exception) -> UserError:
     """In one line what submitit or Slurm says."""
-    said = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
-    return UserError(f"submitit: {said}; mend `submitit:` in the study, or use --executor local")
+    return UserError(f"submitit: {first_line(error)}; mend `submitit:` in the study, or use --executor local")
 
 
 class Submission:

@@ -32,7 +32,7 @@ from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from ssl_seg import files
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, first_line
 from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE
 from ssl_seg.terminal import say
 
@@ -214,8 +214,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, ParseError, RequestException, SQLAlchemyError, OSError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{uri} did not take it ({first[:200]})") from error
+        raise UserError(f"{uri} did not take it ({first_line(error)[:200]})") from error
 
 
 def mlflow_name(key: str) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_seg import files
-from ssl_seg.config import UserError, user_path
+from ssl_seg.config import UserError, first_line, user_path
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.weights.export import load_model, range_of, read_model_info
 
@@ -121,9 +121,9 @@ def _traced(network: SegmentationModel, notes: Mapping[str, str]) -> bytes:
             verbose=False,
         )
     except Exception as error:  # torch raises many kinds, with pages of text
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = first_line(error)[:200]
         raise UserError(
-            f"export: torch cannot write this network for images of any size ({said[:200]}); ssl-seg predict runs it"
+            f"export: torch cannot write this network for images of any size ({said}); ssl-seg predict runs it"
         ) from error
     assert made is not None, "with dynamo it gives a program"
     onnx.helper.set_model_props(made.model_proto, dict(notes))
@@ -132,17 +132,19 @@ def _traced(network: SegmentationModel, notes: Mapping[str, str]) -> bytes:
 
 def _differences(network: nn.Module, payload: bytes) -> dict[str, float]:
     """`difference` by the shape. Raises UserError for what onnxruntime does not run at one of them."""
-    found = {}
-    for shape in COMPARED:
-        words = "x".join(map(str, shape))
-        try:
-            found[words] = difference(network, runner(payload), shape)
-        except Exception as error:  # onnxruntime's own kinds, none of which it makes public
-            said = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"export: onnxruntime does not run this network for images of {words} ({said}), so nothing is written; "
-                "ssl-seg predict runs it"
-            ) from error
+    found: dict[str, float] = {}
+    words = ""
+    try:
+        answer = runner(payload)
+        for shape in COMPARED:
+            words = "x".join(map(str, shape))
+            found[words] = difference(network, answer, shape)
+    except Exception as error:  # onnxruntime's own kinds, none of which it makes public
+        of_size = f" for images of {words}" if words else ""
+        raise UserError(
+            f"export: onnxruntime does not run this network{of_size} ({first_line(error)[:200]}), so nothing is "
+            "written; ssl-seg predict runs it"
+        ) from error
     return found
 
 

@@ -191,7 +191,9 @@ def test_the_command_predicts_in_tiles(trained: Path, tmp_path: Path, capsys: py
 def test_an_image_that_may_not_fit_into_memory_is_looked_at_in_tiles(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    risky = lambda _, size, out=None: 1e12 if max(size) > 100 else None  # noqa: E731
+    def risky(_: nn.Module, size: tuple[int, int], out: None = None) -> float | None:
+        return 1e12 if max(size) > 100 else None
+
     monkeypatch.setattr(prediction, "memory_at_risk", risky)
     monkeypatch.setattr(prediction, "Tiles", lambda: Tiles(size=96, overlap=32))
     predict(asked(trained), tmp_path / "foretold")

@@ -42,6 +42,12 @@ FAMILIES = {
 }
 
 
+# 2026-11-30: onnxruntime does not run what torch writes.
+REFUSED = {
+    "upernet": "export: onnxruntime does not run this network for images of 1x64x64 (",
+}
+
+
 def exported(folder: Path, values: dict[str, Any], **extra: Any) -> SegmentationModel:
     """A run's model/ with random weights, and norms that have seen something."""
     config = load(ModelConfig, values)
@@ -57,8 +63,8 @@ def exported(folder: Path, values: dict[str, Any], **extra: Any) -> Segmentation
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "family",
-    # 2026-11-30: `export` refuses both in a line, since onnxruntime does not run what torch has written.
-    [pytest.param(own, marks=pytest.mark.xfail if own in ("segnet", "upernet") else ()) for own in FAMILIES],
+    # 2026-11-30: whether segnet's differs in too many places hangs on rounding, by which its five poolings choose.
+    [pytest.param(own, marks=pytest.mark.xfail if own == "segnet" else ()) for own in FAMILIES if own not in REFUSED],
 )
 def test_a_program_answers_as_the_model_at_any_size(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -79,6 +85,17 @@ def test_a_program_answers_as_the_model_at_any_size(
     assert (receipt["resize"], receipt["range"]) == ([64, 48], [0.0, 4095.0])
     assert set(receipt["compared"]) == {"1x64x64", "2x100x150", "3x225x130"}
     assert "exists already" in message_of(lambda: export_onnx(tmp_path / "run", out))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_has_no_program_yet_is_refused_in_one_line(family: str, tmp_path: Path) -> None:
+    exported(tmp_path / "run", FAMILIES[family])
+    said = message_of(lambda: export_onnx(tmp_path / "run", tmp_path / "made.onnx"))
+    assert said.startswith(REFUSED[family])
+    assert "\n" not in said
+    assert not list(tmp_path.glob("made*"))
 
 
 def test_a_program_that_answers_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
