@@ -80,7 +80,17 @@ MODEL = {
     "norm": "group",
 }
 UNTRACKED = {"type": "none"}  # a process of its own a run, which only the tests of tracking want
-TRAIN = {"steps": 6, "batch_size": 4, "warmup": 2, "workers": 0, "log_every": 1, "save_every": 100, "device": "cpu"}
+# All checkpoints stay: tests cut finished runs back to earlier ones.
+TRAIN = {
+    "keep_state": "all",
+    "steps": 6,
+    "batch_size": 4,
+    "warmup": 2,
+    "workers": 0,
+    "log_every": 1,
+    "save_every": 100,
+    "device": "cpu",
+}
 
 
 def pretraining(**train: Any) -> dict[str, Any]:

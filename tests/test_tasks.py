@@ -131,7 +131,7 @@ def test_segment_is_cross_entropy_plus_dice():
     assert torch.equal(view.input, some.image)
     assert torch.equal(view.target, some.label)
     entropy, dice = losses.cross_entropy(logits, some.label), losses.dice(logits, some.label)
-    assert torch.equal(Segment(num_classes=3).loss(logits, view), entropy)
+    assert torch.equal(Segment(num_classes=3, dice=0).loss(logits, view), entropy)
     both = Segment(num_classes=3, cross_entropy=0.5, dice=2.0).loss(logits, view)
     assert torch.allclose(both, 0.5 * entropy + 2.0 * dice)
     with pytest.raises(ValidationError, match="nothing is learnt"):
@@ -143,7 +143,7 @@ def test_segment_is_cross_entropy_plus_dice():
 def test_segment_weights_its_classes():
     some = batch(labelled=True)
     logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(1))
-    task = Segment(num_classes=3, class_weights=(1.0, 5.0, 0.1))
+    task = Segment(num_classes=3, dice=0, class_weights=(1.0, 5.0, 0.1))
     weights = torch.tensor([1.0, 5.0, 0.1])
     expected = [F.cross_entropy(logits[i : i + 1], some.label[i : i + 1], weight=weights) for i in range(4)]
     assert torch.allclose(task.loss(logits, task.view({"labelled": some})), torch.stack(expected))
@@ -259,6 +259,20 @@ def test_segment_is_written_as_version_0_1_wrote_it_until_a_new_key_is_used():
     assert {"smooth_l1", "smooth_l1_beta"} <= set(regression.dump())
     assert "binary" not in regression.dump()
     assert load(Segment, regression.dump()) == regression
+
+
+def test_dice_stands_beside_cross_entropy_and_comes_with_no_other_loss_unasked():
+    some = batch(labelled=True)
+    logits = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(3))
+    view = Segment(num_classes=3).view({"labelled": some})
+    both = losses.cross_entropy(logits, some.label) + losses.dice(logits, some.label)
+    torch.testing.assert_close(Segment(num_classes=3).loss(logits, view), both)
+    regression = Segment.model_validate({"num_classes": 3, "cross_entropy": 0, "smooth_l1": 1.0})
+    torch.testing.assert_close(regression.loss(logits, view), losses.smooth_l1(logits, some.label))
+    assert load(Segment, {"cross_entropy": "0.0", "focal": 1.0}).dice == 0
+    assert load(Segment, {"cross_entropy": 0, "dice": 0.5}).dice == 0.5
+    with pytest.raises(UserError, match="cross_entropy"):
+        load(Segment, {"cross_entropy": "none"})
 
 
 def test_segment_asks_for_labels():

@@ -89,6 +89,13 @@ def checkpoints_in(folder: str | Path) -> dict[int, Path]:
     return {int(name.removeprefix("step_")): files.committed(state / name) for name in names}
 
 
+def keep_alone(folder: str | Path, steps: Collection[int]) -> None:
+    """Drop all checkpoints of a run but those of `steps`: the oldest first, so a kill leaves one to go on from."""
+    for number, place in sorted(checkpoints_in(folder).items()):
+        if number not in steps:
+            files.discard(place)
+
+
 def _find_damage(place: Path) -> Path | None:
     """The first file of a checkpoint that is not as it was written."""
     manifest = place / MANIFEST

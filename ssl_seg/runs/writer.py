@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ssl_seg import files
 from ssl_seg.config import Config, UserError, diff
-from ssl_seg.runs.checkpoint import State, checkpoints_in, has_checkpoint, load_state, save_state
+from ssl_seg.runs.checkpoint import State, checkpoints_in, has_checkpoint, keep_alone, load_state, save_state
 from ssl_seg.runs.folder import TIME, epoch_ms, metric_lines, origin
 from ssl_seg.runs.lock import LOCK, drop_inherited_locks, free_lock, take_lock
 from ssl_seg.runs.schema import read_checked
@@ -80,7 +80,7 @@ CHANGING = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 # Config keys that may change when a run goes on: the weights do not come from them.
-FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout", "train.process_timeout")
+FREE = ("tracking.*", "leaks.*", "train.workers", "train.worker_timeout", "train.process_timeout", "train.keep_state")
 # What the config stands for in a run.
 OF_CONFIG = ("config.yaml", "data.json", "files.json", "split.json", "tasks.json")
 
@@ -98,6 +98,7 @@ class Run:
         self._lock = lock
         self._awaited: dict[str, Any] | None = None  # the record that `go_on` makes this run's
         self._held: dict[str, bytes] = {}  # files that belong to it
+        self._kept: Collection[int] | None = None  # steps whose checkpoints outlive the end; None: all
 
     @classmethod
     def open(
@@ -187,6 +188,10 @@ class Run:
                 files.sync(metrics)
         save_state(self.folder, step, tensors, data, keep)
 
+    def keep_at_end(self, steps: Collection[int]) -> None:
+        """Once the run has finished, keep the checkpoints of these steps alone."""
+        self._kept = steps
+
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl: `{"step": 5, "time": ..., "train/loss": 0.25}`.
 
@@ -233,6 +238,8 @@ class Run:
         record = {**self._record, "status": status, "ended": timestamp()}
         try:
             files.write_atomic(self.folder / "run.json", files.json_bytes(record))
+            if status == "finished" and self._kept is not None:
+                keep_alone(self.folder, self._kept)
         finally:
             free_lock(lock)
 

@@ -47,7 +47,7 @@ from ssl_seg.runs.writer import Run
 from ssl_seg.scores import Average, ImageConfusions, SegmentationScores, names_share
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
-from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
+from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, keep_states, restore_best
 from ssl_seg.stages.setup import (
     SAME_FILES,
     Options,
@@ -289,6 +289,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         job.resume()
         trial.fit_in_memory(learner, quiet)
         steps = fit(job)
+        keep_states(job, steps)
         # No step is the best where no mask counted.
         selected = restore_best(job, steps) if config.select == "best" else steps
         if config.recalibrate:

@@ -249,6 +249,14 @@ def evaluate(job: Job, evaluators: Sequence[Evaluator], step: int) -> dict[str, 
     return {name: figure for evaluator in evaluators for name, figure in evaluator.measure(step).items()}
 
 
+def keep_states(job: Job, last: int) -> None:
+    """Say which checkpoints outlive the run, whose last step is `last`: by `train.keep_state`."""
+    wanted = job.learner.config.keep_state
+    if wanted != "all":
+        best = [job.progress.best_step] if job.score else []
+        job.run.keep_at_end([] if wanted == "none" else [last, *best])
+
+
 def restore_best(job: Job, steps: int) -> int:
     """Bring back the weights of the step with the best score, and give its number; `steps` where none was scored."""
     best = job.progress.best_step if job.progress.best_score is not None else steps

@@ -33,7 +33,17 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 # added by the size of the gradient, and so decays each weight otherwise (Loshchilov and Hutter, "AdamW", ICLR 2019).
 DECAY = {"sgd": 1e-4, "adam": 0.0}
 # Keys that version 0.1 did not know.
-SINCE_0_1 = ("layer_decay", "freeze_encoder", "ema", "worker_timeout", "process_timeout", "balance", "affinity", "eps")
+SINCE_0_1 = (
+    "layer_decay",
+    "freeze_encoder",
+    "ema",
+    "worker_timeout",
+    "process_timeout",
+    "balance",
+    "affinity",
+    "eps",
+    "keep_state",
+)
 
 
 class BatchSizes(Config):
@@ -113,6 +123,10 @@ class TrainConfig(Config):
     process_timeout: PositiveFloat = 600.0
     eval_every: PositiveInt | None = None  # steps; None: at the end only
     save_every: PositiveInt | None = None  # steps; None: ten times a run, but not more often than every 200
+    # Checkpoints of a finished run, each about three times its weights. last: the one to go on from, and that of the
+    # best step where one is selected. none: the same command then says that it has finished, whatever has changed.
+    # While a run trains it has two, whatever is said here.
+    keep_state: Literal["none", "last", "all"] = "last"
     log_every: PositiveInt = 10
 
     @property

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 
 from ssl_seg import cli
 from ssl_seg.config import UserError, load
-from ssl_seg.runs.checkpoint import load_state
+from ssl_seg.runs.checkpoint import checkpoints_in, load_state
 from ssl_seg.runs.folder import read_metrics, software_of
 from ssl_seg.runs.writer import CHANGING, Run
 from ssl_seg.stages import fit
+from ssl_seg.stages import pretrain as pretraining_stage
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, assemble, pretrain
@@ -395,6 +396,46 @@ def test_a_pool_smaller_than_a_batch_trains(count: int, tmp_path: Path) -> None:
     done = pretrain(load(PretrainConfig, values), Options(tmp_path / "run", quiet=True))
     assert done.steps == 2
     assert all(value == value for value in done.scores.values())
+
+
+def test_a_finished_run_keeps_its_last_checkpoint_and_the_best_one(tmp_path: Path) -> None:
+    values = finetuning(steps=4, save_every=1, eval_every=1)
+    del values["train"]["keep_state"]
+    done = finetune(load(FinetuneConfig, {**values, "select": "best"}), Options(tmp_path / "run", quiet=True))
+    assert set(checkpoints_in(done.folder)) == {done.selected_step, 4}
+    exported = (done.folder / "model/model.safetensors").read_bytes()
+    again = finetune(load(FinetuneConfig, {**values, "select": "best"}), Options(tmp_path / "run", quiet=True))
+    assert (again.selected_step, again.val) == (done.selected_step, done.val)
+    assert (done.folder / "model/model.safetensors").read_bytes() == exported
+    longer = {**values, "select": "best", "train": {**values["train"], "steps": 6, "keep_state": "all"}}
+    options = Options(tmp_path / "run", quiet=True, allow_changed=("train.steps",))
+    assert finetune(load(FinetuneConfig, longer), options).steps == 6
+    assert {5, 6} <= set(checkpoints_in(done.folder))
+
+
+def test_a_finished_run_without_its_checkpoints_says_so_and_never_begins_anew(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(steps=2, save_every=1, keep_state="none"))
+    done = pretrain(config, Options(tmp_path / "run", quiet=True))
+    assert checkpoints_in(done.folder) == {}
+    before = tree_of(done.folder)
+    with pytest.raises(UserError, match="holds a finished run"):
+        pretrain(config, Options(tmp_path / "run", quiet=True))
+    assert tree_of(done.folder) == before
+
+
+def test_a_run_that_has_not_finished_keeps_its_checkpoints_whatever_it_is_told(tmp_path: Path) -> None:
+    config = load(PretrainConfig, pretraining(steps=3, save_every=1, keep_state="none"))
+    with (
+        mock.patch.object(pretraining_stage, "export_encoder", side_effect=UserError("full")),
+        pytest.raises(UserError, match="full"),
+    ):
+        pretrain(config, Options(tmp_path / "run", quiet=True))
+    assert set(checkpoints_in(tmp_path / "run")) == {2, 3}
+    assert pretrain(config, Options(tmp_path / "run", quiet=True)).steps == 3
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("part", ["pool", "val"])
