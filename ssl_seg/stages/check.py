@@ -34,7 +34,7 @@ from ssl_seg.leaks.near_duplicates import Fingerprints, thumb
 from ssl_seg.leaks.record import Compared, Leak
 from ssl_seg.stages import finetune
 from ssl_seg.stages.finetune import LABELLED, FinetuneConfig
-from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.pretrain import TASKS, PretrainConfig
 from ssl_seg.stages.setup import check_images, check_palettes
 from ssl_seg.terminal import reporter
 
@@ -44,7 +44,6 @@ WHOLE_PERCENT = 0.1  # from this share on it is told without decimals
 DARK = 0.1  # of 16 bits, as the data set itself tells it
 NAMED = 50  # images without a mask for which the nearest name is looked for
 ON_SHEET, BAD_ON_SHEET = 12, 6  # images on the sheet, and how many of them may be those that are told
-TASKS = {"denoise": {}, "inpaint": {}}  # of the command for images without masks
 STRANGE = 254  # in the mask of a picture: a value that is no class
 
 

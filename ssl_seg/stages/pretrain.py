@@ -59,6 +59,7 @@ from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_encoder, load_encoder
 from ssl_seg.weights.receipt import Receipt
 
+TASKS = {"denoise": {}, "inpaint": {}}  # where images alone are named: fast, and asking nothing of the images
 LEAST_LEARNT = 0.02  # of the loss of a guess; jigsaw puzzles of cell nuclei came to 0.00
 PROBED_CLEAN = 64  # of the images of `recalibrate`, before a probe: as exported within 7 %, in a quarter of the time
 
