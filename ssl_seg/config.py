@@ -494,7 +494,7 @@ def _fits(point: EntryPoint, family: type) -> bool:
 
 
 def _one_below(cls: type[Config], key: Any) -> list[str]:
-    """The same key in the mappings of a config, as a person writes it who leaves their name out: `lr` for `train.lr`."""
+    """The same key in the mappings of a config, for a person who left their name out: `train.lr` for `lr`."""
     fields = [(name, field.annotation) for name, field in cls.model_fields.items()]
     inner = [(name, own) for name, own in fields if inspect.isclass(own) and issubclass(own, Config)]
     return [f"{name}.{key}" for name, own in inner if key in own.model_fields]

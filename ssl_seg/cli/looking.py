@@ -1,4 +1,4 @@
-"""The commands before a training: what lies in folders, which images to label, how near a pool is, what can be written."""
+"""The commands before a training: what lies in folders, which images to label, how near a pool is."""
 
 from __future__ import annotations
 

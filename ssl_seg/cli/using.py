@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ssl_seg import files
 from ssl_seg.cli.shell import command
 from ssl_seg.cli.words import Classes, Option, Out, Plugins, both_in, is_run, labelled_options, needed, read
 from ssl_seg.config import UserError, load, names_file, user_path
@@ -138,6 +137,7 @@ def _images(paths: Sequence[str]) -> list[Option]:
 
 def _as_the_model(values: Mapping[str, Any]) -> dict[str, Any]:
     """What values in masks mean, where it is not said, as for the images that the model has learnt from."""
+    from ssl_seg import files
     from ssl_seg.weights.export import read_model_info
 
     test = values["data"]["test"]

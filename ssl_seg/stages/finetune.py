@@ -398,7 +398,7 @@ def check_data(config: FinetuneConfig) -> None:
         raise UserError(
             f"data.labelled: {len(config.data.labelled)} images are too few to hold some out; give data.val its own"
         )
-    config.labels.number(len(available))
+    config.labels.number(len(available), len(held) if config.data.val is None else 0)
 
 
 def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:
