@@ -156,12 +156,12 @@ class Labels(Config):
     """How many of the labelled images are used, and which: the sets of one seed are nested and cover the classes."""
 
     count: PositiveInt | None = None  # None and no fraction: all of them, or of the names
-    fraction: PositiveFloat | None = Field(default=None, le=1.0)
+    fraction: PositiveFloat | None = Field(default=None, le=1.0)  # of the labelled images, in place of `count`
     # The first `count` of these, as the data set names them: what `ssl-seg select` has chosen.
     names: tuple[str, ...] | None = None
     # True: drawn by chance alone, as by one who has no masks yet; else masks are read, to cover the classes.
     blind: bool = False
-    seed: int = 0
+    seed: int = 0  # of the draw
 
     @model_validator(mode="after")
     def _one_way(self) -> Labels:

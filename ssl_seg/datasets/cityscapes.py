@@ -83,11 +83,11 @@ class Cityscapes(Layout):
     are read as others; whoever asks for such masks is refused.
     """
 
-    split: Literal["train", "val", "test", "train_extra"] = "train"
+    split: Literal["train", "val", "test", "train_extra"] = "train"  # as published
     # 19: those that the benchmark scores, in its order, the others ignored. 34: all ids, with those that mean nothing.
     # null: none, and no mask is looked for.
     labels: Literal[19, 34] | None = 19
-    annotations: Literal["fine", "coarse"] = "fine"
+    annotations: Literal["fine", "coarse"] = "fine"  # how finely masks are drawn
 
     @property
     def meaning(self) -> Meaning:

@@ -271,7 +271,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class Pattern:
-    """How masks are called: by `annot/ann_{name}.png` that of `a.jpg` is `annot/ann_a.png`, by `annot` any `annot/a.*`."""
+    """How masks are called: by `annot/ann_{name}.png` that of `a.jpg` is `annot/ann_a.png`."""
 
     folder: str
     before: str = ""

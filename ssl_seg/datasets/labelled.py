@@ -18,11 +18,11 @@ StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 class Labelled(Dataset):
     """Images with masks, or without; `mapping` and `ignore` turn stored values into classes as `masks` says."""
 
-    images: PathText
-    masks: PathText | None = None
-    classes: tuple[str, ...] | int | None = None
-    ignore: tuple[StoredId, ...] = ()
-    mapping: dict[str, int | str] | None = None
+    images: PathText  # a folder; of a stack also a file
+    masks: PathText | None = None  # theirs; without it the images are unlabelled
+    classes: tuple[str, ...] | int | None = None  # names in the order of their ids, or their number; two at least
+    ignore: tuple[StoredId, ...] = ()  # further stored ids that do not count; 255 never does
+    mapping: dict[str, int | str] | None = None  # stored ids or '#rrggbb' colours to classes, or to ignore
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -33,7 +33,7 @@ class Listed(NamedTuple):
 class Layout(Dataset):
     """A split of a published data set, as its archives unpack into the folder `root`."""
 
-    root: PathText
+    root: PathText  # the folder that the archives were unpacked in
 
     # ---- what each says of itself ----
 
