@@ -21,6 +21,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "files": "atomic files, JSON",
         "images": "the only decoder",
+        "keys": "what each key means",
         "mixing": "which part is another's",
         "scores": "confusion matrices",
         "tensor_files": "weights of any origin",

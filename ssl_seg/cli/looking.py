@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import textwrap
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ssl_seg.cli.shell import command
-from ssl_seg.cli.words import Classes, Out, Plugins, Quiet, Words, both_in, names_of, needed, read
-from ssl_seg.config import UserError, load, merge, user_path
+from ssl_seg.cli.words import Classes, Images, Masks, Out, Plugins, Quiet, Words, both_in, names_of, needed, read
+from ssl_seg.config import UserError, load, merge, use_plugin, user_path
 from ssl_seg.reports.console import check_lines, gap_lines, probe_lines
 from ssl_seg.terminal import print_lines
 
 commands = typer.Typer()
+CONFIGS = {  # of the stages whose keys are listed: where the class is
+    "pretrain": "pretrain:PretrainConfig",
+    "finetune": "finetune:FinetuneConfig",
+    "evaluate": "evaluate:EvaluateConfig",
+    "predict": "predict:PredictConfig",
+    "select": "select:SelectConfig",
+    "probe": "probe:ProbeConfig",
+    "gap": "gap:GapConfig",
+    "study": "config:StudyConfig",
+}
+WIDTH = 100  # of the lines of a meaning
 
 
 @command(
@@ -121,6 +136,86 @@ def gap_command(
     print_lines(gap_lines(found))
     if out is not None:
         print_lines([f"pictures: {out} (look at {out / 'sheet.png'})"])
+
+
+@command(
+    commands,
+    "new",
+    "ssl-seg new microscopy --images labelled/images --masks labelled/masks --out cells.yaml",
+    "ssl-seg new streets",
+)
+def new_command(
+    kind: Annotated[
+        str, typer.Argument(metavar="[photos|microscopy|streets|aerial]", help="What the images are like.")
+    ] = "photos",
+    images: Images = None,
+    masks: Masks = None,
+    classes: Classes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", parser=user_path, metavar="FILE.yaml", help="The file; else it is printed.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the config of a fine-tuning to begin with, the reason beside each key, fitted to the images if named."""
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: exists already; name a new file")
+    if images is not None and masks is None:
+        images, masks = both_in(images) or (images, None)
+    if (images is None) != (masks is None):
+        raise UserError(
+            "new: --images and --masks go together; without masks write ssl-seg pretrain --images FOLDER --out RUN"
+        )
+    given = {"type": "folder", "images": images, "masks": masks} if images is not None else {}
+    given |= {} if classes is None else {"classes": names_of(classes)}
+    from ssl_seg.files import naming, write_atomic
+    from ssl_seg.stages import check
+    from ssl_seg.stages.draft import draft
+    from ssl_seg.stages.finetune import FinetuneConfig
+
+    found = None
+    if images is not None:
+        found = check.check(load(FinetuneConfig, {"data": {"labelled": given}}), None, quiet, propose=True)
+    usual = {"type": "folder", "images": "labelled/images", "masks": "labelled/masks", "classes": ["ground", "object"]}
+    text = draft(kind, str(out or "FILE.yaml"), given if found is not None else {**usual, **given}, found)
+    if out is None:
+        print_lines(text.splitlines())
+        return
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, text.encode())
+    print_lines([f"{out}: ssl-seg finetune {shlex.quote(str(out))} --out runs/first"])
+
+
+@command(
+    commands,
+    "keys",
+    "ssl-seg keys finetune train",
+    "ssl-seg keys pretrain tasks.denoise",
+)
+def keys_command(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"Of which command: {', '.join(CONFIGS)}.")],
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="[PATTERN]",
+            help="A key, a part of a word or a glob; a plug-in by its type: tasks.denoise, data.labelled.folder.",
+        ),
+    ] = "",
+    plugin: Plugins = None,
+) -> None:
+    """List the keys that a config may have: type, default, and what each means."""
+    if stage not in CONFIGS:
+        raise UserError(f"{stage}: has no keys to list; name one of: {', '.join(CONFIGS)}")
+    for module in plugin or ():
+        use_plugin(module)
+    from ssl_seg.keys import BELOW, REQUIRED, keys_of
+
+    file, _, name = CONFIGS[stage].partition(":")
+    package = "studies" if stage == "study" else "stages"
+    for key in keys_of(getattr(import_module(f"ssl_seg.{package}.{file}"), name), pattern):
+        given = "" if key.default == BELOW else f", {REQUIRED}" if key.default == REQUIRED else f" = {key.default}"
+        print_lines([f"{key.name} ({key.type}){given}"])
+        print_lines(textwrap.wrap(key.meaning, WIDTH, initial_indent="    ", subsequent_indent="    "))
 
 
 @command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,12 +68,10 @@ def pretrain_command(
     quiet: Quiet = False,
 ) -> None:
     """Train one encoder with pretext tasks on unlabelled images: denoise and inpaint, where none is named."""
-    values = read("pretrain", words, plugin, labelled_options("pool", images, None, None))
+    values = pretrain_values(words, images, plugin)
     from ssl_seg.stages import pretrain
-    from ssl_seg.stages.pretrain import TASKS, PretrainConfig
+    from ssl_seg.stages.pretrain import PretrainConfig
 
-    if images is not None:
-        values = {"tasks": TASKS, **values}
     config = load(PretrainConfig, values)
     _keep_memory_on_cpu(config.train.device)
     if dry_run:
@@ -105,9 +104,7 @@ def finetune_command(
     quiet: Quiet = False,
 ) -> None:
     """Learn segmentation from labelled images: from scratch, or from a pretrained encoder."""
-    options = labelled_options("labelled", images, masks, classes)
-    options += [] if init is None else [Option("--init", "init", init)]
-    values = read("finetune", words, plugin, options)
+    values = finetune_values(words, images, masks, classes, init, plugin)
     from ssl_seg.stages import finetune
     from ssl_seg.stages.finetune import FinetuneConfig
 
@@ -176,6 +173,32 @@ def study_command(
         return
     options = StudyOptions(folder, jobs, executor, tuple(plugin or ()), quiet)
     print_study(study.study(config, options))
+
+
+def pretrain_values(
+    words: Sequence[str] | None, images: str | None = None, plugins: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What the words of `ssl-seg pretrain` say: of images alone, with the tasks that are usual."""
+    values = read("pretrain", words, plugins, labelled_options("pool", images, None, None))
+    if images is None:
+        return values
+    from ssl_seg.stages.pretrain import TASKS
+
+    return {"tasks": TASKS, **values}
+
+
+def finetune_values(
+    words: Sequence[str] | None,
+    images: str | None = None,
+    masks: str | None = None,
+    classes: str | None = None,
+    init: str | None = None,
+    plugins: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What the words of `ssl-seg finetune` say."""
+    options = labelled_options("labelled", images, masks, classes)
+    options += [] if init is None else [Option("--init", "init", init)]
+    return read("finetune", words, plugins, options)
 
 
 def _keep_memory_on_cpu(device: DeviceName) -> None:

@@ -34,8 +34,7 @@ def predict_command(
 ) -> None:
     """Write a mask for every image."""
     folder = needed(out)
-    run, paths, rest = _sorted("predict", words)
-    values = read("predict", rest, plugin, [*_model(run), *_images(paths)])
+    values = predict_values(words, plugin)
     from ssl_seg.stages import predict
     from ssl_seg.stages.predict import PredictConfig
 
@@ -59,20 +58,11 @@ def evaluate_command(
     plugin: Plugins = None,
 ) -> None:
     """Score a fine-tuned model on a labelled data set."""
-    run, paths, rest = _sorted("evaluate", words)
-    if len(paths) == 1:
-        paths = both_in(paths[0]) or paths
-    if len(paths) not in (0, 2):
-        raise UserError("evaluate: name the folder of the images, then that of the masks, after the run")
-    images, masks = paths or (None, None)
-    options = labelled_options("test", images, masks, classes)
-    values = read("evaluate", rest, plugin, [*_model(run), *options])
-    if paths:
-        values = _as_the_model(values)
+    values = evaluate_values(words, classes, plugin)
     from ssl_seg.stages import evaluate
     from ssl_seg.stages.evaluate import EvaluateConfig
 
-    config = load(EvaluateConfig, values)
+    config = load(EvaluateConfig, _as_the_model(values))
     result = evaluate.evaluate(config, out)
     print_lines(score_lines("test", result.scores, result.class_names, config.averages))
 
@@ -97,6 +87,25 @@ def export_command(
             f"largest logit; takes RGB in [0, 1] of any size, tells {', '.join(done.class_names)} apart"
         ]
     )
+
+
+def predict_values(words: Sequence[str] | None, plugins: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the words of `ssl-seg predict` say."""
+    run, paths, rest = _sorted("predict", words)
+    return read("predict", rest, plugins, [*_model(run), *_images(paths)])
+
+
+def evaluate_values(
+    words: Sequence[str] | None, classes: str | None = None, plugins: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What the words of `ssl-seg evaluate` say."""
+    run, paths, rest = _sorted("evaluate", words)
+    if len(paths) == 1:
+        paths = both_in(paths[0]) or paths
+    if len(paths) not in (0, 2):
+        raise UserError("evaluate: name the folder of the images, then that of the masks, after the run")
+    images, masks = paths or (None, None)
+    return read("evaluate", rest, plugins, [*_model(run), *labelled_options("test", images, masks, classes)])
 
 
 def _sorted(stage: str, words: Sequence[str] | None) -> tuple[str | None, list[str], list[str]]:
@@ -136,17 +145,22 @@ def _images(paths: Sequence[str]) -> list[Option]:
 
 
 def _as_the_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What values in masks mean, where it is not said, as for the images that the model has learnt from."""
+    """With what values in the masks of a folder mean, where that is not said, as for those the model has learnt from."""
+    data = values.get("data")
+    test = data.get("test") if isinstance(data, Mapping) else None
+    asks = isinstance(test, Mapping) and test.get("type") == "folder" and "masks" in test
+    if not asks or "classes" in test or "model" not in values:
+        return dict(values)
     from ssl_seg import files
     from ssl_seg.weights.export import read_model_info
 
-    test = values["data"]["test"]
     known = {"classes": read_model_info(values["model"])["class_names"]}
     record = user_path(values["model"]) / "run.json"
-    learnt = files.read_json(record).get("config", {}).get("data", {}).get("labelled") if record.is_file() else None
-    if isinstance(learnt, Mapping) and learnt.get("type") == test["type"]:
+    config = files.read_json(record).get("config", {}) if record.is_file() else {}
+    learnt = config.get("data", {}).get("labelled", {})
+    if learnt.get("type") == test["type"]:
         taken = {key: learnt[key] for key in ("ignore", "mapping") if learnt.get(key) and key not in test}
-        known |= taken
         for key, value in taken.items():
-            say(f"data.test.{key}: {value}, as in {record}")
-    return {**values, "data": {**values["data"], "test": {**known, **test}}}
+            say(f"data.test.{key}: {value}, as for the images of the run")
+        known |= taken
+    return {**values, "data": {"test": {**known, **test}}}

@@ -94,7 +94,7 @@ def labelled_options(part: str, images: str | None, masks: str | None, classes: 
     """What --images, --masks and --classes say of a part of `data`; a folder with images/ and masks/ says both."""
     folders = [] if images is None or masks is not None else both_in(images)
     if folders:
-        images, masks = folders
+        images, masks = folders[0], None if part == "pool" else folders[1]
     return [
         *([Option("--images", f"data.{part}", {"images": images})] if images is not None else ()),
         *([Option("--masks", f"data.{part}", {"masks": masks})] if masks is not None else ()),

@@ -48,7 +48,7 @@ from tests import ROOT
 from tests.faults import message_of
 from tests.processes import Child, command, command_without
 from tests.small import finetuning, pretraining
-from tests.test_cli import SMALL, as_words
+from tests.cli.test_commands import SMALL, as_words
 
 PATIENCE = 120  # seconds for what happens in another process
 
