@@ -11,6 +11,7 @@ import inspect
 import io
 import tokenize
 import types
+from abc import ABC
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -206,7 +207,7 @@ def _flat(metadata: Sequence[Any]) -> Iterator[Any]:
 def _in_yaml(value: Any) -> str:
     """A default as it would be written; of a config its keys say it, of a plug-in its type."""
     if isinstance(value, Config):
-        return value.type if isinstance(value, Plugin) else BELOW
+        return value.type if isinstance(value, Plugin) else _word_of(type(value)) or BELOW
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
@@ -231,8 +232,16 @@ def _classes(annotation: Any) -> list[type[Config]]:
 @cache
 def _choices(family: Any) -> dict[str, type[Config]]:
     """The classes that a word chooses from, by that word; {} for what is no family."""
-    if not (inspect.isclass(family) and issubclass(family, Config) and inspect.isabstract(family)):
+    if not (inspect.isclass(family) and issubclass(family, Config)):
+        return {}
+    if not (inspect.isabstract(family) or ABC in family.__bases__):
         return {}
     if issubclass(family, Plugin):
         return {name: family.choose(name) for name in family.names()}
-    return {own.name: own for own in family.__subclasses__() if isinstance(getattr(own, "name", None), str)}
+    return {word: own for own in family.__subclasses__() if (word := _word_of(own))}
+
+
+def _word_of(config: type[Config]) -> str:
+    """What chooses a class of a family that has no files of its own; '' for what is of none."""
+    word = getattr(config, "name", "")
+    return word if isinstance(word, str) else ""

@@ -21,7 +21,6 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "files": "atomic files, JSON",
         "images": "the only decoder",
-        "keys": "what each key means",
         "mixing": "which part is another's",
         "scores": "confusion matrices",
         "tensor_files": "weights of any origin",
@@ -32,6 +31,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "datasets": "one source a file",
         "figures": "charts and sheets",
+        "keys": "what each key means",
         "metrics": "figures on tensors",
         "models": "encoders, decoders",
         "runs": "the run folder",

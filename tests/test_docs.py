@@ -289,7 +289,7 @@ def check_call(words: list[str]) -> None:
     elif name in TYPED:
         load(STAGES[name], TYPED[name](given))
     elif name == "probe":
-        read_words([word for word in given["words"] if "=" in word or names_file(word) and word.endswith(".yaml")])
+        read_words([word for word in given["words"] if "=" in word or (names_file(word) and word.endswith(".yaml"))])
     elif name == "keys":
         assert keys_of(STAGES[given["stage"]], given["pattern"])
     elif name == "new":

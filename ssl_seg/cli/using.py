@@ -145,7 +145,7 @@ def _images(paths: Sequence[str]) -> list[Option]:
 
 
 def _as_the_model(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With what values in the masks of a folder mean, where that is not said, as for those the model has learnt from."""
+    """With what values in masks mean, where that is not said, as for those that the model has learnt from."""
     data = values.get("data")
     test = data.get("test") if isinstance(data, Mapping) else None
     asks = isinstance(test, Mapping) and test.get("type") == "folder" and "masks" in test

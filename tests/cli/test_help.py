@@ -33,12 +33,13 @@ def test_every_command_has_two_examples() -> None:
     assert {len(examples) for examples in EXAMPLES.values()} == {2}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_are_printed_and_work(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(lambda: app(args=[name, "--help"], prog_name="ssl-seg", standalone_mode=False)) == 0
-    lines = [line.strip() for line in capsys.readouterr().out.rstrip().splitlines()]
-    assert tuple(lines[-2:]) == EXAMPLES[name]
-    for words in calls("\n".join(EXAMPLES[name]), folder):
+def test_the_examples_are_printed_and_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = [(name, example) for name, examples in EXAMPLES.items() for example in examples]
+    for name in EXAMPLES:
+        assert run(lambda name=name: app(args=[name, "--help"], prog_name="ssl-seg", standalone_mode=False)) == 0
+        lines = [line.strip() for line in capsys.readouterr().out.rstrip().splitlines()]
+        assert tuple(lines[-2:]) == EXAMPLES[name]
+    for (name, _), words in zip(every, calls("\n".join(example for _, example in every), folder), strict=True):
         assert words[0] == name
         check_call(words)
 

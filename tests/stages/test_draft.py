@@ -51,7 +51,9 @@ def write(folder: Path, size: tuple[int, int], count: int = 5) -> None:
         random = np.random.default_rng(index)
         label = np.zeros(size, np.uint8)
         label[: 20 + index, :30] = 255
-        image = random.integers(0, 200, (*size, 3), dtype=np.uint8)
+        image = np.kron(random.integers(0, 200, (size[0] // 20, size[1] // 20, 3)), np.ones((20, 20, 1))).astype(
+            np.uint8
+        )
         images.write_image(folder / "images" / f"{index}.png", image)
         images.write_mask(folder / "masks" / f"ann_{index}.png", label)
 
@@ -83,7 +85,7 @@ def test_a_draft_fits_what_lies_in_the_folders(
 
 
 def test_large_photographs_are_brought_to_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, (800, 1000), count=3)
+    write(tmp_path, (780, 980), count=3)
     assert run("new", "--images", tmp_path, "--quiet") == 0
     values = check(capsys.readouterr().out)
     assert values["data"]["resize"] == [480, 608]
