@@ -86,14 +86,15 @@ def _walk(config: type[Config], written: str, place: str, wanted: Sequence[str],
         meaning = meaning_of(config, name) or next(map(_in_a_line, _classes(field.annotation)), "")
         default = REQUIRED if is_required else _in_yaml(own)
         yield Key(key, inner, _type(field.annotation, field.metadata), default, meaning)
-        named = wanted[len(inner.split(".")) :] if inner.split(".") == list(wanted[: len(inner.split("."))]) else ()
+        parts = inner.split(".")
+        named = next(iter(wanted[len(parts) :]), "") if parts == list(wanted[: len(parts)]) else ""
         through = f"{key}." if get_origin(field.annotation) is not dict else ""
         for below in _classes(field.annotation):
             choices = _choices(below)
-            chosen = choices.get(named[0]) if named else None
+            chosen = choices.get(named)
             if choices and chosen is not None:
-                prefix = through or f"{key}.{named[0]}."
-                yield from _walk(chosen, prefix, f"{inner}.{named[0]}.", wanted, None)
+                prefix = through or f"{key}.{named}."
+                yield from _walk(chosen, prefix, f"{inner}.{named}.", wanted, None)
             elif choices and isinstance(own, Config):
                 yield from _walk(type(own), through, f"{inner}.", wanted, own)
             elif not choices and through:

@@ -118,8 +118,10 @@ def _sorted(stage: str, words: Sequence[str] | None) -> tuple[str | None, list[s
             run = word
         elif not is_config and (user_path(word).exists() or "{name}" in word):
             paths.append(word)
-        else:
+        elif is_config:
             rest.append(word)
+        else:
+            raise UserError(f"{word}: no such run, folder or image; check the path")
     if paths and run is None and not any(word.startswith("model=") or names_file(word) for word in rest):
         raise UserError(
             f"{paths[0]}: is no run, for it has neither run.json nor model.json; write ssl-seg {stage} RUN, then IMAGES"
@@ -148,8 +150,9 @@ def _as_the_model(values: Mapping[str, Any]) -> dict[str, Any]:
     """With what values in masks mean, where that is not said, as for those that the model has learnt from."""
     data = values.get("data")
     test = data.get("test") if isinstance(data, Mapping) else None
-    asks = isinstance(test, Mapping) and test.get("type") == "folder" and "masks" in test
-    if not asks or "classes" in test or "model" not in values:
+    if not isinstance(test, Mapping) or test.get("type") != "folder" or "masks" not in test:
+        return dict(values)
+    if "classes" in test or "model" not in values:
         return dict(values)
     from ssl_seg import files
     from ssl_seg.weights.export import read_model_info

@@ -290,6 +290,7 @@ class Pattern:
                 f"'{masks}' is no pattern; write {NAME} once, for the image's name, behind the folder: masks/{NAME}.png"
             )
         suffix = PurePosixPath(f"a{after}").suffix
+        suffix = suffix if suffix.lower() in IMAGE_SUFFIXES | MASK_SUFFIXES else ""
         return cls(folder or ".", before, after.removesuffix(suffix), suffix.lower())
 
     def stem(self, mask: str) -> str | None:

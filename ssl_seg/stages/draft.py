@@ -91,7 +91,7 @@ def draft(
         more = f" (and {len(checked.faults) - 1} more)" if len(checked.faults) > 1 else ""
         raise UserError(f"{checked.faults[0].text}{more}; ssl-seg check names all")
     own = KINDS[kind]
-    part = None if checked is None else checked.parts[0]
+    part = None if checked is None else next(iter(checked.parts))
     size = None if part is None else _smallest(part)
     resize = _resize(part) if part is not None and own.may_shrink else None
     seen = resize or size

@@ -346,6 +346,7 @@ WRONG = [
     (["predict", "--device", "cpu", "--out", "x"], "--device: no such option; write device=VALUE"),
     (["predict", "a_run", "--batch-size", "4", "--out", "x"], "images are looked at one by one"),
     (["predict", ".", "--out", "x"], ".: is no run, for it has neither run.json nor model.json"),
+    (["predict", "no/run", "no/photos", "--out", "x"], "no/run: no such run, folder or image"),
     (["evaluate", "model=a", ".", "--out", "x"], "name the folder of the images, then that of the masks"),
     (["pretrain", ".", "--out", "x"], ".: is a folder, not a config; write --images ."),
     (["finetune", "--images", "a", "data.labelled.images=b", "--out", "x"], "say different things; keep one"),
