@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from ssl_seg.config import UserError
-from ssl_seg.datasets.folder import Found, find_files, some_names
+from ssl_seg.datasets.folder import Found, find_files
 from ssl_seg.datasets.layout import Layout, Listed
 from ssl_seg.datasets.masks import IGNORE, Meaning
+from ssl_seg.datasets.pairs import some_names
 from ssl_seg.images import show_path
 
 # By their ids, 0 to 33, as the publisher's own table of labels has them; -1, the license plate, is in no mask.

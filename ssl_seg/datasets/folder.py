@@ -16,33 +16,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from ssl_seg.config import UserError, known_to_0_1, load, user_path
-from ssl_seg.datasets import Example
-from ssl_seg.datasets.labelled import Labelled
-from ssl_seg.datasets.masks import MAX_STORED, Reading, ask_for_classes, class_words, how_to_read
+from ssl_seg.config import UserError, known_to_0_1, user_path
+from ssl_seg.datasets.masks import ask_for_classes, class_words
+from ssl_seg.datasets.pairs import Pairs, some_names
 from ssl_seg.files import read_json
-from ssl_seg.images import (
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
-    Range,
-    RangeField,
-    Size,
-    default_range,
-    doubt,
-    largest_value,
-    read_header,
-    read_image,
-    show_path,
-)
+from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, show_path
 
-PROBED_IMAGES = 8  # how many are read to say how much of their 16 bits is used
-LEAST_USED = 0.1  # of 16 bits: 12 bits fill a sixteenth
-QUARTER_TURNS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
 # What commands of ours leave in a folder that they have written, and keys that tell it from a stranger's file.
 MADE_BY_US = {
     "run.json": {"stage", "config"},
@@ -59,7 +42,7 @@ NAME = "{name}"  # in the word for masks: the image's name without its suffix
 LOST_AND_FOUND = "lost+found"  # the file system's own, at the root of a disk, which only root may read
 
 
-class Folder(Labelled):
+class Folder(Pairs):
     """Images under a folder, and class masks found by the same relative path without its suffix.
 
     Images are all files with a known suffix in the folder and its subfolders, ordered by relative path, as `find_files`
@@ -83,8 +66,6 @@ class Folder(Labelled):
     two images or two masks for one stem, a mask of another size than its image, values that are no class.
     """
 
-    # Stored values that become black and white, in images of more than 8 bits a channel; None: 65535 is white.
-    range: RangeField | None = None
     only: tuple[str, ...] = ()  # images and subfolders, by their paths in `images`; none named: all that is there
 
     @field_validator("masks")
@@ -110,71 +91,13 @@ class Folder(Labelled):
     def class_names(self) -> tuple[str, ...]:
         return self._names_beside if self.masks is not None and self.classes is None else super().class_names
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def image(self, index: int) -> Example:
-        image_name = self.name(index)
-        return Example(read_image(self.image_folder / image_name, self.range), None, image_name)
-
-    def read(self, index: int) -> Example:
-        if self.masks is None:
-            return self.image(index)
-        image_name, mask_name = self._files[index]
-        image_path = self.image_folder / image_name
-        mask_path = self.mask_folder / mask_name
-        image, label = read_image(image_path, self.range), self.label(index)
-        assert label is not None  # as there are masks
-        if label.shape != image.shape[:2]:
-            raise UserError(say_sizes(image_path, image.shape[:2], mask_path, label.shape))
-        return Example(image, label, image_name)
-
-    def label(self, index: int) -> np.ndarray | None:
-        if self.masks is None:
-            return None
-        image_name, mask_name = self._files[index]
-        mask_path = self.mask_folder / mask_name
-        values = self._reading.values(mask_path)
-        try:
-            return self._meaning.label(values)
-        except ValueError as error:
-            image_path = self.image_folder / image_name
-            raise UserError(f"{show_path(mask_path)} (mask of {show_path(image_path)}): {error}") from error
-
-    def name(self, index: int) -> str:
-        return self._files[index][0]
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        return self._scanned.pairs
 
     def sequence(self, index: int) -> str:
         parent = str(PurePosixPath(self.name(index)).parent)
         return "" if parent == "." else parent
-
-    def files(self, index: int) -> tuple[Path, ...]:
-        image_name, mask_name = self._files[index]
-        masks = () if self.masks is None else (self.mask_folder / mask_name,)
-        return self.image_folder / image_name, *masks
-
-    def doubt(self, index: int) -> str:
-        return doubt(self.image_folder / self.name(index))
-
-    def value_range(self) -> Range | None:
-        return self.range or next((own for own in self._default_ranges if own is not None), None)
-
-    def in_range(self, value_range: Range) -> Self:
-        if self.range is not None or None in self._default_ranges:  # no range for images of 8 bits
-            return self
-        return load(type(self), {**self.dump(), "range": value_range})
-
-    def greys_read(self) -> dict[str, str]:
-        chosen = None if self.masks is None else self._reading.chosen
-        return {} if chosen is None else {chosen: self._reading.mapping}
-
-    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
-        lines = self._scanned.notes + self._note_dark()
-        if with_labels and self.masks is not None:
-            lines += (f"{show_path(self.mask_folder)}: {self._reading.note}",) if self._reading.note else ()
-            pairs = [(self.image_folder / name, self.mask_folder / mask) for name, mask in self._files]
-            lines += note_turned(self.image_folder, pairs)
-        return lines
 
     @property
     def image_folder(self) -> Path:
@@ -185,19 +108,8 @@ class Folder(Labelled):
         assert self.masks is not None  # nobody asks before it is known that there are masks
         return user_path(Pattern.of(self.masks).folder)
 
-    @cached_property
-    def _default_ranges(self) -> list[Range | None]:
-        """Of some images. Of a file that cannot be read whoever needs it speaks."""
-        found = []
-        for index in self._probed:
-            with suppress(UserError):
-                found.append(default_range(self.image_folder / self.name(index)))
-        return found
-
-    @property
-    def _probed(self) -> Sequence[int]:
-        """Images that speak for all: up to `PROBED_IMAGES`, evenly apart."""
-        return range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
+    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
+        return self._scanned.notes + super().notes(with_labels)
 
     @cached_property
     def _names_beside(self) -> tuple[str, ...]:
@@ -214,19 +126,6 @@ class Folder(Labelled):
         return words
 
     @cached_property
-    def _reading(self) -> Reading:
-        """How the masks are read. Loader workers inherit it, where it has been asked for before there are any."""
-        try:
-            return how_to_read(self._meaning, self.mask_folder, [mask for _, mask in self._files])
-        except ValueError as error:  # with classes of dataset.json this is the first look at the mapping
-            raise UserError(f"{show_path(self.mask_folder)}: {error}") from error
-
-    @property
-    def _files(self) -> tuple[tuple[str, str], ...]:
-        """The relative paths of each image and its mask ('' where there are no masks)."""
-        return self._scanned.pairs
-
-    @cached_property
     def _scanned(self) -> Matched:
         """What is there; loader workers inherit it."""
         if self.masks is not None and self.classes is None:
@@ -240,23 +139,6 @@ class Folder(Labelled):
 
     def _scan(self) -> Matched:
         return complete(self.match(), self.image_folder, None if self.masks is None else self.mask_folder)
-
-    def _note_dark(self) -> tuple[str, ...]:
-        """A word where 16 bits are used so little that images are nearly black."""
-        if self.range is not None:
-            return ()
-        largest = []
-        for index in self._probed:
-            with suppress(UserError):  # of a file that cannot be read whoever needs it speaks
-                value = largest_value(self.image_folder / self.name(index))
-                largest += [] if value is None else [value]
-        if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
-            return ()
-        white = 2 ** max(largest).bit_length() - 1
-        return (
-            f"{show_path(self.image_folder)}: nearly black: in {len(largest)} images of 16 bits that were read no "
-            f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]",
-        )
 
 
 @dataclass(frozen=True)
@@ -601,38 +483,6 @@ def _refuse_empty(folder: Path, names: Sequence[str], found: Found, suffixes: Co
         raise UserError(f"{show_path(folder)}: no image in it or its subfolders ({known}); give another folder{passed}")
 
 
-def note_turned(folder: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[str, ...]:
-    """A word where EXIF turns images of `folder` but not their masks, and no size tells what a mask was drawn on."""
-    turned = []
-    for image, mask in pairs:
-        header = read_header(image)
-        told_by_size = header.orientation in QUARTER_TURNS and header.size[0] != header.size[1]
-        if header.orientation == 1 or told_by_size or read_header(mask).orientation != 1:
-            continue
-        turned.append(image.relative_to(folder).as_posix())
-    if not turned:
-        return ()
-    return (
-        f"{show_path(folder)}: EXIF turns or mirrors {len(turned)} of the images ({some_names(turned)}); their masks "
-        "are taken to be drawn on the turned ones",
-    )
-
-
-def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
-    """That a mask has another size than its image, and what to do."""
-    said = (
-        f"{show_path(mask)}: {mask_size[0]} x {mask_size[1]} pixels (H x W), but its image {show_path(image)} has "
-        f"{size[0]} x {size[1]}"
-    )
-    orientation = read_header(image).orientation
-    if mask_size == size[::-1] and orientation in QUARTER_TURNS:
-        return (
-            f"{said} when it is turned by its EXIF orientation ({orientation}), so the mask was drawn on the picture "
-            "as it is stored; turn the mask alike, or take that tag out of the image"
-        )
-    return f"{said}; make the mask anew or remove both"
-
-
 def _called_after(image: str, masks: Iterable[str]) -> str | None:
     """The name of a mask that has the image's name in it, with `{name}` for that; None where there is none."""
     stem = PurePosixPath(image).stem
@@ -674,9 +524,3 @@ def _say_missing(
         f"{told}{nearest}; a mask has its image's relative path with {' '.join(sorted(mask_suffixes))}: add them or "
         "remove the images"
     )
-
-
-def some_names(names: Sequence[str], limit: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(show_path(name) for name in names[:limit]) + more

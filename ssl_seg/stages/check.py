@@ -24,9 +24,10 @@ from ssl_seg.config import UserError, load, user_path
 from ssl_seg.data.splits import digest_of, hold_out, names_of
 from ssl_seg.data.workers import Workers, collected
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.datasets.folder import Folder, find_files, likely_pattern, match, note_turned, say_sizes, stem_of
+from ssl_seg.datasets.folder import Folder, find_files, likely_pattern, match, stem_of
 from ssl_seg.datasets.guess import Held, guess
 from ssl_seg.datasets.masks import IGNORE, MAX_STORED, Meaning, Reading, how_to_read
+from ssl_seg.datasets.pairs import note_turned, say_sizes
 from ssl_seg.figures import panels
 from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, Range, Size, show_path
 from ssl_seg.leaks import guard
