@@ -55,6 +55,7 @@ class Colorize(DenseTask):
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.14, 0.60 and 0.33 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 1.0
+    # bins: a choice of colours for each pixel, as the paper; ab: two numbers, by regression
     target: Literal["bins", "ab"] = "bins"
     distance: losses.Distance = "mse"  # of `target: ab`, as the paper's equation 1
     # Equation 4's lambda, the paper's: how far the bins' weights are from 1 / frequency; at 1 every bin weighs 1.

@@ -35,7 +35,7 @@ class Inpaint(PictureTask):
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.42, 0.34 and 0.40 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 0.5
-    mask: Literal["squares", "strokes", "grid"] = "squares"
+    mask: Literal["squares", "strokes", "grid"] = "squares"  # the form of the holes
     number: Annotated[int, Field(ge=1, le=1000)] = 4  # squares or strokes; each takes time
     # Sides of squares, and lengths of a stroke's segments, as shares of the image's short side.
     size: tuple[PositiveFloat, PositiveFloat] = (0.15, 0.35)

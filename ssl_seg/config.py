@@ -129,7 +129,8 @@ class Config(BaseModel):
         if isinstance(value, Mapping):
             for key in value:
                 if key not in cls.model_fields:
-                    raise PydanticCustomError("unknown_key", "{text}", {"text": _unknown("key", key, cls.model_fields)})
+                    text = _unknown("key", key, cls.model_fields, _one_below(cls, key))
+                    raise PydanticCustomError("unknown_key", "{text}", {"text": text})
         return value
 
     @field_validator("*", mode="wrap")
@@ -492,8 +493,15 @@ def _fits(point: EntryPoint, family: type) -> bool:
     return True
 
 
-def _unknown(what: str, name: Any, known: Iterable[str]) -> str:
-    close = get_close_matches(str(name), list(known), n=1)
+def _one_below(cls: type[Config], key: Any) -> list[str]:
+    """The same key in the mappings of a config, for a person who left their name out: `train.lr` for `lr`."""
+    fields = [(name, field.annotation) for name, field in cls.model_fields.items()]
+    inner = [(name, own) for name, own in fields if inspect.isclass(own) and issubclass(own, Config)]
+    return [f"{name}.{key}" for name, own in inner if key in own.model_fields]
+
+
+def _unknown(what: str, name: Any, known: Iterable[str], meant: Sequence[str] = ()) -> str:
+    close = meant or get_close_matches(str(name), list(known), n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
     return f"unknown {what} '{name}'; {hint}"
 

@@ -26,7 +26,7 @@ from ssl_seg.tasks import Batch, Predict, Stream, Task, View, partners
 class Balance(Config):
     """Class weights from how often the labelled images show each class: (median frequency / frequency)^power."""
 
-    balance: Literal["median"] = "median"
+    balance: Literal["median"] = "median"  # median frequency balancing, the one kind there is
     # 1 is the word `median`; 0.5, the square root, is milder where one class would weigh a hundred times another.
     power: float = Field(default=1.0, gt=0, le=1)
     cap: float | None = Field(default=None, ge=1)  # no class weighs more than this; None: as rare as they are
@@ -67,15 +67,16 @@ class Segment(Task):
         "sees",
     )
     num_classes: int = Field(default=0, ge=0, le=255)  # 0: as many as the labelled data set has names
-    cross_entropy: NonNegativeFloat = 1.0
-    # Beside cross-entropy, which by pixels alone lets small classes go: on none of five kinds of images was it worse on
-    # average, and without it wounds were not found (experiments/recipes). 0 by default where cross_entropy is 0.
+    cross_entropy: NonNegativeFloat = 1.0  # weight in the sum, as those below: of each pixel's class
+    # Weight: of the overlap of each class, however small it is. Beside cross-entropy, which by pixels alone lets small
+    # classes go: on none of five kinds of images was it worse on average, and without it wounds were not found
+    # (experiments/recipes). 0 by default where cross_entropy is 0.
     dice: NonNegativeFloat = 1.0
-    focal: NonNegativeFloat = 0.0
+    focal: NonNegativeFloat = 0.0  # weight: cross-entropy in which pixels that are right already count less
     focal_gamma: NonNegativeFloat = 2.0  # Lin et al.'s best
-    tversky: NonNegativeFloat = 0.0
+    tversky: NonNegativeFloat = 0.0  # weight: Dice in which a missed pixel costs more than one too many
     tversky_beta: float = Field(default=0.7, ge=0, le=1)  # what a missed pixel costs, one too many 1 - that; theirs
-    lovasz: NonNegativeFloat = 0.0
+    lovasz: NonNegativeFloat = 0.0  # weight: a smooth form of the IoU itself
     binary: NonNegativeFloat = 0.0  # cross-entropy of each class's sigmoid against the rest
     smooth_l1: NonNegativeFloat = 0.0  # of the outputs themselves against 1 for the own class and 0 for the others
     smooth_l1_beta: PositiveFloat = 1.0  # below this error it is squared; Girshick's (2015), and torch's

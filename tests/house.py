@@ -31,6 +31,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
     {
         "datasets": "one source a file",
         "figures": "charts and sheets",
+        "keys": "what each key means",
         "metrics": "figures on tensors",
         "models": "encoders, decoders",
         "runs": "the run folder",

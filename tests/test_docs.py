@@ -27,15 +27,19 @@ from pretext.denoise import Denoise
 from pretext.inpaint import Inpaint
 from pretext.jigsaw import Jigsaw
 from ssl_seg.cli import app
-from ssl_seg.config import Config, Plugin, UserError, load, merge, read_words, use_plugin
+from ssl_seg.cli.training import finetune_values, pretrain_values
+from ssl_seg.cli.using import evaluate_values, predict_values
+from ssl_seg.config import Config, Plugin, UserError, load, merge, names_file, read_words, use_plugin
 from ssl_seg.data.synth import EXTRAS
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.synthetic import Synthetic
+from ssl_seg.keys import keys_of
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm.convert import Kind
 from ssl_seg.semisupervised.mean_teacher import MeanTeacher
 from ssl_seg.semisupervised.unimatch import UniMatch
 from ssl_seg.stages import finetune
+from ssl_seg.stages.draft import KINDS
 from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.gap import GapConfig
@@ -60,6 +64,12 @@ STAGES = {
     "gap": GapConfig,
     "select": SelectConfig,
     "study": StudyConfig,
+}
+TYPED = {
+    "pretrain": lambda given: pretrain_values(given["words"], given["images"]),
+    "finetune": lambda given: finetune_values(*(given[key] for key in ("words", "images", "masks", "classes", "init"))),
+    "predict": lambda given: predict_values(given["words"]),
+    "evaluate": lambda given: evaluate_values(given["words"], given["classes"]),
 }
 POOL = {"data": {"pool": {"type": "folder", "images": "photos"}}, "tasks": {"denoise": {}}}
 # A config key, and no file such as data.json.
@@ -276,6 +286,14 @@ def check_call(words: list[str]) -> None:
             load(FinetuneConfig, given["words"])
     elif name == "pseudo_label":
         PseudoLabelConfig.of(read_words(given["words"] or []))
+    elif name in TYPED:
+        load(STAGES[name], TYPED[name](given))
+    elif name == "probe":
+        read_words([word for word in given["words"] if "=" in word or (names_file(word) and word.endswith(".yaml"))])
+    elif name == "keys":
+        assert keys_of(STAGES[given["stage"]], given["pattern"])
+    elif name == "new":
+        assert given["kind"] in KINDS
     elif name in STAGES:
         load(STAGES[name], given["words"] or [])
     if name == "synth":

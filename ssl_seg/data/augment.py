@@ -255,6 +255,7 @@ class Augment(Config):
     flip: bool = True  # left-right; scenes keep their sky above
     jitter: float = Field(default=0.0, ge=0.0, lt=1.0)  # brightness and contrast factors in 1 -+ jitter
     # Those below are off, as in version 0.1: what helps depends on what must not matter in the images at hand.
+
     pad: bool = False  # a region that does not fit is filled up by reflection, 255 in the mask
     # The share of the crops that are centred on a pixel of a rare class; 0.33 is nnU-Net's. Of labelled images.
     rare: float = Field(default=0.0, ge=0.0, le=1.0)

@@ -156,12 +156,12 @@ class Labels(Config):
     """How many of the labelled images are used, and which: the sets of one seed are nested and cover the classes."""
 
     count: PositiveInt | None = None  # None and no fraction: all of them, or of the names
-    fraction: PositiveFloat | None = Field(default=None, le=1.0)
+    fraction: PositiveFloat | None = Field(default=None, le=1.0)  # of the labelled images, in place of `count`
     # The first `count` of these, as the data set names them: what `ssl-seg select` has chosen.
     names: tuple[str, ...] | None = None
     # True: drawn by chance alone, as by one who has no masks yet; else masks are read, to cover the classes.
     blind: bool = False
-    seed: int = 0
+    seed: int = 0  # of the draw
 
     @model_validator(mode="after")
     def _one_way(self) -> Labels:
@@ -176,8 +176,8 @@ class Labels(Config):
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return known_to_0_1(self, dump(self), since=("names", "blind"))
 
-    def number(self, available: int) -> int:
-        """How many of the available images are used. Raises UserError for more than there are."""
+    def number(self, available: int, held_out: int = 0) -> int:
+        """How many of the available images are used, beside which some are held out. Raises UserError for too many."""
         if self.names is not None:
             wanted = self.count or len(self.names)
             if wanted > len(self.names):
@@ -187,9 +187,12 @@ class Labels(Config):
         if self.fraction is not None:
             wanted = max(1, round(self.fraction * available))
         if wanted > available:
+            if not held_out:
+                raise UserError(f"labels.count: {wanted} is more than the {available} labelled images; ask for fewer")
             raise UserError(
-                f"labels.count: {wanted} is more than the {available} labelled images to train on "
-                "(without data.val some are held out); ask for fewer"
+                f"labels.count: {wanted} is more than the {available} labelled images to train on: of "
+                f"{available + held_out} {held_out} {'is' if held_out == 1 else 'are'} held out to validate on; write "
+                f"{available} or less, or give data.val of its own"
             )
         return wanted
 

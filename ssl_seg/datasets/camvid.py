@@ -45,8 +45,8 @@ class Camvid(Dataset):
     val split is one clip of a drive that train holds too: `drives` makes splits that keep drives apart.
     """
 
-    root: PathText
-    split: Literal["train", "val", "test", "all"] = "train"
+    root: PathText  # the folder of images/ and masks/
+    split: Literal["train", "val", "test", "all"] = "train"  # as published; all: all there are
     drives: tuple[str, ...] = ()  # 0001TP, 0006R0, 0016E5, Seq05VD; empty: all
 
     @field_validator("drives", mode="before")

@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from ssl_seg.config import UserError
-from ssl_seg.datasets.folder import Found, find_files, some_names
+from ssl_seg.datasets.folder import Found, find_files
 from ssl_seg.datasets.layout import Layout, Listed
 from ssl_seg.datasets.masks import IGNORE, Meaning
+from ssl_seg.datasets.pairs import some_names
 from ssl_seg.images import show_path
 
 # By their ids, 0 to 33, as the publisher's own table of labels has them; -1, the license plate, is in no mask.
@@ -83,11 +84,11 @@ class Cityscapes(Layout):
     are read as others; whoever asks for such masks is refused.
     """
 
-    split: Literal["train", "val", "test", "train_extra"] = "train"
+    split: Literal["train", "val", "test", "train_extra"] = "train"  # as published
     # 19: those that the benchmark scores, in its order, the others ignored. 34: all ids, with those that mean nothing.
     # null: none, and no mask is looked for.
     labels: Literal[19, 34] | None = 19
-    annotations: Literal["fine", "coarse"] = "fine"
+    annotations: Literal["fine", "coarse"] = "fine"  # how finely masks are drawn
 
     @property
     def meaning(self) -> Meaning:

@@ -7,40 +7,25 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from ssl_seg.config import UserError, known_to_0_1, load, user_path
-from ssl_seg.datasets import Example
-from ssl_seg.datasets.labelled import Labelled
-from ssl_seg.datasets.masks import MAX_STORED, Reading, ask_for_classes, class_words, how_to_read
+from ssl_seg.config import UserError, known_to_0_1, user_path
+from ssl_seg.datasets.masks import ask_for_classes, class_words
+from ssl_seg.datasets.pairs import Pairs, some_names
 from ssl_seg.files import read_json
-from ssl_seg.images import (
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
-    Range,
-    RangeField,
-    Size,
-    default_range,
-    doubt,
-    largest_value,
-    read_header,
-    read_image,
-    show_path,
-)
+from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, show_path
 
-PROBED_IMAGES = 8  # how many are read to say how much of their 16 bits is used
-LEAST_USED = 0.1  # of 16 bits: 12 bits fill a sixteenth
-QUARTER_TURNS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange height and width
 # What commands of ours leave in a folder that they have written, and keys that tell it from a stranger's file.
 MADE_BY_US = {
     "run.json": {"stage", "config"},
@@ -53,10 +38,11 @@ OTHER_SUFFIXES = frozenset(
     {".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".tga", ".exr", ".psd"}
     | {".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".rw2"}
 )
+NAME = "{name}"  # in the word for masks: the image's name without its suffix
 LOST_AND_FOUND = "lost+found"  # the file system's own, at the root of a disk, which only root may read
 
 
-class Folder(Labelled):
+class Folder(Pairs):
     """Images under a folder, and class masks found by the same relative path without its suffix.
 
     Images are all files with a known suffix in the folder and its subfolders, ordered by relative path, as `find_files`
@@ -65,6 +51,9 @@ class Folder(Labelled):
     than one keeps. `classes` are the names or their number, two at least; left out, the `class_names` of a dataset.json
     beside the masks, as `ssl-seg synth` writes it. A stored 255 is ignored, and so are the ids of `ignore`. The
     sequence of an image is its subfolder.
+
+    `masks` may be a pattern in place of a folder, such as `annot/ann_{name}.png`, where masks are called otherwise than
+    their images. The mask of `deep/a.jpg` is then `annot/deep/ann_a.png`.
 
     `mapping` turns stored values into classes: its keys are ids or colours ("#rrggbb" or "r,g,b"), its values class
     ids, class names or "ignore". An id it does not name keeps its value, unless another value is mapped to that class.
@@ -77,112 +66,58 @@ class Folder(Labelled):
     two images or two masks for one stem, a mask of another size than its image, values that are no class.
     """
 
-    range: RangeField | None = None
+    only: tuple[str, ...] = ()  # images and subfolders, by their paths in `images`; none named: all that is there
+
+    @field_validator("masks")
+    @classmethod
+    def _check_pattern(cls, masks: str | None) -> str | None:
+        if masks is not None:
+            Pattern.of(masks)
+        return masks
+
+    @field_validator("only")
+    @classmethod
+    def _inside(cls, only: tuple[str, ...]) -> tuple[str, ...]:
+        outside = [name for name in only if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+        if outside:
+            raise ValueError(f"{outside[0]} does not lie in images; name what does, by its path in there")
+        return only
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("range",))
+        return known_to_0_1(self, dump(self), since=("range", "only"))
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._names_beside if self.masks is not None and self.classes is None else super().class_names
 
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def image(self, index: int) -> Example:
-        image_name = self.name(index)
-        return Example(read_image(self._image_folder / image_name, self.range), None, image_name)
-
-    def read(self, index: int) -> Example:
-        if self.masks is None:
-            return self.image(index)
-        image_name, mask_name = self._files[index]
-        image_path = self._image_folder / image_name
-        mask_path = self._mask_folder / mask_name
-        image, label = read_image(image_path, self.range), self.label(index)
-        assert label is not None  # as there are masks
-        if label.shape != image.shape[:2]:
-            raise UserError(say_sizes(image_path, image.shape[:2], mask_path, label.shape))
-        return Example(image, label, image_name)
-
-    def label(self, index: int) -> np.ndarray | None:
-        if self.masks is None:
-            return None
-        image_name, mask_name = self._files[index]
-        mask_path = self._mask_folder / mask_name
-        values = self._reading.values(mask_path)
-        try:
-            return self._meaning.label(values)
-        except ValueError as error:
-            image_path = self._image_folder / image_name
-            raise UserError(f"{show_path(mask_path)} (mask of {show_path(image_path)}): {error}") from error
-
-    def name(self, index: int) -> str:
-        return self._files[index][0]
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        return self._scanned.pairs
 
     def sequence(self, index: int) -> str:
         parent = str(PurePosixPath(self.name(index)).parent)
         return "" if parent == "." else parent
 
-    def files(self, index: int) -> tuple[Path, ...]:
-        image_name, mask_name = self._files[index]
-        masks = () if self.masks is None else (self._mask_folder / mask_name,)
-        return self._image_folder / image_name, *masks
-
-    def doubt(self, index: int) -> str:
-        return doubt(self._image_folder / self.name(index))
-
-    def value_range(self) -> Range | None:
-        return self.range or next((own for own in self._default_ranges if own is not None), None)
-
-    def in_range(self, value_range: Range) -> Self:
-        if self.range is not None or None in self._default_ranges:  # no range for images of 8 bits
-            return self
-        return load(type(self), {**self.dump(), "range": value_range})
-
-    def greys_read(self) -> dict[str, str]:
-        chosen = None if self.masks is None else self._reading.chosen
-        return {} if chosen is None else {chosen: self._reading.mapping}
-
-    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
-        lines = self._scanned.notes + self._note_dark()
-        if with_labels and self.masks is not None:
-            lines += (f"{show_path(self._mask_folder)}: {self._reading.note}",) if self._reading.note else ()
-            pairs = [(self._image_folder / name, self._mask_folder / mask) for name, mask in self._files]
-            lines += note_turned(self._image_folder, pairs)
-        return lines
-
     @property
-    def _image_folder(self) -> Path:
+    def image_folder(self) -> Path:
         return user_path(self.images)
 
     @property
-    def _mask_folder(self) -> Path:
+    def mask_folder(self) -> Path:
         assert self.masks is not None  # nobody asks before it is known that there are masks
-        return user_path(self.masks)
+        return user_path(Pattern.of(self.masks).folder)
 
-    @cached_property
-    def _default_ranges(self) -> list[Range | None]:
-        """Of some images. Of a file that cannot be read whoever needs it speaks."""
-        found = []
-        for index in self._probed:
-            with suppress(UserError):
-                found.append(default_range(self._image_folder / self.name(index)))
-        return found
-
-    @property
-    def _probed(self) -> Sequence[int]:
-        """Images that speak for all: up to `PROBED_IMAGES`, evenly apart."""
-        return range(0, len(self), max(1, len(self) // PROBED_IMAGES))[:PROBED_IMAGES]
+    def notes(self, with_labels: bool = True) -> tuple[str, ...]:
+        return self._scanned.notes + super().notes(with_labels)
 
     @cached_property
     def _names_beside(self) -> tuple[str, ...]:
         """The names in dataset.json. Raises UserError that says what the masks hold where there are none."""
-        path = self._mask_folder.parent / "dataset.json"
+        path = self.mask_folder.parent / "dataset.json"
         names = read_json(path).get("class_names") if os.path.isfile(path) else None
         if not isinstance(names, list) or not names:
-            raise UserError(ask_for_classes(self._mask_folder, [mask for _, mask in self._scan().pairs]))
+            raise UserError(ask_for_classes(self.mask_folder, [mask for _, mask in self._scan().pairs]))
         try:
             words = class_words(names)
         except ValueError as error:
@@ -191,44 +126,19 @@ class Folder(Labelled):
         return words
 
     @cached_property
-    def _reading(self) -> Reading:
-        """How the masks are read. Loader workers inherit it, where it has been asked for before there are any."""
-        try:
-            return how_to_read(self._meaning, self._mask_folder, [mask for _, mask in self._files])
-        except ValueError as error:  # with classes of dataset.json this is the first look at the mapping
-            raise UserError(f"{show_path(self._mask_folder)}: {error}") from error
-
-    @property
-    def _files(self) -> tuple[tuple[str, str], ...]:
-        """The relative paths of each image and its mask ('' where there are no masks)."""
-        return self._scanned.pairs
-
-    @cached_property
     def _scanned(self) -> Matched:
         """What is there; loader workers inherit it."""
         if self.masks is not None and self.classes is None:
             _ = self._names_beside  # which says what is missing
         return self._scan()
 
-    def _scan(self) -> Matched:
-        return scan(self._image_folder, None if self.masks is None else self._mask_folder)
+    def match(self) -> Matched:
+        """The images with their masks, whatever is missing. Raises UserError as `match`."""
+        pattern = None if self.masks is None else Pattern.of(self.masks)
+        return match(self.image_folder, None if pattern is None else self.mask_folder, pattern=pattern, only=self.only)
 
-    def _note_dark(self) -> tuple[str, ...]:
-        """A word where 16 bits are used so little that images are nearly black."""
-        if self.range is not None:
-            return ()
-        largest = []
-        for index in self._probed:
-            with suppress(UserError):  # of a file that cannot be read whoever needs it speaks
-                value = largest_value(self._image_folder / self.name(index))
-                largest += [] if value is None else [value]
-        if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
-            return ()
-        white = 2 ** max(largest).bit_length() - 1
-        return (
-            f"{show_path(self._image_folder)}: nearly black: in {len(largest)} images of 16 bits that were read no "
-            f"value is above {max(largest)} of {MAX_STORED}; if less than that is white, write range: [0, {white}]",
-        )
+    def _scan(self) -> Matched:
+        return complete(self.match(), self.image_folder, None if self.masks is None else self.mask_folder)
 
 
 @dataclass(frozen=True)
@@ -241,29 +151,82 @@ class Matched:
     clashes: tuple[str, ...] = ()  # a line for every two images, or masks, of which one alone could be meant
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """How masks are called: by `annot/ann_{name}.png` that of `a.jpg` is `annot/ann_a.png`."""
+
+    folder: str
+    before: str = ""
+    after: str = ""
+    suffix: str = ""  # '': any
+
+    @classmethod
+    def of(cls, masks: str) -> Pattern:
+        """Raises ValueError for a pattern that says nothing, or too much."""
+        if not re.search(r"\{\w*\}", masks):
+            return cls(masks)
+        folder, _, called = masks.rpartition("/")
+        before, named, after = called.partition(NAME)
+        if not named or re.search(r"\{\w*\}", folder + before + after):
+            raise ValueError(
+                f"'{masks}' is no pattern; write {NAME} once, for the image's name, behind the folder: masks/{NAME}.png"
+            )
+        suffix = PurePosixPath(f"a{after}").suffix
+        suffix = suffix if suffix.lower() in IMAGE_SUFFIXES | MASK_SUFFIXES else ""
+        return cls(folder or ".", before, after.removesuffix(suffix), suffix.lower())
+
+    def stem(self, mask: str) -> str | None:
+        """The stem of the image that a mask belongs to; None for a file that is called otherwise."""
+        path = PurePosixPath(mask)
+        stem = path.name.removesuffix(path.suffix)
+        called = stem.startswith(self.before) and stem.endswith(self.after)
+        if not called or len(stem) <= len(self.before + self.after) or self.suffix not in ("", path.suffix.lower()):
+            return None
+        own = stem.removeprefix(self.before).removesuffix(self.after)
+        return unicodedata.normalize("NFC", (path.parent / own).as_posix())
+
+
 def match(
     folder: Path,
     masks: Path | None = None,
     suffixes: frozenset[str] = IMAGE_SUFFIXES,
     mask_suffixes: frozenset[str] = MASK_SUFFIXES,
+    pattern: Pattern | None = None,
+    only: Sequence[str] = (),
 ) -> Matched:
     """The images of a folder, each with the mask of the same relative path, whatever is missing.
 
     Raises UserError for a folder that is missing, cannot be read or holds no image.
     """
-    # Where masks lie beside them, images are what masks cannot be.
-    found = find_files(folder, suffixes - mask_suffixes if masks == folder else suffixes, without=masks)
+    pattern = pattern or Pattern(str(masks))
+    is_plain = not (pattern.before or pattern.after or pattern.suffix)
+    together = masks is not None and (masks == folder or _is_same(masks, folder))
+    # Where masks lie beside them, images are what masks cannot be, or what is not called as masks are.
+    found = _find(folder, only, suffixes - mask_suffixes if together and is_plain else suffixes, masks)
     names = _without_aliases(folder, found.files)
+    if together and not is_plain:
+        names = [name for name in names if pattern.stem(name) is None]
+    if together and not names:
+        pictures = find_files(folder, suffixes).files
+        near = min(pictures, key=len, default="a.png")
+        raise UserError(
+            f"{show_path(folder)}: is named for images and for masks, and nothing tells which of its {len(pictures)} "
+            f"pictures is which; name the folder of the masks, or how they are called, such as masks: "
+            f"{_pattern_beside(masks or folder, near)}"
+        )
     _refuse_empty(folder, names, found, suffixes)
     if masks is None:
         return Matched(tuple((name, "") for name in names), found.notes(folder))
     found_masks = find_files(masks, mask_suffixes)
     images_by_stem, clashes = _by_stem(folder, names)
-    masks_by_stem, others = _by_stem(masks, found_masks.files)
+    called = [name for name in found_masks.files if pattern.stem(name) is not None]
+    masks_by_stem, others = _by_stem(masks, called, pattern)
+    pairs = tuple((name, masks_by_stem.get(stem, "")) for stem, name in images_by_stem.items())
+    used = {*(mask for _, mask in pairs), *(names if together else ())}
     return Matched(
-        tuple((name, masks_by_stem.get(stem, "")) for stem, name in images_by_stem.items()),
+        pairs,
         tuple(dict.fromkeys(found.notes(folder) + found_masks.notes(masks))),
-        tuple(name for stem, name in masks_by_stem.items() if stem not in images_by_stem),
+        () if only else tuple(name for name in found_masks.files if name not in used),
         (*clashes, *others),
     )
 
@@ -275,13 +238,36 @@ def scan(
     mask_suffixes: frozenset[str] = MASK_SUFFIXES,
 ) -> Matched:
     """As `match`. Raises UserError too where an image has no mask, or two could be meant."""
-    matched = match(folder, masks, suffixes, mask_suffixes)
+    return complete(match(folder, masks, suffixes, mask_suffixes), folder, masks, mask_suffixes, takes_pattern=False)
+
+
+def complete(
+    matched: Matched,
+    folder: Path,
+    masks: Path | None,
+    mask_suffixes: frozenset[str] = MASK_SUFFIXES,
+    takes_pattern: bool = True,
+) -> Matched:
+    """What was matched. Raises UserError where an image has no mask, or two could be meant."""
     if matched.clashes:
         raise UserError(matched.clashes[0])
     missing = [name for name, mask in matched.pairs if not mask]
     if masks is not None and missing:
-        raise UserError(_say_missing(folder, masks, missing, len(matched.pairs), mask_suffixes))
+        raise UserError(_say_missing(folder, masks, missing, matched, mask_suffixes, takes_pattern))
     return matched
+
+
+def likely_pattern(masks: Path, matched: Matched) -> str | None:
+    """How masks seem to be called, where all images lack theirs and there is one word that gives each of them one."""
+    missing = [name for name, mask in matched.pairs if not mask]
+    if not missing or len(missing) < len(matched.pairs):
+        return None
+    called = _called_after(missing[0], matched.without_image)
+    if called is None:
+        return None
+    pattern = Pattern.of(f"{masks}/{called}")
+    stems = {pattern.stem(name) for name in matched.without_image}
+    return f"{masks}/{called}" if {stem_of(name) for name in missing} <= stems else None
 
 
 @dataclass(frozen=True)
@@ -292,6 +278,10 @@ class Found:
     made_by_us: tuple[str, ...]  # subfolders that commands of ours have written
     loops: tuple[str, ...]  # links to folders that they lie in themselves
     unread: tuple[str, ...]  # pictures of OTHER_SUFFIXES
+
+    def kinds(self) -> tuple[tuple[str, ...], ...]:
+        """In the order of the fields."""
+        return self.files, self.made_by_us, self.loops, self.unread
 
     def notes(self, folder: Path) -> tuple[str, ...]:
         """A line for each kind that was passed over."""
@@ -352,6 +342,28 @@ def find_files(folder: Path, suffixes: Collection[str], without: Path | None = N
     return Found(*(tuple(sorted(names)) for names in (files, made_by_us, loops, unread)))
 
 
+def _find(folder: Path, only: Sequence[str], suffixes: Collection[str], masks: Path | None) -> Found:
+    """As `find_files`, but of the files and subfolders that are named alone, if any are."""
+    if not only:
+        return find_files(folder, suffixes, without=masks)
+    parts = []
+    for name in only:
+        path = folder / name
+        if is_folder(path):
+            inner = find_files(path, suffixes, without=masks)
+            parts.append([[f"{name}/{own}".removeprefix("./") for own in kind] for kind in inner.kinds()])
+        elif not os.path.isfile(path):
+            near = get_close_matches(
+                PurePosixPath(name).name, os.listdir(path.parent) if is_folder(path.parent) else ()
+            )
+            raise UserError(f"{show_path(path)}: no such image{f'; the nearest is {near[0]}' if near else ''}")
+        elif path.suffix.lower() not in suffixes:
+            raise UserError(f"{show_path(path)}: is no image that is read ({' '.join(sorted(suffixes))}); convert it")
+        else:
+            parts.append([[name], [], [], []])
+    return Found(*(tuple(sorted({name for part in parts for name in part[kind]})) for kind in range(4)))
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder. Raises UserError where that cannot be found out."""
     try:
@@ -389,6 +401,10 @@ def _kind(path: Path, entry: os.DirEntry[str]) -> str:
         if error.errno == errno.ELOOP:  # a link to itself
             return "gone"
         raise _unreadable(path, error) from error
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    return is_folder(folder) and is_folder(other) and _identity(folder) == _identity(other)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -440,12 +456,12 @@ def by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _by_stem(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def _by_stem(folder: Path, names: Iterable[str], pattern: Pattern | None = None) -> tuple[dict[str, str], list[str]]:
     """The first name of each stem, and a line for every other one."""
     found: dict[str, str] = {}
     clashes = []
     for name in names:
-        stem = stem_of(name)
+        stem = (pattern and pattern.stem(name)) or stem_of(name)
         if stem in found:
             same_letters = PurePosixPath(found[stem]).with_suffix("") == PurePosixPath(name).with_suffix("")
             how = "by their suffix only" if same_letters else "by how Unicode writes the same letters"
@@ -467,52 +483,44 @@ def _refuse_empty(folder: Path, names: Sequence[str], found: Found, suffixes: Co
         raise UserError(f"{show_path(folder)}: no image in it or its subfolders ({known}); give another folder{passed}")
 
 
-def note_turned(folder: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[str, ...]:
-    """A word where EXIF turns images of `folder` but not their masks, and no size tells what a mask was drawn on."""
-    turned = []
-    for image, mask in pairs:
-        header = read_header(image)
-        told_by_size = header.orientation in QUARTER_TURNS and header.size[0] != header.size[1]
-        if header.orientation == 1 or told_by_size or read_header(mask).orientation != 1:
-            continue
-        turned.append(image.relative_to(folder).as_posix())
-    if not turned:
-        return ()
-    return (
-        f"{show_path(folder)}: EXIF turns or mirrors {len(turned)} of the images ({some_names(turned)}); their masks "
-        "are taken to be drawn on the turned ones",
-    )
+def _called_after(image: str, masks: Iterable[str]) -> str | None:
+    """The name of a mask that has the image's name in it, with `{name}` for that; None where there is none."""
+    stem = PurePosixPath(image).stem
+    names = [PurePosixPath(mask).name for mask in masks]
+    having = sorted((name for name in names if stem in name), key=len)
+    return having[0].replace(stem, NAME, 1) if having else None
 
 
-def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
-    """That a mask has another size than its image, and what to do."""
-    said = (
-        f"{show_path(mask)}: {mask_size[0]} x {mask_size[1]} pixels (H x W), but its image {show_path(image)} has "
-        f"{size[0]} x {size[1]}"
-    )
-    orientation = read_header(image).orientation
-    if mask_size == size[::-1] and orientation in QUARTER_TURNS:
-        return (
-            f"{said} when it is turned by its EXIF orientation ({orientation}), so the mask was drawn on the picture "
-            "as it is stored; turn the mask alike, or take that tag out of the image"
-        )
-    return f"{said}; make the mask anew or remove both"
+def _pattern_beside(masks: Path, name: str) -> str:
+    """A pattern to write for masks that lie beside their images."""
+    return f"{show_path(masks)}/{NAME}_mask{PurePosixPath(name).suffix}"
 
 
-def _say_missing(folder: Path, masks: Path, missing: Sequence[str], count: int, mask_suffixes: Collection[str]) -> str:
+def _say_missing(
+    folder: Path,
+    masks: Path,
+    missing: Sequence[str],
+    matched: Matched,
+    mask_suffixes: Collection[str],
+    takes_pattern: bool,
+) -> str:
     stems = {stem_of(name) for name in missing}
     lossy = [name for name in find_files(masks, IMAGE_SUFFIXES - MASK_SUFFIXES).files if stem_of(name) in stems]
     if lossy and masks != folder:
         path = show_path(masks / lossy[0])
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"
-    return (
-        f"{show_path(masks)}: no mask for {len(missing)} of the {count} images of {show_path(folder)} "
-        f"({some_names(missing)}); a mask has its image's relative path with {' '.join(sorted(mask_suffixes))}: add "
-        "them or remove the images"
+    told = (
+        f"{show_path(masks)}: no mask for {len(missing)} of the {len(matched.pairs)} images of {show_path(folder)} "
+        f"({some_names(missing)})"
     )
-
-
-def some_names(names: Sequence[str], limit: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(show_path(name) for name in names[:limit]) + more
+    called = _called_after(missing[0], matched.without_image)
+    if takes_pattern and called is not None:
+        seen = called.replace(NAME, PurePosixPath(missing[0]).stem)
+        return f"{told}; there is {show_path(seen)}: if masks are called so, write masks: {show_path(masks)}/{called}"
+    others = {PurePosixPath(name).stem: name for name in matched.without_image}
+    near = get_close_matches(PurePosixPath(missing[0]).stem, others, n=1)
+    nearest = f"; the nearest name is {show_path(others[near[0]])}" if near else ""
+    return (
+        f"{told}{nearest}; a mask has its image's relative path with {' '.join(sorted(mask_suffixes))}: add them or "
+        "remove the images"
+    )

@@ -18,11 +18,11 @@ StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 class Labelled(Dataset):
     """Images with masks, or without; `mapping` and `ignore` turn stored values into classes as `masks` says."""
 
-    images: PathText
-    masks: PathText | None = None
-    classes: tuple[str, ...] | int | None = None
-    ignore: tuple[StoredId, ...] = ()
-    mapping: dict[str, int | str] | None = None
+    images: PathText  # a folder; of a stack also a file; of a manifest the list
+    masks: PathText | None = None  # theirs; without it the images are unlabelled
+    classes: tuple[str, ...] | int | None = None  # names in the order of their ids, or their number; two at least
+    ignore: tuple[StoredId, ...] = ()  # further stored ids that do not count; 255 never does
+    mapping: dict[str, int | str] | None = None  # stored ids or '#rrggbb' colours to classes, or to ignore
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -41,10 +41,7 @@ class Labelled(Dataset):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        labelled = {"classes": self.classes, "ignore": self.ignore, "mapping": self.mapping}
-        given = [key for key, value in labelled.items() if value]
-        if self.masks is None and given:
-            raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")
+        self._check_given()
         twice = sorted({str(value) for value in self.ignore} & set(self.mapping or {}))
         if twice:
             raise ValueError(f"id {twice[0]} is in ignore and in mapping; keep one")
@@ -52,9 +49,16 @@ class Labelled(Dataset):
             _ = self._meaning  # which refuses values that are no class
         return self
 
+    def _check_given(self) -> None:
+        """Raise ValueError where what is said of masks does not fit where they are."""
+        labelled = {"classes": self.classes, "ignore": self.ignore, "mapping": self.mapping}
+        given = [key for key, value in labelled.items() if value]
+        if self.masks is None and given:
+            raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")
+
     @property
     def class_names(self) -> tuple[str, ...]:
-        if self.masks is None or self.classes is None:
+        if self.classes is None:
             return ()
         if isinstance(self.classes, int):
             return tuple(f"class_{index}" for index in range(self.classes))

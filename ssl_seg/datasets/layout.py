@@ -16,8 +16,9 @@ import numpy as np
 
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.datasets.folder import is_folder, note_turned, say_sizes, some_names
+from ssl_seg.datasets.folder import is_folder
 from ssl_seg.datasets.masks import Meaning, Reading, how_to_read
+from ssl_seg.datasets.pairs import note_turned, say_sizes, some_names
 from ssl_seg.files import is_there
 from ssl_seg.images import doubt, read_image, show_path
 
@@ -33,7 +34,7 @@ class Listed(NamedTuple):
 class Layout(Dataset):
     """A split of a published data set, as its archives unpack into the folder `root`."""
 
-    root: PathText
+    root: PathText  # the folder that the archives were unpacked in
 
     # ---- what each says of itself ----
 

@@ -31,7 +31,7 @@ class Pets(Layout):
     Some .jpg are PNGs, GIFs or grey: every image is read by what it is, not by its name.
     """
 
-    split: Literal["trainval", "test"] = "trainval"
+    split: Literal["trainval", "test"] = "trainval"  # as published
     # 3: body, background, border. 2: body and background, and the border is ignored, as the publisher's "not
     # classified" says. null: none, and no mask is looked for.
     labels: Literal[3, 2] | None = 3

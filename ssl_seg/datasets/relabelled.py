@@ -20,8 +20,8 @@ RECORD = "masks.json"  # the classes, and the file of each image's mask
 class Relabelled(Dataset):
     """Those of `images` that have a mask in the folder `masks`, by its `masks.json`; 255 is ignored."""
 
-    images: SerializeAsAny[Dataset]
-    masks: PathText
+    images: SerializeAsAny[Dataset]  # those that a model has labelled
+    masks: PathText  # the folder that masks.json lies in
 
     @cached_property
     def _record(self) -> dict[str, dict[str, str]]:

@@ -76,6 +76,7 @@ class Stack(Labelled):
     imagecodecs.
     """
 
+    # stored values that are black and white, or by what they are told; None: bits
     range: RangeField | Literal["bits", "percentile"] | None = None
     channel: NonNegativeInt | None = None  # counted from 0
 

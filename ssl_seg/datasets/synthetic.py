@@ -21,10 +21,10 @@ class Synthetic(Dataset):
     `kind` names the world (a file in `ssl_seg/worlds/`), or holds its options too: `kind: {type: street, ...}`.
     """
 
-    kind: SerializeAsAny[World] = Squares()
+    kind: SerializeAsAny[World] = Squares()  # the world, or a mapping of its type and options
     count: int = Field(default=500, ge=1, le=1_000_000)  # every start of a run lists their names
     size: Annotated[tuple[Side, Side], AfterValidator(check_size)] = (512, 512)  # (H, W)
-    seed: int = 0
+    seed: int = 0  # the same seed gives the same pixels
     clip: PositiveInt = 1  # frames of one scene that follow each other, where the world moves
 
     @model_validator(mode="after")

@@ -67,11 +67,11 @@ class Video(Dataset):
     OpenCV lacks, and a clip without a frame in the given time.
     """
 
-    clips: PathText
-    stride: PositiveInt = 5
-    start: FiniteFloat = Field(default=0.0, ge=0)
-    end: FiniteFloat | None = None
-    distinct: bool = True
+    clips: PathText  # a file, or a folder of them
+    stride: PositiveInt = 5  # every so-many-th frame is taken
+    start: FiniteFloat = Field(default=0.0, ge=0)  # seconds
+    end: FiniteFloat | None = None  # seconds; None: to its end
+    distinct: bool = True  # leave out frames that show what the last one did
 
     @model_validator(mode="after")
     def _check_times(self) -> Self:

@@ -24,9 +24,10 @@ from ssl_seg.config import UserError, load, user_path
 from ssl_seg.data.splits import digest_of, hold_out, names_of
 from ssl_seg.data.workers import Workers, collected
 from ssl_seg.datasets import Dataset, Example
-from ssl_seg.datasets.folder import Folder, find_files, match, note_turned, say_sizes, stem_of
+from ssl_seg.datasets.folder import Folder, find_files, likely_pattern, match, stem_of
 from ssl_seg.datasets.guess import Held, guess
 from ssl_seg.datasets.masks import IGNORE, MAX_STORED, Meaning, Reading, how_to_read
+from ssl_seg.datasets.pairs import note_turned, say_sizes
 from ssl_seg.figures import panels
 from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, Range, Size, show_path
 from ssl_seg.leaks import guard
@@ -34,7 +35,7 @@ from ssl_seg.leaks.near_duplicates import Fingerprints, thumb
 from ssl_seg.leaks.record import Compared, Leak
 from ssl_seg.stages import finetune
 from ssl_seg.stages.finetune import LABELLED, FinetuneConfig
-from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.stages.pretrain import TASKS, PretrainConfig
 from ssl_seg.stages.setup import check_images, check_palettes
 from ssl_seg.terminal import reporter
 
@@ -44,7 +45,6 @@ WHOLE_PERCENT = 0.1  # from this share on it is told without decimals
 DARK = 0.1  # of 16 bits, as the data set itself tells it
 NAMED = 50  # images without a mask for which the nearest name is looked for
 ON_SHEET, BAD_ON_SHEET = 12, 6  # images on the sheet, and how many of them may be those that are told
-TASKS = {"denoise": {}, "inpaint": {}}  # of the command for images without masks
 STRANGE = 254  # in the mask of a picture: a value that is no class
 
 
@@ -143,8 +143,7 @@ class _Files:
         assert self.pairs is not None
         assert isinstance(self.dataset, Folder)
         image, mask = self.pairs[index]
-        folder = self.dataset.masks
-        return user_path(self.dataset.images) / image, user_path(folder) / mask if folder and mask else None
+        return self.dataset.image_folder / image, self.dataset.mask_folder / mask if mask else None
 
     def __getitem__(self, index: int) -> _Seen:
         seen = self._image(index)
@@ -271,14 +270,19 @@ class _Look:
             look = cls(key, own, _read(own, workers, quiet), with_masks, dataset.notes(with_masks))
             look.meaning = Meaning(names) if names else None
             return look
-        masks = user_path(dataset.masks) if with_masks and dataset.masks is not None else None
-        matched = match(user_path(dataset.images), masks)
+        has_masks = with_masks and dataset.masks is not None
+        matched = dataset.match() if has_masks else match(dataset.image_folder, only=dataset.only)
+        pattern = likely_pattern(dataset.mask_folder, matched) if propose and has_masks else None
+        suggested = {} if pattern is None else {"masks": pattern}
+        if pattern is not None:
+            dataset = load(type(dataset), {**dataset.dump(), **suggested})
+            matched = replace(dataset.match(), notes=(*matched.notes, f"masks are taken to be called {pattern}"))
         own = _Files(dataset, matched.pairs)
         told = (matched.notes, matched.clashes, matched.without_image)
-        look = cls(key, own, _read(own, workers, quiet), masks is not None, *told)
+        look = cls(key, own, _read(own, workers, quiet), has_masks, *told, suggested=suggested)
         if propose:
             look._propose_range(workers, quiet)
-        if masks is not None:
+        if has_masks:
             look._understand(propose)
         return look
 
@@ -306,8 +310,7 @@ class _Look:
         """What the masks mean: as given, else as `guess` proposes it."""
         folder = self.dataset
         assert isinstance(folder, Folder)
-        assert folder.masks is not None
-        masks = user_path(folder.masks)
+        masks = folder.mask_folder
         try:
             if propose and not folder.mapping and not folder.ignore:
                 names = folder.classes if isinstance(folder.classes, tuple) else _names_beside(masks)
@@ -326,7 +329,7 @@ class _Look:
             self.reading = how_to_read(self.meaning, masks, readable)
             self.notes += (self.reading.note,) if self.reading.note else ()
             good = [self.files.paths(i) for i, own in enumerate(self.seen) if own.values is not None and own.size[0]]
-            self.notes += note_turned(user_path(folder.images), [(image, mask) for image, mask in good if mask])
+            self.notes += note_turned(folder.image_folder, [(image, mask) for image, mask in good if mask])
         except (UserError, ValueError) as error:
             self.faults += (str(error),)
 
@@ -394,7 +397,7 @@ class _Look:
         dataset = self.dataset
         if not self.with_masks or not isinstance(dataset, Folder) or dataset.masks is None:
             return []
-        folder = user_path(dataset.masks)
+        folder = dataset.mask_folder
         missing = [name for name, mask in self.files.pairs or () if not mask]
         lossy = {stem_of(name): name for name in find_files(folder, IMAGE_SUFFIXES - MASK_SUFFIXES).files if missing}
         free = {stem_of(name): name for name in self.without_image}
@@ -402,7 +405,7 @@ class _Look:
         for number, name in enumerate(missing):
             near = _nearest(stem_of(name), free) if number < NAMED else []
             near_ones.update(free[stem] for stem in near)
-            if stem_of(name) in lossy and folder != user_path(dataset.images):
+            if stem_of(name) in lossy and folder != dataset.image_folder:
                 why = f"its mask {show_path(lossy[stem_of(name)])} is in a lossy format; make it anew as PNG"
             elif near:
                 why = f"no mask of this name; the nearest is {show_path(free[near[0]])}: give it the image's name"

@@ -34,7 +34,7 @@ OF_LABELLED = ("labelled", "sha256_of_labelled")  # what split.json says of the 
 
 
 class EvaluateData(Config):
-    test: SerializeAsAny[Dataset]
+    test: SerializeAsAny[Dataset]  # images with masks
 
 
 class EvaluateConfig(ReadingConfig):
@@ -50,9 +50,9 @@ class EvaluateConfig(ReadingConfig):
     statistics: Statistics = "running"
     # Recall, specificity, precision and others as averages over the classes, for a comparison with published tables.
     averages: tuple[Average, ...] = ()
-    workers: int = Field(default=2, ge=0)
-    worker_timeout: PositiveFloat = TIMEOUT
-    device: DeviceName = "auto"
+    workers: int = Field(default=2, ge=0)  # processes that read images
+    worker_timeout: PositiveFloat = TIMEOUT  # seconds that one may take over an image
+    device: DeviceName = "auto"  # auto: a GPU if there is one
     leaks: Leaks = Leaks()
 
     @model_serializer(mode="wrap")

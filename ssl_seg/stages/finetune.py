@@ -94,7 +94,7 @@ SEGMENT = "segment"  # the name of the supervised task among the heads; comes fi
 class FinetuneData(Config):
     """Where the images come from."""
 
-    labelled: SerializeAsAny[Dataset]
+    labelled: SerializeAsAny[Dataset]  # images with masks
     # More labelled images, of another origin than those that are scored, as a drawn world: all of them are learnt from,
     # `labels` counts them not, none is held out, and "median" class weights do not ask them.
     beside: SerializeAsAny[Dataset] | None = None
@@ -148,7 +148,7 @@ class FinetuneConfig(StageConfig):
     # scored on the way, and so `select: best`, has those of training.
     recalibrate: int = Field(default=0, ge=0, le=1_000_000)
     averages: tuple[Average, ...] = ()  # of recall, specificity, precision and others, beside the scores of result.json
-    seed: int = 0
+    seed: int = 0  # of everything drawn: weights, order, crops, noise
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
 
@@ -399,7 +399,7 @@ def check_data(config: FinetuneConfig) -> None:
         raise UserError(
             f"data.labelled: {len(config.data.labelled)} images are too few to hold some out; give data.val its own"
         )
-    config.labels.number(len(available))
+    config.labels.number(len(available), len(held) if config.data.val is None else 0)
 
 
 def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:

@@ -43,7 +43,7 @@ PANEL = 160  # pixels of a picture's longer side there
 class GapData(Config):
     """The images that a model is for, and those that it could learn from."""
 
-    target: SerializeAsAny[Dataset]
+    target: SerializeAsAny[Dataset]  # what the model is for
     pools: Annotated[dict[str, SerializeAsAny[Dataset]], Field(min_length=1)]  # by a name for each
 
 
@@ -52,12 +52,13 @@ class GapConfig(ReadingConfig):
 
     data: GapData
     init: PathText | None = None  # a run whose encoder compares the images; None: `model.encoder`, published weights
+    # the encoder where no run is named
     model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     # Images in a block of neighbours by their numbers, which count as nearly one; 1 where they are no frames of videos.
     neighbours: PositiveInt = NEIGHBOURS
-    workers: int = Field(default=2, ge=0)
-    worker_timeout: PositiveFloat = TIMEOUT
-    device: DeviceName = "auto"
+    workers: int = Field(default=2, ge=0)  # processes that read images
+    worker_timeout: PositiveFloat = TIMEOUT  # seconds that one may take over an image
+    device: DeviceName = "auto"  # auto: a GPU if there is one
 
     @property
     def encoder_name(self) -> str:

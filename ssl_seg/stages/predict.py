@@ -69,9 +69,9 @@ class PredictConfig(ReadingConfig):
     statistics: Statistics = "running"  # of batch norm, as for `evaluate`
     # Look at an image larger than a tile tile by tile. None: whole, and in tiles where the memory of a CPU may not do.
     tiles: Tiles | None = None
-    workers: int = Field(default=2, ge=0)
+    workers: int = Field(default=2, ge=0)  # processes that read images
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
-    device: DeviceName = "auto"
+    device: DeviceName = "auto"  # auto: a GPU if there is one
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -59,6 +59,7 @@ from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_encoder, load_encoder
 from ssl_seg.weights.receipt import Receipt
 
+TASKS = {"denoise": {}, "inpaint": {}}  # where images alone are named: fast, and asking nothing of the images
 LEAST_LEARNT = 0.02  # of the loss of a guess; jigsaw puzzles of cell nuclei came to 0.00
 PROBED_CLEAN = 64  # of the images of `recalibrate`, before a probe: as exported within 7 %, in a quarter of the time
 
@@ -76,7 +77,7 @@ class PretrainConfig(StageConfig):
 
     data: PretrainData
     model: ModelConfig = ModelConfig()  # what is left out comes from the model of `init`, if there is one
-    tasks: TaskMapping
+    tasks: TaskMapping  # by name, each with its options; `null` takes one away
     augment: Augment = Augment()
     train: TrainConfig = TrainConfig()
     init: PathText | None = None  # an exported encoder to go on from
@@ -86,7 +87,7 @@ class PretrainConfig(StageConfig):
     # statistics of 2,048 images, resnet18 after 1,500 steps: 26 % as trained, 16, 7.1, 3.9, 3.6, 2.7 and 2.1 % with
     # 32, 64, 128, 256, 512 and 1,024 images.
     recalibrate: int = Field(default=256, ge=0, le=1_000_000)
-    seed: int = 0
+    seed: int = 0  # of everything drawn: weights, order, crops, noise
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
     # How well the encoder tells classes apart meanwhile, by a few labelled images: those that fine-tuning will have.

@@ -60,7 +60,7 @@ PANEL = 160  # pixels of a picture's longer side there
 class ProbeData(Config):
     """The images that the layer is fitted to, and scored on in turn."""
 
-    labelled: SerializeAsAny[Dataset]
+    labelled: SerializeAsAny[Dataset]  # a few images with masks
 
 
 class ProbeConfig(ReadingConfig):
@@ -75,14 +75,14 @@ class ProbeConfig(ReadingConfig):
     model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     seed: int = 0  # of the random weights that each is compared with
     workers: int = Field(default=0, ge=0)  # a few images
-    worker_timeout: PositiveFloat = TIMEOUT
-    device: DeviceName = "auto"
+    worker_timeout: PositiveFloat = TIMEOUT  # seconds that one may take over an image
+    device: DeviceName = "auto"  # auto: a GPU if there is one
 
 
 class ProbeRule(Config):
     """The probe of a pretraining while it trains."""
 
-    labelled: SerializeAsAny[Dataset]
+    labelled: SerializeAsAny[Dataset]  # a few images with masks
     labels: Labels = Labels(count=10)  # those that the fine-tuning will have: more are seen by nobody before it
     holds_out: bool = True  # whether it has no data.val of its own: what it then holds out is not looked at here either
     every: int | None = Field(default=None, ge=1)  # steps; None: as `train.eval_every`

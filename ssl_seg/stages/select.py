@@ -50,15 +50,16 @@ class SelectConfig(ReadingConfig):
     """`ssl-seg select photos --count 20 --with runs/pretrained --out to_label`"""
 
     data: SelectData
-    count: PositiveInt = 20
+    count: PositiveInt = 20  # how many images
     # A run whose encoder compares the images; none: `model.encoder`, with ImageNet's weights. Of a fine-tuned one is
     # also told how unsure it is of each image, and of several, its seeds, how far they differ.
     init: PathTexts = ()
+    # the encoder where no run is named
     model: ModelConfig = ModelConfig.model_validate({"encoder": {"name": "resnet18", "pretrained": True}})
     leaks: Leaks = Leaks()
-    workers: int = Field(default=2, ge=0)
-    worker_timeout: PositiveFloat = TIMEOUT
-    device: DeviceName = "auto"
+    workers: int = Field(default=2, ge=0)  # processes that read images
+    worker_timeout: PositiveFloat = TIMEOUT  # seconds that one may take over an image
+    device: DeviceName = "auto"  # auto: a GPU if there is one
 
 
 class Named(Config):

@@ -98,7 +98,7 @@ class DropoutSampling(Config):
 
     # By Bayesian SegNet six are better than the network without dropout, and from forty on nothing is gained.
     samples: int = Field(default=40, ge=2)
-    seed: int = 0
+    seed: int = 0  # of what is dropped
 
 
 class Sampled(NamedTuple):

@@ -45,8 +45,8 @@ class Search(Config):
     the same budget of trials, and the labelled images that choose are more than `labels.count` says.
     """
 
-    grid: Annotated[dict[str, list[Any]], BeforeValidator(_flat)]
-    seeds: PositiveInt = 2
+    grid: Annotated[dict[str, list[Any]], BeforeValidator(_flat)]  # keys, each with the values that are tried
+    seeds: PositiveInt = 2  # with which each value is tried
     at: Dotted = Field(default={})  # axes of the grid held at one value while searching, to save time
 
     @field_validator("grid")
@@ -83,11 +83,11 @@ class StudyConfig(Config):
     # What the comparison is repeated under: dotted keys of `ssl-seg finetune`, each with its values. `init`,
     # `transfer` and the keys in `compare` make arms instead.
     grid: Annotated[dict[str, list[Any]], BeforeValidator(_flat)] = Field(default={})
-    compare: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()  # axes of the grid that make arms
     baseline: str | None = None  # the arm that gains are measured from; None: the one from scratch, else the first
     # Pairs: a number, or a list. 8 are the fewest for an exact p below 0.01; their interval is a third of that of 3.
     seeds: tuple[int, ...] = tuple(range(8))
-    search: Search | None = None
+    search: Search | None = None  # what each arm chooses for itself
     primary: Primary | None = None  # None: every arm against the baseline, corrected for their number
     level: float = Field(default=LEVEL, gt=0.5, lt=1.0)  # of the intervals, and of what they tell
     timeout: PositiveFloat | None = None  # seconds that a cell may take

@@ -60,13 +60,13 @@ def _check_tags(tags: dict[str, str]) -> dict[str, str]:
 class Tracking(Config):
     """`tracking`: where a run is shown while and after it runs. It may change when a run goes on."""
 
-    type: Literal["mlflow", "none"] = "mlflow"
+    type: Literal["mlflow", "none"] = "mlflow"  # none: no MLflow
     # Where MLflow keeps runs. None: MLFLOW_TRACKING_URI, else mlflow.db in the folder `runs` that the run lies in.
     uri: str | None = None
-    experiment: str = Field(default="ssl_seg", min_length=1)
+    experiment: str = Field(default="ssl_seg", min_length=1)  # under which name MLflow keeps runs together
     name: str | None = None  # None: the folder's
     parent: str | None = Field(default=None, min_length=1)  # runs that name the same parent are shown below it
-    tags: Annotated[dict[str, str], AfterValidator(_check_tags)] = Field(default={})
+    tags: Annotated[dict[str, str], AfterValidator(_check_tags)] = Field(default={})  # further tags of the run
     system_metrics: bool = True  # load and memory of the machine and its GPUs (those want nvidia-ml-py)
     weights: bool = False  # send the exported weights too; they are in the run's folder anyway
     every: PositiveFloat = 5.0  # seconds between two messages

@@ -49,8 +49,8 @@ SINCE_0_1 = (
 class BatchSizes(Config):
     """How many images of each stream a step takes."""
 
-    labelled: BatchSize
-    pool: BatchSize
+    labelled: BatchSize  # images with masks
+    pool: BatchSize  # unlabelled images
 
 
 def _of_streams(value: Any) -> Any:
@@ -66,7 +66,7 @@ def _of_streams(value: Any) -> Any:
 class TrainConfig(Config):
     """How the weights are fitted. The unit of time is the step: one update of the optimizer."""
 
-    steps: PositiveInt = 1000
+    steps: PositiveInt = 1000  # updates of the weights: an epoch of N images at batch_size B is N / B of them
     # Global, of each stream; divided among processes, tasks (views: split), micro-batches. {labelled: 3, pool: 6} gives
     # each stream of joint training its own.
     batch_size: Annotated[
@@ -76,7 +76,7 @@ class TrainConfig(Config):
     ] = 16
     # Micro-batches a step; auto: as few as fit into memory, found by a trial before the first step and kept to the end.
     accumulate: PositiveInt | Literal["auto"] = 1
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # the rule of an update; see weight_decay
     lr: PositiveFloat = 1e-3  # AdamW's own default, right for encoders that start from scratch
     # Factor on lr for the encoder: below 1 keeps a pretrained one closer to its start, 0 freezes it.
     encoder_lr: NonNegativeFloat = 1.0
@@ -93,7 +93,7 @@ class TrainConfig(Config):
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)  # of sgd
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # of adamw and adam
     eps: PositiveFloat = 1e-8  # of adamw and adam: Kingma and Ba's (2015); added to the root of the second moment
-    schedule: Literal["cosine", "poly", "multistep", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "multistep", "constant"] = "cosine"  # how lr falls towards the last step
     warmup: NonNegativeInt | None = None  # steps of linear warm-up; None: 50, or a tenth of a short run
     power: PositiveFloat = 0.9  # of poly; DeepLab's (Chen et al. 2017)
     milestones: tuple[Share, ...] = (0.6, 0.9)  # of multistep, as shares of the run
@@ -102,9 +102,10 @@ class TrainConfig(Config):
     # Decay of the weights' moving average, which is then what is evaluated and exported; None: there is none. 0.999 is
     # Tarvainen and Valpola's (2017) after their ramp-up, and FixMatch's (Sohn et al. 2020).
     ema: Share | None = None
+    # of the arithmetic; bf16 and fp16 are faster where the device knows them
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = False
-    device: Literal["auto", "cpu"] = "auto"
+    channels_last: bool = False  # colours of a pixel beside each other in memory: often faster, the same figures
+    device: Literal["auto", "cpu"] = "auto"  # auto: a GPU if there is one
     # all shows every image to every task; split deals each step's images out to the tasks.
     views: Literal["all", "split"] = "all"
     # together is one encoder pass over all tasks (fastest); in_turn keeps one task's graph in memory (leanest).
@@ -115,7 +116,7 @@ class TrainConfig(Config):
     # Steps between two looks at how far the tasks agree; None: never. Each costs a step's passes over one micro-batch
     # (nothing where the balancer has the tasks' gradients anyway): 100 is 1 % of the time, and enough for a picture.
     affinity: PositiveInt | None = None
-    workers: NonNegativeInt = 2
+    workers: NonNegativeInt = 2  # processes that read images; 0: the run itself reads them
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its batch by then ends the run
     # Seconds that a process waits for the others; one that has not answered by then ends the run. torch's own figure
     # for NCCL, a third of that for gloo. What one does while the others wait takes seconds: to save, draw and export
@@ -127,7 +128,7 @@ class TrainConfig(Config):
     # best step where one is selected. none: the same command then says that it has finished, whatever has changed.
     # While a run trains it has two, whatever is said here.
     keep_state: Literal["none", "last", "all"] = "last"
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = 10  # steps between two lines of metrics.jsonl
 
     @property
     def reading(self) -> Workers:

@@ -45,10 +45,10 @@ from ssl_seg.stages.setup import Options
 from ssl_seg.tracking import Mirror, Tracking, TrackingField, client, experiments, mirror
 from ssl_seg.tracking.record import read_record
 from tests import ROOT
+from tests.cli.test_commands import SMALL, as_words
 from tests.faults import message_of
 from tests.processes import Child, command, command_without
 from tests.small import finetuning, pretraining
-from tests.test_cli import SMALL, as_words
 
 PATIENCE = 120  # seconds for what happens in another process
 

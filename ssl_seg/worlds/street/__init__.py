@@ -38,6 +38,7 @@ class Street(World):
 
     # Any: a pretraining wants them all. One alone makes a domain gap for a study.
     weather: Literal["any", "sunny", "overcast", "dusk", "rain"] = "any"
+    # the kind of street; any draws one
     place: Literal["any", "town", "avenue", "suburb", "park", "junction", "open"] = "any"
     traffic: int = Field(100, ge=0, le=400)  # per cent of the cars; 100 gives about CamVid's 6 % of the pixels
     crowd: int = Field(100, ge=0, le=400)  # per cent of the people, on foot and on bicycles

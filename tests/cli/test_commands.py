@@ -22,9 +22,10 @@ from ssl_seg.stages.pretrain import try_out
 from ssl_seg.training import processes
 from tests import ROOT
 from tests.processes import command
-from tests.small import finetuning, pretraining
+from tests.small import Textured, finetuning, pretraining
 
 SMALL = str(ROOT / "tests" / "small.py")
+FOLDER = "data.test.type=folder"
 
 
 def run(*words: str) -> int:
@@ -88,11 +89,37 @@ def test_report_says_where_the_page_is(runs: Path, tmp_path: Path, capsys: pytes
 def test_predict_writes_a_mask_for_every_image_at_its_own_size(runs: Path, tmp_path: Path) -> None:
     for name, size in (("a", (50, 70)), ("deep/b", (33, 20))):
         images.write_image(tmp_path / "photos" / f"{name}.png", np.full((*size, 3), 90, dtype=np.uint8))
-    words = [f"model={runs / 'fine'}", "data.images.type=folder", f"data.images.images={tmp_path / 'photos'}"]
-    assert run("predict", *words, "workers=0", "device=cpu", "--out", tmp_path / "out") == 0
+    words = ["workers=0", "device=cpu", "--out", tmp_path / "out"]
+    assert run("predict", runs / "fine", tmp_path / "photos", *words) == 0
     assert images.read_mask(tmp_path / "out" / "masks" / "a.png").shape == (50, 70)
     assert images.read_mask(tmp_path / "out" / "masks" / "deep" / "b.png").max() < 2
     assert images.read_image(tmp_path / "out" / "overlays" / "a.png").shape == (50, 70, 3)
+
+
+def test_predict_takes_single_images(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/a", "one/b", "two/a"):
+        images.write_image(tmp_path / f"{name}.png", np.full((40, 40, 3), 90, dtype=np.uint8))
+    assert run("predict", runs / "fine", "one/a.png", "two", "workers=0", "device=cpu", "--out", "out") == 0
+    masks = sorted(path.relative_to("out/masks").as_posix() for path in Path("out/masks").rglob("*.png"))
+    assert masks == ["one/a.png", "two/a.png"]
+
+
+def test_evaluate_takes_folders_and_the_classes_of_the_model(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(2):
+        shown = Textured(seed=7).read(index)
+        images.write_image(tmp_path / "images" / f"{index}.png", shown.image)
+        images.write_mask(tmp_path / "masks" / f"{index}.png", shown.label)
+    said = []
+    folders = [tmp_path / "images", tmp_path / "masks"]
+    typed = [f"data.test.images={folders[0]}", f"data.test.masks={folders[1]}", "data.test.classes=[ground,disc]"]
+    for words in ([runs / "fine", *folders], [runs / "fine", tmp_path], [f"model={runs / 'fine'}", FOLDER, *typed]):
+        assert run("evaluate", *words, "workers=0", "device=cpu") == 0
+        said.append(capsys.readouterr().out)
+    assert "disc" in said[0]
+    assert said[0] == said[1] == said[2]
 
 
 def test_predict_refuses_two_images_that_would_share_a_mask(
@@ -216,6 +243,7 @@ def without(values: dict[str, Any], *path: str) -> dict[str, Any]:
     return copied
 
 
+DRAWN = str(ROOT / "docs")  # some PNGs
 PRETRAIN = as_words(pretraining())
 PRETRAIN_WITHOUT_MODEL = as_words(without(pretraining(), "model"))
 FINETUNE = as_words(finetuning())
@@ -302,6 +330,36 @@ WRONG = [
     (["synth", "squares", "--with", "edges,deph", "--out", "x"], "--with deph: not known"),
     (["synth", "squares", "--jobs", "0", "--out", "x"], "--jobs"),
     (["pretrian"], "pretrian"),
+    (
+        ["pretrain", "--epochs", "5", "--out", "x"],
+        "--epochs: no such option; write train.steps=STEPS: steps are updates",
+    ),
+    (["pretrain", *PRETRAIN, "train.epochs=5", "--out", "x"], "one epoch of N images at batch_size B is N/B steps"),
+    (["pretrain", *PRETRAIN, "epochs", "5", "--out", "x"], "epochs: no such file or recipe; write train.steps=STEPS"),
+    (["finetune", *FINETUNE, "--lr=0.1", "--out", "x"], "--lr: no such option; write train.lr=VALUE"),
+    (["finetune", "--batch-size", "4", "--out", "x"], "--batch-size: no such option; write train.batch_size=VALUE"),
+    (["finetune", "--batch_size", "4", "--out", "x"], "write train.batch_size=VALUE"),
+    (["finetune", "--gpus", "2", "--out", "x"], "write torchrun --nproc-per-node N -m ssl_seg"),
+    (["finetune", *FINETUNE, "lr=0.1", "--out", "x"], "lr: unknown key 'lr'; write train.lr=0.1"),
+    (["finetune", *FINETUNE, "batch_size=4", "--out", "x"], "write train.batch_size=4"),
+    (["finetune", *FINETUNE, "zoom=[1,2]", "--out", "x"], "did you mean 'augment.zoom'"),
+    (["predict", "--device", "cpu", "--out", "x"], "--device: no such option; write device=VALUE"),
+    (["predict", "a_run", "--batch-size", "4", "--out", "x"], "images are looked at one by one"),
+    (["predict", ".", "--out", "x"], ".: is no run, for it has neither run.json nor model.json"),
+    (["predict", "no/run", "no/photos", "--out", "x"], "no/run: no such run, folder or image"),
+    (["evaluate", "model=a", ".", "--out", "x"], "name the folder of the images, then that of the masks"),
+    (["pretrain", ".", "--out", "x"], ".: is a folder, not a config; write --images ."),
+    (["finetune", "--images", "a", "data.labelled.images=b", "--out", "x"], "say different things; keep one"),
+    (
+        ["finetune", *FINETUNE, "data.val=null", "labels.count=10", "--out", "x"],
+        "1 is held out to validate on; write 3",
+    ),
+    (["finetune", "--images", DRAWN, "--masks", DRAWN, "--classes", "a,b", "--out", "x"], "for images and for masks"),
+    (["finetune", "--images", DRAWN, "--masks", DRAWN + "/{stem}.png", "--classes", "a,b", "--out", "x"], "no pattern"),
+    (["keys", "nothing"], "nothing: has no keys to list; name one of: pretrain"),
+    (["keys", "finetune", "train.lrr"], "did you mean train.lr?"),
+    (["new", "cats"], "cats: no kind of image that is known; write one of: photos"),
+    (["new", "photos", "--images", DRAWN], "--images and --masks go together"),
 ]
 
 

@@ -1,0 +1,169 @@
+"""The commands that use a fine-tuned model: masks for images, scores on labelled ones, a file for other programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ssl_seg.cli.shell import command
+from ssl_seg.cli.words import Classes, Option, Out, Plugins, both_in, is_run, labelled_options, needed, read
+from ssl_seg.config import UserError, load, names_file, user_path
+from ssl_seg.reports.console import score_lines
+from ssl_seg.terminal import print_lines, say
+
+commands = typer.Typer()
+
+
+@command(
+    commands,
+    "predict",
+    "ssl-seg predict runs/encoder photos --out predicted",
+    "ssl-seg predict runs/encoder photos/a.jpg photos/b.jpg probabilities=true --out two",
+)
+def predict_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN IMAGES ...", help="A fine-tuned run; a folder of images, or images. Then keys."),
+    ] = None,
+    out: Out = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a mask for every image."""
+    folder = needed(out)
+    values = predict_values(words, plugin)
+    from ssl_seg.stages import predict
+    from ssl_seg.stages.predict import PredictConfig
+
+    result = predict.predict(load(PredictConfig, values), folder)
+    print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+
+
+@command(
+    commands,
+    "evaluate",
+    "ssl-seg evaluate runs/encoder test/images test/masks --out scores",
+    "ssl-seg evaluate runs/encoder test --classes ground,leaf averages=[macro] --out scores",
+)
+def evaluate_command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN IMAGES MASKS", help="A fine-tuned run; the images and their masks. Then keys."),
+    ] = None,
+    classes: Classes = None,
+    out: Out = None,
+    plugin: Plugins = None,
+) -> None:
+    """Score a fine-tuned model on a labelled data set."""
+    values = evaluate_values(words, classes, plugin)
+    from ssl_seg.stages import evaluate
+    from ssl_seg.stages.evaluate import EvaluateConfig
+
+    config = load(EvaluateConfig, _as_the_model(values))
+    result = evaluate.evaluate(config, out)
+    print_lines(score_lines("test", result.scores, result.class_names, config.averages))
+
+
+@command(
+    commands,
+    "export",
+    "ssl-seg export runs/encoder --out leaf.onnx",
+    "ssl-seg export runs/encoder/model --out leaf.onnx",
+)
+def export_command(
+    model: Annotated[Path, typer.Argument(parser=user_path, metavar="RUN", help="A fine-tuned run or its model/.")],
+    out: Out = None,
+) -> None:
+    """Write a fine-tuned model as an ONNX file, which runs without this package."""
+    from ssl_seg.weights import onnx
+
+    done = onnx.export_onnx(model, needed(out))
+    print_lines(
+        [
+            f"{done.path}: answers as the model at {len(onnx.COMPARED)} sizes, to {done.largest_difference:.0e} of the "
+            f"largest logit; takes RGB in [0, 1] of any size, tells {', '.join(done.class_names)} apart"
+        ]
+    )
+
+
+def predict_values(words: Sequence[str] | None, plugins: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the words of `ssl-seg predict` say."""
+    run, paths, rest = _sorted("predict", words)
+    return read("predict", rest, plugins, [*_model(run), *_images(paths)])
+
+
+def evaluate_values(
+    words: Sequence[str] | None, classes: str | None = None, plugins: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What the words of `ssl-seg evaluate` say."""
+    run, paths, rest = _sorted("evaluate", words)
+    if len(paths) == 1:
+        paths = both_in(paths[0]) or paths
+    if len(paths) not in (0, 2):
+        raise UserError("evaluate: name the folder of the images, then that of the masks, after the run")
+    images, masks = paths or (None, None)
+    return read("evaluate", rest, plugins, [*_model(run), *labelled_options("test", images, masks, classes)])
+
+
+def _sorted(stage: str, words: Sequence[str] | None) -> tuple[str | None, list[str], list[str]]:
+    """The run that comes first, if one does; then the paths of images; then files and keys of the config."""
+    run: str | None = None
+    paths, rest = list[str](), list[str]()
+    for word in words or ():
+        is_config = "=" in word or word.lower().endswith((".yaml", ".yml"))
+        if not is_config and run is None and not paths and is_run(word):
+            run = word
+        elif not is_config and (user_path(word).exists() or "{name}" in word):
+            paths.append(word)
+        elif is_config:
+            rest.append(word)
+        else:
+            raise UserError(f"{word}: no such run, folder or image; check the path")
+    if paths and run is None and not any(word.startswith("model=") or names_file(word) for word in rest):
+        raise UserError(
+            f"{paths[0]}: is no run, for it has neither run.json nor model.json; write ssl-seg {stage} RUN, then IMAGES"
+        )
+    return run, paths, rest
+
+
+def _model(run: str | None) -> list[Option]:
+    return [] if run is None else [Option("the run", "model", run)]
+
+
+def _images(paths: Sequence[str]) -> list[Option]:
+    """A folder, or single images and folders by what they have in common."""
+    if not paths:
+        return []
+    if len(paths) == 1 and user_path(paths[0]).is_dir():
+        return [Option("the images", "data.images", {"images": paths[0]})]
+    found = [os.path.abspath(user_path(path)) for path in paths]
+    together = os.path.commonpath([path if os.path.isdir(path) else os.path.dirname(path) for path in found])
+    shown = os.path.relpath(together)
+    only = [Path(os.path.relpath(path, together)).as_posix() for path in found]
+    return [Option("the images", "data.images", {"images": shown, "only": only})]
+
+
+def _as_the_model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With what values in masks mean, where that is not said, as for those that the model has learnt from."""
+    data = values.get("data")
+    test = data.get("test") if isinstance(data, Mapping) else None
+    if not isinstance(test, Mapping) or test.get("type") != "folder" or "masks" not in test:
+        return dict(values)
+    if "classes" in test or "model" not in values:
+        return dict(values)
+    from ssl_seg import files
+    from ssl_seg.weights.export import read_model_info
+
+    known = {"classes": read_model_info(values["model"])["class_names"]}
+    record = user_path(values["model"]) / "run.json"
+    config = files.read_json(record).get("config", {}) if record.is_file() else {}
+    learnt = config.get("data", {}).get("labelled", {})
+    if learnt.get("type") == test["type"]:
+        taken = {key: learnt[key] for key in ("ignore", "mapping") if learnt.get(key) and key not in test}
+        for key, value in taken.items():
+            say(f"data.test.{key}: {value}, as for the images of the run")
+        known |= taken
+    return {**values, "data": {"test": {**known, **test}}}
