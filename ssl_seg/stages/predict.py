@@ -16,14 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
-from torch import nn
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathText, UserError, known_to_0_1, user_path
@@ -32,13 +30,13 @@ from ssl_seg.data.splits import digest_of, names_of
 from ssl_seg.data.workers import TIMEOUT, collected
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
-from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.scoring import Statistics, check_memory, looks_at, memory_at_risk, predict_ids
+from ssl_seg.stages.looking import Looker
+from ssl_seg.stages.scoring import Statistics
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
-from ssl_seg.stages.tiles import Block, Tiles, in_tiles, of_norms
-from ssl_seg.stages.uncertainty import DropoutSampling, check_dropout, probabilities, sample
+from ssl_seg.stages.tiles import Block, Tiles
+from ssl_seg.stages.uncertainty import DropoutSampling
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info
@@ -100,103 +98,44 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
         model, resize = load_model(config.model)
-        if config.uncertainty is not None:
-            check_dropout(model)
-        if config.tiles is not None and resize is not None:
-            raise UserError(f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key")
         device = choose_device(config.device)
-        model = model.to(device)
-        asked = looks_at(model, config.statistics).of(model)
-        if config.tiles is not None and (told := of_norms(asked)):
-            say(f"tiles: of {config.tiles.size} pixels{told}")
+        looker = Looker.of(model, resize, device, config.statistics, config.tiles, config.uncertainty)
         colours = panels.palette(len(model.class_names))
         made = _made_before(place.folder / MADE)
         unread: dict[str, str] = {}
         whole = Whole(dataset, with_labels=False)
         one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size
-        with evaluating(asked):
-            for (index,), packed in zip(one_by_one, collected(whole, one_by_one, config.reading, pack), strict=True):
-                if isinstance(packed, UserError):
-                    unread[dataset.name(index)] = str(packed)
-                    continue
-                original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
-                digest = digest_of(Example(original, None, ""))
-                written = _files(config, model.class_names, place.folder, names[index])
-                others = [path for kind, path in written.items() if kind != MASKS]
-                if made.get(names[index]) == digest and _is_whole(written[MASKS]) and all(map(Path.is_file, others)):
-                    continue
-                seen = original if resize is None else images.resize_image(original, resize)
-                size = original.shape[:2]
-                try:
-                    tiles = _tiles(config, asked, size, dataset.name(index)) if resize is None else None
-                    if tiles is None:
-                        if resize is not None:
-                            check_memory(asked, seen.shape[:2], "predicting", size)
-                        batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
-                        pictures = _look(config, asked, batch, size, dataset.name(index))
-                    else:
-                        by_tile = in_tiles(
-                            original,
-                            partial(_figures, config, asked, name=dataset.name(index)),
-                            tiles,
-                            model.encoder.multiple,
-                            device,
-                        )
-                        pictures = _joined(config, by_tile, size)
-                except UserError as error:  # too large for the memory, too small for the network: others may fit
-                    name = dataset.name(index)
-                    unread[name] = f"{images.show_path(name)}: {error}"
-                    continue
-                ids = pictures.pop(MASKS)
-                images.write_mask(written[MASKS], ids, colours)
-                if config.overlays:
-                    pictures[OVERLAYS] = panels.overlay(original, ids, colours)
-                for kind, path in written.items():
-                    if kind != MASKS:
-                        images.write_image(path, pictures[kind])
-                _note(place.folder / MADE, names[index], digest)
+        for (index,), packed in zip(one_by_one, collected(whole, one_by_one, config.reading, pack), strict=True):
+            if isinstance(packed, UserError):
+                unread[dataset.name(index)] = str(packed)
+                continue
+            original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+            digest = digest_of(Example(original, None, ""))
+            written = _files(config, model.class_names, place.folder, names[index])
+            others = [path for kind, path in written.items() if kind != MASKS]
+            if made.get(names[index]) == digest and _is_whole(written[MASKS]) and all(map(Path.is_file, others)):
+                continue
+            try:
+                blocks = looker.blocks(original, dataset.name(index), shares=config.probabilities)
+                pictures = _joined(config, blocks, original.shape[:2])
+            except UserError as error:  # too large for the memory, too small for the network: others may fit
+                name = dataset.name(index)
+                unread[name] = f"{images.show_path(name)}: {error}"
+                continue
+            ids = pictures.pop(MASKS)
+            images.write_mask(written[MASKS], ids, colours)
+            if config.overlays:
+                pictures[OVERLAYS] = panels.overlay(original, ids, colours)
+            for kind, path in written.items():
+                if kind != MASKS:
+                    images.write_image(path, pictures[kind])
+            _note(place.folder / MADE, names[index], digest)
         if not unread:
             dataset.join_masks([place.folder / MASKS / name for name in names], place.folder / MASKS)
         place.write_json(RECORD, {**_record(config), "finished": not unread, "unread": unread})
         if unread:
             raise UserError(_say_unread(unread, len(dataset), place.folder))
     return Predicted(place.folder, names, model.class_names)
-
-
-def _tiles(config: PredictConfig, asked: nn.Module, size: Sequence[int], name: str) -> Tiles | None:
-    """How an image of `size` (H, W) is cut; None where it is looked at whole, for which there is memory."""
-    if config.tiles is None and memory_at_risk(asked, size) is None:
-        return None
-    tiles = Tiles() if config.tiles is None else config.tiles
-    if max(size) <= tiles.size:
-        check_memory(asked, size, "predicting")
-        return None
-    if config.tiles is None:
-        say(
-            f"{images.show_path(name)}: {size[0]} x {size[1]} pixels may not fit into memory at once, and are looked "
-            f"at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(asked)}"
-        )
-    return tiles
-
-
-def _look(
-    config: PredictConfig, asked: nn.Module, batch: torch.Tensor, size: Sequence[int], name: str
-) -> dict[str, np.ndarray]:
-    """Class ids of an image of `size` (H, W), and the grey pictures that are wanted: uint8 `(H, W)` by their folder."""
-    if config.uncertainty is None and not config.probabilities:
-        return {MASKS: predict_ids(asked, batch, size)[0].byte().cpu().numpy()}
-    return _drawn(config, _figures(config, asked, batch, name, size))
-
-
-def _figures(
-    config: PredictConfig, asked: nn.Module, batch: torch.Tensor, name: str, size: Sequence[int] | None = None
-) -> torch.Tensor:
-    """`(K, H, W)`, the share of each class in [0, 1], and last how far samples differ, where that is wanted."""
-    size = batch.shape[-2:] if size is None else size
-    if config.uncertainty is None:
-        return probabilities(asked, batch, size)[0]
-    sampled = sample(asked, batch, size, config.uncertainty, [name])
-    return torch.cat([sampled.mean[0], sampled.deviation])
 
 
 def _drawn(config: PredictConfig, figures: torch.Tensor) -> dict[str, np.ndarray]:
@@ -219,7 +158,7 @@ def _joined(config: PredictConfig, blocks: Iterable[Block], size: Sequence[int])
 
 
 def _files(config: PredictConfig, class_names: Sequence[str], folder: Path, name: str) -> dict[str, Path]:
-    """Where the pictures of one image are written, by the words of `_look`."""
+    """Where the pictures of one image are written, by the words of `_drawn`."""
     kinds = {MASKS: MASKS}
     if config.overlays:
         kinds[OVERLAYS] = OVERLAYS
