@@ -520,6 +520,32 @@ def synth_command(
     print_lines([f"{drawn.count} images and masks: {drawn.out} (look at {drawn.out / 'sheet.png'})"])
 
 
+@app.command("portrait")
+def portrait_command(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A fine-tuned run or its model/.")],
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE ...", help="Files; or keys, such as blur=0.03.")],
+    subject: Annotated[str, typer.Option("--subject", metavar="CLASS", help="The class that stays in focus.")],
+    border: Annotated[
+        str | None, typer.Option("--border", metavar="CLASS", help="A class that is its outline.")
+    ] = None,
+    style: Annotated[str | None, typer.Option("--style", help="soft, a lens's; or classic, two small kernels.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", parser=user_path, metavar="PATH", help="A .png, or a folder for them.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Draw an image with what lies behind its subject out of focus."""
+    named = [word for word in words if "=" not in word or user_path(word).is_file()]
+    values = _values([word for word in words if word not in named], plugin)
+    values |= {"model": model, "images": named, "subject": subject}
+    values |= {key: value for key, value in (("border", border), ("style", style)) if value is not None}
+    from ssl_seg.stages import portrait
+    from ssl_seg.stages.portrait import PortraitConfig
+
+    for path in portrait.portrait(load(PortraitConfig, values), _needed(out)):
+        print_lines([f"portrait: {path}"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit.
 
