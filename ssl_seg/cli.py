@@ -191,6 +191,9 @@ def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None
 
     result = predict.predict(load(PredictConfig, values), _needed(out))
     print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+    if result.objects is not None:
+        counts = ", ".join(f"{count} {name}" for name, count in result.objects.items())
+        print_lines([f"objects ({counts}): {result.out / 'objects.csv'}"])
 
 
 @app.command("export")

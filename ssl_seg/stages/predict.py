@@ -1,6 +1,7 @@
 """Masks for images: class ids as PNG files, and the same in colour over the image for a person.
 
-Beside them, where they are asked for, grey pictures: the share of each class, and how unsure the network is of a pixel.
+Beside them, where they are asked for, grey pictures: the share of each class, and how unsure the network is of a pixel;
+and a table of objects.
 An image that is too large to be looked at whole is predicted in tiles.
 
 A folder of masks is made in one go or in several: an image that cannot be read, or not be predicted, is left out and
@@ -33,6 +34,7 @@ from ssl_seg.figures import panels
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
 from ssl_seg.stages.looking import Looker
+from ssl_seg.stages.objects import ObjectsField, write_objects
 from ssl_seg.stages.scoring import Statistics
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
 from ssl_seg.stages.tiles import Block, Tiles
@@ -65,6 +67,8 @@ class PredictConfig(ReadingConfig):
     # 0 (black) to 1 (white). None: one prediction without dropout. As many times the time as there are samples.
     uncertainty: DropoutSampling | None = None
     statistics: Statistics = "running"  # of batch norm, as for `evaluate`
+    # List every object of each class in objects.csv, and how many there are in objects.json; true takes the defaults.
+    objects: ObjectsField = None
     # Look at an image larger than a tile tile by tile. None: whole, and in tiles where the memory of a CPU may not do.
     tiles: Tiles | None = None
     workers: int = Field(default=2, ge=0)
@@ -73,7 +77,7 @@ class PredictConfig(ReadingConfig):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("probabilities", "uncertainty", "statistics", "tiles"))
+        return known_to_0_1(self, dump(self), since=("probabilities", "uncertainty", "statistics", "objects", "tiles"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Predicted:
     out: Path
     names: tuple[str, ...]
     class_names: tuple[str, ...]
+    objects: dict[str, int] | None = None  # how many there are of each class, where they were asked for
 
 
 def predict(config: PredictConfig, out: str | Path) -> Predicted:
@@ -98,6 +103,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
         model, resize = load_model(config.model)
+        if config.objects is not None:
+            config.objects.check(model.class_names)
         device = choose_device(config.device)
         looker = Looker.of(model, resize, device, config.statistics, config.tiles, config.uncertainty)
         colours = panels.palette(len(model.class_names))
@@ -132,10 +139,15 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
             _note(place.folder / MADE, names[index], digest)
         if not unread:
             dataset.join_masks([place.folder / MASKS / name for name in names], place.folder / MASKS)
+        objects = None
+        if config.objects is not None:
+            named = zip(map(dataset.name, range(len(dataset))), names, strict=True)
+            masks = {name: place.folder / MASKS / mask for name, mask in named if name not in unread}
+            objects = write_objects(place, masks, model.class_names, config.objects)
         place.write_json(RECORD, {**_record(config), "finished": not unread, "unread": unread})
         if unread:
             raise UserError(_say_unread(unread, len(dataset), place.folder))
-    return Predicted(place.folder, names, model.class_names)
+    return Predicted(place.folder, names, model.class_names, objects)
 
 
 def _drawn(config: PredictConfig, figures: torch.Tensor) -> dict[str, np.ndarray]:
