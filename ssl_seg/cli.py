@@ -191,6 +191,12 @@ def predict_command(words: Words = None, out: Out = None, plugin: Plugins = None
 
     result = predict.predict(load(PredictConfig, values), _needed(out))
     print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+    if result.made:
+        rate = result.made / result.seconds
+        each = 1000 * result.looking / result.made
+        print_lines(
+            [f"{result.made} images: {each:.1f} ms each by the network, {rate:.1f} images/s with reading and writing"]
+        )
     if result.objects is not None:
         counts = ", ".join(f"{count} {name}" for name, count in result.objects.items())
         print_lines([f"objects ({counts}): {result.out / 'objects.csv'}"])

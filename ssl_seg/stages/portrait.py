@@ -78,7 +78,7 @@ def portrait(config: PortraitConfig, out: str | Path) -> tuple[Path, ...]:
     border = None if config.border is None else _class_id(config.border, "border", model.class_names)
     if border is not None and (border == subject or len(model.class_names) < 3):
         raise UserError(f"border: beside {config.border} the model needs a subject and a background; leave it out")
-    looker = Looker.of(model, resize, choose_device(config.device))
+    looker = Looker.of([(model, resize)], choose_device(config.device))
     value_range = range_of(read_model_info(config.model))
     written, without = [], []
     with watch_signals():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -174,6 +175,7 @@ class Bright(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(1))
+        self.encoder = SimpleNamespace(multiple=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         red = image[:, 0]
