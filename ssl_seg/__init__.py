@@ -28,6 +28,7 @@ _HOMES = {
     "stages.finetune": ("FinetuneConfig", "finetune"),
     "stages.fit": ("open_streams",),
     "stages.gap": ("GapConfig", "gap"),
+    "stages.portrait": ("PortraitConfig", "portrait"),
     "stages.predict": ("PredictConfig", "predict"),
     "stages.pretrain": ("PretrainConfig", "assemble", "pretrain"),
     "stages.probe": ("ProbeConfig", "ProbeRule", "probe"),

@@ -40,6 +40,15 @@ def predict_command(
 
     result = predict.predict(load(PredictConfig, values), folder)
     print_lines([f"{len(result.names)} masks: {result.out / 'masks'}"])
+    if result.made:
+        rate = result.made / result.seconds
+        each = 1000 * result.looking / result.made
+        print_lines(
+            [f"{result.made} images: {each:.1f} ms each by the network, {rate:.1f} images/s with reading and writing"]
+        )
+    if result.objects is not None:
+        counts = ", ".join(f"{count} {name}" for name, count in result.objects.items())
+        print_lines([f"objects ({counts}): {result.out / 'objects.csv'}"])
 
 
 @command(
@@ -65,6 +74,39 @@ def evaluate_command(
     config = load(EvaluateConfig, _as_the_model(values))
     result = evaluate.evaluate(config, out)
     print_lines(score_lines("test", result.scores, result.class_names, config.averages))
+
+
+@command(
+    commands,
+    "portrait",
+    "ssl-seg portrait runs/pets pets/cat.jpg --subject body --border border --out cat.png",
+    "ssl-seg portrait runs/pets a.jpg b.jpg blur=0.03 sharpen=0.5 --subject body --out portraits",
+)
+def portrait_command(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A fine-tuned run or its model/.")],
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE ...", help="Files; or keys, such as blur=0.03.")],
+    subject: Annotated[str, typer.Option("--subject", metavar="CLASS", help="The class that stays in focus.")],
+    border: Annotated[
+        str | None, typer.Option("--border", metavar="CLASS", help="A class that is its outline.")
+    ] = None,
+    style: Annotated[str | None, typer.Option("--style", help="soft, a lens's; or classic, two small kernels.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", parser=user_path, metavar="PATH", help="A .png, or a folder for them.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Draw an image with what lies behind its subject out of focus."""
+    place = needed(out)
+    named = [word for word in words if "=" not in word or user_path(word).is_file()]
+    rest = [word for word in words if word not in named]
+    said = {"model": model, "images": named, "subject": subject, "border": border, "style": style}
+    options = [Option(f"--{key}", key, value) for key, value in said.items() if value is not None]
+    values = read("portrait", rest, plugin, options)
+    from ssl_seg.stages import portrait
+    from ssl_seg.stages.portrait import PortraitConfig
+
+    for path in portrait.portrait(load(PortraitConfig, values), place):
+        print_lines([f"portrait: {path}"])
 
 
 @command(

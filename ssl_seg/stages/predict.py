@@ -1,6 +1,7 @@
 """Masks for images: class ids as PNG files, and the same in colour over the image for a person.
 
-Beside them, where they are asked for, grey pictures: the share of each class, and how unsure the network is of a pixel.
+Beside them, where they are asked for, grey pictures: the share of each class, and how unsure the network is of a pixel;
+and a table of objects.
 An image that is too large to be looked at whole is predicted in tiles.
 
 A folder of masks is made in one go or in several: an image that cannot be read, or not be predicted, is left out and
@@ -12,44 +13,52 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
-from torch import nn
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, PathText, UserError, known_to_0_1, user_path
+from ssl_seg.config import Config, PathTexts, UserError, known_to_0_1, user_path
 from ssl_seg.data.loading import Whole, pack
 from ssl_seg.data.splits import digest_of, names_of
 from ssl_seg.data.workers import TIMEOUT, collected
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
-from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.scoring import Statistics, check_memory, looks_at, memory_at_risk, predict_ids
+from ssl_seg.stages.looking import Looker, Views
+from ssl_seg.stages.objects import ObjectsField, write_objects
+from ssl_seg.stages.scoring import Statistics
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
-from ssl_seg.stages.tiles import Block, Tiles, in_tiles, of_norms
-from ssl_seg.stages.uncertainty import DropoutSampling, check_dropout, probabilities, sample
+from ssl_seg.stages.tiles import Block, Tiles
+from ssl_seg.stages.uncertainty import DropoutSampling, entropy, load_models
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import load_model, range_of, read_model_info
+from ssl_seg.weights.export import range_of, read_model_info
 
 RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
 MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
-ASKED = ("uncertainty", "statistics", "tiles")  # keys that change masks; noted where they are not as usual
-MASKS, OVERLAYS, UNCERTAINTY = "masks", "overlays", "uncertainty"  # folders
+ASKED = (
+    "uncertainty",
+    "statistics",
+    "tiles",
+    "views",
+    "threshold",
+)  # keys that change masks; noted where they are not as usual
+MASKS, OVERLAYS, UNCERTAINTY, ENTROPY = "masks", "overlays", "uncertainty", "entropy"  # folders
 LONGEST_CLASS = 80  # letters of a class in a folder's name: four bytes each at most
 LONGEST_NAME = 255  # bytes of a file's name on the usual disks
 SHOWN = 20  # lines about images that cannot be read: a screenful
+
+SINCE_0_1 = ("probabilities", "uncertainty", "entropy", "threshold", "statistics", "views", "objects", "tiles")
 
 
 class PredictData(Config):
@@ -59,23 +68,37 @@ class PredictData(Config):
 class PredictConfig(ReadingConfig):
     """`ssl-seg predict model=runs/a data.images.type=folder data.images.images=photos --out masks`"""
 
-    model: PathText  # a run folder or its model/
+    # A run folder or its model/. Of several, such as seeds of one fine-tuning, the mean of their shares decides.
+    model: PathTexts = Field(min_length=1)
     data: PredictData
     overlays: bool = True  # also write overlays/, colours laid over each image
     probabilities: bool = False  # also write probabilities/ID_CLASS/, each class's share: black is 0, white 1
     # Sample the network with its dropout on: the class is the mean's, and uncertainty/ has how far the samples differ,
     # 0 (black) to 1 (white). None: one prediction without dropout. As many times the time as there are samples.
     uncertainty: DropoutSampling | None = None
+    entropy: bool = False  # also write entropy/, that of the shares: black where it is sure, white where all are alike
+    # A class by its name and the share from 0 to 1 from which on it is taken, where masks are to find all of a rare one
+    # (below a half), or only what is sure (above). `thresholded` has the rule.
+    threshold: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     statistics: Statistics = "running"  # of batch norm, as for `evaluate`
+    views: Views = Views()  # mirrored and scaled images are looked at too, for as many times the time
+    # List every object of each class in objects.csv, and how many there are in objects.json; true takes the defaults.
+    objects: ObjectsField = None
     # Look at an image larger than a tile tile by tile. None: whole, and in tiles where the memory of a CPU may not do.
     tiles: Tiles | None = None
     workers: int = Field(default=2, ge=0)  # processes that read images
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
     device: DeviceName = "auto"  # auto: a GPU if there is one
 
+    @property
+    def wants_shares(self) -> bool:
+        """Whether more is written than the class of the largest."""
+        return self.probabilities or self.entropy or bool(self.threshold)
+
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("probabilities", "uncertainty", "statistics", "tiles"))
+        dumped = known_to_0_1(self, dump(self), since=SINCE_0_1)
+        return {**dumped, "model": _one_or_all(self.model)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,10 @@ class Predicted:
     out: Path
     names: tuple[str, ...]
     class_names: tuple[str, ...]
+    made: int  # images that this call has looked at; others had their masks
+    seconds: float  # for these, from first to last, with reading and writing
+    looking: float  # seconds of it that the network took
+    objects: dict[str, int] | None = None  # how many there are of each class, where they were asked for
 
 
 def predict(config: PredictConfig, out: str | Path) -> Predicted:
@@ -95,131 +122,116 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     masks, for images that cannot be read, or not be predicted; `config.Interrupted` after a signal.
     """
     check_images("data.images", config.data.images)
-    dataset = as_trained("images", config.data.images, range_of(read_model_info(config.model)))
+    ranges = [range_of(read_model_info(path)) for path in config.model]
+    if any(own != ranges[0] for own in ranges):
+        raise UserError("model: these were trained on images of different ranges; predict with one at a time")
+    dataset = as_trained("images", config.data.images, ranges[0])
     tell_notes({"images": dataset})
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
-        model, resize = load_model(config.model)
-        if config.uncertainty is not None:
-            check_dropout(model)
-        if config.tiles is not None and resize is not None:
-            raise UserError(f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key")
+        models = load_models(config.model, "model")
+        class_names = models[0][0].class_names
+        _check_classes(config, class_names)
         device = choose_device(config.device)
-        model = model.to(device)
-        asked = looks_at(model, config.statistics).of(model)
-        if config.tiles is not None and (told := of_norms(asked)):
-            say(f"tiles: of {config.tiles.size} pixels{told}")
-        colours = panels.palette(len(model.class_names))
+        looker = Looker.of(models, device, config.statistics, config.tiles, config.views, config.uncertainty)
+        colours = panels.palette(len(class_names))
         made = _made_before(place.folder / MADE)
         unread: dict[str, str] = {}
+        count, looking, started = 0, 0.0, time.perf_counter()
         whole = Whole(dataset, with_labels=False)
         one_by_one = [[index] for index in range(len(dataset))]  # images may differ in size
-        with evaluating(asked):
-            for (index,), packed in zip(one_by_one, collected(whole, one_by_one, config.reading, pack), strict=True):
-                if isinstance(packed, UserError):
-                    unread[dataset.name(index)] = str(packed)
-                    continue
-                original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
-                digest = digest_of(Example(original, None, ""))
-                written = _files(config, model.class_names, place.folder, names[index])
-                others = [path for kind, path in written.items() if kind != MASKS]
-                if made.get(names[index]) == digest and _is_whole(written[MASKS]) and all(map(Path.is_file, others)):
-                    continue
-                seen = original if resize is None else images.resize_image(original, resize)
-                size = original.shape[:2]
-                try:
-                    tiles = _tiles(config, asked, size, dataset.name(index)) if resize is None else None
-                    if tiles is None:
-                        if resize is not None:
-                            check_memory(asked, seen.shape[:2], "predicting", size)
-                        batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(device).float() / 255
-                        pictures = _look(config, asked, batch, size, dataset.name(index))
-                    else:
-                        by_tile = in_tiles(
-                            original,
-                            partial(_figures, config, asked, name=dataset.name(index)),
-                            tiles,
-                            model.encoder.multiple,
-                            device,
-                        )
-                        pictures = _joined(config, by_tile, size)
-                except UserError as error:  # too large for the memory, too small for the network: others may fit
-                    name = dataset.name(index)
-                    unread[name] = f"{images.show_path(name)}: {error}"
-                    continue
-                ids = pictures.pop(MASKS)
-                images.write_mask(written[MASKS], ids, colours)
-                if config.overlays:
-                    pictures[OVERLAYS] = panels.overlay(original, ids, colours)
-                for kind, path in written.items():
-                    if kind != MASKS:
-                        images.write_image(path, pictures[kind])
-                _note(place.folder / MADE, names[index], digest)
+        for (index,), packed in zip(one_by_one, collected(whole, one_by_one, config.reading, pack), strict=True):
+            if isinstance(packed, UserError):
+                unread[dataset.name(index)] = str(packed)
+                continue
+            original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+            digest = digest_of(Example(original, None, ""))
+            written = _files(config, class_names, place.folder, names[index])
+            others = [path for kind, path in written.items() if kind != MASKS]
+            if made.get(names[index]) == digest and _is_whole(written[MASKS]) and all(map(Path.is_file, others)):
+                continue
+            begun = time.perf_counter()
+            try:
+                blocks = looker.blocks(original, dataset.name(index), shares=config.wants_shares)
+                pictures = _joined(config, blocks, class_names, original.shape[:2])
+            except UserError as error:  # too large for the memory, too small for the network: others may fit
+                name = dataset.name(index)
+                unread[name] = f"{images.show_path(name)}: {error}"
+                continue
+            looking += time.perf_counter() - begun
+            count += 1
+            ids = pictures.pop(MASKS)
+            images.write_mask(written[MASKS], ids, colours)
+            if config.overlays:
+                pictures[OVERLAYS] = panels.overlay(original, ids, colours)
+            for kind, path in written.items():
+                if kind != MASKS:
+                    images.write_image(path, pictures[kind])
+            _note(place.folder / MADE, names[index], digest)
+        seconds = time.perf_counter() - started
         if not unread:
             dataset.join_masks([place.folder / MASKS / name for name in names], place.folder / MASKS)
+        objects = None
+        if config.objects is not None:
+            named = zip(map(dataset.name, range(len(dataset))), names, strict=True)
+            masks = {name: place.folder / MASKS / mask for name, mask in named if name not in unread}
+            objects = write_objects(place, masks, class_names, config.objects)
         place.write_json(RECORD, {**_record(config), "finished": not unread, "unread": unread})
         if unread:
             raise UserError(_say_unread(unread, len(dataset), place.folder))
-    return Predicted(place.folder, names, model.class_names)
+    return Predicted(place.folder, names, class_names, count, seconds, looking, objects)
 
 
-def _tiles(config: PredictConfig, asked: nn.Module, size: Sequence[int], name: str) -> Tiles | None:
-    """How an image of `size` (H, W) is cut; None where it is looked at whole, for which there is memory."""
-    if config.tiles is None and memory_at_risk(asked, size) is None:
-        return None
-    tiles = Tiles() if config.tiles is None else config.tiles
-    if max(size) <= tiles.size:
-        check_memory(asked, size, "predicting")
-        return None
-    if config.tiles is None:
-        say(
-            f"{images.show_path(name)}: {size[0]} x {size[1]} pixels may not fit into memory at once, and are looked "
-            f"at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(asked)}"
-        )
-    return tiles
+def thresholded(shares: torch.Tensor, threshold: Mapping[int, float]) -> torch.Tensor:
+    """Class ids `(H, W)` of shares `(K, H, W)`, by the least share of some classes.
+
+    A class is taken where its share reaches its threshold. Where several do, the one whose share is the largest
+    multiple of its threshold; of equal ones the first. Where none does, the largest share of the other classes decides,
+    and of all if each has a threshold.
+    """
+    named = sorted(threshold)
+    others = [number for number in range(len(shares)) if number not in threshold] or list(range(len(shares)))
+    least = torch.tensor([threshold[number] for number in named], device=shares.device)
+    multiple, taken = (shares[named] / least[:, None, None]).max(dim=0)
+    rest = torch.tensor(others, device=shares.device)[shares[others].argmax(dim=0)]
+    return torch.where(multiple >= 1, torch.tensor(named, device=shares.device)[taken], rest)
 
 
-def _look(
-    config: PredictConfig, asked: nn.Module, batch: torch.Tensor, size: Sequence[int], name: str
-) -> dict[str, np.ndarray]:
-    """Class ids of an image of `size` (H, W), and the grey pictures that are wanted: uint8 `(H, W)` by their folder."""
-    if config.uncertainty is None and not config.probabilities:
-        return {MASKS: predict_ids(asked, batch, size)[0].byte().cpu().numpy()}
-    return _drawn(config, _figures(config, asked, batch, name, size))
-
-
-def _figures(
-    config: PredictConfig, asked: nn.Module, batch: torch.Tensor, name: str, size: Sequence[int] | None = None
-) -> torch.Tensor:
-    """`(K, H, W)`, the share of each class in [0, 1], and last how far samples differ, where that is wanted."""
-    size = batch.shape[-2:] if size is None else size
-    if config.uncertainty is None:
-        return probabilities(asked, batch, size)[0]
-    sampled = sample(asked, batch, size, config.uncertainty, [name])
-    return torch.cat([sampled.mean[0], sampled.deviation])
-
-
-def _drawn(config: PredictConfig, figures: torch.Tensor) -> dict[str, np.ndarray]:
-    """The pictures of such figures, by the words of `_files`."""
+def _drawn(config: PredictConfig, class_names: Sequence[str], figures: torch.Tensor) -> dict[str, np.ndarray]:
+    """The pictures of figures as `Looker.blocks` has them, by the words of `_files`."""
     shares = figures if config.uncertainty is None else figures[:-1]
     grey = {} if config.uncertainty is None else {UNCERTAINTY: figures[-1]}
+    grey |= {ENTROPY: entropy(shares[None])[0]} if config.entropy else {}
     grey |= {str(number): share for number, share in enumerate(shares)} if config.probabilities else {}
     pictures = {kind: (255 * values).round().byte().cpu().numpy() for kind, values in grey.items()}
-    return {MASKS: shares.argmax(dim=0).byte().cpu().numpy(), **pictures}
+    threshold = {class_names.index(name): least for name, least in config.threshold.items()}
+    ids = thresholded(shares, threshold) if threshold else shares.argmax(dim=0)
+    return {MASKS: ids.byte().cpu().numpy(), **pictures}
 
 
-def _joined(config: PredictConfig, blocks: Iterable[Block], size: Sequence[int]) -> dict[str, np.ndarray]:
+def _joined(
+    config: PredictConfig, blocks: Iterable[Block], class_names: Sequence[str], size: Sequence[int]
+) -> dict[str, np.ndarray]:
     """The pictures of an image of `size` (H, W), of the blocks that it was looked at in."""
     pictures: dict[str, np.ndarray] = {}
     for block in blocks:
-        for kind, part in _drawn(config, block.values).items():
+        for kind, part in _drawn(config, class_names, block.values).items():
             whole = pictures.setdefault(kind, np.empty(tuple(size), dtype=np.uint8))
             whole[block.rows, block.columns] = part
     return pictures
 
 
+def _check_classes(config: PredictConfig, class_names: Sequence[str]) -> None:
+    """Raise UserError for classes that keys name and the model does not know."""
+    for name in config.threshold:
+        if name not in class_names:
+            raise UserError(f"threshold: the model knows no '{name}'; it tells {', '.join(class_names)} apart")
+    if config.objects is not None:
+        config.objects.check(class_names)
+
+
 def _files(config: PredictConfig, class_names: Sequence[str], folder: Path, name: str) -> dict[str, Path]:
-    """Where the pictures of one image are written, by the words of `_look`."""
+    """Where the pictures of one image are written, by the words of `_drawn`."""
     kinds = {MASKS: MASKS}
     if config.overlays:
         kinds[OVERLAYS] = OVERLAYS
@@ -228,6 +240,8 @@ def _files(config: PredictConfig, class_names: Sequence[str], folder: Path, name
         kinds |= {str(number): f"probabilities/{number}_{own}" for number, own in enumerate(plain)}
     if config.uncertainty is not None:
         kinds[UNCERTAINTY] = UNCERTAINTY
+    if config.entropy:
+        kinds[ENTROPY] = ENTROPY
     return {kind: folder / place / name for kind, place in kinds.items()}
 
 
@@ -246,14 +260,19 @@ def _opened(config: PredictConfig, out: Path) -> Iterator[Records]:
 
 def _record(config: PredictConfig) -> dict[str, Any]:
     """What the masks come from."""
-    info = read_model_info(config.model)
+    infos = [read_model_info(path) for path in config.model]
     return {
-        "classes": info["class_names"],
-        "model": config.model,
-        "sha256": info.get("sha256"),
-        "resize": info.get("resize"),
+        "classes": infos[0]["class_names"],
+        "model": _one_or_all(config.model),
+        "sha256": _one_or_all([info.get("sha256") for info in infos]),
+        "resize": _one_or_all([info.get("resize") for info in infos]),
         **{key: value for key, value in config.dump().items() if key in ASKED},
     }
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """What the record has of models: of a single one no list."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 def _check_continues(place: Records, record: Mapping[str, Any]) -> None:

@@ -48,13 +48,13 @@ class Foreseen(NamedTuple):
 # ---- of whole images, by several models ----
 
 
-def load_models(paths: Sequence[PathText]) -> list[Model]:
-    """Those of fine-tuned runs. Raises UserError where they do not tell the same classes apart."""
+def load_models(paths: Sequence[PathText], key: str = "init") -> list[Model]:
+    """Those of fine-tuned runs, named by `key`. Raises UserError where they do not tell the same classes apart."""
     models = [load_model(path) for path in paths]
     for path, (model, _) in zip(paths, models, strict=True):
         if model.class_names != models[0][0].class_names:
             raise UserError(
-                f"init: {path} tells {', '.join(model.class_names)} apart, and {paths[0]} "
+                f"{key}: {path} tells {', '.join(model.class_names)} apart, and {paths[0]} "
                 f"{', '.join(models[0][0].class_names)}; name seeds of one fine-tuning"
             )
     return models
@@ -71,9 +71,9 @@ def foresee(models: Sequence[Model], examples: Examples, workers: Workers, devic
         image = packed.to(device).image
         each = torch.cat([_of_whole(model, image, resize) for model, resize in models])  # (M, K, H, W)
         mean = each.mean(dim=0, keepdim=True)
-        entropy = _entropy(mean).mean().item()
+        own = entropy(mean).mean().item()
         shares = torch.bincount(mean.argmax(dim=1).flatten(), minlength=len(class_names)) / mean[0, 0].numel()
-        rows.append((entropy, entropy - _entropy(each).mean().item(), shares.cpu().numpy()))
+        rows.append((own, own - entropy(each).mean().item(), shares.cpu().numpy()))
     uncertain, differ, shares = (np.array(column) for column in zip(*rows, strict=True))
     return Foreseen(class_names, uncertain, differ.clip(0) if len(models) > 1 else None, shares)
 
@@ -85,7 +85,7 @@ def _of_whole(model: SegmentationModel, image: Tensor, resize: Size | None) -> T
         return probabilities(model, seen, image.shape[-2:])
 
 
-def _entropy(shares: Tensor) -> Tensor:
+def entropy(shares: Tensor) -> Tensor:
     """`(M, K, H, W)` to `(M, H, W)`, as a share of the largest that there can be."""
     return torch.special.entr(shares).sum(dim=1) / math.log(shares.shape[1])
 

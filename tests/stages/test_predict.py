@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
 from torch import nn
 
 from ssl_seg import cli, images
 from ssl_seg.config import UserError, load
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
-from ssl_seg.stages.predict import PredictConfig, mask_names, predict
+from ssl_seg.stages.predict import PredictConfig, mask_names, predict, thresholded
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.uncertainty import DropoutSampling, sample
 from tests.faults import message_of
@@ -32,6 +37,7 @@ class Bright(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(1))
+        self.encoder = SimpleNamespace(multiple=1)
         self.seen = 0
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -43,7 +49,7 @@ class Bright(nn.Module):
 def model(monkeypatch: pytest.MonkeyPatch) -> Bright:
     made = Bright()
     info = {"class_names": ["dark", "bright"], "sha256": "1"}
-    monkeypatch.setattr("ssl_seg.stages.predict.load_model", lambda _: (made, None))
+    monkeypatch.setattr("ssl_seg.stages.uncertainty.load_model", lambda _: (made, None))
     monkeypatch.setattr("ssl_seg.stages.predict.read_model_info", lambda path: info | {"sha256": path})
     return made
 
@@ -78,7 +84,9 @@ def test_an_image_that_cannot_be_read_is_left_out_and_the_same_command_does_the_
     assert json.loads((out / "classes.json").read_text())["unread"].keys() == {CUT}
     kept = (out / "masks" / "a.png").stat().st_mtime_ns
     mend(photos)
-    assert len(predict(of(photos), out).names) == 3
+    done = predict(of(photos), out)
+    assert (len(done.names), done.made) == (3, 1)
+    assert 0 < done.looking <= done.seconds
     assert model.seen == 3, "each image once"
     assert (out / "masks" / "a.png").stat().st_mtime_ns == kept
     for name in ("a.png", CUT, "deep/c.png"):
@@ -147,7 +155,7 @@ class Dropping(Bright):
 @pytest.fixture
 def dropping(model: Bright, monkeypatch: pytest.MonkeyPatch) -> Dropping:
     made = Dropping().eval()
-    monkeypatch.setattr("ssl_seg.stages.predict.load_model", lambda _: (made, None))
+    monkeypatch.setattr("ssl_seg.stages.uncertainty.load_model", lambda _: (made, None))
     return made
 
 
@@ -257,6 +265,75 @@ def test_a_trained_network_with_dropout_predicts_by_the_command(
         once, twice = (images.read_mask(tmp_path / out / folder / "deep" / "c.png") for out in ("once", "twice"))
         np.testing.assert_array_equal(once, twice)
     assert once.max() > 0, "unsure of something"
+
+
+# ---- several models, thresholds, entropy ----
+
+
+@pytest.fixture
+def two(model: Bright, monkeypatch: pytest.MonkeyPatch) -> dict[str, Bright]:
+    """Two models of the same classes, of which the second is four times as sure of the contrary."""
+    made = {"a": Bright(), "b": Contrary()}
+    monkeypatch.setattr("ssl_seg.stages.uncertainty.load_model", lambda path: (made[path].eval(), None))
+    return made
+
+
+class Contrary(Bright):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return -4 * super().forward(image)
+
+
+def test_several_models_answer_by_the_mean_of_their_shares(two: dict[str, Bright], waves: Path, tmp_path: Path) -> None:
+    asked = load(PredictConfig, {**of(waves).dump(), "model": ["a", "b"], "probabilities": True, "entropy": True})
+    out = predict(asked, tmp_path / "out").out
+    image = torch.from_numpy(images.read_image(waves / "a.png")).permute(2, 0, 1)[None].float() / 255
+    mean = torch.stack([own(image).softmax(1)[0] for own in two.values()]).mean(0).detach().numpy()
+    np.testing.assert_array_equal(images.read_mask(out / "masks" / "a.png"), mean.argmax(0))
+    shown = images.read_mask(out / "probabilities" / "1_bright" / "a.png")
+    np.testing.assert_allclose(shown, 255 * mean[1], atol=0.51)
+    unsure = images.read_mask(out / "entropy" / "a.png")
+    np.testing.assert_allclose(unsure, 255 * stats.entropy(mean, axis=0, base=2), atol=0.51)
+    record = json.loads((out / "classes.json").read_text())
+    assert record["model"] == ["a", "b"]
+    assert record["sha256"] == ["a", "b"]
+
+
+def test_models_of_other_classes_and_samples_of_several_are_refused(
+    two: dict[str, Bright], waves: Path, tmp_path: Path
+) -> None:
+    values = {**of(waves).dump(), "model": ["a", "b"]}
+    sampled = load(PredictConfig, {**values, "uncertainty": {"samples": 2}})
+    assert "uncertainty: samples are of one model" in message_of(lambda: predict(sampled, tmp_path / "out"))
+    two["b"].class_names = ("dark", "light")
+    said = message_of(lambda: predict(load(PredictConfig, values), tmp_path / "other"))
+    assert said.startswith("model: b tells dark, light apart, and a dark, bright; name seeds")
+
+
+@settings(max_examples=30, deadline=None)
+@given(shares=arrays(np.float32, (4, 2, 3), elements=st.floats(0, 1, width=32)), named=st.sets(st.integers(0, 3)))
+def test_thresholds_by_their_rule(shares: np.ndarray, named: set[int]) -> None:
+    threshold = {number: 0.2 + 0.1 * number for number in sorted(named, reverse=True)}
+    if not threshold:
+        return
+    found = thresholded(torch.from_numpy(shares), threshold)
+    for place in np.ndindex(2, 3):
+        own = shares[(slice(None), *place)]
+        others = [number for number in range(4) if number not in threshold] or list(range(4))
+        rest = max(others, key=lambda number: (own[number], -number))
+        multiples = {number: own[number] / np.float32(least) for number, least in threshold.items()}
+        best = max(multiples, key=lambda number: (multiples[number], -number))
+        assert found[place].item() == (best if multiples[best] >= 1 else rest)
+
+
+def test_a_class_with_a_low_threshold_is_found_more_often(model: Bright, waves: Path, tmp_path: Path) -> None:
+    masks = {}
+    for least in (0.3, 0.5, 0.7):
+        asked = load(PredictConfig, {**of(waves).dump(), "threshold": {"bright": least}})
+        masks[least] = images.read_mask(predict(asked, tmp_path / str(least)).out / "masks" / "a.png").sum()
+    assert masks[0.3] > masks[0.5] > masks[0.7]
+    asked = load(PredictConfig, {**of(waves).dump(), "threshold": {"light": 0.5}})
+    assert "threshold: the model knows no 'light'" in message_of(lambda: predict(asked, tmp_path / "none"))
+    assert {"threshold", "views", "entropy"}.isdisjoint(of(waves).dump())
 
 
 class Named(Dataset):

@@ -19,7 +19,7 @@ from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.models import ModelConfig, SegmentationModel, evaluating
 from ssl_seg.norm.layers import SwitchNorm2d
 from ssl_seg.segment import Segment
-from ssl_seg.stages import predict as prediction
+from ssl_seg.stages import looking
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.predict import PredictConfig, predict
 from ssl_seg.stages.scoring import OneByOne
@@ -194,8 +194,8 @@ def test_an_image_that_may_not_fit_into_memory_is_looked_at_in_tiles(
     def risky(_: nn.Module, size: tuple[int, int], out: None = None) -> float | None:
         return 1e12 if max(size) > 100 else None
 
-    monkeypatch.setattr(prediction, "memory_at_risk", risky)
-    monkeypatch.setattr(prediction, "Tiles", lambda: Tiles(size=96, overlap=32))
+    monkeypatch.setattr(looking, "memory_at_risk", risky)
+    monkeypatch.setattr(looking, "Tiles", lambda: Tiles(size=96, overlap=32))
     predict(asked(trained), tmp_path / "foretold")
     said = capsys.readouterr().err
     assert "large.png: 150 x 220 pixels may not fit into memory at once, and are looked at in tiles of 96" in said

@@ -1,0 +1,178 @@
+"""What fine-tuned models say of one image, pixel by pixel: whole where there is memory for it, else tile by tile.
+
+`predict` and `portrait` write what is said here; how tiles are cut and joined is `tiles`', what samples with dropout
+differ by is `uncertainty`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_seg import images
+from ssl_seg.config import Config, UserError
+from ssl_seg.images import Size
+from ssl_seg.models import evaluating
+from ssl_seg.stages.scoring import (
+    PREDICTION,
+    SMALLER_IMAGES,
+    Statistics,
+    check_memory,
+    logits_at,
+    looks_at,
+    memory_at_risk,
+)
+from ssl_seg.stages.tiles import Block, Tiles, in_tiles, of_norms
+from ssl_seg.stages.uncertainty import DropoutSampling, Model, check_dropout, probabilities, sample
+from ssl_seg.terminal import say
+from ssl_seg.training.memory import enough_memory
+
+
+class Views(Config):
+    """In how many ways each image is looked at; the shares of all of them are averaged."""
+
+    flips: bool = False  # mirrored too, as `flips` of `evaluate`: twice the time
+    # Times the image's height and width. Small ones show more around a pixel, large ones small things; the time is that
+    # of as many pixels.
+    scales: tuple[Annotated[float, Field(ge=0.25, le=4)], ...] = Field(default=(1.0,), min_length=1)
+
+
+ONE_VIEW = Views()
+
+
+class Member(NamedTuple):
+    """A model as it is asked."""
+
+    asked: nn.Module
+    resize: Size | None  # the size that it wants images in
+
+
+@dataclass(frozen=True)
+class Looker:
+    """Models that are asked together: their mean shares are the answer."""
+
+    members: tuple[Member, ...]
+    multiple: int  # of all their strides
+    device: torch.device
+    tiles: Tiles | None  # None: whole, and in tiles where the memory of a CPU may not do
+    scales: tuple[float, ...]
+    sampling: DropoutSampling | None
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[Model],
+        device: torch.device,
+        statistics: Statistics = "running",
+        tiles: Tiles | None = None,
+        views: Views = ONE_VIEW,
+        sampling: DropoutSampling | None = None,
+    ) -> Self:
+        """Raises UserError where the models cannot be asked so."""
+        if sampling is not None and (len(models) > 1 or views != ONE_VIEW):
+            raise UserError("uncertainty: samples are of one model and one view; give entropy=true, or drop the others")
+        members = []
+        for model, resize in models:
+            if sampling is not None:
+                check_dropout(model)
+            if tiles is not None and resize is not None:
+                raise UserError(
+                    f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key"
+                )
+            model.to(device)
+            members.append(Member(looks_at(model, statistics, views.flips).of(model), resize))
+        if tiles is not None and (told := of_norms(members[0].asked)):
+            say(f"tiles: of {tiles.size} pixels{told}")
+        multiple = math.lcm(*(model.encoder.multiple for model, _ in models))
+        return cls(tuple(members), multiple, device, tiles, views.scales, sampling)
+
+    def blocks(self, image: np.ndarray, name: str, shares: bool = True) -> Iterator[Block]:
+        """Figures of an image `(H, W, 3)` uint8, block by block; together the blocks cover it, each pixel once.
+
+        A block's values are `(K, h, w)`, the share of each class in [0, 1], and last how far samples differ, where they
+        are asked for. Without `shares` they may be logits: the class is the largest of them all the same. Raises
+        UserError for an image that is too large for the memory, or too small for the network.
+        """
+        size = image.shape[:2]
+        tiles = None if any(member.resize for member in self.members) else self._tiles(size, name)
+        if tiles is not None:
+            look = partial(self._of_tile, name=name)
+            yield from in_tiles(image, look, tiles, self.multiple, self.device)
+            return
+        whole = slice(0, size[0]), slice(0, size[1])
+        figures = None
+        for member in self.members:
+            seen = image if member.resize is None else images.resize_image(image, member.resize)
+            if member.resize is not None:
+                check_memory(member.asked, self._largest(member.resize), "predicting", size)
+            batch = torch.from_numpy(seen).permute(2, 0, 1)[None].to(self.device).float() / 255
+            if not shares and self._is_plain:
+                yield Block(*whole, self._logits(member, batch, size))
+                return
+            own = self._figures(member, batch, name, size)
+            figures = own if figures is None else figures + own
+        assert figures is not None
+        yield Block(*whole, figures / len(self.members))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether one pass of one network is all."""
+        return len(self.members) == 1 and self.scales == (1.0,) and self.sampling is None
+
+    def _of_tile(self, tile: Tensor, name: str) -> Tensor:
+        """Figures of `(1, 3, h, w)`, by all models."""
+        all_of_them = [self._figures(member, tile, name, tile.shape[-2:]) for member in self.members]
+        return torch.stack(all_of_them).mean(dim=0)
+
+    def _logits(self, member: Member, batch: Tensor, size: Sequence[int]) -> Tensor:
+        height, width = batch.shape[-2:]
+        with evaluating(member.asked), enough_memory(PREDICTION.format(height, width), SMALLER_IMAGES, self.device):
+            return logits_at(member.asked, batch, size)[0]
+
+    def _figures(self, member: Member, batch: Tensor, name: str, size: Sequence[int]) -> Tensor:
+        """Those of `blocks` by one model, at `size` (H, W), for `(1, 3, h, w)` in [0, 1]."""
+        with evaluating(member.asked):
+            if self.sampling is not None:
+                sampled = sample(member.asked, batch, size, self.sampling, [name])
+                return torch.cat([sampled.mean[0], sampled.deviation])
+            by_scale = [probabilities(member.asked, _scaled(batch, scale), size)[0] for scale in self.scales]
+            return by_scale[0] if len(by_scale) == 1 else torch.stack(by_scale).mean(dim=0)
+
+    def _largest(self, size: Sequence[int]) -> tuple[int, int]:
+        """The size (H, W) of the largest view of an image of `size`."""
+        most = max(self.scales)
+        return round(most * size[0]), round(most * size[1])
+
+    def _tiles(self, size: Sequence[int], name: str) -> Tiles | None:
+        """How an image of `size` (H, W) is cut; None where it is looked at whole, for which there is memory."""
+        largest = self._largest(size)
+        at_risk = [member.asked for member in self.members if memory_at_risk(member.asked, largest) is not None]
+        if self.tiles is None and not at_risk:
+            return None
+        tiles = Tiles() if self.tiles is None else self.tiles
+        if max(size) <= tiles.size:
+            for asked in at_risk:
+                check_memory(asked, largest, "predicting")
+            return None
+        if self.tiles is None:
+            say(
+                f"{images.show_path(name)}: {size[0]} x {size[1]} pixels may not fit into memory at once, and are "
+                f"looked at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(at_risk[0])}"
+            )
+        return tiles
+
+
+def _scaled(batch: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return batch
+    size = [max(1, round(scale * side)) for side in batch.shape[-2:]]
+    return F.interpolate(batch, size=size, mode="bilinear", antialias=True)
