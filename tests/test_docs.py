@@ -28,7 +28,7 @@ from pretext.inpaint import Inpaint
 from pretext.jigsaw import Jigsaw
 from ssl_seg.cli import app
 from ssl_seg.cli.training import finetune_values, pretrain_values
-from ssl_seg.cli.using import evaluate_values, predict_values
+from ssl_seg.cli.using import evaluate_values, portrait_values, predict_values
 from ssl_seg.config import Config, Plugin, UserError, load, merge, names_file, read_words, use_plugin
 from ssl_seg.data.synth import EXTRAS
 from ssl_seg.datasets import Dataset
@@ -43,6 +43,7 @@ from ssl_seg.stages.draft import KINDS
 from ssl_seg.stages.evaluate import EvaluateConfig
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.gap import GapConfig
+from ssl_seg.stages.portrait import PortraitConfig
 from ssl_seg.stages.predict import PredictConfig
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.pseudo_label import PseudoLabelConfig
@@ -61,6 +62,7 @@ STAGES = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "portrait": PortraitConfig,
     "gap": GapConfig,
     "select": SelectConfig,
     "study": StudyConfig,
@@ -70,6 +72,9 @@ TYPED = {
     "finetune": lambda given: finetune_values(*(given[key] for key in ("words", "images", "masks", "classes", "init"))),
     "predict": lambda given: predict_values(given["words"]),
     "evaluate": lambda given: evaluate_values(given["words"], given["classes"]),
+    "portrait": lambda given: portrait_values(
+        *(given[key] for key in ("model", "words", "subject", "border", "style"))
+    ),
 }
 POOL = {"data": {"pool": {"type": "folder", "images": "photos"}}, "tasks": {"denoise": {}}}
 # A config key, and no file such as data.json.

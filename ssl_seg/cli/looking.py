@@ -24,6 +24,7 @@ CONFIGS = {  # of the stages whose keys are listed: where the class is
     "finetune": "finetune:FinetuneConfig",
     "evaluate": "evaluate:EvaluateConfig",
     "predict": "predict:PredictConfig",
+    "portrait": "portrait:PortraitConfig",
     "select": "select:SelectConfig",
     "probe": "probe:ProbeConfig",
     "gap": "gap:GapConfig",

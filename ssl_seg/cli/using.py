@@ -97,11 +97,7 @@ def portrait_command(
 ) -> None:
     """Draw an image with what lies behind its subject out of focus."""
     place = needed(out)
-    named = [word for word in words if "=" not in word or user_path(word).is_file()]
-    rest = [word for word in words if word not in named]
-    said = {"model": model, "images": named, "subject": subject, "border": border, "style": style}
-    options = [Option(f"--{key}", key, value) for key, value in said.items() if value is not None]
-    values = read("portrait", rest, plugin, options)
+    values = portrait_values(model, words, subject, border, style, plugin)
     from ssl_seg.stages import portrait
     from ssl_seg.stages.portrait import PortraitConfig
 
@@ -148,6 +144,22 @@ def evaluate_values(
         raise UserError("evaluate: name the folder of the images, then that of the masks, after the run")
     images, masks = paths or (None, None)
     return read("evaluate", rest, plugins, [*_model(run), *labelled_options("test", images, masks, classes)])
+
+
+def portrait_values(
+    model: str,
+    words: Sequence[str],
+    subject: str,
+    border: str | None = None,
+    style: str | None = None,
+    plugins: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What the words of `ssl-seg portrait` say."""
+    named = [word for word in words if "=" not in word or user_path(word).is_file()]
+    rest = [word for word in words if word not in named]
+    said = {"model": model, "images": named, "subject": subject, "border": border, "style": style}
+    options = [Option(f"--{key}", key, value) for key, value in said.items() if value is not None]
+    return read("portrait", rest, plugins, options)
 
 
 def _sorted(stage: str, words: Sequence[str] | None) -> tuple[str | None, list[str], list[str]]:

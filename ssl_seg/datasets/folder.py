@@ -511,7 +511,7 @@ def _say_missing(
         return f"{path}: masks in a lossy format have wrong ids along edges; make them anew as PNG"
     told = (
         f"{show_path(masks)}: no mask for {len(missing)} of the {len(matched.pairs)} images of {show_path(folder)} "
-        f"({some_names(missing)})"
+        f"({some_names(missing)}){'; it is named for images and for masks' if masks == folder else ''}"
     )
     called = _called_after(missing[0], matched.without_image)
     if takes_pattern and called is not None:

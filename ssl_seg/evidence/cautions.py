@@ -16,7 +16,9 @@ NAMED = 3  # images of a kind, or classes, in a sentence
 # below it too, wherever the prediction lies.
 HARDLY = 0.05
 LARGE = 0.05  # of all scored pixels: a class of this share that a network does not know makes its score say little
-REMEDY = "train longer, label more of it, or try segment.class_weights={balance: median, power: 0.5} or augment.rare=0.3"
+REMEDY = (
+    "train longer, label more of it, or try segment.class_weights={balance: median, power: 0.5} or augment.rare=0.3"
+)
 LEAKS = {  # what is to be said of scores by the word for their run's leaks.json
     "allowed": "trained on some of the scored images, which leaks.allow let pass",
     "cut": "trained on frames beside scored ones, at the cut that the run made itself",

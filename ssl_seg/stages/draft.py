@@ -89,7 +89,7 @@ def draft(
         raise UserError(f"{kind}: no kind of image that is known; write one of: {', '.join(KINDS)}")
     if checked is not None and checked.faults:
         more = f" (and {len(checked.faults) - 1} more)" if len(checked.faults) > 1 else ""
-        raise UserError(f"{checked.faults[0].text}{more}; ssl-seg check names all")
+        raise UserError(f"{next(iter(checked.faults)).text}{more}; ssl-seg check names all")
     own = KINDS[kind]
     part = None if checked is None else next(iter(checked.parts))
     size = None if part is None else _smallest(part)

@@ -47,14 +47,10 @@ class PortraitConfig(Config):
     style: Literal["soft", "classic"] = "soft"
     # disc: highlights become the round spots of an open lens. gaussian: no shapes at all.
     kernel: Literal["disc", "gaussian"] = "disc"
-    blur: float = Field(
-        default=0.02, gt=0, le=0.2
-    )  # radius of the widest: 12 pixels at 480 x 360, a face by a fast lens
+    blur: float = Field(default=0.02, gt=0, le=0.2)  # radius of the widest: 12 pixels at 480 x 360, as of a fast lens
     near: float = Field(default=0.3, ge=0, le=1)  # of it right behind the subject; with 0 a sharp rim remains about it
     reach: float = Field(default=0.3, gt=0, le=1)  # how far from the subject the blur is at its widest
-    edge: float = Field(
-        default=0.01, gt=0, le=0.1
-    )  # half of the matte's width: outlines are some pixels off (6 at 480 x 360)
+    edge: float = Field(default=0.01, gt=0, le=0.1)  # half of the matte's width: outlines are some pixels off
     sharpen: float = Field(default=0.0, ge=0, le=5)  # of an unsharp mask on the subject; 0 leaves its every bit
     device: DeviceName = "auto"
 

@@ -243,7 +243,7 @@ def without(values: dict[str, Any], *path: str) -> dict[str, Any]:
     return copied
 
 
-DRAWN = str(ROOT / "docs")  # some PNGs
+DRAWN = str(ROOT / "experiments" / "segnet_basic_squares")  # PNGs alone
 PRETRAIN = as_words(pretraining())
 PRETRAIN_WITHOUT_MODEL = as_words(without(pretraining(), "model"))
 FINETUNE = as_words(finetuning())
