@@ -1,7 +1,7 @@
 """The page docs/support.md and the table behind it: which networks of timm are encoders, and how.
 
-`python -m tests.support` looks at all of `NAMES` again, in some minutes, and writes both. `tests/models/test_support.py`
-holds a few rows, and slowly all of them, against the networks.
+`python -m tests.support` looks at all of `NAMES` again, in some minutes, and writes both.
+`tests/models/test_support.py` holds a few rows, and slowly all of them, against the networks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests import ROOT
 PAGE = ROOT / "docs" / "support.md"
 COMMAND = "python -m tests.support"
 # One or a few of each family of timm, the small ones; what is true of them is true of their larger sisters.
-NAMES = """
+LISTED = """
 resnet18 resnet50 resnext50_32x4d seresnet50 ecaresnet26t resnetrs50 resnetblur50 resnetv2_50 resnetv2_50x1_bit
 legacy_seresnet18 wide_resnet50_2 skresnet18 resnest14d res2net50_26w_4s res2next50 regnetx_002 regnety_002 regnetz_005
 densenet121 vgg11 vgg16_bn dla34 dpn68 hrnet_w18_small vovnet39a ese_vovnet19b_dw selecsls42 tresnet_m gcresnet33ts
@@ -42,21 +42,22 @@ vit_pe_core_tiny_patch16_384 vit_base_patch16_siglip_224 naflexvit_base_patch16_
 beit_base_patch16_224 beitv2_base_patch16_224 beit3_base_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224
 cait_xxs24_224 xcit_nano_12_p8_224 xcit_nano_12_p16_224 convit_tiny volo_d1_224 tnt_s_patch16_224 crossvit_tiny_240
 mixer_s16_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 gmixer_24_224
-""".split()
+"""
+NAMES = LISTED.split()
 
 HEAD = """# What goes together
 
 Which networks of timm are encoders, how, and with which decoders and norms. `ssl-seg models` prints this table,
 `ssl-seg models 'maxvit*'` looks at any of timm's networks that are called so, whether they are here or not.
 
-Written by `{command}` on {day}, with timm {timm}, torch {torch} and segmentation_models_pytorch {smp}: {count} of timm's
-networks, {families} of its files. {states}
+Written by `{command}` on {day}, with timm {timm}, torch {torch} and segmentation_models_pytorch {smp}:
+{count} of timm's networks, in {families} of its files. {states}
 
 - *maps*: channels at strides 2, 4, 8, 16 and 32; 0 where there is none.
 - *dilates*: to output stride 16, as `deeplabv3plus` wants it. The others take it with `encoder_stride: 32`.
-- *norms*: *all* where the encoder has batch norm, which every word of `model.norm` converts. *decoder's* where its norms
-  are others: they stay, the decoder's batch norm alone is converted, and `frozen` is refused in one line, as is any word
-  but `keep` with `fpn`, which has none.
+- *norms*: *all* where the encoder has batch norm, which every word of `model.norm` converts. *decoder's* where its
+  norms are others: they stay, the decoder's batch norm alone is converted, and `frozen` is refused in one line, as is
+  any word but `keep` with `fpn`, which has none.
 - *weights*: whether timm's registry has some of ImageNet, or else a tag of others; *package*: `pretrained: package`
   needs no hub. The sizes of timm's images do not matter, but for networks that see the image resized.
 
