@@ -75,6 +75,7 @@ weights.
 - A network that knows one size alone sees the image resized to it, and its maps are resized back: a large image loses
   detail, and one of another shape is distorted. `options: {img_size: 448}` gives it another size, where timm's
   constructor takes that.
+- A map that would have half a row at a multiple of 32: images are padded to multiples of 64.
 - Windows that divide an image of its own size alone: the image is resized to the nearest multiples of that.
 - Convolutions that pad nothing: the network sees a border of 32 pixels more, and its maps are cut to the image.
 

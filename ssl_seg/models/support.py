@@ -22,7 +22,7 @@ from ssl_seg.models.mobilenet_unet import MobilenetUnetDecoder
 from ssl_seg.models.r2unet import R2UnetDecoder
 from ssl_seg.models.smp import FPN, DeepLabV3Plus, Segformer, Unet, UnetPlusPlus, UPerNet
 from ssl_seg.models.timm import PACKAGED, Timm, family_of, names_like, tags_of
-from ssl_seg.models.timm_maps import HALVING, TOO_COARSE, Maps, Pyramid, nearest_power
+from ssl_seg.models.timm_maps import COARSEST, HALVING, TOO_COARSE, Maps, Pyramid, nearest_power
 from ssl_seg.norm.convert import has_batch_norm
 
 SHIPPED = Path(__file__).with_name("support.csv")
@@ -96,6 +96,8 @@ def adaptation(encoder: EncoderNet) -> str:
     assert isinstance(backbone, Maps), "an encoder of timm"
     sight = backbone.look.sight
     said = []
+    if sight.multiple > COARSEST:
+        said.append(f"sees the image padded to multiples of {sight.multiple}")
     if sight.patch > 1:
         said.append(f"sees the image at {sight.patch}/{nearest_power(sight.patch)} of its size")
     if sight.unit is not None:

@@ -215,15 +215,16 @@ class Maps(nn.Module):
         A part that gives maps has lost the list of the whole network, and writes a `_` for some dots in names. Where
         the whole network is inside, it lists them itself.
         """
-        spared = frozenset() if hasattr(self.network, "model") else _not_decayed(self.name)
+        spared = frozenset() if _whole_in(self.network) else _not_decayed(self.name)
         names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in spared]
         return {f"network.{name}" for name in names}
 
     def depths(self) -> dict[str, int]:
         """As timm groups the whole network's weights by layer: how deep each lies, 0 beside the image."""
-        inner = getattr(self.network, "model", None)
-        if inner is not None:
-            return {f"network.model.{name}": depth for name, depth in _depths(inner).items()}
+        inside = _whole_in(self.network)
+        if inside is not None:
+            place, inner = inside
+            return {f"network.{place}.{name}": depth for name, depth in _depths(inner).items()}
         with quiet(), torch.device("meta"):
             whole = timm.create_model(self.name, **self.options)
         of_whole = _depths(whole)
@@ -233,6 +234,12 @@ class Maps(nn.Module):
         names = [name for name, _ in self.network.named_parameters()]
         found = {name: _of_nearest(name, known) for name in names}
         return {f"network.{name}": depth for name, depth in found.items() if depth is not None}
+
+
+def _whole_in(network: nn.Module) -> tuple[str, nn.Module] | None:
+    """The whole network inside timm's that gives maps, and its name there; None where timm took it apart."""
+    whole = [(name, part) for name, part in network.named_children() if hasattr(part, "group_matcher")]
+    return whole[0] if whole else None
 
 
 def _of_nearest(name: str, known: Mapping[str, int]) -> int | None:
