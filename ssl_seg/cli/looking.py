@@ -310,3 +310,31 @@ def synth_command(
     extras = [extra for words in beside or [] for extra in words.split(",")]
     drawn = synth.synth(dataset, folder, extras, jobs, quiet)
     print_lines([f"{drawn.count} images and masks: {drawn.out} (look at {drawn.out / 'sheet.png'})"])
+
+
+@command(commands, "models", "ssl-seg models", "ssl-seg models 'convnext*'")
+def models_command(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(metavar="PATTERN", help="A name of timm, a part of one, or 'maxvit*'; all of docs/support.md."),
+    ] = None,
+    check_each: Annotated[
+        bool, typer.Option("--check", help="Build and run each, with every decoder: minutes.")
+    ] = False,
+) -> int:
+    """Tell which networks of timm are encoders, how they are adapted, and what goes with them.
+
+    Exits with 1 where --check finds one that does not do what its row says.
+    """
+    from ssl_seg.models import support
+    from ssl_seg.reports.console import print_support
+
+    rows = support.shipped() if pattern is None else [support.support_of(name) for name in support.matching(pattern)]
+    print_support(rows)
+    if not check_each:
+        return 0
+    from ssl_seg.testing.support import faults_of
+
+    found = {row.encoder: list(faults_of(row)) for row in rows}
+    print_lines([f"{name}: {'; '.join(faults) or 'does what its row says'}" for name, faults in found.items()])
+    return int(any(found.values()))

@@ -15,6 +15,7 @@ What differs from theirs, and why:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from ssl_seg.config import UserError
 from ssl_seg.models import Decoder, DecoderNet, Features, near_zero
-from ssl_seg.models.timm import Maps, MapShape, Timm
+from ssl_seg.models.timm import Timm
+from ssl_seg.models.timm_maps import Look, Maps, MapShape
 
 FAMILY = "mobilenetv2_"
 TAPPED = (1, 2, 3, 5)  # the stages whose first block widens the map and then halves it: Keras's blocks 1, 3, 6, 13
@@ -52,24 +54,21 @@ class MobilenetUnet(Timm):
             raise ValueError(f"'{name}' is no MobileNetV2; give {FAMILY}100 or another width, or encoder type timm")
         return name
 
-    def backbone_of(self, network: nn.Module, shapes: Sequence[MapShape], output_stride: int) -> ExpandedMaps:
-        return ExpandedMaps(network, shapes, self.name, self.options)
+    def backbone_of(self, network: nn.Module, look: Look, output_stride: int) -> ExpandedMaps:
+        return ExpandedMaps(network, look, self.name, self.options)
 
 
 class ExpandedMaps(Maps):
     """The maps of timm's MobileNetV2 from inside its blocks; its weights keep their names."""
 
-    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], name: str, options: dict[str, Any]) -> None:
+    def __init__(self, network: nn.Module, look: Look, name: str, options: dict[str, Any]) -> None:
         blocks = cast("Any", network).blocks
         widest = [blocks[stage][0].conv_pw.out_channels for stage in TAPPED]
         blocks[LAST] = blocks[LAST][:1]
         last = blocks[LAST][0]
         last.bn3 = nn.Identity()
-        tapped = [
-            MapShape(channels, shape.stride)
-            for channels, shape in zip([*widest, last.conv_pwl.out_channels], shapes, strict=True)
-        ]
-        super().__init__(network, tapped, name, options)
+        tapped = zip([*widest, last.conv_pwl.out_channels], look.strides, strict=True)
+        super().__init__(network, replace(look, shapes=tuple(MapShape(*shape) for shape in tapped)), name, options)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         network = cast("Any", self.network)

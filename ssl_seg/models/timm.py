@@ -1,21 +1,18 @@
-"""Encoders from timm: any of its networks that can give maps at strides 4, 8, 16 and 32, and plain vision transformers.
+"""Encoders from timm: any of its networks that gives maps from which five can be made.
 
-The only user of timm. Ours is what its `features_only` leaves open: always the same five maps (channels first, exactly
-side / stride, a map without channels where a network has no stride 2), any input size, a pyramid for transformers that
-have a single stride, and errors of one line (its own attempt at missing weights takes 46 s without a network).
+Ours is what its `features_only` leaves open: always the same five maps (channels first, exactly side / stride, a map
+without channels where a network has no stride 2), any input size, and errors of one line (its own attempt at missing
+weights takes 46 s without a network). How the five are made is in `timm_maps`; nothing else uses timm.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import ssl
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 from urllib.error import HTTPError, URLError
@@ -27,11 +24,8 @@ import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import Field, JsonValue, field_validator, model_validator
-from timm.layers.format import Format
-from timm.layers.norm import LayerNorm2d
-from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
@@ -39,12 +33,21 @@ from torch.nn.modules.module import (
 
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.models import Encoder, EncoderNet
+from ssl_seg.models.timm_maps import (
+    COARSEST,
+    HALVING,
+    Look,
+    Maps,
+    Pyramid,
+    Sight,
+    Size,
+    channels_first,
+    quiet,
+    sights,
+    sights_of,
+)
 from ssl_seg.tensor_files import names_tensor_file, read_tensors
 
-NUM_LEVELS = 5  # maps, at strides 2 to 32
-PLAIN_STRIDE = 16  # of a plain transformer's only map
-MULTIPLE = 32  # the coarsest stride: every map is then exactly side / stride; attention windows are padded inside
-PROBE_SIZE = (64, 96)  # small, and not square, so that a swap of height and width shows
 WRAPPERS = ("module.", "_orig_mod.", "backbone.")  # DistributedDataParallel's, torch.compile's, DINO's
 MAX_REASON = 300  # characters of what timm says: of a file that does not fit it names every tensor
 MOST_TENSORS = 10_000  # weights and buffers of a network; timm's largest have some 3,000
@@ -72,6 +75,7 @@ PACKAGED = {
         "models/efficientnet-lite0-57934424.pth",
     ),
 }
+INSTEAD = "take a resnet, convnext_tiny, swin_tiny_patch4_window7_224 or a plain vision transformer"
 # How timm's families are told to take any input size: plain transformers, windowed ones, and networks that always do.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 # What timm's constructors raise for an argument or a use they do not have.
@@ -125,7 +129,7 @@ class Timm(Encoder):
                 f"pretrained: {PACKAGE}: none has weights of {self.name}; there are those of: {', '.join(PACKAGED)}"
             )
         architecture, _, tag = self._full_name.partition(".")
-        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+        tags = tags_of(architecture)
         if tag and tag not in tags:
             raise ValueError(f"timm has no weights '{tag}' for {architecture}; it has: {', '.join(tags) or 'none'}")
         if self.pretrained is True and not timm.models.is_model_pretrained(self.name):
@@ -156,41 +160,53 @@ class Timm(Encoder):
         cfg = get_pretrained_cfg(self.name)
         return bool(cfg and cfg.fixed_input_size)
 
+    @property
+    def _own_size(self) -> Size | None:
+        """(H, W) of the images that the network is made for, as far as timm tells."""
+        given = self.options.get("img_size")
+        if isinstance(given, int):
+            return given, given
+        if isinstance(given, list) and len(given) == 2 and all(isinstance(side, int) for side in given):
+            return cast("Size", tuple(given))
+        cfg = get_pretrained_cfg(self.name)
+        return cast("Size", tuple(cfg.input_size[1:])) if cfg and cfg.input_size else None
+
     def build(self, output_stride: int = 32) -> EncoderNet:
         """The network with its five maps, at strides `min(s, output_stride)` for s in 2 to 32.
 
-        Raises UserError if timm's network cannot be dilated to `output_stride`, has no such maps, refuses an option, or
-        if its weights can be neither found nor fetched.
+        Raises UserError if timm's network cannot be dilated to `output_stride`, has no maps from which to make these,
+        refuses an option, or if its weights can be neither found nor fetched.
         """
-        network, shapes = self._create(output_stride)
-        backbone = self.backbone_of(network, shapes, output_stride)
-        strides = tuple(min(2**level, output_stride) for level in range(1, NUM_LEVELS + 1))
+        network, look = self._create(output_stride)
+        backbone = self.backbone_of(network, look, output_stride)
+        strides = tuple(min(stride, output_stride) for stride in HALVING)
         if backbone.strides != strides:
             found = f"has maps at strides {backbone.strides}, not {strides}"
-            if output_stride < 32:
+            if output_stride < COARSEST:
                 raise self._not_dilated(output_stride, found)
-            raise UserError(f"encoder {self.name}: {found}; choose another")
+            raise UserError(f"encoder {self.name}: {found}, nor any to make them of; {INSTEAD}")
         cfg = cast("dict[str, Any]", network.pretrained_cfg)  # to torch all attributes are tensors or modules
-        return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], MULTIPLE)
+        return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], look.sight.multiple)
 
-    def backbone_of(self, network: nn.Module, shapes: Sequence[MapShape], output_stride: int) -> Maps | Pyramid:
-        """What makes five maps of timm's network, whose own are of `shapes`; a family that taps others says which."""
-        if _is_plain(shapes):
-            return Pyramid(network, shapes[-1].channels, output_stride)
-        return Maps(network, shapes, self.name, self.options)
+    def backbone_of(self, network: nn.Module, look: Look, output_stride: int) -> Maps:
+        """What makes five maps of timm's network, as it was looked at; a family that taps others says which."""
+        maps = Maps(network, look, self.name, self.options)
+        strides = tuple(min(stride, output_stride) for stride in HALVING)
+        if maps.strides == strides or not Pyramid.fits(look, output_stride):
+            return maps
+        return Pyramid(network, look, self.name, self.options, output_stride)
 
-    def _create(self, output_stride: int) -> tuple[nn.Module, list[MapShape]]:
+    def _create(self, output_stride: int) -> tuple[nn.Module, Look]:
         weights = self._weights()
-        if output_stride == 32:
+        if output_stride == COARSEST:
             return self._attempt(weights)
         try:
             return self._attempt(weights, output_stride=output_stride)
         except UserError as error:
-            if output_stride == 16 and self._has_fixed_size:
-                # Plain transformers know no output stride, but their pyramid needs none to end at 16.
-                network, shapes = self._attempt(weights)
-                if _is_plain(shapes):
-                    return network, shapes
+            # A network that has nothing to dilate, as plain transformers, may be no coarser than that in any case.
+            network, look = self._attempt(weights)
+            if Pyramid.fits(look, output_stride):
+                return network, look
             raise self._not_dilated(output_stride, _one_line(error.__cause__ or error)) from error
 
     def _not_dilated(self, output_stride: int, reason: str) -> UserError:
@@ -199,19 +215,18 @@ class Timm(Encoder):
             f"convnext, or a decoder for stride 32 (unet, fpn, upernet; deeplabv3plus with encoder_stride: 32)"
         )
 
-    def _attempt(self, weights: dict[str, Any], **extra: Any) -> tuple[nn.Module, list[MapShape]]:
+    def _attempt(self, weights: dict[str, Any], **extra: Any) -> tuple[nn.Module, Look]:
         if self.drop_path:
             extra["drop_path_rate"] = self.drop_path
         arguments = {"features_only": True, **weights, **extra, **self.options}
         refusal: Exception | None = None
         refusals = (Exception,) if self.options else REFUSALS  # what timm makes of an option nobody can know
+        network = None
         for any_size in ANY_SIZE if self._has_fixed_size else ANY_SIZE[-1:]:
             try:
+                network = None  # of the last word, which is none, if at all
                 network = self._loaded(arguments | any_size)
-                shapes = _measure(network)
-                if self.options:
-                    _train_once(network)
-                return network, shapes
+                return network, self._looked_at(network, sights(network))
             except OSError as error:
                 raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
             except UserError:
@@ -224,18 +239,37 @@ class Timm(Encoder):
                 unknown = any_size and next(iter(any_size)) in str(error)
                 refusal = refusal or (None if unknown else error)
         assert refusal is not None, "the last attempt adds no word that could be unknown"
+        if network is not None and self._own_size is not None:
+            with suppress(*refusals):
+                return network, self._looked_at(network, sights_of(self._own_size))
         if self.options:
             keys = ", ".join(self.options)
             raise UserError(
                 f"model.encoder.options ({keys}): encoder {self.name}: timm refuses: {_one_line(refusal)}; mend or "
                 "remove them"
             ) from refusal
-        raise UserError(f"encoder {self.name}: timm refuses: {_one_line(refusal)}; choose another") from refusal
+        raise UserError(f"encoder {self.name}: timm refuses: {_one_line(refusal)}; {INSTEAD}") from refusal
+
+    def _looked_at(self, network: nn.Module, tried: Sequence[Sight]) -> Look:
+        """By the first sight under which it gives maps. Raises what it raises under the first of all."""
+        refusals = (Exception,) if self.options else REFUSALS
+        refusal: Exception | None = None
+        for sight in tried:
+            try:
+                look = Look.at(network, sight)
+                if self.options:
+                    _train_once(network, sight)
+            except refusals as error:
+                refusal = refusal or error
+            else:
+                return look
+        assert refusal is not None, "at least one is tried"
+        raise refusal
 
     def _loaded(self, arguments: dict[str, Any]) -> nn.Module:
         if self.options:
             self._sketch(arguments)
-        with _quiet():
+        with quiet():
             with _bounded():
                 network = timm.create_model(self._full_name, **arguments)
             file = self._local_file()
@@ -249,7 +283,7 @@ class Timm(Encoder):
         """Build the network without its numbers, which is quick: one that is too large is refused before it is made."""
         without = {key: value for key, value in arguments.items() if key not in LOADING}
         try:
-            with _quiet(), _bounded(), torch.device("meta"):
+            with quiet(), _bounded(), torch.device("meta"):
                 timm.create_model(self.name, **without)
         except _TooLargeError:
             raise
@@ -299,152 +333,30 @@ class Timm(Encoder):
         return {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
 
 
-class MapShape(NamedTuple):
-    channels: int
-    stride: int
+def tags_of(name: str) -> list[str]:
+    """Of the published weights that timm knows of a network; of a name with a tag, that one."""
+    architecture, _, tag = name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    return [own for own in tags if own == tag] if tag else tags
 
 
-class Maps(nn.Module):
-    """timm's maps as the contract wants them: one of stride 1 left out, a missing one of stride 2 without channels."""
-
-    def __init__(self, network: nn.Module, shapes: Sequence[MapShape], name: str, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.name = name  # timm's, of the whole network
-        self.options = options
-        kept = [shape for shape in shapes if shape.stride > 1]
-        self.network = network
-        self.num_skipped = len(shapes) - len(kept)
-        self.has_stride_2 = bool(kept) and kept[0].stride == 2
-        if not self.has_stride_2:
-            kept = [MapShape(0, 2), *kept]
-        self.channels = tuple(shape.channels for shape in kept)
-        self.strides = tuple(shape.stride for shape in kept)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        maps = _channels_first(self.network, image)[self.num_skipped :]
-        if self.has_stride_2:
-            return maps
-        return [_no_channels(maps[0], image), *maps]
-
-    def no_weight_decay(self) -> set[str]:
-        """As timm's networks have it: the names of weights that are not pulled towards 0.
-
-        A part that gives maps has lost the list of the whole network, and writes a `_` for some dots in names.
-        """
-        spared = _not_decayed(self.name)
-        names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in spared]
-        return {f"network.{name}" for name in names}
-
-    def depths(self) -> dict[str, int]:
-        """As timm groups the whole network's weights by layer: how deep each lies, 0 beside the image."""
-        with _quiet(), torch.device("meta"):
-            whole = timm.create_model(self.name, **self.options)
-        of_whole = _depths(whole)
-        # A norm that has been converted has weights of its own: they lie where those of its former did.
-        known = {name.rpartition(".")[0].replace(".", "_"): depth for name, depth in of_whole.items()}
-        known |= {name.replace(".", "_"): depth for name, depth in of_whole.items()}
-        names = [name for name, _ in self.network.named_parameters()]
-        found = {name: _of_nearest(name, known) for name in names}
-        return {f"network.{name}": depth for name, depth in found.items() if depth is not None}
+def family_of(name: str) -> str:
+    """The file of timm in which a network is."""
+    return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
 
 
-def _of_nearest(name: str, known: Mapping[str, int]) -> int | None:
-    """What is known of a weight or of the innermost part that holds it, by names with `_` for dots."""
-    while name and name.replace(".", "_") not in known:
-        name = name.rpartition(".")[0]
-    return known.get(name.replace(".", "_")) if name else None
+def names_like(pattern: str) -> list[str]:
+    """timm's networks: the one of this name, with or without a tag; else those that match or hold it."""
+    if timm.is_model(pattern):
+        return [pattern]
+    return timm.list_models(pattern if set("*?[") & set(pattern) else f"*{pattern}*")
 
 
-def _depths(network: nn.Module) -> dict[str, int]:
-    matcher = cast("Callable[..., Any]", network.group_matcher)
-    return group_parameters(network, matcher(coarse=False), reverse=True)
-
-
-@cache
-def _not_decayed(name: str) -> frozenset[str]:
-    """What timm's whole network lists, with `_` for dots; building one without weights takes as long as ten steps."""
-    with torch.device("meta"):
-        whole = timm.create_model(name)
-    return frozenset(own.replace(".", "_") for own in getattr(whole, "no_weight_decay", set)())
-
-
-class Pyramid(nn.Module):
-    """Five maps from the last map of a plain vision transformer of patch size 16, or 14.
-
-    The simple feature pyramid of Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV
-    2022: transposed convolutions up to strides 8 and 4, max pooling down to 32. Theirs has a branch of its own for each
-    stride; here stride 4 goes on from stride 8, so that a decoder which uses stride 4 alone still trains every weight.
-    """
-
-    def __init__(self, network: nn.Module, width: int, output_stride: int) -> None:
-        super().__init__()
-        self.network = network
-        self.channels = (0, width // 4, width // 2, width, width)
-        self.strides = (2, 4, 8, PLAIN_STRIDE, output_stride)
-        self.own_strides = (PLAIN_STRIDE,)
-        self.pooling = output_stride // 16
-        self.to_8 = nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
-        self.norm_8 = LayerNorm2d(width // 2)
-        self.to_4 = nn.ConvTranspose2d(width // 2, width // 4, kernel_size=2, stride=2)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        at_16 = _channels_first(self.network, image)[-1]
-        at_8 = self.norm_8(self.to_8(at_16))
-        at_4 = self.to_4(F.gelu(at_8))
-        last = F.max_pool2d(at_16, self.pooling) if self.pooling > 1 else at_16
-        return [_no_channels(at_16, image), at_4, at_8, at_16, last]
-
-    def depths(self) -> dict[str, int]:
-        """As timm groups the transformer's weights by layer, 0 beside the image; the pyramid is as deep as the last."""
-        inner = next(part for part in self.network.modules() if hasattr(part, "group_matcher"))
-        prefix = next(name for name, part in self.named_modules() if part is inner)
-        found = {f"{prefix}.{name}": depth for name, depth in _depths(inner).items()}
-        last = max(found.values())
-        return {name: found.get(name, last) for name, _ in self.named_parameters()}
-
-
-def _channels_first(network: nn.Module, image: Tensor) -> list[Tensor]:
-    maps = network(_fitted(image, network))
-    if getattr(network, "output_fmt", Format.NCHW) == Format.NHWC:
-        return [level.permute(0, 3, 1, 2) for level in maps]  # (B, h, w, C) -> (B, C, h, w)
-    return list(maps)
-
-
-def _fitted(image: Tensor, network: nn.Module) -> Tensor:
-    """Resized where patches are 14 pixels wide, as DINOv2's: so that each shows 16 of the image's."""
-    embedding = getattr(getattr(network, "model", None), "patch_embed", None)
-    sides = getattr(embedding, "patch_size", None) or PLAIN_STRIDE
-    patch = sides if isinstance(sides, int) else max(sides)  # xcit has a number
-    if patch & (patch - 1) == 0:
-        return image
-    size = [side // PLAIN_STRIDE * patch for side in image.shape[-2:]]
-    return F.interpolate(image, size=size, mode="bilinear", antialias=True)
-
-
-def _no_channels(like: Tensor, image: Tensor) -> Tensor:
-    # Of a map's own type: beside half-precision maps a float32 one would turn their concatenation into float32.
-    return like.new_empty(len(image), 0, image.shape[-2] // 2, image.shape[-1] // 2)
-
-
-def _measure(network: nn.Module) -> list[MapShape]:
-    """The maps of a small image: what networks say of themselves is not always so."""
-    network.eval()  # or the look would count in batch norm's running statistics
-    with torch.no_grad():
-        maps = _channels_first(network, torch.zeros(1, 3, *PROBE_SIZE))
-    network.train()
-    for level in maps:
-        sides = tuple(level.shape[-2:])
-        stride = PROBE_SIZE[0] // sides[0]
-        if tuple(side * stride for side in sides) != PROBE_SIZE:
-            raise ValueError(f"its map of {sides} for an image of {PROBE_SIZE} is at no whole stride")
-    return [MapShape(level.shape[1], PROBE_SIZE[0] // level.shape[2]) for level in maps]
-
-
-def _train_once(network: nn.Module) -> None:
+def _train_once(network: nn.Module, sight: Sight) -> None:
     """Learn from two small images: some options are only met in training, hours after the start of a study perhaps."""
     trial = copy.deepcopy(network)  # statistics of norms stay as they are, and so do torch's random numbers
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        _channels_first(trial, torch.rand(2, 3, *PROBE_SIZE))
+        channels_first(trial, sight.shown(torch.rand(2, 3, *sight.probe)))
 
 
 class _TooLargeError(ValueError):
@@ -480,10 +392,6 @@ def _largest_in(value: Any) -> int:
     if isinstance(value, list):
         return max(map(_largest_in, value), default=0)
     return value if isinstance(value, int) else 0
-
-
-def _is_plain(shapes: Sequence[MapShape]) -> bool:
-    return all(shape.stride == PLAIN_STRIDE for shape in shapes)
 
 
 def _answers(url: str) -> bool:
@@ -535,20 +443,6 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             own = own.partition(".")[2]
         named.setdefault(own, tensor)
     return named
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """timm warns past --quiet of tensors that it leaves over, such as a classifier: those that are missing count."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of names that timm has changed
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _require_all_loaded(network: nn.Module, again: nn.Module, file: Path) -> None:

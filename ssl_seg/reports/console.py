@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssl_seg.evidence.ledger import Ledger
     from ssl_seg.evidence.results import Study
     from ssl_seg.evidence.statistics import Interval
+    from ssl_seg.models.support import Support
     from ssl_seg.scores import Average, SegmentationScores
     from ssl_seg.stages.check import Checked
     from ssl_seg.stages.gap import Gaps
@@ -296,3 +297,26 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def print_support(rows: Sequence[Support]) -> None:
+    """A row an encoder of timm, and how many there are of each kind."""
+    from rich.table import Table
+
+    table = Table("encoder", "family", "M", "maps at 2 to 32", "dilates", "batch norm", "not", "weights", "")
+    for row in rows:
+        table.add_row(
+            row.encoder,
+            row.family,
+            row.parameters,
+            row.channels,
+            row.dilates,
+            row.batch_norm,
+            row.refused_by,
+            row.weights,
+            row.how if row.state == "adapted" else f"{row.state}{': ' * bool(row.how)}{row.how}",
+        )
+    _console().print(table)
+    counts = Counter(row.state for row in rows)
+    kinds = ", ".join(f"{count} {state}" for state, count in counts.items())
+    print_lines([f"{len(rows)} networks of timm: {kinds}; not: decoders that do not take its maps"])
