@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow test-lowest check format bench clean
 
 demo: $(READY)
-	$(BIN)/python experiments/demo/run.py --out runs/demo
+	$(BIN)/ssl-seg study demo --out runs/demo --jobs 2
 
 # Bytecode is kept whatever the shell says of it: else its processes compile all tests at each start, and every
 # command that a test starts compiles the package.
