@@ -102,7 +102,7 @@ class Segment(Task):
             return values
         try:
             off = float(values.get("cross_entropy", 1)) == 0
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return values  # no number: told of the key itself
         return {**values, "dice": 0.0} if off else values
 
@@ -124,6 +124,16 @@ class Segment(Task):
         if isinstance(given, tuple) and self.num_classes and len(given) != self.num_classes:
             raise ValueError(f"class_weights: {len(given)} numbers for {self.num_classes} classes; give one a class")
         return self
+
+    def as_begun(self, former: Mapping[str, Any]) -> Self:
+        """With the weight of Dice that a run was begun with, by its `segment`, unless one is given.
+
+        Its default was 0 before version 0.2, and a run goes on as it began.
+        """
+        own = former.get("dice")
+        if "dice" in self.model_fields_set or not isinstance(own, int | float):
+            return self
+        return self.model_copy(update={"dice": float(own)})
 
     @property
     def balances(self) -> bool:

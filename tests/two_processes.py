@@ -133,7 +133,8 @@ def taught(encode: str) -> dict[str, Any]:
     Beside the losses: the mixtures of the first batch, the gradients where the encoder learns, and the teacher.
     """
     values = {**joining(encode=encode, steps=4, batch_size=8, lr=LR, freeze_encoder=2), "model": MODEL}
-    values["segment"] = {"mix": "classmix"}
+    # Without Dice, of which AdamW makes whole steps where a gradient is next to nothing but rounding.
+    values["segment"] = {"mix": "classmix", "dice": 0}
     config, start = resolve(load(FinetuneConfig, values))
     processes = Processes(config.train)
     labelled = config.labels.choose(config.data.labelled)

@@ -43,7 +43,7 @@ from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.folder import WHOLE
-from ssl_seg.runs.writer import Run
+from ssl_seg.runs.writer import Run, former_config
 from ssl_seg.scores import Average, ImageConfusions, SegmentationScores, names_share
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
@@ -363,7 +363,10 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
     count = config.segment.num_classes or len(names)
     if count != len(names):
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
-    segment = load(Segment, {**config.segment.dump(), "num_classes": count})
+    former = {} if folder is None else (former_config(folder) or {})
+    begun = former.get(SEGMENT)
+    segment = config.segment.as_begun(begun if isinstance(begun, Mapping) else {})
+    segment = load(Segment, {**segment.dump(), "num_classes": count})
     return config.model_copy(update={"model": start.model, "segment": segment}), start
 
 

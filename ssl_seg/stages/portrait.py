@@ -44,7 +44,7 @@ class PortraitConfig(Config):
     images: PathTexts  # files
     subject: str  # the class that stays in focus
     border: str | None = None  # a class that is the subject's outline, as in the pets' trimaps
-    style: Literal["soft", "classic"] = "soft"
+    style: Literal["soft", "classic"] = "soft"  # a lens with its depth; or theirs, two small kernels
     # disc: highlights become the round spots of an open lens. gaussian: no shapes at all.
     kernel: Literal["disc", "gaussian"] = "disc"
     blur: float = Field(default=0.02, gt=0, le=0.2)  # radius of the widest: 12 pixels at 480 x 360, as of a fast lens

@@ -190,6 +190,17 @@ def _check_classes_of_starts(plan: Plan) -> None:
             )
 
 
+def _as_begun(out: Path) -> dict[str, Any]:
+    """The former default of Dice, where all cells that are there were made by it, as before version 0.2.
+
+    Else a study that goes on, or is extended, would train all of them again under other names.
+    """
+    records = [path for path in (out / CELLS).glob("*/run.json") if path.is_file()]
+    configs = [files.read_json(path).get("config") or {} for path in records]
+    weights = [(config.get(SEGMENT) or {}).get("dice") for config in configs]
+    return {SEGMENT: {"dice": 0.0}} if weights and not any(weights) else {}
+
+
 # ---- single runs ----
 
 
@@ -229,7 +240,7 @@ class _Maker:
         Else the arm from scratch would take the default, and the others what they start from. Not where its own weights
         came from: a pretraining that goes on from ImageNet makes no other arm start there.
         """
-        values = base(self.config.finetune, "finetune")
+        values = merge(_as_begun(self.out), base(self.config.finetune, "finetune"))
         model: Mapping[str, Any] = {}
         for arm in arms:
             start = arm.changes.get("init")

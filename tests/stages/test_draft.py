@@ -43,7 +43,7 @@ def test_a_draft_of_each_kind_is_right(kind: str) -> None:
     assert values["data"]["labelled"] == LABELLED
     assert "ssl-seg finetune 'a file.yaml' --out runs/first" in text.splitlines()[0]
     assert values["augment"].get("vertical", False) == (kind in ("microscopy", "aerial"))
-    assert ("class_weights" in values["segment"]) == (kind == "streets")
+    assert ("class_weights" in values.get("segment", {})) == (kind == "streets")
 
 
 def write(folder: Path, size: tuple[int, int], count: int = 5) -> None:

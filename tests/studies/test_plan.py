@@ -75,7 +75,7 @@ def test_a_start_with_labelled_images_learns_their_masks() -> None:
     assert made == [("finetune", "pretrained", seed, seed) for seed in range(3)]
     assert {cell.start for cell in plan.cells if cell.arm != "scratch"} == {cell.id for cell in plan.pretrainings}
     assert plan.baseline == "scratch"
-    other = values(pretrain={"drawn": drawn(segment={"dice": 1.0})}, arms=arms, grid={})
+    other = values(pretrain={"drawn": drawn(segment={"dice": 0.5})}, arms=arms, grid={})
     assert make_plan(load(StudyConfig, other), OUT).pretrainings[0].id != plan.pretrainings[0].id
 
 
