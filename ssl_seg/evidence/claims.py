@@ -310,9 +310,9 @@ def _exact_can_stand(gain: Gain, comparisons: int) -> bool:
 def _corrected(gains: Sequence[Gain]) -> str:
     """What of the gains and losses stands when all comparisons are corrected for their number."""
     compared = sum(gain.n >= MIN_PAIRS for gain in gains)
-    if compared == 1:
-        return ""
     told = sum(verdict(gain) in TOLD for gain in gains)
+    if compared == 1 or told == 0:
+        return ""
     left = sum(stand(gains))
     if told == 1:
         stands = "it stands" if left else "it does not stand"

@@ -208,6 +208,15 @@ def test_what_stands_is_told_by_the_p_of_the_table(tmp_path: Path) -> None:
     assert cells_of(section(page_of(tmp_path), "primary"), "four")[-2:] == ["0.008", "0.016"]
 
 
+def test_nothing_is_said_to_stand_where_nothing_was_told(tmp_path: Path) -> None:
+    primary = {"contrasts": {"four": "scratch", "joint": "scratch"}, "at": {}}
+    gains = {"four": [[0.02, -0.01, 0.0]], "joint": [[0.01, -0.01, 0.002]]}
+    write_study(tmp_path, gains, {"labels.count": [5]}, config={"primary": primary})
+    headline = answer(results.read(tmp_path)).headline
+    assert headline.count("No gain can be told") == 2
+    assert "Corrected" not in headline
+
+
 def test_what_was_named_and_has_no_pair_yet_is_told(tmp_path: Path) -> None:
     primary = {"contrasts": {"four": "scratch", "joint": "scratch"}, "at": {}}
     write_study(tmp_path, {"four": [GAIN], "joint": [GAIN]}, {"labels.count": [5]}, config={"primary": primary})
