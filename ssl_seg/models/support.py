@@ -1,6 +1,6 @@
 """Which networks of timm are encoders, how they are adapted, and which decoders and norms they go with.
 
-Everything is found by building a network without its numbers, on torch's device `meta`. What was found of some 120
+Everything is found by building a network without its numbers, on torch's device `meta`. What was found of some 150
 networks is kept in `support.csv`, which `python -m tests.support` writes.
 """
 

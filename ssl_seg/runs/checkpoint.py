@@ -110,10 +110,6 @@ def _find_damage(place: Path) -> Path | None:
 
 
 def _prune(folder: str | Path, step: int, keep: Collection[int]) -> None:
-    known = checkpoints_in(folder)
     # Those after `step` were damaged, or the run would have continued from them.
-    earlier = sorted(number for number in known if number <= step)
-    wanted = {step, *keep, *earlier[-NUM_NEWEST:]}
-    for number, place in known.items():
-        if number not in wanted:
-            files.discard(place)
+    earlier = sorted(number for number in checkpoints_in(folder) if number <= step)
+    keep_alone(folder, {step, *keep, *earlier[-NUM_NEWEST:]})

@@ -43,11 +43,11 @@ from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.folder import WHOLE
-from ssl_seg.runs.writer import Run, former_config
+from ssl_seg.runs.writer import Run
 from ssl_seg.scores import Average, ImageConfusions, SegmentationScores, names_share
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
-from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, keep_states, restore_best
+from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
 from ssl_seg.stages.setup import (
     SAME_FILES,
     Options,
@@ -289,7 +289,6 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         job.resume()
         trial.fit_in_memory(learner, quiet)
         steps = fit(job)
-        keep_states(job, steps)
         # No step is the best where no mask counted.
         selected = restore_best(job, steps) if config.select == "best" else steps
         if config.recalibrate:
@@ -363,8 +362,7 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
     count = config.segment.num_classes or len(names)
     if count != len(names):
         raise UserError(f"segment.num_classes: {count}, but data.labelled names {len(names)} classes; drop the key")
-    former = {} if folder is None else (former_config(folder) or {})
-    begun = former.get(SEGMENT)
+    begun = start.former.get(SEGMENT)
     segment = config.segment.as_begun(begun if isinstance(begun, Mapping) else {})
     segment = load(Segment, {**segment.dump(), "num_classes": count})
     return config.model_copy(update={"model": start.model, "segment": segment}), start

@@ -186,8 +186,7 @@ def fit(job: Job) -> int:
     if job.owed is not None:
         evaluate_and_log(job, last, job.owed)
     if should_stop(job):
-        job.note_cost(last)
-        return last  # stopped before, by its own rule
+        return end(job, last)  # stopped before, by its own rule
     save_every = config.save_every or max(LEAST_BETWEEN_SAVES, config.steps // SAVES_PER_RUN)
     streams = open_streams(job.sources, config, learner.processes, learner.module.tasks, job.start)
     if last == 0:
@@ -220,7 +219,16 @@ def fit(job: Job) -> int:
                 interrupt(job, last)
             if enough:
                 break
+    return end(job, last)
+
+
+def end(job: Job, last: int) -> int:
+    """Note what a run has cost whose last step, which is given back, is made, and which checkpoints outlive it."""
     job.note_cost(last)
+    wanted = job.learner.config.keep_state
+    if wanted != "all":
+        best = [job.progress.best_step] if job.score else []
+        job.run.keep_at_end([] if wanted == "none" else [last, *best])
     return last
 
 
@@ -247,14 +255,6 @@ def evaluators_at(job: Job, step: int) -> list[Evaluator]:
 def evaluate(job: Job, evaluators: Sequence[Evaluator], step: int) -> dict[str, float]:
     """The figures of some evaluators after `step`."""
     return {name: figure for evaluator in evaluators for name, figure in evaluator.measure(step).items()}
-
-
-def keep_states(job: Job, last: int) -> None:
-    """Say which checkpoints outlive the run, whose last step is `last`: by `train.keep_state`."""
-    wanted = job.learner.config.keep_state
-    if wanted != "all":
-        best = [job.progress.best_step] if job.score else []
-        job.run.keep_at_end([] if wanted == "none" else [last, *best])
 
 
 def restore_best(job: Job, steps: int) -> int:

@@ -7,7 +7,7 @@ differ by is `uncertainty`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple, Self
@@ -169,6 +169,13 @@ class Looker:
                 f"looked at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(at_risk[0])}"
             )
         return tiles
+
+
+def check_known(key: str, names: Iterable[str], class_names: Sequence[str]) -> None:
+    """Raise UserError for classes that a key names and the model does not know."""
+    for name in names:
+        if name not in class_names:
+            raise UserError(f"{key}: the model knows no '{name}'; it tells {', '.join(class_names)} apart")
 
 
 def _scaled(batch: Tensor, scale: float) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field
 
 from ssl_seg import files, images
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config
 from ssl_seg.runs.folder import Records
 
 TABLE = "objects.csv"  # a row an object
@@ -31,14 +31,6 @@ class Objects(Config):
     neighbours: Literal[8, 4] = 8  # whether pixels that touch at a corner hang together: by 4 a thin line falls apart
     classes: tuple[str, ...] = ()  # those that are listed; none: all, the background too
 
-    def check(self, class_names: Sequence[str]) -> None:
-        """Raise UserError for classes that the model does not know."""
-        for name in self.classes:
-            if name not in class_names:
-                raise UserError(
-                    f"objects.classes: the model knows no '{name}'; it tells {', '.join(class_names)} apart"
-                )
-
 
 def _true_is_all(value: Any) -> Any:
     return {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
@@ -52,9 +44,8 @@ class Found(NamedTuple):
 
     image: str
     of_class: str
-    number: (
-        int  # of the class in the image, from 1 on: from top to bottom, then from left to right, by the boxes' corners
-    )
+    # Of the class in the image, from 1 on: from top to bottom, then from left to right, by the boxes' corners.
+    number: int
     area: int  # pixels
     x0: int
     y0: int

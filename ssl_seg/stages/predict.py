@@ -34,7 +34,7 @@ from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.looking import Looker, Views
+from ssl_seg.stages.looking import Looker, Views, check_known
 from ssl_seg.stages.objects import ObjectsField, write_objects
 from ssl_seg.stages.scoring import Statistics
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
@@ -131,7 +131,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     with watch_signals(), _opened(config, user_path(out)) as place:
         models = load_models(config.model, "model")
         class_names = models[0][0].class_names
-        _check_classes(config, class_names)
+        check_known("threshold", config.threshold, class_names)
+        check_known("objects.classes", config.objects.classes if config.objects else (), class_names)
         device = choose_device(config.device)
         looker = Looker.of(models, device, config.statistics, config.tiles, config.views, config.uncertainty)
         colours = panels.palette(len(class_names))
@@ -219,15 +220,6 @@ def _joined(
             whole = pictures.setdefault(kind, np.empty(tuple(size), dtype=np.uint8))
             whole[block.rows, block.columns] = part
     return pictures
-
-
-def _check_classes(config: PredictConfig, class_names: Sequence[str]) -> None:
-    """Raise UserError for classes that keys name and the model does not know."""
-    for name in config.threshold:
-        if name not in class_names:
-            raise UserError(f"threshold: the model knows no '{name}'; it tells {', '.join(class_names)} apart")
-    if config.objects is not None:
-        config.objects.check(class_names)
 
 
 def _files(config: PredictConfig, class_names: Sequence[str], folder: Path, name: str) -> dict[str, Path]:

@@ -28,7 +28,7 @@ from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import ModelConfig
 from ssl_seg.runs.writer import Run
 from ssl_seg.stages import panels, scoring, trial
-from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, keep_states, restore_best
+from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
 from ssl_seg.stages.probe import FIGURE, ProbeRule, Watch, choose_labelled
 from ssl_seg.stages.setup import (
     Options,
@@ -207,7 +207,6 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
         job.resume()
         trial.fit_in_memory(learner, quiet)
         steps = fit(job)
-        keep_states(job, steps)
         selected = restore_best(job, steps) if config.select == "probe" else steps
         # The last step has been evaluated, unless a former start made it.
         scores = latest if latest and selected == steps else score()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +49,7 @@ class Start:
     loaded_norm: Kind  # the norm that the weights of `init` fit; `model.norm` where nothing is loaded from there
     exported_norm: Kind  # the norm that `init` was trained with
     exported_range: Range | None = None  # the values that were black and white there, in images of more than 8 bits
+    former: Mapping[str, Any] = field(default_factory=dict)  # the config of the run that is gone on with; else empty
 
 
 def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
@@ -72,7 +73,7 @@ def find_start(config: StageConfig, folder: str | Path | None = None) -> Start:
         model = given
     if resumes or config.init is None:
         kind = "checkpoint" if resumes else "published" if getattr(model.encoder, "pretrained", False) else "random"
-        return Start(kind, model, model.norm, model.norm)
+        return Start(kind, model, model.norm, model.norm, former=former or {})
     # Weights of another origin are taken for the architecture's own.
     norm = "keep" if exported is None else exported.norm
     return Start("init", model, loads_as(norm, model.norm), norm, range_of(info))
