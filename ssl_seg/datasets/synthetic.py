@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Self
 
+import numpy as np
 from pydantic import AfterValidator, Field, PositiveInt, SerializeAsAny, model_validator
 
 from ssl_seg import rng
@@ -11,6 +14,11 @@ from ssl_seg.datasets import Dataset, Example
 from ssl_seg.images import check_size
 from ssl_seg.worlds import Scene, World
 from ssl_seg.worlds.squares import Squares
+
+# A run reads an image several times (leaks, training, scores, panels), and a street of this size takes 30 ms to draw:
+# these are kept, 80 MB in each process at most. Larger ones would take more memory than they are worth.
+SMALL = 40_000  # pixels
+KEPT = 512  # images
 
 Side = Annotated[int, Field(ge=2)]  # pixels; the smallest picture that has room for a box
 
@@ -47,8 +55,12 @@ class Synthetic(Dataset):
         return self.kind.draw(key, self.size, frame)
 
     def read(self, index: int) -> Example:
-        scene = self.scene(index)
-        return Example(scene.image, scene.label, self.name(index))
+        if self.size[0] * self.size[1] > SMALL:
+            scene = self.scene(index)
+            return Example(scene.image, scene.label, self.name(index))
+        image, label = _kept(_Drawing(self.model_dump_json(), index, self))
+        # Copies, since a reader may write into what it is given.
+        return Example(image.copy(), label.copy(), self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self.kind.type}_{range(self.count)[index]:06d}"
@@ -56,3 +68,18 @@ class Synthetic(Dataset):
     def sequence(self, index: int) -> str:
         """The scene, where several frames show one."""
         return f"{self.kind.type}_{range(self.count)[index] // self.clip:06d}" if self.clip > 1 else ""
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Which picture: known by the data set's words, for a world of somebody's own may have fields without a hash."""
+
+    words: str
+    index: int
+    dataset: Synthetic = field(compare=False)
+
+
+@lru_cache(maxsize=KEPT)
+def _kept(drawing: _Drawing) -> tuple[np.ndarray, np.ndarray]:
+    scene = drawing.dataset.scene(drawing.index)
+    return scene.image, scene.label

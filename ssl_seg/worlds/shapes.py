@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
-import cv2
 import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_seg import rng
 from ssl_seg.worlds import Scene, World
-from ssl_seg.worlds.drawing import Dice, noise
+from ssl_seg.worlds.drawing import (
+    SINE,
+    SUBPIXEL,
+    TURN,
+    UNIT,
+    Dice,
+    blurred,
+    box,
+    direction,
+    filled,
+    noise,
+    noisy,
+    polar,
+    window,
+)
 
 Cue = Literal["colour", "texture", "shape", "layout"]
 
@@ -34,21 +46,12 @@ COLOURS = {
 }
 TEXTURES = ("plain", "striped", "checked", "dotted", "zigzag", "speckled", "netted", "marbled")
 
-TURN = 1024  # steps of a full turn
-ONE = 1 << 14  # the sine table's 1
-# No value lies near a half, so every machine's `sin` is rounded to the same integers.
-SINE = np.array([round(ONE * math.sin(2 * math.pi * step / TURN)) for step in range(TURN)], dtype=np.int32)
-UNIT = 1024  # an outline's radius
-SUBPIXEL = 4  # fractional bits of outlines and texture coordinates, in pixels
-
 NEAREST, FARTHEST, WALL = 2000, 6000, 8000  # depths in mm
 FOCUS = 540  # an object 1 mm away would have this many short sides for a radius: 0.07 to 0.3 of it at its depths
 CANDIDATES = 4  # places looked at for an object; the one farthest from the others is taken (Mitchell, SIGGRAPH 1991)
 CONTRAST = 80  # of 256: how far a texture brightens and darkens its colour
 SHADE = 40  # of 256: how far the side towards the lamp is lighter than the middle
 SHADOW = 150  # of 256: what is left of the light where a shadow falls
-BYTES = 4  # random bytes summed for one value of sensor noise: nearly a normal, and never above 3.5 deviations
-DEVIATION = math.sqrt(BYTES * (256**2 - 1) / 12)  # of that sum
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,15 @@ class Shapes(World):
             mask = silhouette(thing)
             if self.shadow:
                 _cast(image, mask, thing, lamp)
-            here, inside = _window(mask, thing.row, thing.column, size)
+            here, inside = window(mask, thing.row, thing.column, size)
             seen = mask[inside] > 0
             np.copyto(image[here], _surface(thing, lamp, size)[inside], where=seen[..., None])
             label[here][seen] = thing.kind + 1
             instances[here][seen] = number
             depth[here][seen] = thing.depth
         image = _lit(image, rng.fold_in(key, "light"), lamp, self.light)
-        image = _blurred(image, self.blur)
-        return Scene(_noisy(image, rng.fold_in(key, "noise"), self.noise), label, depth, instances)
+        image = blurred(image, self.blur)
+        return Scene(noisy(image, rng.fold_in(key, "noise"), self.noise), label, depth, instances)
 
     def things(self, key: Tensor, size: tuple[int, int]) -> list[Thing]:
         """The scene's objects, the farthest first."""
@@ -220,50 +223,28 @@ def _gap(row: int, column: int, radius: int, other: Thing) -> int:
     return squared * 1024 // (radius + other.radius) ** 2
 
 
-Window = tuple[slice, slice]
-
-
-def _window(patch: np.ndarray, row: int, column: int, size: tuple[int, int]) -> tuple[Window, Window]:
-    """Where a patch around a centre lies in the picture, and which part of the patch that is."""
-    here, inside = [], []
-    for centre, length, side in zip((row, column), patch.shape, size, strict=True):
-        start = centre - length // 2
-        low, high = max(0, start), max(0, min(side, start + length))
-        here.append(slice(low, max(low, high)))
-        inside.append(slice(low - start, max(low, high) - start))
-    return tuple(here), tuple(inside)
-
-
 # ---- outlines ----
 
 
 def silhouette(thing: Thing) -> np.ndarray:
     """An object's outline filled with 255, `(2 * radius + 3,) * 2` uint8 around its centre, whole and unhidden."""
-    side = 2 * thing.radius + 3
-    cos, sin = _direction(thing.turn)
-    contours = []
-    for outline in _outlines(SHAPES[thing.shape], Dice(rng.fold_in(thing.key, "outline"))):
-        x, y = np.array(outline, dtype=np.int64).T
-        turned = np.stack([x * cos - y * sin, x * sin + y * cos], axis=-1)
-        pixels = (turned * thing.radius << SUBPIXEL) // (ONE * UNIT) + (side // 2 << SUBPIXEL)
-        contours.append(pixels.astype(np.int32))
-    mask = np.zeros((side, side), dtype=np.uint8)
-    return cv2.fillPoly(mask, contours, 255, shift=SUBPIXEL)
+    outlines = _outlines(SHAPES[thing.shape], Dice(rng.fold_in(thing.key, "outline")))
+    return filled(outlines, thing.radius, thing.turn)
 
 
 def _outlines(shape: str, dice: Dice) -> list[list[tuple[int, int]]]:
     """Corners in 1/1024 of the radius; a second contour is a hole."""
     if shape == "disc":
-        return [_polar([900] * 64)]
+        return [polar([900] * 64)]
     if shape == "ring":
-        return [_polar([960] * 64), _polar([dice.roll(480, 600)] * 64)]
+        return [polar([960] * 64), polar([dice.roll(480, 600)] * 64)]
     if shape == "triangle":
-        return [_polar([1024] * 3)]
+        return [polar([1024] * 3)]
     if shape == "rectangle":
         half = dice.roll(420, 560)
         return [[(-880, -half), (880, -half), (880, half), (-880, half)]]
     if shape == "star":
-        return [_polar([1024, dice.roll(400, 480)] * 5)]
+        return [polar([1024, dice.roll(400, 480)] * 5)]
     if shape == "cross":
         arm = dice.roll(230, 300)
         quarter = [(arm, 980), (arm, arm), (980, arm)]
@@ -274,24 +255,10 @@ def _outlines(shape: str, dice: Dice) -> list[list[tuple[int, int]]]:
         return [corners]
     if shape == "ellipse":
         half = dice.roll(420, 560)
-        return [[(x, y * half // UNIT) for x, y in _polar([1024] * 64)]]
+        return [[(x, y * half // UNIT) for x, y in polar([1024] * 64)]]
     lobes, phase = dice.roll(3, 6), dice.roll(0, TURN)
     waves = [int(SINE[(step * lobes * TURN // 64 + phase) % TURN]) for step in range(64)]
-    return [_polar([780 + (wave * 240 >> 14) for wave in waves])]
-
-
-def _polar(radii: Sequence[int]) -> list[tuple[int, int]]:
-    """Corners at equal angles around the centre."""
-    corners = []
-    for number, radius in enumerate(radii):
-        cos, sin = _direction(number * TURN // len(radii))
-        corners.append((radius * cos >> 14, radius * sin >> 14))
-    return corners
-
-
-def _direction(turn: int) -> tuple[int, int]:
-    """Cosine and sine of an angle, of 2^14."""
-    return int(SINE[(turn + TURN // 4) % TURN]), int(SINE[turn % TURN])
+    return [polar([780 + (wave * 240 >> 14) for wave in waves])]
 
 
 # ---- colour and texture ----
@@ -323,7 +290,7 @@ def _surface(thing: Thing, lamp: int, size: tuple[int, int]) -> np.ndarray:
     x, y = span[None, :], span[:, None]
     texture = _turned(TEXTURES[thing.texture], x, y, dice, min(size), rng.fold_in(thing.key, "texture"))
     texture = texture - texture.sum() // texture.size  # no texture is brighter than another
-    lamp_cos, lamp_sin = _direction(lamp)
+    lamp_cos, lamp_sin = direction(lamp)
     shade = (x * lamp_cos + y * lamp_sin) * SHADE // (thing.radius << 14)
     factor = 256 + (texture * CONTRAST >> 7) + shade
     return np.clip(factor[..., None] * np.array(colour, dtype=np.int32) >> 8, 0, 255).astype(np.uint8)
@@ -331,7 +298,7 @@ def _surface(thing: Thing, lamp: int, size: tuple[int, int]) -> np.ndarray:
 
 def _turned(texture: str, x: np.ndarray, y: np.ndarray, dice: Dice, short: int, key: Tensor) -> np.ndarray:
     """A texture in any direction, its period 2.6 to 4.6 % of the picture's short side, at least 3 px."""
-    cos, sin = _direction(dice.roll(0, TURN))
+    cos, sin = direction(dice.roll(0, TURN))
     u, v = (x * cos + y * sin) >> (14 - SUBPIXEL), (y * cos - x * sin) >> (14 - SUBPIXEL)
     period = max(3 << SUBPIXEL, dice.roll(26, 46) * (short << SUBPIXEL) // 1000)
     phase = dice.roll(0, period)
@@ -373,13 +340,13 @@ def _steep(height: np.ndarray) -> np.ndarray:
 
 def _cast(image: np.ndarray, mask: np.ndarray, thing: Thing, lamp: int) -> None:
     """Darken what lies behind an object, moved away from the lamp, with a soft edge."""
-    cos, sin = _direction(lamp)
+    cos, sin = direction(lamp)
     reach = max(1, thing.radius // 5)
     side = reach | 1
     # Not cv2.blur, which divides in floats where the box is large.
-    soft = _box(np.pad(mask, reach), side, side // 2) // side**2
+    soft = box(np.pad(mask, reach), side, side // 2) // side**2
     row, column = thing.row - (reach * sin >> 14), thing.column - (reach * cos >> 14)
-    here, inside = _window(soft, row, column, image.shape[:2])
+    here, inside = window(soft, row, column, image.shape[:2])
     left = 256 - (soft[inside] * (256 - SHADOW) >> 8)
     image[here] = (image[here] * left[..., None] >> 8).astype(np.uint8)
 
@@ -387,7 +354,7 @@ def _cast(image: np.ndarray, mask: np.ndarray, thing: Thing, lamp: int) -> None:
 def _lit(image: np.ndarray, key: Tensor, lamp: int, strength: float) -> np.ndarray:
     """Brighter towards the lamp and in patches: each pixel times 1 - strength to 1 + strength."""
     height, width = image.shape[:2]
-    cos, sin = _direction(lamp)
+    cos, sin = direction(lamp)
     x = np.arange(width, dtype=np.int64)[None, :] - width // 2  # 32 bits would overflow from 2,048 px on
     y = np.arange(height, dtype=np.int64)[:, None] - height // 2
     ramp = (x * cos + y * sin) * 128 // (max(height, width) << 13)  # -181 to 181 where the picture is square
@@ -396,31 +363,3 @@ def _lit(image: np.ndarray, key: Tensor, lamp: int, strength: float) -> np.ndarr
     gain = 128 + (field * round(strength * 256) >> 8)  # 8 to 248 of 128
     product = image * gain.astype(np.uint16)[..., None] >> 7
     return np.minimum(product, 255).astype(np.uint8)
-
-
-def _blurred(image: np.ndarray, blur: int) -> np.ndarray:
-    """Each pixel the mean of those under a pyramid of side 2 * blur + 1: two boxes, in exact integers."""
-    if blur == 0:
-        return image
-    side = blur + 1
-    total = cv2.copyMakeBorder(image, blur, blur, blur, blur, cv2.BORDER_REFLECT_101)
-    for anchor in (0, blur):
-        total = _box(total, side, anchor)
-    inner = total[blur:-blur, blur:-blur]
-    return ((inner + side**4 // 2) // side**4).astype(np.uint8)
-
-
-def _box(image: np.ndarray, side: int, anchor: int) -> np.ndarray:
-    """The sums over a box around every pixel, int32; `anchor` is the pixel's place in the box."""
-    return cv2.boxFilter(image, cv2.CV_32S, (side, side), anchor=(anchor, anchor), normalize=False)
-
-
-def _noisy(image: np.ndarray, key: Tensor, deviation: float) -> np.ndarray:
-    if deviation == 0:
-        return image
-    drawn = rng.bits(key, (-(-image.size * BYTES // 8),)).numpy().view(np.uint8)[: image.size * BYTES]
-    total = drawn.reshape(BYTES, -1).sum(axis=0, dtype=np.uint16).reshape(image.shape)
-    step = round(deviation * 255 / DEVIATION * 4096)
-    levels = np.arange(BYTES * 255 + 1, dtype=np.int32) - BYTES * 255 // 2
-    table = (levels * step + 2048 >> 12).astype(np.int16)
-    return np.clip(image + table[total], 0, 255).astype(np.uint8)

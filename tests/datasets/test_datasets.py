@@ -705,6 +705,25 @@ def test_a_picture_does_not_depend_on_how_many_there_are():
         Synthetic(count=3).read(3)
 
 
+def test_a_small_picture_is_drawn_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    scene = Synthetic.scene
+    monkeypatch.setattr(Synthetic, "scene", lambda self, index: drawn.append(index) or scene(self, index))
+    first = Synthetic(kind="nuclei", count=4, size=(30, 40), seed=77).read(2)
+    kept = first.image.copy()
+    first.image[:] = 0  # what a reader does to its own copy
+    again = Synthetic(kind="nuclei", count=4, size=(30, 40), seed=77).read(2)
+    np.testing.assert_array_equal(again.image, kept)
+    np.testing.assert_array_equal(again.label, first.label)
+    assert drawn == [2]
+    for other in ({"seed": 78}, {"size": (30, 41)}, {"kind": "shapes"}, {"kind": {"type": "nuclei", "noise": 0.2}}):
+        Synthetic.model_validate({"kind": "nuclei", "count": 4, "size": (30, 40), "seed": 77, **other}).read(2)
+    assert drawn == [2] * 5
+    large = Synthetic(size=(300, 300))
+    large.read(0), large.read(0)
+    assert drawn[5:] == [0, 0]
+
+
 def test_every_world_can_be_chosen_and_conforms():
     for kind in World.names():
         check_dataset(Synthetic(kind=kind, count=12, size=(40, 56)))

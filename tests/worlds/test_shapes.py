@@ -22,7 +22,8 @@ from sklearn.model_selection import cross_val_score
 from ssl_seg import load, rng
 from ssl_seg.config import UserError
 from ssl_seg.worlds import Scene, World, edges
-from ssl_seg.worlds.shapes import ONE, SINE, WALL, Shapes, silhouette
+from ssl_seg.worlds.drawing import ONE, SINE
+from ssl_seg.worlds.shapes import WALL, Shapes, silhouette
 from tests import GOLDEN
 
 KEPT = GOLDEN / "worlds_shapes.json"
