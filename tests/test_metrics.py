@@ -130,6 +130,34 @@ def test_ids_and_shapes_that_do_not_fit_are_refused(truth, prediction, message):
     assert not matrix.counts.any()
 
 
+def test_bytes_without_a_class_are_refused():
+    matrix = ConfusionMatrix(3)
+    for truth, prediction, message in (
+        ([0, 200], [0, 0], "truth holds class id 200"),
+        ([0, 1], [0, 3], "prediction.* 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            matrix.update(np.array(truth, dtype=np.uint8), np.array(prediction, dtype=np.uint8))
+    assert not matrix.counts.any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), kind=st.sampled_from([np.uint8, np.int16, np.int32, np.int64]), ignored=st.integers(-1, 3))
+def test_any_kind_of_integer_and_any_ignored_id_counts_alike(case, kind, ignored):
+    classes, truth, prediction = case
+    truth = np.where(truth == 255, 0 if ignored < 0 else ignored, truth)
+    matrix = ConfusionMatrix(classes, ignore_index=ignored)
+    outside = (truth != ignored) & (truth >= classes)
+    truth[outside] = 0
+    matrix.update(truth.astype(kind), prediction.astype(kind))
+    counted = truth != ignored
+    if counted.any():
+        expected = sk.confusion_matrix(truth[counted], prediction[counted], labels=list(range(classes)))
+        np.testing.assert_array_equal(matrix.counts, expected)
+    else:
+        assert not matrix.counts.any()
+
+
 def test_the_prediction_at_an_ignored_pixel_may_be_anything():
     assert scored(2, [255, 1], [77, 1]).accuracy == 1.0
 

@@ -279,7 +279,9 @@ def check_command(
     "ssl-seg synth shapes cue=[texture] noise=0.1 --count 8 --with depth,edges --out shapes",
 )
 def synth_command(
-    kind: Annotated[str, typer.Argument(metavar="WORLD", help="What to draw: street, nuclei, aerial, shapes or squares.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="WORLD", help="What to draw: street, nuclei, aerial, shapes or squares.")
+    ],
     words: Words = None,
     out: Out = None,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 500,
