@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +20,9 @@ from ssl_seg.data.splits import Examples, Subset, evenly
 from ssl_seg.data.workers import Workers
 from ssl_seg.models import EncoderNet, Features, ModelConfig, evaluating
 from ssl_seg.weights.export import exported_config, load_encoder, read_encoder_info
+
+if TYPE_CHECKING:  # `probe` reads this file too, and with it each pretraining
+    from sklearn.pipeline import Pipeline
 
 SIDE = 224  # pixels: what published encoders were trained on; at 224 ten thousand images take minutes on two cores
 # Where regions are looked at: a lattice of points of the maps, brought to one stride. By means over larger cells worse
@@ -129,6 +129,10 @@ def _of_regions(features: Features) -> Tensor:
 
 
 def _fitted(raw: np.ndarray) -> Pipeline:
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     flat = raw.reshape(-1, raw.shape[-1])
     with np.errstate(invalid="ignore"):  # equal images have no variance that components could share
         return make_pipeline(StandardScaler(), PCA(min(COMPONENTS, *flat.shape), random_state=0)).fit(flat)

@@ -16,15 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, SerializeAsAny
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from ssl_seg import files, images, rng
@@ -41,6 +37,9 @@ from ssl_seg.stages.features import model_of, open_encoder
 from ssl_seg.stages.setup import ReadingConfig, check_images, say_other_ranges, tell_notes
 from ssl_seg.training.processes import DeviceName, Processes, choose_device
 from ssl_seg.weights.export import range_of, read_encoder_info
+
+if TYPE_CHECKING:  # a pretraining reads this file for its keys, and scikit-learn is as long to import as torch
+    from sklearn.pipeline import Pipeline
 
 SIDE = 256  # pixels of an image's longer side at most, and
 STRIDE = 4  # of the points that are looked at: 10 images of 480 x 360 take a second, and no map is finer by much
@@ -255,6 +254,8 @@ def blocks_of(labelled: Subset) -> np.ndarray:
 
 def left_out(points: Sequence[Points], labelled: Subset) -> list[np.ndarray]:
     """Class ids `(P,)` of the points of each image, by a layer that was fitted to others."""
+    from sklearn.model_selection import GroupKFold
+
     blocks = blocks_of(labelled)
     folds = GroupKFold(min(FOLDS, len(set(blocks.tolist()))))
     ids: list[np.ndarray] = [np.empty(0)] * len(points)
@@ -268,6 +269,10 @@ def left_out(points: Sequence[Points], labelled: Subset) -> list[np.ndarray]:
 
 def _fitted(points: Sequence[Points], num_classes: int) -> Pipeline:
     """Ridge regression of the classes, one-hot, on standardized features."""
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if not any(len(own.ids) for own in points):
         raise UserError("probe: the masks of the images that are left hold no labelled pixel; give more, or others")
     each = -(-FITTED // len(points))
