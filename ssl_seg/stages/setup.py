@@ -105,6 +105,12 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
     run = processes.together(partial(Run.open, out, stage, config, **flags, **place))
     for wish in processes.unheeded:
         say(f"{wish}: has no effect; give train.precision, train.accumulate or train.device", not processes.is_main)
+    if processes.wanted > processes.world:
+        say(
+            f"one process of {processes.wanted}: on a CPU `accelerate launch` starts no more; for several give "
+            f"torchrun --nproc-per-node {processes.wanted} -m ssl_seg ...",
+            not processes.is_main,
+        )
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
     with mirror, watch_signals() as signals, run, processes.ending_together():
         try:

@@ -10,11 +10,12 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -80,6 +81,7 @@ class Processes:
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main = self.rank == 0
+        self.wanted = launched_for(_starting_command()) if self.world == 1 else self.world  # by who started it
         if self.world > 1:
             atexit.register(leave_group)
             _get_default_store().set(f"place/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
@@ -248,8 +250,33 @@ def _unheeded() -> Iterator[dict[str, str]]:
         os.environ.update(hidden)
 
 
+def launched_for(command: Sequence[str]) -> int:
+    """How many processes a command line `accelerate launch ...` asks for; 1 for any other, and where it does not say.
+
+    On a CPU it starts one whatever it is asked for (accelerate 1.15), and tells the process nothing of the wish.
+    """
+    words = [word.replace("-", "_") for word in command]
+    if "launch" not in words or not any("accelerate" in word for word in words):
+        return 1
+    for place, word in enumerate(words):
+        name, is_joined, value = word.partition("=")
+        if name == "__num_processes":
+            told = value if is_joined else words[place + 1 : place + 2]
+            number = "".join(told)
+            return int(number) if number.isdecimal() else 1
+    return 1
+
+
 def _settings_of_accelerate() -> set[str]:
     return {name for name in os.environ if name.startswith("ACCELERATE_")} - HEEDED
+
+
+def _starting_command() -> list[str]:
+    """The command line of the process that started this one."""
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        return parent.cmdline() if parent else []
+    return []
 
 
 def leave_group() -> None:

@@ -25,7 +25,7 @@ from ssl_seg.tasks import View
 from ssl_seg.training.config import TrainConfig, due, lr_at
 from ssl_seg.training.learner import Learner, build_optimizer, layers_above, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
-from ssl_seg.training.processes import Processes, keep_freed_memory
+from ssl_seg.training.processes import Processes, keep_freed_memory, launched_for
 from tests.processes import Child
 from tests.small import POOL, finetuning, pretraining
 
@@ -288,6 +288,23 @@ def test_accelerate_s_own_variables_change_nothing(name: str, value: str, monkey
     assert Processes(TrainConfig(device="cpu")).unheeded == [f"ACCELERATE_{name}={value}"]
     assert first_step().metrics == plain.metrics
     assert os.environ[f"ACCELERATE_{name}"] == value, "it is not ours to change"
+
+
+@pytest.mark.parametrize(
+    ("command", "count"),
+    [
+        ("python /bin/accelerate launch --cpu --num_processes 2 -m ssl_seg pretrain", 2),
+        ("python /bin/accelerate launch --cpu --num-processes=4 train.py", 4),
+        ("python -m accelerate.commands.launch launch --num_processes 3 train.py", 3),
+        ("accelerate launch -m ssl_seg", 1),
+        ("accelerate launch --num_processes", 1),
+        ("torchrun --nproc-per-node 2 -m ssl_seg", 1),
+        ("python study.py --num_processes 7", 1),
+        ("", 1),
+    ],
+)
+def test_how_many_processes_a_launcher_was_asked_for(command: str, count: int) -> None:
+    assert launched_for(command.split()) == count
 
 
 def test_what_a_launcher_sets_unasked_is_no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
