@@ -35,7 +35,7 @@ from ssl_seg.leaks.near_duplicates import Fingerprints, thumb
 from ssl_seg.leaks.record import Compared, Leak
 from ssl_seg.stages import finetune
 from ssl_seg.stages.finetune import LABELLED, FinetuneConfig
-from ssl_seg.stages.pretrain import TASKS, PretrainConfig
+from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.setup import check_images, check_palettes
 from ssl_seg.terminal import reporter
 
@@ -683,20 +683,33 @@ def _command(
     given = [shlex.quote(word) for word in words]
     if propose:
         key, look = next(iter(looks.items()))
-        values = {key: value for key, value in look.dataset.dump().items() if value}
-        mapping = {int(key) if key.isdecimal() else key: value for key, value in values.get("mapping", {}).items()}
-        values = {"type": "folder", **values} | ({"mapping": mapping} if mapping else {})
-        given = [f"data.{key}={_quoted(values)}", *given]
-        given += [f"tasks={_quoted(TASKS)}"] if stage == "pretrain" else []
+        given = [*_short_words(key, {name: value for name, value in look.dataset.dump().items() if value}), *given]
     places = ["runs/first", *(f"runs/first_{number}" for number in range(2, 1000))]
     out = next(place for place in places if not user_path(place).exists())
     return " ".join(["ssl-seg", stage, *given, "--out", out])
 
 
-def _quoted(values: Mapping[str, Any]) -> str:
-    """A mapping as YAML on one line, as a shell takes it."""
+def _short_words(part: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """What names a folder's images and masks on a command line: options, and keys for what no option has."""
+    classes = [str(name) for name in values.get("classes", ())]
+    mapping = {int(key) if key.isdecimal() else key: value for key, value in values.get("mapping", {}).items()}
+    yield f"--images {shlex.quote(values['images'])}"
+    if "masks" in values:
+        yield f"--masks {shlex.quote(values['masks'])}"
+    rest = {**values, "mapping": mapping} if mapping else dict(values)
+    # A comma or a blank at an end would not survive; what looks like a number would be one.
+    if classes and all(name == name.strip() and "," not in name for name in classes):
+        yield f"--classes {shlex.quote(','.join(classes))}"
+        del rest["classes"]
+    for key, value in rest.items():
+        if key not in ("type", "images", "masks"):
+            yield _quoted(f"data.{part}.{key}", value)
+
+
+def _quoted(key: str, value: Any) -> str:
+    """A key and its value as YAML on one line, as a shell takes it."""
     flow = {"default_flow_style": True, "sort_keys": False, "width": 10**9, "allow_unicode": True}
-    text = yaml.safe_dump(dict(values), **flow).strip()
+    text = f"{key}={yaml.safe_dump(value, **flow).strip()}"
     return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from ssl_seg import cli, images
+from ssl_seg.cli import training
 from ssl_seg.config import UserError, load, read_words
 from ssl_seg.datasets.guess import Held, guess
 from ssl_seg.datasets.masks import IGNORE, Meaning
@@ -269,8 +270,7 @@ def test_sixteen_bits_get_a_range_and_it_is_in_the_command(tmp_path: Path) -> No
     (told,) = [one.text for one in found.notes if one.kind == "dark"]
     assert "range: [0, 4095] is taken" in told
     assert found.command is not None
-    word = next(word for word in shlex.split(found.command) if word.startswith("data.pool="))
-    assert read_words([word])["data"]["pool"]["range"] == [0, 4095]
+    assert typed(found.command)["data"]["pool"]["range"] == [0, 4095]
     Image.fromarray(picture(9)).save(tmp_path / "images" / "zz.png")
     assert of(tmp_path, masks=False).parts[0].suggested == {}, "with 8 bits beside them there can be none"
 
@@ -285,6 +285,26 @@ def test_floats_without_a_white_get_one(tmp_path: Path) -> None:
     assert not found.faults
     low, high = found.parts[0].suggested["range"]
     assert -0.5 <= low < 0 < high <= 0.5
+
+
+def typed(command: str) -> dict[str, Any]:
+    """The values that a proposed command stands for."""
+    stage, *words = shlex.split(command.removeprefix("ssl-seg "))
+    options = {}
+    while words[0].startswith("--") and words[0] != "--out":
+        options[words[0].removeprefix("--")] = words[1]
+        del words[:2]
+    read = training.finetune_values if stage == "finetune" else training.pretrain_values
+    return read(words[: words.index("--out")], **options)
+
+
+def test_names_that_an_option_cannot_say_are_in_a_key(tmp_path: Path) -> None:
+    write(tmp_path, 6)
+    names = ["a, b", "on"]
+    found = of(tmp_path, classes=names)
+    assert found.command is not None
+    assert "--classes" not in found.command
+    assert typed(found.command)["data"]["labelled"]["classes"] == names
 
 
 def coloured(number: int) -> np.ndarray:
@@ -316,8 +336,7 @@ def test_what_values_mean_is_proposed_and_can_be_read(
     assert suggested.get("mapping") == mapping
     assert tuple(suggested.get("ignore", ())) == ignore
     assert found.command is not None
-    word = next(word for word in shlex.split(found.command) if word.startswith("data.labelled="))
-    folder = load(FinetuneConfig, read_words([word])).data.labelled
+    folder = load(FinetuneConfig, typed(found.command)).data.labelled
     stored, label = form(0), folder.label(0)
     assert label is not None
     assert set(np.unique(label)) <= {*range(classes), IGNORE}
@@ -352,12 +371,11 @@ def test_what_is_proposed_is_always_a_meaning(pixels: dict[int, int], named: int
 
 @given(st.lists(st.text("ab'\"$ é{},:#!\\", min_size=1, max_size=6), min_size=2, max_size=4, unique=True))
 def test_names_come_through_the_shell(names: list[str]) -> None:
-    from ssl_seg.stages.check import _quoted
+    from ssl_seg.stages.check import _short_words
 
-    text = _quoted({"type": "folder", "images": "a b/c'd", "masks": "m", "classes": names})
-    (word,) = shlex.split(f"data.labelled={text}")
-    read = read_words([word])["data"]["labelled"]
-    assert (read["images"], read["classes"]) == ("a b/c'd", names)
+    folder = {"type": "folder", "images": "a b/c'd", "masks": "m", "classes": names, "mapping": {"#00ff00": 0}}
+    command = " ".join(["ssl-seg finetune", *_short_words("labelled", folder), "--out runs/first"])
+    assert typed(command)["data"]["labelled"] | {"type": "folder"} == folder
 
 
 @pytest.mark.parametrize(
