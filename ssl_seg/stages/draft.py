@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from ssl_seg.config import UserError
-from ssl_seg.stages.check import Checked, Part
+from ssl_seg.stages.check import Checked
+from ssl_seg.stages.findings import Part
 
 UNIT = 32  # pixels: what encoders shrink an image by, so that crops need no padding
 SHARE_OF_SIDE = 0.6  # of the shorter side: the recipes have 0.5 to 0.8

@@ -18,11 +18,12 @@ from PIL import ExifTags, Image
 
 from ssl_seg import cli, images
 from ssl_seg.cli import training
-from ssl_seg.config import UserError, load, read_words
+from ssl_seg.config import UserError, load
 from ssl_seg.datasets.guess import Held, guess
 from ssl_seg.datasets.masks import IGNORE, Meaning
 from ssl_seg.leaks import guard
-from ssl_seg.stages.check import Checked, Finding, check
+from ssl_seg.stages.check import Checked, check
+from ssl_seg.stages.findings import Finding
 from ssl_seg.stages.finetune import FinetuneConfig
 from ssl_seg.stages.pretrain import PretrainConfig
 from tests.small import MODEL, UNTRACKED
