@@ -112,6 +112,10 @@ class Dataset(Plugin, ABC):
         """
         return
 
+    def join_overlays(self, overlays: Sequence[Path], folder: Path) -> None:
+        """The same for pictures to look at, the masks laid over the images, as for frames of a video."""
+        return
+
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         """What a person should know of the files that are taken or passed over, a line each; told when a run starts.
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,10 +21,12 @@ import cv2
 import numpy as np
 from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 
+from ssl_seg import files, images
 from ssl_seg.config import PathText, UserError, user_path
 from ssl_seg.datasets import Dataset, Example, place_in
 from ssl_seg.datasets.folder import by_stem, is_folder, scan
 from ssl_seg.images import show_path
+from ssl_seg.terminal import say
 
 SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".3gp", ".ogv"}
@@ -40,6 +43,7 @@ THUMBNAIL = 32  # pixels of a side, at most; each stands for 8 x 8 at least, ove
 DISTINCT = 1.0
 LEAST_DECODED = 0.95  # of the frames that the header promises, which some containers only estimate
 READ_ON = 32  # frames: to decode so many costs no more than to seek, which begins at a key frame
+USUAL_RATE = 25.0  # frames a second, of a clip that does not say
 OPENED = 4  # clips that a process keeps open
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own lines; what is wrong is told here in one
 
@@ -53,6 +57,7 @@ class Clip(NamedTuple):
     checksums: tuple[int, ...]
     length: int  # in frames
     alike: int  # frames that were left out
+    rate: float  # frames a second; 0 where the clip does not say
 
 
 class Video(Dataset):
@@ -96,6 +101,12 @@ class Video(Dataset):
         clip, place = self._at(index)
         frame = _opened(clip.path).frame(clip.frames[place], clip.checksums[place])
         return Example(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), None, self.name(index))
+
+    def join_overlays(self, overlays: Sequence[Path], folder: Path) -> None:
+        for number, clip in enumerate(self._clips):
+            own = overlays[self._ends[number] - len(clip.frames) : self._ends[number]]
+            numbers = [(frame - clip.frames[0]) // self.stride for frame in clip.frames]
+            write_clip(folder / f"{clip.stem}.mp4", own, numbers, (clip.rate or USUAL_RATE) / self.stride)
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         total, alike = sum(clip.length for clip in self._clips), sum(clip.alike for clip in self._clips)
@@ -161,7 +172,8 @@ class Video(Dataset):
         if not frames:
             lasts = f"the clip ends at {number / rate:.1f} s" if 0 < rate < math.inf else f"it has {number} frames"
             raise UserError(f"{shown}: no frame from {self.start:g} s on, for {lasts}; write an earlier start")
-        return Clip(stem, str(path), tuple(frames), tuple(checksums), number, alike)
+        rate = rate if 0 < rate < math.inf else 0.0
+        return Clip(stem, str(path), tuple(frames), tuple(checksums), number, alike, rate)
 
 
 def _frame_at(seconds: float | None, rate: float) -> int | None:
@@ -192,6 +204,40 @@ def _say_damaged(shown: str, decoded: int, promised: float, rate: float) -> str:
         f"{shown}: {decoded} of about {promised:.0f} frames can be decoded: it is damaged or cut off; copy it again"
         f"{whole}"
     )
+
+
+# ---- writing
+
+
+def write_clip(path: Path, pictures: Sequence[Path], numbers: Sequence[int], rate: float) -> None:
+    """Pictures of one size as an MP4 of `rate` frames a second, each from its number on until the next one's.
+
+    So where frames were left out the clip still lasts as long. OpenCV's own MPEG-4 writes it, which every player knows
+    and browsers do not. Odd sides get one more row or column, as the codec wants. Where there is no encoder, a line
+    tells it, and the pictures are what there is.
+    """
+    first = images.read_image(pictures[0])
+    height, width = first.shape[:2]
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    with files.naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(
+        str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), rate, (width + width % 2, height + height % 2)
+    )
+    if not writer.isOpened():
+        say(f"{show_path(path)}: not written, for OpenCV has no encoder for it; its frames are beside it")
+        return
+    lasts = [after - before for before, after in pairwise([*numbers, numbers[-1] + 1])]
+    try:
+        for picture, count in zip(pictures, lasts, strict=True):
+            frame = cv2.cvtColor(images.read_image(picture), cv2.COLOR_RGB2BGR)
+            frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+            for _ in range(count):
+                writer.write(frame)
+    finally:
+        writer.release()
+    with files.naming(path):
+        part.replace(path)
 
 
 # ---- decoding

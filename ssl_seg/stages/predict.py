@@ -172,6 +172,8 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
         seconds = time.perf_counter() - started
         if not unread:
             dataset.join_masks([place.folder / MASKS / name for name in names], place.folder / MASKS)
+            if config.overlays:
+                dataset.join_overlays([place.folder / OVERLAYS / name for name in names], place.folder / OVERLAYS)
         objects = None
         if config.objects is not None:
             named = zip(map(dataset.name, range(len(dataset))), names, strict=True)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from ssl_seg import images
 from ssl_seg.config import load
 from ssl_seg.data.loading import Whole, pack
 from ssl_seg.data.splits import hold_out, names_of
@@ -170,6 +171,45 @@ def test_no_more_clips_are_kept_open_than_a_few(tmp_path: Path) -> None:
 
 
 # ---- faults
+
+
+@pytest.mark.parametrize(("stride", "distinct"), [(1, False), (4, False), (4, True)])
+def test_overlays_become_a_clip_that_lasts_as_long(stride: int, distinct: bool, tmp_path: Path) -> None:
+    still = [*moving(40), *[moving(40)[-1]] * 30, *moving(30)]
+    frames = of(film(tmp_path / "in" / "deep" / "clip.mp4", still).parents[1], stride=stride, distinct=distinct)
+    assert (len(frames) < LENGTH // stride) == distinct
+    overlays = [tmp_path / "out" / f"{frames.name(index)}.png" for index in range(len(frames))]
+    for index, path in enumerate(overlays):
+        images.write_image(path, frames.read(index).image)
+    frames.join_overlays(overlays, tmp_path / "out")
+    written = tmp_path / "out" / "deep" / "clip.mp4"
+    shown = in_order(written)
+    assert len(shown) == LENGTH // stride
+    assert cv2.VideoCapture(str(written)).get(cv2.CAP_PROP_FPS) == pytest.approx(RATE / stride)
+    for place, frame in enumerate(shown):  # coded anew, so nearly the same
+        assert np.abs(frame.astype(int) - still[place * stride][..., ::-1]).mean() < 12
+    assert [path.name for path in written.parent.glob("*.mp4")] == ["clip.mp4"]
+
+
+def test_pictures_of_odd_sides_are_a_clip_too(tmp_path: Path) -> None:
+    for number in range(3):
+        images.write_image(tmp_path / f"{number}.png", np.full((33, 47, 3), 80 * number, np.uint8))
+    video.write_clip(tmp_path / "odd.mp4", [tmp_path / f"{number}.png" for number in range(3)], [0, 1, 2], 10)
+    shown = in_order(tmp_path / "odd.mp4")
+    assert [frame.shape for frame in shown] == [(34, 48, 3)] * 3
+    assert [round(frame.mean() / 80) for frame in shown] == [0, 1, 2]
+
+
+def test_without_an_encoder_a_line_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images.write_image(tmp_path / "0.png", np.zeros((8, 8, 3), np.uint8))
+    writer = cv2.VideoWriter
+    monkeypatch.setattr(video.cv2, "VideoWriter", lambda path, by, _, *rest: writer(path, by, 0x656E6F6E, *rest))
+    monkeypatch.setattr(video.cv2.VideoWriter, "fourcc", lambda *_: 0, raising=False)
+    video.write_clip(tmp_path / "no.mp4", [tmp_path / "0.png"], [0], 10)
+    assert "no.mp4: not written, for OpenCV has no encoder for it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 def test_damaged_clips_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
