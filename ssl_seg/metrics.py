@@ -16,6 +16,8 @@ from ssl_seg.scores import BAND_WIDTH, SegmentationScores
 # 10 log10 of a squared error under 1e-10 (a hundredth of a thousandth of the range) says nothing more, and one
 # infinite value would spoil the mean over a data set.
 MAX_PSNR = 100.0
+KINDS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+MOST_ROWS = 256  # of the table that is counted into: an ignored id beyond is left out beforehand
 
 
 class ConfusionMatrix:
@@ -34,7 +36,8 @@ class ConfusionMatrix:
             raise ValueError(f"truth is {tuple(truth.shape)} but prediction is {tuple(prediction.shape)}")
         if truth.numel() == 0:
             return
-        rows = max(self.num_classes, self.ignore_index + 1)
+        has_row = self.ignore_index < MOST_ROWS
+        rows = max(self.num_classes, self.ignore_index + 1) if has_row else self.num_classes
         if not (_within(truth, rows) and _within(prediction, self.num_classes)):
             truth, prediction = self._counted(truth, prediction)
         if rows <= 256:  # bytes take an eighth of the memory's time
@@ -42,7 +45,7 @@ class ConfusionMatrix:
         # Ignored pixels are counted like any other and their row is dropped: to pick the others takes 20 times as long.
         pairs = truth.to(torch.int32, copy=True).mul_(self.num_classes).add_(prediction)
         counts = torch.bincount(pairs.flatten(), minlength=rows * self.num_classes).view(rows, self.num_classes).cpu()
-        if self.ignore_index >= 0:
+        if 0 <= self.ignore_index < rows:
             counts[self.ignore_index] = 0
         if counts[self.num_classes :].any():
             wrong = self.num_classes + int(counts[self.num_classes :].any(dim=1).nonzero()[0])
@@ -72,7 +75,8 @@ class ConfusionMatrix:
 
 
 def _whole(ids: Tensor) -> Tensor:
-    return ids.long() if ids.is_floating_point() else ids
+    """As integers of a kind that torch can compare: of unsigned ones it knows bytes alone."""
+    return ids if ids.dtype in KINDS else ids.long()
 
 
 def _within(ids: Tensor, count: int) -> bool:

@@ -142,7 +142,11 @@ def test_bytes_without_a_class_are_refused():
 
 
 @settings(max_examples=40, deadline=None)
-@given(case=cases(), kind=st.sampled_from([np.uint8, np.int16, np.int32, np.int64]), ignored=st.integers(-1, 3))
+@given(
+    case=cases(),
+    kind=st.sampled_from([np.uint8, np.uint16, np.int16, np.int32, np.int64]),
+    ignored=st.sampled_from([-1, 0, 1, 3, 250]),
+)
 def test_any_kind_of_integer_and_any_ignored_id_counts_alike(case, kind, ignored):
     classes, truth, prediction = case
     truth = np.where(truth == 255, 0 if ignored < 0 else ignored, truth)
@@ -156,6 +160,12 @@ def test_any_kind_of_integer_and_any_ignored_id_counts_alike(case, kind, ignored
         np.testing.assert_array_equal(matrix.counts, expected)
     else:
         assert not matrix.counts.any()
+
+
+def test_an_ignored_id_beyond_all_bytes_costs_nothing():
+    matrix = ConfusionMatrix(2, ignore_index=2**31 - 1)
+    matrix.update(np.array([0, 1, 2**31 - 1]), np.array([0, 0, 1]))
+    np.testing.assert_array_equal(matrix.counts, [[1, 0], [1, 0]])
 
 
 def test_the_prediction_at_an_ignored_pixel_may_be_anything():

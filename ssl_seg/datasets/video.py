@@ -44,6 +44,7 @@ DISTINCT = 1.0
 LEAST_DECODED = 0.95  # of the frames that the header promises, which some containers only estimate
 READ_ON = 32  # frames: to decode so many costs no more than to seek, which begins at a key frame
 USUAL_RATE = 25.0  # frames a second, of a clip that does not say
+SLOWEST, FASTEST = 0.1, 1000.0  # frames a second that MPEG-4 can be told
 OPENED = 4  # clips that a process keeps open
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's own lines; what is wrong is told here in one
 
@@ -106,7 +107,8 @@ class Video(Dataset):
         for number, clip in enumerate(self._clips):
             own = overlays[self._ends[number] - len(clip.frames) : self._ends[number]]
             numbers = [(frame - clip.frames[0]) // self.stride for frame in clip.frames]
-            write_clip(folder / f"{clip.stem}.mp4", own, numbers, (clip.rate or USUAL_RATE) / self.stride)
+            end = math.ceil((clip.length - clip.frames[0]) / self.stride)
+            write_clip(folder / f"{clip.stem}.mp4", own, numbers, end, (clip.rate or USUAL_RATE) / self.stride)
 
     def notes(self, with_labels: bool = True) -> tuple[str, ...]:
         total, alike = sum(clip.length for clip in self._clips), sum(clip.alike for clip in self._clips)
@@ -209,35 +211,71 @@ def _say_damaged(shown: str, decoded: int, promised: float, rate: float) -> str:
 # ---- writing
 
 
-def write_clip(path: Path, pictures: Sequence[Path], numbers: Sequence[int], rate: float) -> None:
-    """Pictures of one size as an MP4 of `rate` frames a second, each from its number on until the next one's.
+def write_clip(path: Path, pictures: Sequence[Path], numbers: Sequence[int], end: int, rate: float) -> None:
+    """Pictures of one size as an MP4 of `rate` frames a second, each from its number on until the next one's, or `end`.
 
     So where frames were left out the clip still lasts as long. OpenCV's own MPEG-4 writes it, which every player knows
-    and browsers do not. Odd sides get one more row or column, as the codec wants. Where there is no encoder, a line
-    tells it, and the pictures are what there is.
+    and browsers do not. Odd sides get one more row or column, as the codec wants. Where it cannot be written at all, a
+    line tells it, and the pictures are what there is. Raises UserError where it could not be written whole.
     """
-    first = images.read_image(pictures[0])
-    height, width = first.shape[:2]
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    height, width = images.read_image(pictures[0]).shape[:2]
+    new = path.with_name(files.NEW + path.name)
     with files.naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(
-        str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), rate, (width + width % 2, height + height % 2)
-    )
-    if not writer.isOpened():
-        say(f"{show_path(path)}: not written, for OpenCV has no encoder for it; its frames are beside it")
-        return
-    lasts = [after - before for before, after in pairwise([*numbers, numbers[-1] + 1])]
+    lasts = [after - before for before, after in pairwise([*numbers, max(end, numbers[-1] + 1)])]
+    rate = min(max(rate, SLOWEST), FASTEST)
     try:
-        for picture, count in zip(pictures, lasts, strict=True):
-            frame = cv2.cvtColor(images.read_image(picture), cv2.COLOR_RGB2BGR)
-            frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-            for _ in range(count):
-                writer.write(frame)
+        with _silence():
+            writer = cv2.VideoWriter(
+                str(_plain(new).absolute()),  # FFmpeg takes pipe:1 for something else
+                cv2.CAP_FFMPEG,
+                cv2.VideoWriter.fourcc(*"mp4v"),
+                rate,
+                (width + width % 2, height + height % 2),
+            )
+            if not writer.isOpened():
+                say(f"{show_path(path)}: cannot be written by OpenCV; its frames are beside it")
+                return
+            for picture, count in zip(pictures, lasts, strict=True):
+                frame = cv2.cvtColor(images.read_image(picture), cv2.COLOR_RGB2BGR)
+                if frame.shape[:2] != (height, width):
+                    raise UserError(f"{show_path(picture)}: is not of the size of its clip's other frames; remove it")
+                frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+                for _ in range(count):
+                    writer.write(frame)
+            writer.release()
+        # OpenCV says nothing of a full disk.
+        if _length(new) != sum(lasts):
+            raise UserError(f"{show_path(path)}: could not be written whole; make room, and the same command goes on")
+        with files.naming(path):
+            new.replace(path)
     finally:
-        writer.release()
-    with files.naming(path):
-        part.replace(path)
+        new.unlink(missing_ok=True)
+
+
+def _length(path: Path) -> int:
+    """How many frames of a clip can be decoded."""
+    with _capturing(path) as capture:
+        return sum(1 for _ in iter(capture.grab, False))
+
+
+def _plain(path: Path) -> Path:
+    """The path, which OpenCV can be given. Raises UserError for a name that is no text, of which it crashes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{show_path(path)}: its name is not UTF-8, which OpenCV needs; rename it") from error
+    return path
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """OpenCV says nothing itself of what goes wrong."""
+    former = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(former)
 
 
 # ---- decoding
@@ -255,11 +293,8 @@ def _check_container(path: Path) -> None:
 
 def _capture(path: Path | str) -> cv2.VideoCapture:
     """With FFmpeg, since OpenCV's other readers take numbers in names for sequences of images."""
-    former = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    finally:
-        cv2.utils.logging.setLogLevel(former)
+    with _silence():
+        return cv2.VideoCapture(str(_plain(Path(path))), cv2.CAP_FFMPEG)
 
 
 @contextmanager

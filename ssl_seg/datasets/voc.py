@@ -79,7 +79,7 @@ class Voc(Layout):
         names = [name for name in self._read_list() if f"{name}.jpg" in there]
         if not names:
             raise UserError(
-                f"{show_path(images)}: none of the images that {self.split}.txt in {LISTS} lists; unpack {ARCHIVE} anew"
+                f"{show_path(images)}: none of the images that {self.split}.txt in {LISTS} lists{self._mending}"
             )
         masks = "SegmentationClassAug" if self.split == "trainaug" else "SegmentationClass"
         return tuple(Listed(f"{name}.jpg", f"JPEGImages/{name}.jpg", f"{masks}/{name}.png") for name in names)
@@ -87,17 +87,24 @@ class Voc(Layout):
     def _read_list(self) -> list[str]:
         """The names in the split's list, each once. Raises UserError for a list that cannot be read as one."""
         path = self.folder / LISTS / f"{self.split}.txt"
-        more = "; put trainaug's list there" if self.split == "trainaug" else f"; unpack {ARCHIVE} anew"
         try:
-            lines = read_bytes(path).decode("utf-8", "replace").splitlines()
+            lines = read_bytes(path).decode("utf-8-sig", "replace").splitlines()
         except OSError as error:
-            raise UserError(f"{show_path(path)}: cannot be read ({error.strerror}){more}") from error
+            raise UserError(f"{show_path(path)}: cannot be read ({error.strerror}){self._mending}") from error
         names: dict[str, None] = {}
         for number, line in enumerate(lines, start=1):
             name = line.strip()
             if not name:
                 continue
-            if len(name.split()) != 1 or Path(name).name != name:
-                raise UserError(f"{show_path(path)}: line {number} is not the name of an image{more}")
+            if len(name.split()) != 1 or Path(name).name != name or Path(name).suffix:
+                raise UserError(
+                    f"{show_path(path)}: line {number} is not the name of an image; a line holds one, such as "
+                    "2007_000032, without folder and ending"
+                )
             names[name] = None
         return list(names)
+
+    @property
+    def _mending(self) -> str:
+        """What to do about a list or images that are not there."""
+        return "; put trainaug's list there" if self.split == "trainaug" else f"; unpack {ARCHIVE} anew"

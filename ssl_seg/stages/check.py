@@ -184,7 +184,9 @@ def _command(
     given = [shlex.quote(word) for word in words]
     if propose:
         key, look = next(iter(looks.items()))
-        given = [*_short_words(key, {name: value for name, value in look.dataset.dump().items() if value}), *given]
+        said = _short_words(key, {name: value for name, value in look.dataset.dump().items() if value})
+        own = (f"data.{key}=", f"data.{key}.")  # which these say already
+        given = [*said, *(shlex.quote(word) for word in words if not word.startswith(own))]
     places = ["runs/first", *(f"runs/first_{number}" for number in range(2, 1000))]
     out = next(place for place in places if not user_path(place).exists())
     return " ".join(["ssl-seg", stage, *given, "--out", out])
@@ -192,15 +194,16 @@ def _command(
 
 def _short_words(part: str, values: Mapping[str, Any]) -> Iterator[str]:
     """What names a folder's images and masks on a command line: options, and keys for what no option has."""
-    classes = [str(name) for name in values.get("classes", ())]
+    classes = values.get("classes")
+    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else []
     mapping = {int(key) if key.isdecimal() else key: value for key, value in values.get("mapping", {}).items()}
     yield f"--images {shlex.quote(values['images'])}"
     if "masks" in values:
         yield f"--masks {shlex.quote(values['masks'])}"
     rest = {**values, "mapping": mapping} if mapping else dict(values)
     # A comma or a blank at an end would not survive; what looks like a number would be one.
-    if classes and all(name == name.strip() and "," not in name for name in classes):
-        yield f"--classes {shlex.quote(','.join(classes))}"
+    if names and all(name == name.strip() and "," not in name for name in names):
+        yield f"--classes {shlex.quote(','.join(names))}"
         del rest["classes"]
     for key, value in rest.items():
         if key not in ("type", "images", "masks"):
@@ -210,5 +213,6 @@ def _short_words(part: str, values: Mapping[str, Any]) -> Iterator[str]:
 def _quoted(key: str, value: Any) -> str:
     """A key and its value as YAML on one line, as a shell takes it."""
     flow = {"default_flow_style": True, "sort_keys": False, "width": 10**9, "allow_unicode": True}
-    text = f"{key}={yaml.safe_dump(value, **flow).strip()}"
+    said = yaml.safe_dump(value, **flow).strip().removesuffix("...").strip()  # which ends a lone number
+    text = f"{key}={said}"
     return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import json
 import os
+import re
 import resource
 import socket
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any, Literal, TypeVar, cast
 
 import psutil
@@ -255,15 +257,16 @@ def launched_for(command: Sequence[str]) -> int:
 
     On a CPU it starts one whatever it is asked for (accelerate 1.15), and tells the process nothing of the wish.
     """
-    words = [word.replace("-", "_") for word in command]
-    if "launch" not in words or not any("accelerate" in word for word in words):
+    words = iter(command)
+    if not any("accelerate" in word for word in takewhile(lambda word: word != "launch", words)):
         return 1
-    for place, word in enumerate(words):
-        name, is_joined, value = word.partition("=")
+    for word in words:
+        name, is_joined, value = word.replace("-", "_").partition("=")
+        if name == "_m" or word.endswith(".py"):  # what follows is the program's own
+            break
         if name == "__num_processes":
-            told = value if is_joined else words[place + 1 : place + 2]
-            number = "".join(told)
-            return int(number) if number.isdecimal() else 1
+            number = value if is_joined else next(words, "")
+            return int(number) if re.fullmatch(r"[0-9]{1,6}", number) else 1
     return 1
 
 

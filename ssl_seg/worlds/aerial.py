@@ -39,6 +39,8 @@ HALLS = ((226, 226, 224), (196, 196, 194), (150, 150, 150), (110, 108, 106), (84
 CARS = ((220, 220, 220), (38, 38, 42), (120, 122, 126), (134, 44, 40), (52, 66, 104), (176, 176, 172))
 CROWNS = ((52, 74, 34), (66, 90, 40), (44, 60, 36), (86, 104, 52), (96, 88, 74))  # the last is bare
 PAVED = (150, 146, 138)
+ONE_PIXEL = 1 << SUBPIXEL
+CLEAR = 32  # decimetres from the middle of a block to the nearest roof: an alley's half, and a little more
 
 
 class Aerial(World):
@@ -52,7 +54,8 @@ class Aerial(World):
     """
 
     # Least and most of what a pixel covers, decimetres: 6 to 14 shows 115 to 270 m on 192 pixels.
-    ground: tuple[Annotated[int, Field(ge=1, le=100)], Annotated[int, Field(ge=1, le=100)]] = (6, 14)
+    # From 30 on an alley would be narrower than a pixel.
+    ground: tuple[Annotated[int, Field(ge=1, le=30)], Annotated[int, Field(ge=1, le=30)]] = (6, 14)
     # How many of a picture's places for a tree have one, least and most, percent.
     trees: tuple[Annotated[int, Field(ge=0, le=100)], Annotated[int, Field(ge=0, le=100)]] = (5, 60)
     # The most of a picture's sensor noise, standard deviation as a share of the range; each picture has its own.
@@ -95,14 +98,12 @@ class _View:
         self._cos, self._sin = direction(turn)
         self.reach = (math.isqrt(size[0] ** 2 + size[1] ** 2) + 2) * ground // 2  # to the corners
 
-    def pixels(self, points: Iterable[tuple[int, int]]) -> np.ndarray:
-        """`(N, 2)` int32 columns and rows, in 1/16 px, of points (u, v)."""
-        u, v = np.array(list(points), dtype=np.int64).T
-        x = ((u * self._cos - v * self._sin) << SUBPIXEL) // (ONE * self.ground)
-        y = ((u * self._sin + v * self._cos) << SUBPIXEL) // (ONE * self.ground)
-        height, width = self.size
-        middle = (width << SUBPIXEL >> 1, height << SUBPIXEL >> 1)
-        return (np.stack([x, y], axis=-1) + middle).astype(np.int32)
+    def place(self, u: int, v: int) -> tuple[int, int]:
+        """Column and row of a point, in 1/16 px."""
+        scale = ONE * self.ground
+        x = ((u * self._cos - v * self._sin) << SUBPIXEL) // scale
+        y = ((u * self._sin + v * self._cos) << SUBPIXEL) // scale
+        return x + (self.size[1] << SUBPIXEL >> 1), y + (self.size[0] << SUBPIXEL >> 1)
 
     def fill(self, canvas: np.ndarray, box: Rectangle, colour: Colour | int) -> None:
         left, top, right, bottom = box
@@ -111,7 +112,12 @@ class _View:
 
     def polygon(self, canvas: np.ndarray, points: Iterable[tuple[int, int]], colour: Colour | int) -> None:
         value = colour if isinstance(colour, int) else tuple(int(part) for part in colour)
-        cv2.fillPoly(canvas, [self.pixels(points)], value, shift=SUBPIXEL)
+        places = [self.place(u, v) for u, v in points]
+        columns, rows = zip(*places, strict=True)
+        right, bottom = ((side + 1) << SUBPIXEL for side in self.size[::-1])
+        if max(columns) < -ONE_PIXEL or max(rows) < -ONE_PIXEL or min(columns) > right or min(rows) > bottom:
+            return  # most of the town lies beyond the picture
+        cv2.fillPoly(canvas, [np.array(places, dtype=np.int32)], value, shift=SUBPIXEL)
 
 
 # ---- the town ----
@@ -135,8 +141,8 @@ class _Crown:
 
     def place(self, view: _View, by: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Its middle's row and column, of the tree or of what is moved away from it by decimetres."""
-        column, row = (view.pixels([(self.u + by[0], self.v + by[1])])[0] >> SUBPIXEL).tolist()
-        return row, column
+        column, row = view.place(self.u + by[0], self.v + by[1])
+        return row >> SUBPIXEL, column >> SUBPIXEL
 
 
 class _Town:
@@ -215,7 +221,7 @@ class _Town:
                 self.view.fill(self.image, lot, _shaded(dice, dice.pick(LAWNS) if dice.chance(40) else self._lawn))
                 depth = abs(far - near)
                 setback = dice.roll(10, 50)
-                long = min(depth - setback - 20, dice.roll(110, 220))
+                long = min(depth - setback - CLEAR, dice.roll(110, 220))
                 if dice.chance(92) and long > 40:
                     wide = width - dice.roll(14, 50)
                     start = near + sign * setback
@@ -227,7 +233,7 @@ class _Town:
                         self.view.fill(self.image, drive, _shaded(dice, PAVED))
                 if dice.chance(60) and depth > 260:  # a garage on the alley
                     wide = dice.roll(50, 75)
-                    start = far - sign * dice.roll(30, 45)
+                    start = far - sign * dice.roll(CLEAR, 45)
                     roofs.append(
                         (_box(start, v + 10, start - sign * 60, v + 10 + wide), _roof_colour(dice), dice.chance(50))
                     )
@@ -395,6 +401,6 @@ def _light(dice: Dice, key: Tensor, image: np.ndarray) -> np.ndarray:
     coarse = noise(rng.fold_in(key, "coarse"), size, max(2, min(size) // 5), octaves=4).astype(np.int32) - 128
     grain = 256 + (fine * dice.roll(15, 90) + coarse * dice.roll(5, 50) >> 7)
     bright, lift = dice.roll(80, 125), dice.roll(-14, 25)
-    cast = np.array([dice.roll(94, 107) for _ in range(3)])
+    cast = np.array([dice.roll(94, 107) for _ in range(3)], dtype=np.int32)
     lit = (image * grain[..., None] >> 8) * bright * cast // 10_000 + lift
     return blurred(np.clip(lit, 0, 255).astype(np.uint8), dice.roll(0, 2))

@@ -58,9 +58,11 @@ class Nuclei(World):
 
     # Each picture is one of these; a name that is given twice comes twice as often.
     looks: Annotated[tuple[Look, ...], Field(min_length=1, max_length=16)] = ("fluorescence", "stained", "bright")
-    # Least and most of a picture's mean radius, in thousandths of its short side: 3 to 25 px of 192.
+    # Least and most of a picture's nuclei, half of the longest way across one, in thousandths of the picture's short
+    # side: 3 to 25 px of 192, and 2 px at least. By area they are round ones of about three quarters of that.
     radius: tuple[Annotated[int, Field(ge=5, le=300)], Annotated[int, Field(ge=5, le=300)]] = (16, 130)
-    # Least and most of the area that a picture's nuclei would cover side by side, percent.
+    # Least and most of what discs of that radius would cover, percent; the nuclei, thinner and in part without a place,
+    # cover about half of it, and there are never more than 600.
     cover: tuple[Annotated[int, Field(ge=1, le=90)], Annotated[int, Field(ge=1, le=90)]] = (2, 45)
     # The most of a picture's sensor noise, standard deviation as a share of the range; each picture has its own.
     noise: float = Field(default=0.03, ge=0, le=0.3)
@@ -89,7 +91,8 @@ class Nuclei(World):
     def nuclei(self, key: Tensor, size: tuple[int, int]) -> list[Nucleus]:
         """The picture's nuclei, later ones before earlier ones."""
         dice = Dice(rng.fold_in(key, "nuclei"))
-        # Even in the square root, so that small nuclei are not rare.
+        # Even in the square root, so that small nuclei are not rare. None of these roots lies near a half, so every
+        # machine rounds them alike.
         low, high = (round(share**0.5 * 64) for share in self.radius)
         mean = max(2, min(size) * dice.roll(low, high + 1) ** 2 // (1000 << 12))
         area = size[0] * size[1] * dice.roll(self.cover[0], self.cover[1] + 1) // 100

@@ -175,7 +175,7 @@ def test_no_more_clips_are_kept_open_than_a_few(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stride", "distinct"), [(1, False), (4, False), (4, True)])
 def test_overlays_become_a_clip_that_lasts_as_long(stride: int, distinct: bool, tmp_path: Path) -> None:
-    still = [*moving(40), *[moving(40)[-1]] * 30, *moving(30)]
+    still = [*moving(40), *[moving(40)[-1]] * 20, *moving(20), *[moving(20)[-1]] * 20]
     frames = of(film(tmp_path / "in" / "deep" / "clip.mp4", still).parents[1], stride=stride, distinct=distinct)
     assert (len(frames) < LENGTH // stride) == distinct
     overlays = [tmp_path / "out" / f"{frames.name(index)}.png" for index in range(len(frames))]
@@ -194,22 +194,33 @@ def test_overlays_become_a_clip_that_lasts_as_long(stride: int, distinct: bool, 
 def test_pictures_of_odd_sides_are_a_clip_too(tmp_path: Path) -> None:
     for number in range(3):
         images.write_image(tmp_path / f"{number}.png", np.full((33, 47, 3), 80 * number, np.uint8))
-    video.write_clip(tmp_path / "odd.mp4", [tmp_path / f"{number}.png" for number in range(3)], [0, 1, 2], 10)
+    video.write_clip(tmp_path / "odd.mp4", [tmp_path / f"{number}.png" for number in range(3)], [0, 1, 2], 3, 10)
     shown = in_order(tmp_path / "odd.mp4")
     assert [frame.shape for frame in shown] == [(34, 48, 3)] * 3
     assert [round(frame.mean() / 80) for frame in shown] == [0, 1, 2]
 
 
-def test_without_an_encoder_a_line_tells_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_written_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    images.write_image(tmp_path / "0.png", np.zeros((8, 8, 3), np.uint8))
-    writer = cv2.VideoWriter
-    monkeypatch.setattr(video.cv2, "VideoWriter", lambda path, by, _, *rest: writer(path, by, 0x656E6F6E, *rest))
-    monkeypatch.setattr(video.cv2.VideoWriter, "fourcc", lambda *_: 0, raising=False)
-    video.write_clip(tmp_path / "no.mp4", [tmp_path / "0.png"], [0], 10)
-    assert "no.mp4: not written, for OpenCV has no encoder for it" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*.mp4"))
+    picture, other = tmp_path / "0.png", tmp_path / "1.png"
+    images.write_image(picture, np.zeros((48, 64, 3), np.uint8))
+    images.write_image(other, np.zeros((40, 64, 3), np.uint8))
+    message = message_of(lambda: video.write_clip(tmp_path / "a.mp4", [picture, other], [0, 1], 2, 10))
+    assert "1.png: is not of the size of its clip's other frames" in message
+    written = video._length
+    monkeypatch.setattr(video, "_length", lambda path: written(path) - 1)  # as of a disk that has filled up
+    message = message_of(lambda: video.write_clip(tmp_path / "b.mp4", [picture], [0], 3, 10))
+    assert message == f"{tmp_path}/b.mp4: could not be written whole; make room, and the same command goes on"
+    assert "rename it" in message_of(lambda: video.write_clip(tmp_path / "caf\udce9.mp4", [picture], [0], 1, 10))
+    (tmp_path / "caf\udce9.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    assert "caf" in message_of(lambda: len(of(tmp_path / "caf\udce9.mp4")))
+    (tmp_path / "caf\udce9.mp4").unlink()
+    capfd.readouterr()
+    monkeypatch.setattr(video.cv2.VideoWriter, "fourcc", lambda *_: 0x656E6F6E)
+    video.write_clip(tmp_path / "c.mp4", [picture], [0], 1, 10)
+    assert capfd.readouterr().err.endswith(f"{tmp_path}/c.mp4: cannot be written by OpenCV; its frames are beside it\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png"]
 
 
 def test_damaged_clips_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

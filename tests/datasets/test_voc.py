@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import VOCSegmentation
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
 from ssl_seg.config import load
 from ssl_seg.datasets import Dataset
@@ -90,9 +91,9 @@ def test_images_and_masks_are_torchvision_s(tmp_path: Path) -> None:
     )
 
 
-def test_the_published_counts() -> None:
+def test_classes_are_those_of_networks_that_were_trained_on_them() -> None:
     assert OFFICIAL["train"] + OFFICIAL["val"] == OFFICIAL["trainval"]
-    assert len(CLASSES) == 21
+    assert CLASSES[1:] == tuple(DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"][1:])
 
 
 def test_more_masks_are_grey_and_lie_elsewhere(tmp_path: Path) -> None:
@@ -120,6 +121,13 @@ def test_what_is_missing_or_strange_is_one_line(tmp_path: Path) -> None:
     assert "val.txt: line 1 is not the name of an image" in message_of(
         lambda: len(Voc(root=str(tmp_path), split="val"))
     )
+    (lists / "val.txt").write_text("/JPEGImages/2007_000033.jpg /SegmentationClassAug/2007_000033.png\n")
+    said = (
+        "val.txt: line 1 is not the name of an image; a line holds one, such as 2007_000032, without folder and ending"
+    )
+    assert said in message_of(lambda: len(Voc(root=str(tmp_path), split="val")))
+    (lists / "val.txt").write_text("\ufeff2007_000033\n")
+    assert len(Voc(root=str(tmp_path), split="val")) == 1, "some editors begin a file with a mark"
     (lists / "val.txt").write_text("2007_999999\n")
     assert "none of the images that val.txt in ImageSets/Segmentation lists" in message_of(
         lambda: len(Voc(root=str(tmp_path), split="val"))

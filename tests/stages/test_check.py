@@ -299,6 +299,23 @@ def typed(command: str) -> dict[str, Any]:
     return read(words[: words.index("--out")], **options)
 
 
+@pytest.mark.parametrize(
+    "words", [["classes=2"], ["classes=2", "ignore=[7]"], ["classes=[a,b]", "mapping={0: 1, 1: 0}"]]
+)
+def test_keys_that_were_typed_are_said_once(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "my pictures", 6)
+    folders = [str(tmp_path / "my pictures" / name) for name in ("images", "masks")]
+    assert run("check", *folders, *(f"data.labelled.{word}" for word in words), "train.workers=0") == 0
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    config = load(FinetuneConfig, typed(command.removeprefix("next: ")))
+    given = ["type=folder", f"images={folders[0]}", f"masks={folders[1]}", *words]
+    asked = load(FinetuneConfig, [f"data.labelled.{word}" for word in given])
+    assert config.data.labelled.label(0).tolist() == asked.data.labelled.label(0).tolist()
+    assert config.train.workers == 0
+
+
 def test_names_that_an_option_cannot_say_are_in_a_key(tmp_path: Path) -> None:
     write(tmp_path, 6)
     names = ["a, b", "on"]

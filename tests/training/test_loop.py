@@ -297,6 +297,8 @@ def test_accelerate_s_own_variables_change_nothing(name: str, value: str, monkey
         ("python /bin/accelerate launch --cpu --num-processes=4 train.py", 4),
         ("python -m accelerate.commands.launch launch --num_processes 3 train.py", 3),
         ("accelerate launch -m ssl_seg", 1),
+        ("accelerate launch train.py --num_processes 7", 1),
+        (f"accelerate launch --num_processes {'9' * 5000} train.py", 1),
         ("accelerate launch --num_processes", 1),
         ("torchrun --nproc-per-node 2 -m ssl_seg", 1),
         ("python study.py --num_processes 7", 1),

@@ -24,6 +24,7 @@ from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.testing import check_dataset
 from ssl_seg.worlds import Scene, World
 from ssl_seg.worlds.aerial import Aerial
+from ssl_seg.worlds.drawing import Dice
 from tests import GOLDEN
 
 KEPT = GOLDEN / "worlds_aerial.json"
@@ -57,7 +58,7 @@ def test_it_is_a_data_set_as_any_other() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 60), st.integers(2, 60), st.integers(0, 2**62), st.integers(1, 100))
+@given(st.integers(2, 60), st.integers(2, 60), st.integers(0, 2**62), st.integers(1, 30))
 def test_a_picture_of_any_size_is_whole(height: int, width: int, seed: int, ground: int) -> None:
     scene = Aerial(ground=(ground, ground), trees=(0, 100)).draw(rng.as_key(seed), (height, width))
     assert scene.image.shape == (height, width, 3)
@@ -104,6 +105,29 @@ def test_the_dials() -> None:
     assert green[1] > green[0] + 1, "crowns hang over the roads"
     for before, after in zip(bare, grown, strict=True):
         np.testing.assert_array_equal(before.label, after.label)
+
+
+def test_roads_are_as_wide_wherever_the_picture_is_taken_from() -> None:
+    """The share of roads, which a pixel's size must not change: near or far, a town is the same town."""
+    shares = [np.mean([scene.label for scene in scenes(24, (96, 96), ground=(own, own))]) for own in (6, 14, 30)]
+    assert max(shares) < 1.5 * min(shares)
+
+
+def test_no_roof_lies_on_an_alley() -> None:
+    from ssl_seg.worlds.aerial import _Town, _View
+
+    alleys = 0
+    for number in range(12):
+        dice = Dice(rng.fold_in(key(number), "picture"))
+        town = _Town(dice, _View(dice, (200, 200), 3))
+        bare = town.image.copy()
+        roofs = np.zeros(town.label.shape, dtype=np.uint8)
+        town._roof = lambda box, colour, gabled, town=town, roofs=roofs: town.view.fill(roofs, box, 1)
+        town.blocks(Dice(rng.fold_in(key(number), "blocks")))
+        assert (town.image != bare).any()
+        alleys += town.label.sum()
+        assert (town.label & cv2.erode(roofs, np.ones((3, 3), np.uint8))).sum() == 0
+    assert alleys > 5000
 
 
 def test_noise_changes_the_picture_and_not_the_mask() -> None:

@@ -22,7 +22,7 @@ from ssl_seg.config import UserError
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.testing import check_dataset
 from ssl_seg.worlds import Scene, World
-from ssl_seg.worlds.nuclei import HIDDEN, Nuclei
+from ssl_seg.worlds.nuclei import HIDDEN, MOST, Nuclei
 from tests import GOLDEN
 
 KEPT = GOLDEN / "worlds_nuclei.json"
@@ -64,6 +64,7 @@ def test_a_picture_of_any_size_is_whole(height: int, width: int, seed: int, look
     assert scene.image.shape == (height, width, 3)
     assert scene.image.dtype == scene.label.dtype == np.uint8
     np.testing.assert_array_equal(scene.label, scene.instances > 0)
+    assert scene.instances.max() <= MOST
 
 
 @pytest.mark.parametrize("look", LOOKS)
