@@ -26,6 +26,7 @@ from ssl_seg.evidence.passport import differing, verify
 from ssl_seg.figures.panels import GAP, IGNORE_COLOUR, PANEL_SIDE, error_map, grid, overlay, palette
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.metrics import near_boundaries
+from ssl_seg.norm.convert import OneByOne
 from ssl_seg.runs.folder import RunFolder, description_of, labelled_digest, leak_word
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.writer import Run
@@ -33,7 +34,7 @@ from ssl_seg.scores import named_scores, read_image_confusion
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.panels import changed_pictures, error_picture, prediction_panel, task_pictures, write_images
 from ssl_seg.stages.pretrain import PretrainConfig, of_idle_tasks
-from ssl_seg.stages.scoring import Looks, Mirrored, OneByOne, image_confusions, looks_at, predict_ids, score_tasks
+from ssl_seg.stages.scoring import PLAINLY, Looks, Mirrored, looks_at, measure, predict_ids, score_tasks
 from ssl_seg.stages.start import build_module
 from ssl_seg.training.multitask import make_views
 from tests.faults import message_of
@@ -86,7 +87,7 @@ class Brightness(nn.Module):
 
 @pytest.mark.parametrize("resize", [None, (24, 32), (80, 100)])
 def test_scores_are_scikit_learns_at_the_label_s_resolution(resize: tuple[int, int] | None) -> None:
-    scores = image_confusions(Brightness(), Halves(), resize).scores()
+    scores = measure(Brightness(), Halves(), resize).confusions.scores()
     labels = [Halves().read(index).label for index in range(3)]
     assert scores.confusion.sum() == sum((label != 255).sum() for label in labels)
     named = named_scores(scores, Halves().class_names)
@@ -110,7 +111,7 @@ def test_an_image_without_a_mask_cannot_be_scored() -> None:
             return Example(super().read(index).image, None, "bare")
 
     with pytest.raises(UserError, match="bare: has no mask"):
-        image_confusions(Brightness(), Bare())
+        measure(Brightness(), Bare())
 
 
 def test_task_scores_repeat_and_do_not_depend_on_the_batch() -> None:
@@ -169,7 +170,7 @@ def test_pictures_of_large_images_are_as_large_as_other_panels() -> None:
 
 def test_each_image_has_scikit_learn_s_confusion_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl_seg.metrics.BAND_WIDTH", 0.1)  # wider than the ignored line between the halves
-    found = image_confusions(Brightness(), Unmasked())
+    found = measure(Brightness(), Unmasked()).confusions
     assert found.names == ("halves_0", "halves_1", "halves_2")
     for index in range(3):
         example = Unmasked().read(index)
@@ -199,9 +200,11 @@ class Doctored(Halves):
 
 
 def test_the_digest_is_of_the_images_as_they_are_and_not_of_the_model_or_its_input() -> None:
-    digest = image_confusions(Brightness(), Halves()).digest
-    assert image_confusions(Brightness(), Halves(), (24, 32)).digest == digest
-    others = [image_confusions(Brightness(), data).digest for data in (Doctored(), Doctored(what="label"), Unmasked())]
+    digest = measure(Brightness(), Halves()).confusions.digest
+    assert measure(Brightness(), Halves(), (24, 32)).confusions.digest == digest
+    others = [
+        measure(Brightness(), data).confusions.digest for data in (Doctored(), Doctored(what="label"), Unmasked())
+    ]
     assert len({digest, *others}) == 4
 
 
@@ -219,7 +222,7 @@ def listed(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def test_the_worst_and_best_images_are_drawn_and_listed(tmp_path: Path) -> None:
     many, few, resize = Halves(count=10), Unmasked(), (24, 32)
     parts = {
-        part: (data, image_confusions(Brightness(), data, resize)) for part, data in (("val", many), ("test", few))
+        part: (data, measure(Brightness(), data, resize).confusions) for part, data in (("val", many), ("test", few))
     }
     write_images(tmp_path, Brightness(), parts, resize)
     extremes = listed(tmp_path)
@@ -238,10 +241,10 @@ def test_the_worst_and_best_images_are_drawn_and_listed(tmp_path: Path) -> None:
 
 def test_drawn_again_only_the_new_pictures_are_there_and_those_of_training_stay(tmp_path: Path) -> None:
     many, few = Halves(count=10), Halves(count=1)
-    write_images(tmp_path, Brightness(), {"test": (many, image_confusions(Brightness(), many))})
+    write_images(tmp_path, Brightness(), {"test": (many, measure(Brightness(), many).confusions)})
     during = tmp_path / "pictures" / "00000005_best_worst_1.png"
     images.write_image(during, np.zeros((4, 4, 3), dtype=np.uint8))
-    write_images(tmp_path, Brightness(), {"val": (few, image_confusions(Brightness(), few))})
+    write_images(tmp_path, Brightness(), {"val": (few, measure(Brightness(), few).confusions)})
     assert [entry["kind"] for entry in listed(tmp_path)["val"]] == ["worst"]
     assert during.exists()
     assert list(read_image_confusion(tmp_path)) == ["val"]
@@ -262,7 +265,7 @@ def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, m
     height, width = examples.read(2).label.shape
     monkeypatch.setattr("ssl_seg.figures.panels.PANEL_SIDE", width)  # pixel by pixel
     sheet = error_picture(Brightness(), examples, 2, resize)
-    total = image_confusions(Brightness(), examples, resize).total([2])
+    total = measure(Brightness(), examples, resize).confusions.total([2])
     errors = sheet[:height, 3 * (width + GAP) :]
     coloured = errors[..., 0] != errors[..., 2]
     assert coloured.sum() == total.sum() - total.trace() > 0
@@ -436,10 +439,10 @@ def test_scores_by_the_images_own_statistics_say_so_and_are_never_ranked_with_ot
     assert passports[1]["test"] == {**passports[0]["test"], "statistics": "image"}
     assert differing(*passports) == ["test: statistics"]
     assert len(compare([tmp_path / "plain", tmp_path / "own"]).tables) == 2
-    assert verify(tmp_path / "own").figures == 6
+    assert verify(tmp_path / "own").figures == 6 + 3, "three of how sure it is"
     monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda path: (Contrast().eval(), None))
     (row,) = changed_pictures(*runs, "test", ["textured_6_0"], "cpu")
-    monkeypatch.setattr("ssl_seg.stages.panels.looks_of", lambda config: {"flips": False, "statistics": "running"})
+    monkeypatch.setattr("ssl_seg.stages.panels.looks_of", lambda config: PLAINLY.dump())
     (other,) = changed_pictures(*runs, "test", ["textured_6_0"], "cpu")
     assert not np.array_equal(row, other), "each is drawn as it was scored"
 
@@ -462,8 +465,8 @@ def test_scores_with_mirrored_looks_say_so_and_are_never_ranked_with_others(trai
     assert passports[1]["test"]["flips"] is True
     assert differing(*passports) == ["test: flips"]
     assert len(compare([tmp_path / "plain", tmp_path / "flipped"]).tables) == 2
-    assert verify(tmp_path / "flipped").figures == 6
-    assert (image_confusions(Mirrored(Ground()), flipped.data.test).total() == scores.confusion).all()
+    assert verify(tmp_path / "flipped").figures == 6 + 3
+    assert (measure(Mirrored(Ground()), flipped.data.test).confusions.total() == scores.confusion).all()
     spoiled = json.loads((tmp_path / "flipped/result.json").read_text())
     del spoiled["passport"]["test"]["flips"]
     (tmp_path / "flipped/result.json").write_text(json.dumps(spoiled))
@@ -481,7 +484,7 @@ def test_averages_stand_beside_the_scores_where_they_are_asked_for(trained: Path
     assert after["test"].items() > before["test"].items()
     assert after["test"]["macro/f1"] == scores.averaged("macro")["f1"]
     assert after["test"]["one_vs_rest_micro/recall"] == scores.accuracy
-    assert verify(tmp_path / "asked").figures == 6 + 2 * 6
+    assert verify(tmp_path / "asked").figures == 6 + 3 + 2 * 6
     (table,) = compare([tmp_path / "plain", tmp_path / "asked"]).tables
     assert len(table) == 1, "no score comes out differently"
 
@@ -515,7 +518,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
         assert "exists already" in message_of(lambda out=taken: evaluate(of_textured(trained, 6), out))
 
 
-@pytest.mark.parametrize("name", ["image_confusions", "write_scores", "manifest", "prediction_panel"])
+@pytest.mark.parametrize("name", ["measure", "write_scores", "manifest", "prediction_panel"])
 def test_an_evaluation_that_was_killed_is_taken_again(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,7 +532,7 @@ def test_an_evaluation_that_was_killed_is_taken_again(
             evaluate(config, out)
     assert not RunFolder.open(out).is_done
     evaluate(config, out)
-    assert verify(out).figures == 6
+    assert verify(out).figures == 6 + 3
     with pytest.raises(UserError, match="exists already"):
         evaluate(config, out)
 

@@ -17,12 +17,12 @@ from ssl_seg import cli, images
 from ssl_seg.config import load
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.models import ModelConfig, SegmentationModel, evaluating
+from ssl_seg.norm.convert import OneByOne
 from ssl_seg.norm.layers import SwitchNorm2d
 from ssl_seg.segment import Segment
 from ssl_seg.stages import looking
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.predict import PredictConfig, predict
-from ssl_seg.stages.scoring import OneByOne
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
 from ssl_seg.stages.tiles import Look, Tiles, in_tiles, of_norms
