@@ -189,20 +189,20 @@ def test_figures_in_words() -> None:
     right = np.arange(1000) % 10 < np.repeat([8, 4], [800, 200])
     found = Confidences.of(confidence, right)
     assert in_words(found) == (
-        "ECE 12.0 %, over-confident by 12.0 points: on average it says 84.0 % and is right 72.0 % of the time; "
+        "ECE 12.00 %, over-confident by 12.00 points: on average it says 84.0 % and is right 72.0 % of the time; "
         "when it says 90 % it is right 80 %"
     )
     assert left_out_in_words(found, 0.2) == (
         "leave out the least sure 20 % of the pixels and the error falls from 28.0 % to 20.0 %"
     )
-    assert "under-confident by 40.0 points" in in_words(Confidences.of(np.full(5, 0.6), np.ones(5, dtype=bool)))
+    assert "under-confident by 40.00 points" in in_words(Confidences.of(np.full(5, 0.6), np.ones(5, dtype=bool)))
     assert left_out_in_words(Confidences.of(np.full(5, 0.6), np.ones(5, dtype=bool))).endswith(
         "goes from 0.0 % to 0.0 %"
     )
     fitted = Temperature(1.618, 24, 98304, "", (0.5, 0.3), (0.073, 0.019))
     assert temperature_in_words(fitted) == (
-        "temperature 1.62, fitted on 98,304 pixels of 24 validation images; there (in-sample) the ECE falls from 7.3 % "
-        "to 1.9 %"
+        "temperature 1.62, fitted on 98,304 pixels of 24 validation images; "
+        "there (in-sample) the ECE falls from 7.30 % to 1.90 %"
     )
 
 

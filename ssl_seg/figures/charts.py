@@ -43,7 +43,7 @@ NUMBERED = 16  # classes up to which a confusion matrix has its numbers
 NAMED = 48  # and up to which each class has its name
 FEW_POINTS = 400  # of a map's ground: more cover each other
 POINTS = 80  # of a line; more cannot be told apart in a panel
-LEAST_DOT, MOST_DOT = 9.0, 500.0  # square points: of a bin with hardly a pixel, and what one with all has more
+LEAST_DOT, MOST_DOT = 9.0, 220.0  # square points: of a bin with hardly a pixel, and what one with all has more
 DEEPEST = 0.5  # the cosine of two tasks' gradients that has the deepest colour
 WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
 Numbers = Sequence[float] | np.ndarray
@@ -216,7 +216,7 @@ def reliability(name: str, lines: Sequence[Reliability], about: str) -> str:
     """
     side = PANEL - 0.7
     figure, panel = _panel(side, bottom=0.46, left=0.5, right=0.2, top=0.1)
-    panel.plot([0, 100], [0, 100], color=light("muted"), linewidth=1.0, linestyle=(0, (4, 3)))
+    panel.plot([0, 100], [0, 100], color=light("muted"), linewidth=1.0, linestyle=":")
     for line in lines:
         panel.plot(line.said, line.held, color=line.style.hex, linewidth=1.3, linestyle=line.style.dash)
         areas = LEAST_DOT + MOST_DOT * np.asarray(line.shares) / 100

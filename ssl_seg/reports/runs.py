@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -350,12 +351,14 @@ def _confidence(page: Page) -> Iterator[Section]:
     if not found:
         return
     mended = {arm: sections.confidences(arm, part, calibration.TEMPERED) for arm in found}
+    has_mended = any(own.total for own in mended.values())
     shown = dict(list(found.items())[: sections.SHOWN])
     of = PARTS.get(part, part)
     lines = []
     for arm, own in shown.items():
-        said, held, shares = own.curve()
-        lines.append(charts.Reliability(100 * said, 100 * held, 100 * shares, page.styles[arm]))
+        style = page.styles[arm]
+        lines += [_reliability(own, style)]
+        lines += [_reliability(mended[arm], replace(style, dash="--"))] * bool(mended[arm].total)
     about = "; ".join(f"{arm.label}: {calibration.in_words(own)}" for arm, own in shown.items())
     sure = drawn(charts.reliability, "reliability", lines, f"how often right over how sure, {of}; {about}")
     left_out = np.linspace(0, 0.99, charts.POINTS).tolist()
@@ -368,8 +371,8 @@ def _confidence(page: Page) -> Iterator[Section]:
     risks = drawn(charts.leaving_out, "leaving_out", curves, f"error of the surer pixels, {of}; {about}")
     panels = (
         Panel(
-            "How often it is right (up) when it says so much (along). Below the dashed line it says more than it "
-            "holds; the area of a dot is its share of the pixels.",
+            "How often it is right (up) when it says so much (along). Below the dotted line it says more than it "
+            f"holds; the area of a dot is its share of the pixels.{' Dashed: tempered.' * has_mended}",
             sure,
         ),
         Panel("How many of the pixels that are kept are wrong, as the least sure ones are left out.", risks),
@@ -382,6 +385,11 @@ def _confidence(page: Page) -> Iterator[Section]:
     blocks += [Panels(panels, page.legend(list(shown)), shape="wide"), _confidence_table(page, found, mended)]
     blocks += sections.not_shown([arm for arm in found if arm not in shown])
     yield Section("confidence", "How sure, and how often right", tuple(blocks))
+
+
+def _reliability(found: Confidences, style: charts.Style) -> charts.Reliability:
+    said, held, shares = found.curve()
+    return charts.Reliability(100 * said, 100 * held, 100 * shares, style)
 
 
 def _confidence_table(page: Page, found: Mapping[Arm, Confidences], mended: Mapping[Arm, Confidences]) -> Table:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
 from ssl_seg import images
+from ssl_seg.calibration import Confidences, Temperature
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import CenterCrops, loader
 from ssl_seg.data.splits import Subset
@@ -27,6 +29,7 @@ from ssl_seg.figures.panels import GAP, IGNORE_COLOUR, PANEL_SIDE, error_map, gr
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.metrics import near_boundaries
 from ssl_seg.norm.convert import OneByOne
+from ssl_seg.reports.console import confidence_lines
 from ssl_seg.runs.folder import RunFolder, description_of, labelled_digest, leak_word
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.writer import Run
@@ -34,8 +37,19 @@ from ssl_seg.scores import named_scores, read_image_confusion
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.panels import changed_pictures, error_picture, prediction_panel, task_pictures, write_images
 from ssl_seg.stages.pretrain import PretrainConfig, of_idle_tasks
-from ssl_seg.stages.scoring import PLAINLY, Looks, Mirrored, looks_at, measure, predict_ids, score_tasks
+from ssl_seg.stages.scoring import (
+    PLAINLY,
+    Also,
+    Looks,
+    Mirrored,
+    logits_at,
+    looks_at,
+    measure,
+    predict_ids,
+    score_tasks,
+)
 from ssl_seg.stages.start import build_module
+from ssl_seg.stages.tiles import InTiles
 from ssl_seg.training.multitask import make_views
 from tests.faults import message_of
 from tests.small import Textured, pretraining
@@ -487,6 +501,143 @@ def test_averages_stand_beside_the_scores_where_they_are_asked_for(trained: Path
     assert verify(tmp_path / "asked").figures == 6 + 3 + 2 * 6
     (table,) = compare([tmp_path / "plain", tmp_path / "asked"]).tables
     assert len(table) == 1, "no score comes out differently"
+
+
+def temperature(value: float = 2.0, split: str = "") -> dict[str, Any]:
+    return Temperature(value, 3, 900, split, (0.5, 0.4), (0.1, 0.05)).dump()
+
+
+def test_how_sure_it_is_is_counted_where_pixels_count_and_at_a_temperature_too() -> None:
+    found = measure(Brightness(), Unmasked(), also=Also(temperature=2.0))
+    confidences, tempered, right = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    for index in range(3):
+        example = Unmasked().read(index)
+        image = torch.from_numpy(example.image).permute(2, 0, 1)[None] / 255
+        logits = logits_at(Brightness(), image, example.label.shape)
+        counted = example.label != 255
+        for own, divisor in ((confidences, 1.0), (tempered, 2.0)):
+            own.append((logits / divisor).softmax(dim=1).amax(dim=1)[0].numpy()[counted])
+        right.append((logits.argmax(dim=1)[0].numpy() == example.label)[counted])
+    for said, own in ((found.confidences, confidences), (found.tempered, tempered)):
+        wanted = Confidences.of(np.concatenate(own), np.concatenate(right))
+        np.testing.assert_array_equal(said.pixels, wanted.pixels)
+        np.testing.assert_array_equal(said.doubted_right, wanted.doubted_right)
+        assert said.ece == pytest.approx(wanted.ece, abs=1e-7)
+    assert found.confidences.total == found.confusions.total().sum() > 0
+    assert found.confidences.error == pytest.approx(1 - found.confusions.scores().accuracy)
+
+
+def test_pixels_for_a_temperature_are_drawn_by_the_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_seg.stages.scoring.SAMPLED", 300)
+    first, again = (measure(Brightness(), Unmasked(), also=Also(pixels=True)).pixels for _ in range(2))
+    np.testing.assert_array_equal(first.logits, again.logits)
+    assert (first.images, len(first.truth)) == (2, 200), "of one image no pixel counts"
+    assert 255 not in first.truth
+    counted = [int((Unmasked().read(index).label != 255).sum()) for index in (0, 2)]
+    np.testing.assert_allclose(np.unique(first.weights), sorted(own / 100 for own in counted))
+    alone = measure(Brightness(), Subset(Unmasked(), (2,)), also=Also(pixels=True)).pixels
+    assert len(alone.truth) == 300
+    np.testing.assert_array_equal(alone.logits[:100], first.logits[100:])
+
+
+def test_an_evaluation_tells_calibration_and_outlines_and_verifies_them(trained: Path, tmp_path: Path) -> None:
+    plain = of_textured(trained, 6)
+    asked = of_textured(trained, 6, contours=True, temperature=3.0)
+    assert not {"contours", "temperature", "tiles"} & plain.dump().keys(), "as it always was"
+    assert asked.dump().items() >= {"contours": True, "temperature": 3.0}.items()
+    evaluate(plain, tmp_path / "plain")
+    done = evaluate(asked, tmp_path / "asked")
+    before, after = (RunFolder.open(tmp_path / name).result for name in ("plain", "asked"))
+    assert after["passport"] == before["passport"], "what the mIoU means is the same"
+    assert after["test"].items() > before["test"].items()
+    assert before["test"].keys() >= {"ece", "overconfidence", "aurc"}
+    assert after["test"]["tempered/ece"] != after["test"]["ece"]
+    rows = (tmp_path / "asked" / "contours.csv").read_text().splitlines()
+    assert rows[1:3] == [
+        rows[1],
+        f"test,textured_6_0,disc,truth,0,{rows[2].split(',')[5]},0.0,{math.hypot(80, 80)!r}",
+    ], "ground everywhere: the disc is nowhere"
+    assert after["test"]["hd95_one_sided"] == 2
+    assert verify(tmp_path / "asked").figures == 6 + 3 + 3 + 3 + 2 * 2
+    assert len(compare([tmp_path / "plain", tmp_path / "asked"]).tables) == 1
+    assert (done.temperature, done.is_in_sample) == (3.0, False)
+    told = confidence_lines("test", done.measured, done.temperature)
+    assert [line.partition(":")[0] for line in told[:2]] == [
+        told[0].partition(":")[0],
+        "test at temperature 3.00 (out-of-sample)",
+    ]
+    assert told[-1].split() == ["disc", "0.0000", f"{math.hypot(80, 80):.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        ("result.json", lambda own: own["test"].update(ece=0.5), "test/ece = 0.5, its counts in calibration.json say"),
+        (
+            "calibration.json",
+            lambda own: own["parts"]["test"]["plain"]["right"].__setitem__(-1, 0),
+            "counts other pixels of test than its matrices",
+        ),
+        ("result.json", lambda own: own["test"].update(hd95=1.0), "test/hd95 = 1.0, its outlines in contours.csv say"),
+        ("calibration.json", lambda own: own["parts"].clear(), "test/ece follows from no confusion matrix"),
+        ("calibration.json", lambda own: own["parts"]["test"]["plain"]["pixels"].pop(), "not of as many bins"),
+    ],
+)
+def test_a_figure_that_does_not_follow_is_named(
+    name: str, edit: Callable[[dict[str, Any]], object], said: str, trained: Path, tmp_path: Path
+) -> None:
+    evaluate(of_textured(trained, 6, contours=True), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / name).read_text())
+    edit(written)
+    (tmp_path / "out" / name).write_text(json.dumps(written))
+    assert said in message_of(lambda: verify(tmp_path / "out"))
+
+
+def test_the_temperature_of_the_run_is_in_sample_on_its_own_images_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = measure(Ground(), Textured(count=2, seed=6)).confusions.digest
+    for name in ("evaluate", "scoring"):
+        monkeypatch.setattr(f"ssl_seg.stages.{name}.read_model_info", lambda _: {"temperature": temperature(2.0, own)})
+    there = evaluate(of_textured(trained, 6, temperature="val"))
+    elsewhere = evaluate(of_textured(trained, 7, temperature="val"), tmp_path / "out")
+    assert (there.temperature, there.is_in_sample) == (2.0, True)
+    assert (elsewhere.temperature, elsewhere.is_in_sample) == (2.0, False)
+    assert "in-sample: it was fitted on these images" in confidence_lines("test", there.measured, 2.0, True)[1]
+    assert json.loads((tmp_path / "out" / "calibration.json").read_text())["temperature"] == 2.0
+    assert "looks once" in message_of(lambda: evaluate(of_textured(trained, 6, temperature="val", flips=True)))
+    monkeypatch.setattr("ssl_seg.stages.scoring.read_model_info", lambda _: {})
+    assert "has none (its run is of an earlier version" in message_of(
+        lambda: evaluate(of_textured(trained, 6, temperature="val"))
+    )
+
+
+def test_scores_in_tiles_say_so_and_are_never_ranked_with_others(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Contrast().eval(), None))
+    tiles = {"size": 64, "overlap": 16}
+    plain, tiled = of_textured(trained, 6), of_textured(trained, 6, tiles=tiles)
+    whole, parts = evaluate(plain, tmp_path / "plain"), evaluate(tiled, tmp_path / "tiled")
+    assert (whole.scores.confusion == parts.scores.confusion).all(), "a network that sees single pixels"
+    assert parts.measured.confidences.ece == pytest.approx(whole.measured.confidences.ece, abs=1e-5)
+    runs = [RunFolder.open(tmp_path / name) for name in ("plain", "tiled")]
+    passports = [run.result["passport"] for run in runs]
+    assert "tiles" not in passports[0]["test"]
+    assert passports[1]["test"]["tiles"] == tiles
+    assert differing(*passports) == ["test: tiles"]
+    assert len(compare([tmp_path / "plain", tmp_path / "tiled"]).tables) == 2
+    assert verify(tmp_path / "tiled").figures == 6 + 3
+    monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda path: (Contrast().eval(), None))
+    looked: list[type] = []
+    monkeypatch.setattr(
+        "ssl_seg.stages.panels.predict_ids",
+        lambda model, image, size: looked.append(type(model)) or predict_ids(model, image, size),
+    )
+    list(changed_pictures(*runs, "test", ["textured_6_0"], "cpu"))
+    assert looked == [Contrast, InTiles]
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Contrast().eval(), (80, 80)))
+    assert "tiles: the model looks at every image at 80 x 80" in message_of(lambda: evaluate(tiled))
 
 
 def test_what_changed_is_drawn_by_the_model_as_it_was_scored(

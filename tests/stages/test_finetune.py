@@ -30,6 +30,7 @@ from ssl_seg.runs.folder import read_metrics
 from ssl_seg.runs.lock import LOCK
 from ssl_seg.runs.writer import RUN_FILES
 from ssl_seg.scores import read_image_confusion
+from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import (
     SEGMENT,
     FinetuneConfig,
@@ -46,7 +47,7 @@ from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.scoring import measure
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
-from ssl_seg.weights.export import load_model
+from ssl_seg.weights.export import load_model, read_model_info, temperature_of
 from ssl_seg.weights.receipt import Receipt
 from tests.faults import message_of
 from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining, sharing
@@ -412,6 +413,25 @@ def test_the_exported_model_gives_the_scores_of_the_run(finetuned: Finetuned) ->
     assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(finetuned.test.confusion))
     image = torch.rand(1, 3, 37, 51)
     assert model(image).shape == (1, 2, 37, 51)
+
+
+def test_the_temperature_of_the_validation_images_lies_beside_the_weights(finetuned: Finetuned, tmp_path: Path) -> None:
+    fitted = temperature_of(read_model_info(finetuned.folder))
+    assert fitted is not None
+    assert fitted == finetuned.temperature == temperature_of(read_model_info(finetuned.model))
+    assert fitted.split == read_image_confusion(finetuned.folder)["val"].digest
+    assert fitted.nll[1] <= fitted.nll[0]
+    kept = json.loads((finetuned.folder / "calibration.json").read_text())
+    assert kept["temperature"] == fitted.value
+    assert {part: set(own) for part, own in kept["parts"].items()} == {"val": {"plain"}, "test": {"plain", "tempered"}}
+    result = json.loads((finetuned.folder / "result.json").read_text())
+    config = load(FinetuneConfig, finetuning())
+    asked = {"data": {"test": config.data.test}, "temperature": "val", "workers": 0, "device": "cpu"}
+    done = evaluate(EvaluateConfig(model=str(finetuned.folder), **asked))
+    assert done.measured.tempered.ece == pytest.approx(result["test"]["tempered/ece"], abs=1e-9)
+    assert not done.is_in_sample
+    own = evaluate(EvaluateConfig(model=str(finetuned.folder), **{**asked, "data": {"test": config.data.val}}))
+    assert own.is_in_sample
 
 
 def test_every_image_s_confusion_adds_up_to_the_run_s(finetuned: Finetuned) -> None:
