@@ -63,7 +63,7 @@ class EvaluateConfig(ReadingConfig):
     # Recall, specificity, precision and others as averages over the classes, for a comparison with published tables.
     averages: tuple[Average, ...] = ()
     # Boundary IoU and the 95th percentile of the Hausdorff distance of each class, and a table with a row for each
-    # image and class. Off, since a photograph of 480 x 360 with eleven classes takes some 20 ms more.
+    # image and class. Off, since a photograph of 480 x 360 with eleven classes takes some 45 ms more.
     contours: bool = False
     # Look at an image larger than a tile tile by tile, as `predict` does; never ranked with scores of whole images.
     # None: whole.
