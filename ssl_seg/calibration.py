@@ -51,8 +51,11 @@ class Confidences:
 
     @classmethod
     def of(cls, confidence: np.ndarray, right: np.ndarray, weights: np.ndarray | None = None) -> Self:
-        """Of N pixels: shares `(N,)` in [0, 1], and whether each is right, bool `(N,)`."""
-        shares = np.asarray(confidence, dtype=np.float32)
+        """Of N pixels: shares `(N,)` in [0, 1], and whether each is right, bool `(N,)`.
+
+        What is no number, as a network says whose answers overflow, is no confidence: 0.
+        """
+        shares = np.nan_to_num(np.asarray(confidence, dtype=np.float32), nan=0.0)
         equal = np.minimum((shares * BINS).astype(np.int64), BINS - 1)
         doubt = _doubt_bin(shares)
         of_right = None if weights is None else weights[right]
@@ -232,9 +235,11 @@ class Pixels:
 def fit_temperature(pixels: Pixels, split: str) -> Temperature | None:
     """The temperature at which `pixels` of the images of digest `split` are the likeliest, within TEMPERATURES.
 
-    None where nothing says which: without a pixel, and where each is right, for then the surest is the likeliest. The
-    likelihood has one peak, for the log-likelihood is concave in 1 / temperature.
+    None where nothing says which: without a pixel, and where each is right, for then the surest is the likeliest; and
+    where logits are no numbers. The likelihood has one peak, for its logarithm is concave in 1 / temperature.
     """
+    if not np.isfinite(pixels.logits).all():
+        return None
     if not (pixels.logits.argmax(axis=1) != pixels.truth).any():
         return None
     from scipy.optimize import minimize_scalar  # not for those who only read runs

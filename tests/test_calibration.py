@@ -178,6 +178,10 @@ def test_where_nothing_is_wrong_there_is_no_temperature() -> None:
     pixels = of_pixels(8)
     assert fit_temperature(Pixels(pixels.logits, pixels.logits.argmax(axis=1), pixels.weights, 1), "") is None
     assert fit_temperature(Pixels.of_all([], 5), "") is None
+    overflowing = np.full((3, 5), np.nan, dtype=np.float32)
+    broken = Pixels(overflowing, np.zeros(3, dtype=np.int64), np.ones(3), 1)
+    assert fit_temperature(broken, "") is None
+    assert Confidences.of(overflowing[:, 0], np.ones(3, dtype=bool)).mean_confidence == 0
     hopeless = Pixels(pixels.logits, pixels.logits.argmin(axis=1), pixels.weights, 1)
     fitted = fit_temperature(hopeless, "")
     assert fitted is not None

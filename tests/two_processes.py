@@ -81,7 +81,7 @@ def evaluate(count: int = 3) -> dict[str, Any]:
         "confidences": measured.confidences.dump(),
         "tempered": measured.tempered.dump(),
         "pixels": measured.pixels.logits.tolist(),
-        "contours": measured.contours,
+        "contours": [tuple(row) for row in measured.contours.rows],
     }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -145,8 +145,17 @@ def read_once(parts: Iterable[Examples], workers: Workers, processes: Processes)
             pass
 
 
+def _val_or_number(value: Any) -> Any:
+    """Raises ValueError in one line, where each kind that it might be would have one of its own."""
+    least, most = TEMPERATURES
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or value == "val" or (is_number and least <= value <= most):
+        return value
+    raise ValueError(f"write val, or a number from {least:g} to {most:g}")
+
+
 # What a config says of a temperature: `val` is the one that validation images gave.
-TemperatureField = Literal["val"] | Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None
+TemperatureField = Annotated[Literal["val"] | float | None, BeforeValidator(_val_or_number)]
 
 
 def temperature_at(asked: TemperatureField, model: PathText, is_plain: bool) -> float | None:

@@ -357,6 +357,10 @@ def test_a_temperature_changes_shares_and_no_mask(
     assert "temperature: changes no mask; give probabilities=true" in message_of(
         lambda: load(PredictConfig, {**of(waves).dump(), "temperature": 2.0})
     )
+    for wrong in ("train", 0, True):
+        assert "temperature: write val, or a number from 0.05 to 20" in message_of(
+            lambda wrong=wrong: load(PredictConfig, {**of(waves).dump(), "entropy": True, "temperature": wrong})
+        )
     asked = load(PredictConfig, {**of(waves).dump(), "entropy": True, "temperature": "val"})
     monkeypatch.setattr("ssl_seg.stages.scoring.read_model_info", lambda _: {})
     assert "temperature: m has none" in message_of(lambda: predict(asked, tmp_path / "none"))
