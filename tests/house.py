@@ -17,7 +17,12 @@ from tests import ROOT
 # A file may import what stands on a floor above its own, and what shares its room. What a room is for, in a few words.
 FLOORS: tuple[Mapping[str, str], ...] = (
     {"yaml_text": "what a text may cost"},
-    {"config": "configs, plug-ins, errors", "rng": "keyed random numbers", "losses": "losses of one sample"},
+    {
+        "calibration": "how sure, how right",
+        "config": "configs, plug-ins, errors",
+        "rng": "keyed random numbers",
+        "losses": "losses of one sample",
+    },
     {
         "files": "atomic files, JSON",
         "images": "the only decoder",
@@ -29,6 +34,7 @@ FLOORS: tuple[Mapping[str, str], ...] = (
         "worlds": "drawn scenes",
     },
     {
+        "contours": "how outlines fit",
         "datasets": "one source a file",
         "figures": "charts and sheets",
         "keys": "what each key means",

@@ -34,7 +34,7 @@ from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
-from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.scoring import measure
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
 from ssl_seg.stages.trial import fit_in_memory
@@ -330,10 +330,10 @@ def test_what_a_gpu_trained_is_the_same_network_on_the_cpu(tmp_path: Path) -> No
 def test_predictions_and_fingerprints_do_not_depend_on_the_device(tmp_path: Path) -> None:
     network = build_model(BATCH_NORM, ("ground", "disc")).eval()
     exported = fingerprint(network)
-    here = image_confusions(network, Textured(count=3, seed=6))
+    here = measure(network, Textured(count=3, seed=6)).confusions
     network = network.to(GPU)
     assert feature_distance(exported, fingerprint(network)) < TOLERANCE
-    there = image_confusions(network, Textured(count=3, seed=6))
+    there = measure(network, Textured(count=3, seed=6)).confusions
     assert there.names == here.names
     confusions = [found.scores().confusion for found in (here, there)]
     moved = abs(confusions[0] - confusions[1]).sum() / confusions[0].sum()

@@ -28,7 +28,7 @@ from ssl_seg.stages import trial
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, assemble, finetune, resolve
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
-from ssl_seg.stages.scoring import image_confusions, score_tasks
+from ssl_seg.stages.scoring import Also, measure, score_tasks
 from ssl_seg.stages.setup import Options, recalibrate
 from ssl_seg.stages.start import build_module
 from ssl_seg.training.config import TrainConfig
@@ -72,8 +72,17 @@ def evaluate(count: int = 3) -> dict[str, Any]:
     processes = Processes(config.train)
     module = build_module(config.model, {SEGMENT: Segment(num_classes=2)}, seed=1)
     model = SegmentationModel(module.encoder, module.heads[SEGMENT], ("ground", "disc"))
-    found = image_confusions(model, Textured(count=count, seed=6), processes=processes)
-    return {"names": found.names, **{column: getattr(found, column).tolist() for column in COLUMNS}}
+    also = Also(temperature=2.0, pixels=True, contours=True)
+    measured = measure(model, Textured(count=count, seed=6), processes=processes, also=also)
+    found = measured.confusions
+    return {
+        "names": found.names,
+        **{column: getattr(found, column).tolist() for column in COLUMNS},
+        "confidences": measured.confidences.dump(),
+        "tempered": measured.tempered.dump(),
+        "pixels": measured.pixels.logits.tolist(),
+        "contours": [tuple(row) for row in measured.contours.rows],
+    }
 
 
 def score_one_image() -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssl_seg.calibration import temperature_in_words
 from ssl_seg.cli.shell import command
 from ssl_seg.cli.words import (
     Classes,
@@ -24,7 +25,7 @@ from ssl_seg.cli.words import (
     read,
 )
 from ssl_seg.config import UserError, load
-from ssl_seg.reports.console import print_study, score_lines
+from ssl_seg.reports.console import confidence_lines, print_study, score_lines
 from ssl_seg.terminal import print_lines, say, tells
 
 if TYPE_CHECKING:
@@ -114,9 +115,13 @@ def finetune_command(
         print_lines(finetune.try_out(config).lines())
         return
     result = finetune.finetune(config, _options(out, resume, overwrite, allow_changed, quiet))
+    fitted = result.temperature
     for part, scores in (("val", result.val), ("test", result.test)):
         if scores is not None:
             print_lines(score_lines(part, scores, result.class_names, config.averages))
+            print_lines(confidence_lines(part, result.measured[part], fitted and fitted.value))
+    if fitted is not None:
+        print_lines([temperature_in_words(fitted)])
     print_lines([f"model: {result.model} (weights of step {result.selected_step})"])
 
 

@@ -12,7 +12,7 @@ import typer
 from ssl_seg.cli.shell import command
 from ssl_seg.cli.words import Classes, Option, Out, Plugins, both_in, is_run, labelled_options, needed, read
 from ssl_seg.config import UserError, load, names_file, user_path
-from ssl_seg.reports.console import score_lines
+from ssl_seg.reports.console import confidence_lines, score_lines
 from ssl_seg.terminal import print_lines, say
 
 commands = typer.Typer()
@@ -55,7 +55,7 @@ def predict_command(
     commands,
     "evaluate",
     "ssl-seg evaluate runs/encoder test/images test/masks --out scores",
-    "ssl-seg evaluate runs/encoder test --classes ground,leaf averages=[macro] --out scores",
+    "ssl-seg evaluate runs/encoder test --classes ground,leaf averages=[macro] contours=true --out scores",
 )
 def evaluate_command(
     words: Annotated[
@@ -74,6 +74,7 @@ def evaluate_command(
     config = load(EvaluateConfig, _as_the_model(values))
     result = evaluate.evaluate(config, out)
     print_lines(score_lines("test", result.scores, result.class_names, config.averages))
+    print_lines(confidence_lines("test", result.measured, result.temperature, result.is_in_sample))
 
 
 @command(

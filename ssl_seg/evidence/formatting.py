@@ -18,8 +18,19 @@ WORDS = {
     "miou": "mIoU",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
+    "ece": "expected calibration error",
+    "aurc": "area under the risk-coverage curve",
+    "hd95": "Hausdorff 95",
 }
-UNITS = {"psnr": (1, "dB"), "miou": (100, "%"), "accuracy": (100, "%"), "solved": (100, "%")}  # factor to it, its name
+UNITS = {  # factor to it, its name
+    "psnr": (1, "dB"),
+    "miou": (100, "%"),
+    "accuracy": (100, "%"),
+    "solved": (100, "%"),
+    "ece": (100, "%"),
+    "overconfidence": (100, "points"),
+    "hd95": (1, "pixels"),
+}
 LEAST_P = 0.001  # told as a number
 
 

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ssl_seg import calibration
+from ssl_seg.calibration import Confidences
 from ssl_seg.config import UserError
 from ssl_seg.runs.folder import RunFolder, find_runs
 from ssl_seg.scores import (
@@ -31,7 +33,7 @@ IGNORED = 255
 # Fields that scores are ranked across: how large the network wants its images is a property of the model, for whatever
 # it sees, its answer is scored at the label's size; and the version of the software is told apart by the definition.
 FACTS = ("resize", "software")
-LOOKS = ("flips", "statistics")  # fields that say how a model was asked, and are written where that is unusual
+LOOKS = ("flips", "statistics", "tiles")  # fields that say how a model was asked, and are written where that is unusual
 Passports = Mapping[str, Mapping[str, Any] | None]  # by part; None: of a version that wrote no passports
 
 
@@ -52,6 +54,7 @@ class Passport:
     software: str = metadata.version("ssl_seg")
     flips: bool = False  # whether an answer is the mean of those to the image and to its mirror image
     statistics: str = "running"  # of batch norm; image: each image is normalized by its own
+    tiles: Mapping[str, int] | None = None  # size and overlap of those in which larger images are looked at
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON types. How a model is asked stands there only where it is unusual: others are as ever."""
@@ -61,18 +64,30 @@ class Passport:
 
 
 def passport_of(
-    found: ImageConfusions, resize: Sequence[int] | None = None, flips: bool = False, statistics: str = "running"
+    found: ImageConfusions,
+    resize: Sequence[int] | None = None,
+    flips: bool = False,
+    statistics: str = "running",
+    tiles: Mapping[str, int] | None = None,
 ) -> Passport:
     """That of the scores of `found`, by a network that saw images of `resize` (H, W) and was asked in these ways."""
     size = None if resize is None else tuple(resize)
-    looks = {"flips": flips, "statistics": statistics}
-    return Passport(classes=found.class_names, images=len(found), split=found.digest, resize=size, **looks)
+    return Passport(
+        classes=found.class_names,
+        images=len(found),
+        split=found.digest,
+        resize=size,
+        flips=flips,
+        statistics=statistics,
+        tiles=tiles,
+    )
 
 
 def looks_of(written: Mapping[str, Any]) -> dict[str, Any]:
     """How the model was asked, by what a passport, or the config of an evaluation, says of it."""
     statistics = "image" if written.get("statistics") == "image" else "running"
-    return {"flips": written.get("flips") is True, "statistics": statistics}
+    tiles = written.get("tiles") if isinstance(written.get("tiles"), Mapping) else None
+    return {"flips": written.get("flips") is True, "statistics": statistics, "tiles": tiles}
 
 
 def passports_in(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
@@ -123,7 +138,7 @@ class Verified:
 
 
 def verify(folder: str | Path) -> Verified:
-    """Recompute every score of a run from its confusion matrices, image by image and summed.
+    """Recompute every score of a run: from its confusion matrices, image by image and summed, and what else it counted.
 
     Raises UserError that names the figure where one differs by more than EXACT, where the two files of matrices
     disagree, where a passport speaks of other images or classes, and where there are no scores or no matrices.
@@ -133,8 +148,12 @@ def verify(folder: str | Path) -> Verified:
     parts = passports_in(result)
     if not parts:
         raise UserError(f"{folder}: has no segmentation scores to verify; name finished fine-tunings or evaluations")
+    from ssl_seg.contours import read_contours  # OpenCV, which those who only compare can do without
+
     of_images = read_image_confusion(folder)
     summed = run.read("confusion.json") or {}
+    confidences = (run.read(calibration.FILE) or {}).get("parts", {})
+    outlines = read_contours(folder, summed.get("classes", ()))
     figures, differences = 0, []
     for part, written in parts.items():
         if part not in of_images or part not in summed:
@@ -146,10 +165,13 @@ def verify(folder: str | Path) -> Verified:
         averages = averages_in(result[part])
         from_images = found.named(averages)
         from_sum = named_scores(SegmentationScores.from_confusion(summed[part]), found.class_names, averages)
-        for recomputed in (from_images, from_sum):
+        others = outlines[part].named() if part in outlines else {}
+        if part in confidences:
+            others |= _of_confidences(folder, part, confidences[part], found)
+        for recomputed in (from_images, from_sum, others):
             differences += _differences(folder, part, result[part], recomputed)
-        _refuse_more(folder, part, result[part], from_images)
-        figures += len(from_images)
+        _refuse_more(folder, part, result[part], {**from_images, **others})
+        figures += len(from_images) + len(others)
     return Verified(figures, max(differences), tuple(part for part, written in parts.items() if written is None))
 
 
@@ -189,6 +211,22 @@ def _check_passport(folder: str | Path, part: str, written: Mapping[str, Any] | 
         raise UserError(f"{folder}: the passport of {part} says another {wrong[0]} than its matrices; {_AGAIN}")
 
 
+def _of_confidences(
+    folder: str | Path, part: str, written: Mapping[str, Any], found: ImageConfusions
+) -> dict[str, float | None]:
+    """The figures of calibration.json, whose pixels are those of the matrices, as many of them right."""
+    matrix, named = found.total(), {}
+    for kind, dumped in written.items():
+        own = Confidences.load(dumped)
+        for of_pixels, of_right in ((own.pixels, own.right), (own.doubted, own.doubted_right)):
+            if (of_pixels.sum(), of_right.sum()) != (matrix.sum(), matrix.trace()):
+                raise UserError(
+                    f"{folder}: {calibration.FILE} counts other pixels of {part} than its matrices; {_AGAIN}"
+                )
+        named |= own.named("" if kind == "plain" else f"{kind}/")
+    return named
+
+
 def _differences(
     folder: str | Path, part: str, written: Mapping[str, Any], recomputed: Mapping[str, float | None]
 ) -> list[float]:
@@ -198,7 +236,7 @@ def _differences(
         difference = _distance(said, value)
         if not difference <= EXACT:
             raise UserError(
-                f"{folder}: result.json says {part}/{name} = {_shown(said)}, its confusion matrices say "
+                f"{folder}: result.json says {part}/{name} = {_shown(said)}, its {_source_of(name)} say "
                 f"{_shown(value)}; {_AGAIN}"
             )
         found.append(difference)
@@ -218,6 +256,13 @@ def _refuse_more(
     more = [name for name in written if name not in recomputed]
     if more:
         raise UserError(f"{folder}: {part}/{more[0]} follows from no confusion matrix of the run; {_AGAIN}")
+
+
+def _source_of(name: str) -> str:
+    """What a figure is recomputed from."""
+    if name.removeprefix(f"{calibration.TEMPERED}/") in Confidences.none().named():
+        return f"counts in {calibration.FILE}"
+    return "outlines in contours.csv" if name.startswith(("boundary/", "hd95")) else "confusion matrices"
 
 
 def _shown(value: float | None) -> str:

@@ -43,6 +43,7 @@ NUMBERED = 16  # classes up to which a confusion matrix has its numbers
 NAMED = 48  # and up to which each class has its name
 FEW_POINTS = 400  # of a map's ground: more cover each other
 POINTS = 80  # of a line; more cannot be told apart in a panel
+LEAST_DOT, MOST_DOT = 9.0, 220.0  # square points: of a bin with hardly a pixel, and what one with all has more
 DEEPEST = 0.5  # the cosine of two tasks' gradients that has the deepest colour
 WIDE_RANGE = 8  # from this ratio on a loss is drawn by its logarithm
 Numbers = Sequence[float] | np.ndarray
@@ -76,6 +77,16 @@ class Curve:
     """A figure over steps for the runs of one group: `(steps, values)` of each, nan where there is no number."""
 
     runs: tuple[tuple[Sequence[float], Sequence[float]], ...]
+    style: Style
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Of each bin of confidence that holds pixels, in per cent: what was said, what held, and its share of all."""
+
+    said: Numbers
+    held: Numbers
+    shares: Numbers
     style: Style
 
 
@@ -195,6 +206,48 @@ def curves(name: str, lines: Sequence[Curve], about: str, by_logarithm: bool = F
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     panel.set_xlabel("step", fontsize=TEXT, color=light("muted"))
+    return to_svg(figure, name, about)
+
+
+def reliability(name: str, lines: Sequence[Reliability], about: str) -> str:
+    """How often right over how sure: on the diagonal a group is as good as it says, below it is over-confident.
+
+    The area of a dot is the bin's share of the pixels (Guo et al. 2017, figure 1, with the counts in it).
+    """
+    side = PANEL - 0.7
+    figure, panel = _panel(side, bottom=0.46, left=0.5, right=0.2, top=0.1)
+    panel.plot([0, 100], [0, 100], color=light("muted"), linewidth=1.0, linestyle=":")
+    for line in lines:
+        panel.plot(line.said, line.held, color=line.style.hex, linewidth=1.3, linestyle=line.style.dash)
+        areas = LEAST_DOT + MOST_DOT * np.asarray(line.shares) / 100
+        looks = {"marker": line.style.marker, "color": line.style.hex, "alpha": 0.75, "linewidths": 0}
+        panel.scatter(line.said, line.held, s=areas, clip_on=False, **looks)
+    least = min((float(np.min(own)) for line in lines for own in (line.said, line.held) if len(own)), default=0.0)
+    low = max(0.0, 10 * math.floor(least / 10))
+    panel.set(xlim=(low, 100), ylim=(low, 100))
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter(FuncFormatter(_short))
+    panel.grid(color=light("line"), linewidth=0.6)
+    _name_axis(panel, "it says, % (the share of the class taken)")
+    panel.set_ylabel("and is right, %", fontsize=TEXT, color=light("muted"))
+    return to_svg(figure, name, about)
+
+
+def leaving_out(name: str, lines: Sequence[Curve], about: str) -> str:
+    """The error of what is kept, in per cent, as the least sure pixels are left out: a risk-coverage curve."""
+    figure, panel = _panel(PANEL - 0.7, bottom=0.46, left=0.5, right=0.2, top=0.1)
+    for line in lines:
+        for shares, errors in line.runs:
+            panel.plot(shares, errors, color=line.style.hex, linewidth=1.7, linestyle=line.style.dash)
+    panel.set_xlim(0, 100)
+    panel.set_ylim(bottom=0)
+    panel.xaxis.set_major_locator(MaxNLocator(6))
+    panel.yaxis.set_major_locator(MaxNLocator(6))
+    panel.yaxis.set_major_formatter(FuncFormatter(_short))
+    panel.grid(color=light("line"), linewidth=0.6)
+    _name_axis(panel, "least sure pixels left out, %")
+    panel.set_ylabel("wrong among the others, %", fontsize=TEXT, color=light("muted"))
     return to_svg(figure, name, about)
 
 

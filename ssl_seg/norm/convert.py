@@ -225,6 +225,21 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
             setattr(layer, name, value)
 
 
+class OneByOne(nn.Module):
+    """A model whose batch norms take the statistics of the image at hand, each image by itself, for the running ones.
+
+    The batch's share of a switch norm likewise. So an answer does not depend on what else is in the batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        with batch_statistics(self.model):
+            return torch.cat([self.model(one) for one in image.split(1)])
+
+
 def recalibrate(module: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object] | None = None) -> int:
     """Estimate the running statistics inside `module` anew, and give the number of layers that have some.
 

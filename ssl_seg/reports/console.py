@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ssl_seg.calibration import in_words, left_out_in_words
 from ssl_seg.terminal import print_lines, say
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ssl_seg.stages.check import Checked
     from ssl_seg.stages.gap import Gaps
     from ssl_seg.stages.probe import Probes
+    from ssl_seg.stages.scoring import Measured
 
     Cells = Callable[[Arm, Condition], list[str]]  # the row of an arm
 
@@ -40,6 +42,27 @@ def score_lines(
     over = f" over {averaged} of {len(class_names)} classes" if averaged < len(class_names) else ""
     first = f"{part} mIoU {scores.miou:.4f}{over}, pixel accuracy {scores.accuracy:.4f}"
     return [first, *rows, *_average_lines(scores, averages)]
+
+
+def confidence_lines(
+    part: str, measured: Measured, temperature: float | None = None, is_in_sample: bool = False
+) -> list[str]:
+    """How sure the model is of a part and how often right, also at a temperature; and how its outlines fit."""
+    lines = [f"{part} {in_words(measured.confidences)}"]
+    if measured.tempered is not None and temperature is not None:
+        sample = "in-sample: it was fitted on these images" if is_in_sample else "out-of-sample"
+        of = f"at temperature {temperature:.2f} ({sample})"
+        lines.append(f"{part} {of}: {in_words(measured.tempered)}")
+    lines.append(f"{part} AURC {measured.confidences.aurc:.4f}: {left_out_in_words(measured.confidences)}")
+    if measured.contours is not None:
+        named = measured.contours.named()
+        width = max(len(name) for name in measured.contours.class_names)
+        lines.append(f"{part} outlines: {'':<{max(0, width - 9)}}Boundary IoU  Hausdorff 95, pixels")
+        for name in measured.contours.class_names:
+            iou, distance = named[f"boundary/iou/{name}"], named[f"hd95/{name}"]
+            cells = ["-" if iou is None else f"{iou:.4f}", "-" if distance is None else f"{distance:.1f}"]
+            lines.append(f"  {name:<{width}} {cells[0]:>12}  {cells[1]:>20}")
+    return lines
 
 
 def _average_lines(scores: SegmentationScores, averages: Sequence[Average]) -> list[str]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from ssl_seg import files
+from ssl_seg import calibration, files
+from ssl_seg.calibration import Confidences
 from ssl_seg.config import UserError
 from ssl_seg.evidence import compare
 from ssl_seg.evidence.cautions import notes
@@ -24,12 +26,14 @@ from ssl_seg.evidence.formatting import (
     NOTHING,
     PARTS,
     average,
+    begun,
     between,
     count_of,
     duration,
     foremost,
     images_of,
     percent,
+    points,
     state,
     unit_of,
     with_unit,
@@ -61,6 +65,7 @@ from ssl_seg.runs.folder import RunFolder, find_runs
 
 ABREAST = 5  # arms that stand beside each other in a table of keys; more stand below each other
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
+SUREST = (1.0, 0.9, 0.8)  # of the pixels, in the table of errors
 AFFINITY = "train/affinity/"
 MACHINE = ("lr", "grad_norm", "images_per_s")  # figures of the training itself, not of what was learnt
 # What tables show.
@@ -339,6 +344,100 @@ def _confusions(page: Page) -> Iterator[Section]:
     yield Section("confusion", "What is taken for what", tuple(blocks))
 
 
+def _confidence(page: Page) -> Iterator[Section]:
+    """How sure each group is, how often right, and what leaving out the doubtful pixels buys; summed over its runs."""
+    part = page.found.part
+    found = {arm: own for arm in page.found.arms if (own := sections.confidences(arm, part, "plain")).total}
+    if not found:
+        return
+    mended = {arm: sections.confidences(arm, part, calibration.TEMPERED) for arm in found}
+    has_mended = any(own.total for own in mended.values())
+    shown = dict(list(found.items())[: sections.SHOWN])
+    of = PARTS.get(part, part)
+    lines = []
+    for arm, own in shown.items():
+        style = page.styles[arm]
+        lines += [_reliability(own, style)]
+        lines += [_reliability(mended[arm], replace(style, dash="--"))] * bool(mended[arm].total)
+    about = "; ".join(f"{arm.label}: {calibration.in_words(own)}" for arm, own in shown.items())
+    sure = drawn(charts.reliability, "reliability", lines, f"how often right over how sure, {of}; {about}")
+    left_out = np.linspace(0, 0.99, charts.POINTS).tolist()
+    hundredths = [100 * share for share in left_out]
+    curves = []
+    for arm, own in shown.items():
+        errors = [100 * own.error_of_surest(1 - share) for share in left_out]
+        curves.append(charts.Curve(((hundredths, errors),), page.styles[arm]))
+    about = "; ".join(f"{arm.label}: {calibration.left_out_in_words(own)}" for arm, own in shown.items())
+    risks = drawn(charts.leaving_out, "leaving_out", curves, f"error of the surer pixels, {of}; {about}")
+    panels = (
+        Panel(
+            "How often it is right (up) when it says so much (along). Below the dotted line it says more than it "
+            f"holds; the area of a dot is its share of the pixels.{' Dashed: tempered.' * has_mended}",
+            sure,
+        ),
+        Panel("How many of the pixels that are kept are wrong, as the least sure ones are left out.", risks),
+    )
+    told = []
+    for arm, own in shown.items():
+        kept = begun(calibration.left_out_in_words(own))
+        told.append(f"{arm.label}: {calibration.in_words(own)}. {kept}.")
+    blocks: list[Any] = [Text(line) for line in told]
+    blocks += [Panels(panels, page.legend(list(shown)), shape="wide"), _confidence_table(page, found, mended)]
+    blocks += sections.not_shown([arm for arm in found if arm not in shown])
+    yield Section("confidence", "How sure, and how often right", tuple(blocks))
+
+
+def _reliability(found: Confidences, style: charts.Style) -> charts.Reliability:
+    said, held, shares = found.curve()
+    return charts.Reliability(100 * said, 100 * held, 100 * shares, style)
+
+
+def _confidence_table(page: Page, found: Mapping[Arm, Confidences], mended: Mapping[Arm, Confidences]) -> Table:
+    has_mended = any(own.total for own in mended.values())
+    rows = []
+    for arm, own in found.items():
+        errors = [own.error_of_surest(share) for share in SUREST]
+        cells = [f"{100 * own.ece:.1f}", points(own.overconfidence)]
+        cells += [f"{100 * mended[arm].ece:.1f}" if mended[arm].total else NOTHING] * has_mended
+        cells += [f"{100 * error:.1f}" for error in errors]
+        cells.append(f"{own.aurc:.4f}")
+        rows.append(TableRow(arm.label, tuple(cells), page.marks[arm]))
+    of = PARTS.get(page.found.part, page.found.part)
+    caption = (
+        f"All pixels of the {of} that count, of all runs of a group. ECE: {calibration.BINS} bins of equal width. "
+        "Over-confidence: what it says on average, less how often it is right. AURC: the mean of the error over all "
+        "shares that are kept."
+    )
+    caption += " Tempered: with the temperature that validation images gave, or that was named." * has_mended
+    columns = ["Group", "ECE, %", "Over-confidence, points", *["Tempered ECE, %"] * has_mended]
+    columns += [f"Error, %, of the surest {100 * share:g} %" for share in SUREST]
+    return Table(caption, (*columns, "AURC"), tuple(rows))
+
+
+def _outlines(page: Page) -> Iterator[Section]:
+    """Boundary IoU and Hausdorff distances, where runs have them."""
+    part, names = page.found.part, sections.class_names(page)
+    arms = [arm for arm in page.scored if arm.spread(f"{part}/boundary/miou") is not None]
+    if not arms:
+        return
+    columns = ["Class"]
+    columns += [f"{arm.label}: {figure}" for arm in arms for figure in ("Boundary IoU, %", "Hausdorff 95, px")]
+    keys = {"mean": ("boundary/miou", "hd95"), **{own: (f"boundary/iou/{own}", f"hd95/{own}") for own in names}}
+    rows = []
+    for name, (overlap, distance) in keys.items():
+        cells: list[str] = []
+        for arm in arms:
+            far = arm.spread(f"{part}/{distance}")
+            cells += [percent(arm.spread(f"{part}/{overlap}")), NOTHING if far is None else far.text(1)]
+        rows.append(TableRow(name, tuple(cells)))
+    caption = (
+        "Boundary IoU: the IoU of the pixels within 2 % of the image's diagonal of each mask's outline, summed over "
+        "the images. Hausdorff 95: how far apart outlines are, but for their farthest twentieth, as the mean over the "
+        "images that show the class; where only truth or prediction does, the image's diagonal counts."
+    )
+    yield Section("outlines", "Outlines", (Table(caption, tuple(columns), tuple(rows)),))
+
+
 def _pretext(page: Page) -> Iterator[Section]:
     def blocks(arm: Arm) -> list[Any]:
         run = page.shown(arm)
@@ -489,6 +588,8 @@ SECTIONS: tuple[Callable[[Page], Iterator[Section]], ...] = (
     _affinities,
     sections.classes,
     _confusions,
+    _outlines,
+    _confidence,
     _pretext,
     _predictions,
     sections.maps,

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_seg import files
+from ssl_seg import calibration, files
+from ssl_seg.calibration import Confidences
 from ssl_seg.config import flatten
 from ssl_seg.evidence.comparison import Arm, Condition, Gain, condition_text
 from ssl_seg.evidence.formatting import NOTHING, average, between, count_of, duration, percent, points
@@ -133,6 +134,16 @@ def class_names(page: Page) -> list[str]:
         listed = [name.removeprefix("iou/") for name in scores if name.startswith("iou/")]
         found |= dict.fromkeys([*matrix.get("classes", ()), *listed])
     return list(found)
+
+
+def confidences(arm: Arm, part: str, kind: str) -> Confidences:
+    """Of all runs of an arm that have counted some: `plain`, or those at a temperature."""
+    found = Confidences.none()
+    for run in arm.runs:
+        parts = (run.read(calibration.FILE) or {}).get("parts", {})
+        dumped = parts.get(part, {}).get(kind)
+        found = found if dumped is None else found + Confidences.load(dumped)
+    return found
 
 
 def class_gains(page: Page) -> Iterator[Section]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from ssl_seg import files
+from ssl_seg import calibration, files
 from ssl_seg.config import UserError
 
 
@@ -191,6 +191,29 @@ class _MatricesShape(Shape):
     classes: Annotated[list[str], Field(min_length=1)]
 
 
+class _ConfidencesShape(Shape):
+    pixels: list[Pixels]
+    right: list[Pixels]
+    confidence: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    doubted: list[Pixels]
+    doubted_right: list[Pixels]
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        sizes = [len(getattr(self, own)) for own in calibration.COLUMNS]
+        if sizes != [calibration.BINS] * 3 + [calibration.DOUBTS] * 2:
+            raise ValueError("its lists are not of as many bins as there are")
+        for pixels, right in ((self.pixels, self.right), (self.doubted, self.doubted_right)):
+            if any(part > whole for part, whole in zip(right, pixels, strict=True)):
+                raise ValueError("more pixels are right than there are")
+        return self
+
+
+class _CalibrationShape(Shape):
+    temperature: Finite = None
+    parts: dict[str, dict[str, _ConfidencesShape]]
+
+
 SHAPES = {
     "run.json": TypeAdapter(_RecordShape),
     "result.json": TypeAdapter(_ResultShape),
@@ -204,6 +227,7 @@ SHAPES = {
     "receipts.json": TypeAdapter(dict[str, _ReceiptShape]),
     "leaks.json": TypeAdapter(LeaksShape),
     "confusion.json": TypeAdapter(_MatricesShape),
+    calibration.FILE: TypeAdapter(_CalibrationShape),
 }
 
 

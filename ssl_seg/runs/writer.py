@@ -45,6 +45,8 @@ RUN_FILES = (
     "result.json",
     "confusion.json",
     "confusion_images.safetensors",
+    "calibration.json",
+    "contours.csv",
     "extremes.json",
     "kinds.json",
     "report.html",

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from ssl_seg.calibration import Temperature, fit_temperature
 from ssl_seg.config import Config, PathText, UserError, known_to_0_1, load
 from ssl_seg.data.augment import Augment, region
 from ssl_seg.data.loading import Samples
@@ -44,10 +45,11 @@ from ssl_seg.leaks.guard import Leaks, Question, guard
 from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
-from ssl_seg.scores import Average, ImageConfusions, SegmentationScores, names_share
+from ssl_seg.scores import Average, SegmentationScores, names_share
 from ssl_seg.segment import Segment
 from ssl_seg.stages import kinds, panels, scoring, trial
 from ssl_seg.stages.fit import Evaluator, Job, StopRule, drawing, fit, restore_best
+from ssl_seg.stages.scoring import Also, Measured
 from ssl_seg.stages.setup import (
     SAME_FILES,
     Options,
@@ -148,6 +150,7 @@ class FinetuneConfig(StageConfig):
     # scored on the way, and so `select: best`, has those of training.
     recalibrate: int = Field(default=0, ge=0, le=1_000_000)
     averages: tuple[Average, ...] = ()  # of recall, specificity, precision and others, beside the scores of result.json
+    contours: bool = False  # Boundary IoU and Hausdorff distances of the scores at the end, as for `evaluate`
     seed: int = 0  # of everything drawn: weights, order, crops, noise
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
@@ -189,7 +192,7 @@ class FinetuneConfig(StageConfig):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("averages", "recalibrate"))
+        return known_to_0_1(self, dump(self), since=("averages", "contours", "recalibrate"))
 
     @property
     def pool(self) -> Dataset | None:
@@ -213,6 +216,8 @@ class Finetuned:
     class_names: tuple[str, ...]
     val: SegmentationScores
     test: SegmentationScores | None
+    measured: Mapping[str, Measured]  # all that is known of val, and of test
+    temperature: Temperature | None  # what the validation images gave
 
 
 def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
@@ -259,14 +264,15 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         judged = learner.evaluated
         model = SegmentationModel(judged.encoder, judged.heads[SEGMENT], config.data.labelled.class_names)
 
-        def confuse(examples: Examples) -> ImageConfusions:
-            return scoring.image_confusions(model, examples, resize, config.train.reading, processes)
+        def scores_of(examples: Examples, also: Also) -> Measured:
+            return scoring.measure(model, examples, resize, config.train.reading, processes, also)
 
-        latest: list[ImageConfusions] = []
+        latest: list[Measured] = []
 
         def figures(_: int) -> dict[str, float]:
-            latest[:] = [confuse(val)]
-            return {f"val/{name}": value for name, value in latest[0].named().items() if value is not None}
+            latest[:] = [scores_of(val, Also(pixels=True))]
+            named = latest[0].confusions.named()
+            return {f"val/{name}": value for name, value in named.items() if value is not None}
 
         def pictures() -> dict[str, np.ndarray]:
             return {"predictions": panels.prediction_panel(model, val, resize)}
@@ -295,23 +301,30 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
             latest.clear()  # its statistics are gone
             layers = recalibrate(learner, sources["labelled"], config.recalibrate, "labelled")
             say(of_recalibration(layers, config.recalibrate), quiet)
-        found = {"val": (val, latest[0] if latest and selected == steps else confuse(val))}
+        is_known = latest and selected == steps and not config.contours
+        of_val = latest[0] if is_known else scores_of(val, Also(pixels=True, contours=config.contours))
+        found = {"val": (val, of_val)}
+        fitted = None if of_val.pixels is None else fit_temperature(of_val.pixels, of_val.confusions.digest)
         if config.data.test is not None:
-            found["test"] = (config.data.test, confuse(config.data.test))
+            also = Also(temperature=None if fitted is None else fitted.value, contours=config.contours)
+            found["test"] = (config.data.test, scores_of(config.data.test, also))
         if processes.is_main:
             seen = {"range": config.data.labelled.value_range()}
             extra = {"resize": resize, "step": selected, **seen}
+            extra |= {} if fitted is None else {"temperature": fitted.dump()}
             export_model(run.folder, model, start.model.dump(), extra)
             # In parts too, so that another fine-tuning can start here: supervised pretraining on a drawn world.
             export_encoder(run.folder, judged.encoder, start.model.dump(), seen)
             export_heads(run, judged)
-            kinds.tell(run, labelled, found, config.train.reading, processes.device, quiet)
+            confusions = {part: (examples, own.confusions) for part, (examples, own) in found.items()}
+            kinds.tell(run, labelled, confusions, config.train.reading, processes.device, quiet)
             about = {"steps": steps, "selected_step": selected}
-            panels.write_scores(run, model, found, resize, about, averages=config.averages)
+            value = None if fitted is None else fitted.value
+            panels.write_scores(run, model, found, resize, about, averages=config.averages, temperature=value)
             if told := unpredicted_in_words(run.read_json("confusion.json")):
                 say(f"CAUTION: {told}", quiet)
         processes.barrier()
-    scores = {part: confusions.scores() for part, (_, confusions) in found.items()}
+    scores = {part: own.confusions.scores() for part, (_, own) in found.items()}
     return Finetuned(
         folder=run.folder,
         model=run.folder / "model",
@@ -321,6 +334,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         class_names=model.class_names,
         val=scores["val"],
         test=scores.get("test"),
+        measured={part: own for part, (_, own) in found.items()},
+        temperature=fitted,
     )
 
 

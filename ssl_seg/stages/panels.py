@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ssl_seg import files, images
+from ssl_seg import calibration, contours, files, images
 from ssl_seg.config import UserError, load
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Whole, loader, pack
@@ -23,7 +22,7 @@ from ssl_seg.leaks.record import Place
 from ssl_seg.models import evaluating
 from ssl_seg.runs.folder import RunFolder
 from ssl_seg.scores import IMAGES_FILE, Average, ImageConfusions, image_confusion_bytes
-from ssl_seg.stages.scoring import PLAINLY, Looks, device_of, masks_of, predict_ids, pretext_tasks
+from ssl_seg.stages.scoring import PLAINLY, Looks, Measured, device_of, masks_of, predict_ids, pretext_tasks
 from ssl_seg.training.multitask import MultiTask, make_views
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model
@@ -79,7 +78,7 @@ def write_images(
 ) -> None:
     """Write what is kept of single images: every confusion matrix, and pictures of the worst and best predictions.
 
-    `parts` holds examples and what `image_confusions` found in them, by the part's name: val, test. Former files of
+    `parts` holds examples and what was found in them, by the part's name: val, test. Former files of
     these names are replaced. `extremes.json` lists a part's pictures: worst first, then from the best on.
     """
     with files.naming(folder):
@@ -103,25 +102,44 @@ def write_images(
 def write_scores(
     place: Place,
     model: nn.Module,
-    found: Mapping[str, tuple[Examples, ImageConfusions]],
+    found: Mapping[str, tuple[Examples, Measured]],
     resize: Size | None = None,
     about: Mapping[str, Any] | None = None,
     looks: Looks = PLAINLY,
     averages: Sequence[Average] = (),
+    temperature: float | None = None,
 ) -> None:
-    """Write what is known of a scored model: `write_images`, confusion.json, and result.json with a passport a part.
+    """Write what is known of a scored model: `write_images`, what was counted, and result.json with a passport a part.
 
-    `about` is what else the result says, beside figures and `averages` of them; `looks` how `model` was asked.
-    result.json comes last: a folder that has one has all of it.
+    `about` is what else the result says, beside figures and `averages` of them; `looks` how `model` was asked, and
+    `temperature` that of the tempered figures. result.json comes last: a folder that has one has all of it.
     """
-    write_images(place.folder, looks.of(model), found, resize)
-    matrices = {part: confusions.total().tolist() for part, (_, confusions) in found.items()}
-    class_names = next(confusions.class_names for _, confusions in found.values())
+    confusions = {part: own.confusions for part, (_, own) in found.items()}
+    write_images(
+        place.folder, looks.of(model), {part: (found[part][0], own) for part, own in confusions.items()}, resize
+    )
+    matrices = {part: own.total().tolist() for part, own in confusions.items()}
+    class_names = next(iter(confusions.values())).class_names
     place.write_json("confusion.json", {"classes": class_names, **matrices})
-    named = {part: confusions.named(averages) for part, (_, confusions) in found.items()}
-    how = asdict(looks)
-    passports = {part: passport_of(confusions, resize, **how).dump() for part, (_, confusions) in found.items()}
+    place.write_json(calibration.FILE, _calibrations({part: own for part, (_, own) in found.items()}, temperature))
+    outlines = {part: own.contours for part, (_, own) in found.items() if own.contours is not None}
+    with files.naming(place.folder):
+        (place.folder / contours.FILE).unlink(missing_ok=True)  # of a former end of the run
+    if outlines:
+        files.write_atomic(place.folder / contours.FILE, contours.table_bytes(outlines))
+    named = {part: own.named(averages) for part, (_, own) in found.items()}
+    how = looks.dump()
+    passports = {part: passport_of(own, resize, **how).dump() for part, own in confusions.items()}
     place.write_json("result.json", {**(about or {}), **named, "passport": passports})
+
+
+def _calibrations(found: Mapping[str, Measured], temperature: float | None) -> dict[str, Any]:
+    """calibration.json: pixels by confidence, of each part; and the temperature of those that are tempered."""
+    parts = {}
+    for part, own in found.items():
+        parts[part] = {"plain": own.confidences.dump()}
+        parts[part] |= {} if own.tempered is None else {calibration.TEMPERED: own.tempered.dump()}
+    return {"bins": calibration.BINS, "temperature": temperature, "parts": parts}
 
 
 def error_picture(model: nn.Module, examples: Examples, index: int, resize: Size | None = None) -> np.ndarray:
@@ -180,7 +198,7 @@ def _scored_model(run: RunFolder) -> tuple[nn.Module, Size | None]:
     """The exported model that was scored, as it was: a run's own, or that which an evaluation names."""
     named = run.config.get("model")
     model, resize = load_model(named if isinstance(named, str) else run.folder)
-    return Looks(**looks_of(run.config)).of(model), resize
+    return Looks.read(looks_of(run.config)).of(model), resize
 
 
 def _fitted(image: np.ndarray) -> np.ndarray:

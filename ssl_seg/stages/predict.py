@@ -19,11 +19,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    Field,
+    PositiveFloat,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from ssl_seg import files, images
 from ssl_seg.config import Config, PathTexts, UserError, known_to_0_1, user_path
@@ -34,9 +41,9 @@ from ssl_seg.datasets import Dataset, Example
 from ssl_seg.figures import panels
 from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
-from ssl_seg.stages.looking import Looker, Views, check_known
+from ssl_seg.stages.looking import ONE_VIEW, Looker, Views, check_known
 from ssl_seg.stages.objects import ObjectsField, write_objects
-from ssl_seg.stages.scoring import Statistics
+from ssl_seg.stages.scoring import Statistics, TemperatureField, temperature_at
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
 from ssl_seg.stages.tiles import Block, Tiles
 from ssl_seg.stages.uncertainty import DropoutSampling, entropy, load_models
@@ -52,13 +59,24 @@ ASKED = (
     "tiles",
     "views",
     "threshold",
-)  # keys that change masks; noted where they are not as usual
+    "temperature",
+)  # keys that change masks or shares; noted where they are not as usual
 MASKS, OVERLAYS, UNCERTAINTY, ENTROPY = "masks", "overlays", "uncertainty", "entropy"  # folders
 LONGEST_CLASS = 80  # letters of a class in a folder's name: four bytes each at most
 LONGEST_NAME = 255  # bytes of a file's name on the usual disks
 SHOWN = 20  # lines about images that cannot be read: a screenful
 
-SINCE_0_1 = ("probabilities", "uncertainty", "entropy", "threshold", "statistics", "views", "objects", "tiles")
+SINCE_0_1 = (
+    "probabilities",
+    "uncertainty",
+    "entropy",
+    "threshold",
+    "temperature",
+    "statistics",
+    "views",
+    "objects",
+    "tiles",
+)
 
 
 class PredictData(Config):
@@ -80,6 +98,10 @@ class PredictConfig(ReadingConfig):
     # A class by its name and the share from 0 to 1 from which on it is taken, where masks are to find all of a rare one
     # (below a half), or only what is sure (above). `thresholded` has the rule.
     threshold: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
+    # Divide the logits by this before shares are made of them: above 1 it makes them less sure. val takes the number
+    # that the run's validation images gave. Probabilities, entropy and thresholds go by it, and no mask without a
+    # threshold. None: the shares as the network has them, for what val gave may not hold for images of another kind.
+    temperature: TemperatureField = None
     statistics: Statistics = "running"  # of batch norm, as for `evaluate`
     views: Views = Views()  # mirrored and scaled images are looked at too, for as many times the time
     # List every object of each class in objects.csv, and how many there are in objects.json; true takes the defaults.
@@ -89,6 +111,14 @@ class PredictConfig(ReadingConfig):
     workers: int = Field(default=2, ge=0)  # processes that read images
     worker_timeout: PositiveFloat = TIMEOUT  # seconds; a worker that has not handed over its image by then ends it
     device: DeviceName = "auto"  # auto: a GPU if there is one
+
+    @model_validator(mode="after")
+    def _temperature_is_used(self) -> Self:
+        if self.temperature is not None and not self.wants_shares:
+            raise ValueError(
+                "temperature: changes no mask; give probabilities=true, entropy=true or a threshold, which go by it"
+            )
+        return self
 
     @property
     def wants_shares(self) -> bool:
@@ -133,6 +163,9 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
         class_names = models[0][0].class_names
         check_known("threshold", config.threshold, class_names)
         check_known("objects.classes", config.objects.classes if config.objects else (), class_names)
+        is_plain = len(models) == 1 and config.views == ONE_VIEW and config.uncertainty is None
+        is_plain = is_plain and config.statistics == "running"
+        temperature = temperature_at(config.temperature, config.model[0], is_plain)
         device = choose_device(config.device)
         looker = Looker.of(models, device, config.statistics, config.tiles, config.views, config.uncertainty)
         colours = panels.palette(len(class_names))
@@ -154,7 +187,7 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
             begun = time.perf_counter()
             try:
                 blocks = looker.blocks(original, dataset.name(index), shares=config.wants_shares)
-                pictures = _joined(config, blocks, class_names, original.shape[:2])
+                pictures = _joined(config, blocks, class_names, original.shape[:2], temperature)
             except UserError as error:  # too large for the memory, too small for the network: others may fit
                 name = dataset.name(index)
                 unread[name] = f"{images.show_path(name)}: {error}"
@@ -200,25 +233,41 @@ def thresholded(shares: torch.Tensor, threshold: Mapping[int, float]) -> torch.T
     return torch.where(multiple >= 1, torch.tensor(named, device=shares.device)[taken], rest)
 
 
-def _drawn(config: PredictConfig, class_names: Sequence[str], figures: torch.Tensor) -> dict[str, np.ndarray]:
+def tempered(shares: torch.Tensor, temperature: float | None) -> torch.Tensor:
+    """Shares `(K, H, W)` as they are when the logits that they come from are divided by a temperature.
+
+    They are the softmax of log(share) / temperature, so this holds for a mean of shares too, and no two of a pixel
+    change places.
+    """
+    return shares if temperature is None else (shares.log() / temperature).softmax(dim=0)
+
+
+def _drawn(
+    config: PredictConfig, class_names: Sequence[str], figures: torch.Tensor, temperature: float | None
+) -> dict[str, np.ndarray]:
     """The pictures of figures as `Looker.blocks` has them, by the words of `_files`."""
-    shares = figures if config.uncertainty is None else figures[:-1]
+    plain = figures if config.uncertainty is None else figures[:-1]
+    shares = tempered(plain, temperature)
     grey = {} if config.uncertainty is None else {UNCERTAINTY: figures[-1]}
     grey |= {ENTROPY: entropy(shares[None])[0]} if config.entropy else {}
     grey |= {str(number): share for number, share in enumerate(shares)} if config.probabilities else {}
     pictures = {kind: (255 * values).round().byte().cpu().numpy() for kind, values in grey.items()}
     threshold = {class_names.index(name): least for name, least in config.threshold.items()}
-    ids = thresholded(shares, threshold) if threshold else shares.argmax(dim=0)
+    ids = thresholded(shares, threshold) if threshold else plain.argmax(dim=0)
     return {MASKS: ids.byte().cpu().numpy(), **pictures}
 
 
 def _joined(
-    config: PredictConfig, blocks: Iterable[Block], class_names: Sequence[str], size: Sequence[int]
+    config: PredictConfig,
+    blocks: Iterable[Block],
+    class_names: Sequence[str],
+    size: Sequence[int],
+    temperature: float | None,
 ) -> dict[str, np.ndarray]:
     """The pictures of an image of `size` (H, W), of the blocks that it was looked at in."""
     pictures: dict[str, np.ndarray] = {}
     for block in blocks:
-        for kind, part in _drawn(config, class_names, block.values).items():
+        for kind, part in _drawn(config, class_names, block.values, temperature).items():
             whole = pictures.setdefault(kind, np.empty(tuple(size), dtype=np.uint8))
             whole[block.rows, block.columns] = part
     return pictures

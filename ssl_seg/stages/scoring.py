@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg import images
-from ssl_seg.config import UserError
+from ssl_seg import images, rng
+from ssl_seg.calibration import TEMPERATURES, TEMPERED, Confidences, Pixels
+from ssl_seg.config import PathText, UserError, load
+from ssl_seg.contours import Contour, Contours, contours_of
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import CenterCrops, Packed, Whole, loader
 from ssl_seg.data.splits import Examples, Subset
@@ -25,18 +29,22 @@ from ssl_seg.datasets import Example
 from ssl_seg.images import Size
 from ssl_seg.losses import IGNORE_INDEX
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
-from ssl_seg.models import evaluating
-from ssl_seg.norm.convert import batch_statistics, layers_with_statistics
-from ssl_seg.scores import ImageConfusions, Row
+from ssl_seg.models import SegmentationModel, evaluating
+from ssl_seg.norm.convert import OneByOne, layers_with_statistics
+from ssl_seg.scores import Average, ImageConfusions, Row
+from ssl_seg.stages.tiles import InTiles, Tiles
 from ssl_seg.tasks import PretextTask
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import GIB, available, bytes_of, enough_memory
 from ssl_seg.training.multitask import MultiTask, dealing, make_views
 from ssl_seg.training.processes import Processes
+from ssl_seg.weights.export import read_model_info, temperature_of
 
 SMALLER_IMAGES = "give smaller images, train with data.resize=[H,W], or choose a device with more memory (device=cpu)"
 PREDICTION = "a prediction of {} x {} pixels at once"
 CROPS = 16  # scored at a time
+ROWS = 64  # of an image whose shares are made at a time
+SAMPLED = 100_000  # pixels of a whole data set by which a temperature is fitted: for one number enough
 GUESS = "guess"  # the figure of a loss that takes no learning
 # Bytes of a pixel, without gradients, that no network is known to exceed: a resnet18 U-Net takes 0.4 kB, swin_base with
 # UPerNet 0.9. A prediction that fits even so is not counted.
@@ -72,21 +80,6 @@ class Scored(Subset):
 Statistics = Literal["running", "image"]
 
 
-class OneByOne(nn.Module):
-    """A model whose batch norms take the statistics of the image at hand, each image by itself, for the running ones.
-
-    The batch's share of a switch norm likewise. So an answer does not depend on what else is in the batch.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        with batch_statistics(self.model):
-            return torch.cat([self.model(one) for one in image.split(1)])
-
-
 class Mirrored(nn.Module):
     """A model that also looks at each image's mirror image: its shares are the mean of both looks.
 
@@ -110,22 +103,38 @@ class Looks:
 
     flips: bool = False  # each image is looked at mirrored too
     statistics: Statistics = "running"  # image: those of the image at hand
+    tiles: Tiles | None = None  # how images larger than a tile are cut
+
+    @classmethod
+    def read(cls, written: Mapping[str, Any]) -> Self:
+        """What `passport.looks_of` has read."""
+        tiles = written["tiles"]
+        return cls(written["flips"], written["statistics"], None if tiles is None else load(Tiles, tiles))
+
+    def dump(self) -> dict[str, Any]:
+        """As a passport has it."""
+        tiles = None if self.tiles is None else self.tiles.dump()
+        return {"flips": self.flips, "statistics": self.statistics, "tiles": tiles}
 
     def of(self, model: nn.Module) -> nn.Module:
         """The model as it is to be asked."""
         asked = OneByOne(model) if self.statistics == "image" else model
-        return Mirrored(asked) if self.flips else asked
+        asked = Mirrored(asked) if self.flips else asked
+        if self.tiles is None:
+            return asked
+        multiple = model.encoder.multiple if isinstance(model, SegmentationModel) else 1
+        return InTiles(asked, self.tiles, multiple)
 
 
 PLAINLY = Looks()
 
 
-def looks_at(model: nn.Module, statistics: Statistics, flips: bool = False) -> Looks:
+def looks_at(model: nn.Module, statistics: Statistics, flips: bool = False, tiles: Tiles | None = None) -> Looks:
     """How `model` is asked by these options; told where it keeps no running statistics that others could replace."""
     if statistics == "image" and not layers_with_statistics(model):
         say("statistics: image has nothing to do, for no norm layer of the model keeps running statistics")
-        return Looks(flips)
-    return Looks(flips, statistics)
+        return Looks(flips, tiles=tiles)
+    return Looks(flips, statistics, tiles)
 
 
 def read_once(parts: Iterable[Examples], workers: Workers, processes: Processes) -> None:
@@ -136,31 +145,146 @@ def read_once(parts: Iterable[Examples], workers: Workers, processes: Processes)
             pass
 
 
-def image_confusions(
+def _val_or_number(value: Any) -> Any:
+    """Raises ValueError in one line, where each kind that it might be would have one of its own."""
+    least, most = TEMPERATURES
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or value == "val" or (is_number and least <= value <= most):
+        return value
+    raise ValueError(f"write val, or a number from {least:g} to {most:g}")
+
+
+# What a config says of a temperature: `val` is the one that validation images gave.
+TemperatureField = Annotated[Literal["val"] | float | None, BeforeValidator(_val_or_number)]
+
+
+def temperature_at(asked: TemperatureField, model: PathText, is_plain: bool) -> float | None:
+    """The temperature that a config asks for, of an exported model; `is_plain` where it is asked once, and alone.
+
+    Raises UserError where `val` has no answer.
+    """
+    if asked != "val":
+        return asked
+    if not is_plain:
+        raise UserError(
+            "temperature: val was fitted to one model that looks once, by its running statistics; give a number, or "
+            "drop what else is asked"
+        )
+    fitted = temperature_of(read_model_info(model))
+    if fitted is None:
+        raise UserError(
+            f"temperature: {model} has none (its run is of an earlier version, or no validation pixel was wrong); give "
+            "a number"
+        )
+    return fitted.value
+
+
+@dataclass(frozen=True)
+class Also:
+    """What else is measured of a scored data set."""
+
+    temperature: float | None = None  # at which confidences are counted too
+    pixels: bool = False  # whether some are kept, to fit a temperature by
+    contours: bool = False
+
+
+NOTHING_ELSE = Also()
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What is known of a model on a labelled data set: every figure follows from it."""
+
+    confusions: ImageConfusions
+    confidences: Confidences
+    tempered: Confidences | None  # the same at a temperature
+    pixels: Pixels | None
+    contours: Contours | None
+
+    def named(self, averages: Sequence[Average] = ()) -> dict[str, float | None]:
+        """The figures of a result.json."""
+        named = {**self.confusions.named(averages), **self.confidences.named()}
+        named |= {} if self.tempered is None else self.tempered.named(f"{TEMPERED}/")
+        return named | ({} if self.contours is None else self.contours.named())
+
+
+class _OfImage(NamedTuple):
+    """What processes share of one image."""
+
+    row: Row
+    pixels: Pixels | None
+    contours: Sequence[Contour]
+
+
+def measure(
     model: nn.Module,
     examples: Examples,
     resize: Size | None = None,
     workers: Workers = ALONE,
     processes: Processes | None = None,
-) -> ImageConfusions:
+    also: Also = NOTHING_ELSE,
+) -> Measured:
     """What `model` (RGB in [0, 1] to logits) takes each labelled example for, at the label's own resolution.
 
     Images are brought to `resize` (H, W) first, where given, and logits brought back bilinearly. One image at a time:
     a data set may hold images of many sizes. Every process gets all images, in the data set's order.
     """
-    num_classes = len(examples.class_names)
+    class_names = examples.class_names
     rank, world, device = _place(model, processes)
     mine = [[index] for index in range(rank, len(examples), world)]
-    rows: list[Row] = []
+    most = max(1, SAMPLED // max(1, len(examples)))
+    seen: list[_OfImage] = []
+    sums = {temperature: Confidences.none() for temperature in (1.0, also.temperature) if temperature is not None}
     with evaluating(model):
         for (index,), packed in zip(mine, loader(Whole(examples, resize), mine, workers), strict=True):
-            out = masks_of(packed).shape[-2:]
-            check_memory(model, packed.image.shape[-2:], images.show_path(packed.names[0]), out)
-            ids = predict_ids(model, packed.to(device).image, out)
-            rows.append(count_image(index, packed, ids.cpu(), num_classes))
+            truth = masks_of(packed)[0].numpy()
+            check_memory(model, packed.image.shape[-2:], images.show_path(packed.names[0]), truth.shape)
+            logits = predict_logits(model, packed.to(device).image, truth.shape)
+            ids = classes_of(logits).cpu()
+            counted = truth != IGNORE_INDEX
+            right = (ids[0].numpy() == truth)[counted]
+            for temperature in sums:
+                shares = _largest_shares(logits, temperature)
+                sums[temperature] += Confidences.of(shares.cpu().numpy()[counted], right)
+            row = count_image(index, packed, ids, len(class_names))
+            pixels = _sampled(logits, truth, packed.digests[0], most) if also.pixels else None
+            outlines = contours_of(truth, ids[0].numpy(), class_names, packed.names[0]) if also.contours else ()
+            seen.append(_OfImage(row, pixels, outlines))
     if processes is not None:
-        rows = processes.gather(rows)
-    return ImageConfusions.from_rows(examples.class_names, rows)
+        seen = processes.gather(seen)
+        of_all = processes.gather([sums])
+        sums = {temperature: sum((own[temperature] for own in of_all), Confidences.none()) for temperature in sums}
+    seen.sort(key=lambda own: own.row.index)
+    drawn = [own.pixels for own in seen if own.pixels is not None]
+    outlines = tuple(contour for own in seen for contour in own.contours)
+    return Measured(
+        confusions=ImageConfusions.from_rows(class_names, [own.row for own in seen]),
+        confidences=sums[1.0],
+        tempered=None if also.temperature is None else sums[also.temperature],
+        pixels=Pixels.of_all(drawn, len(class_names)) if also.pixels else None,
+        contours=Contours(tuple(class_names), outlines) if also.contours else None,
+    )
+
+
+def _largest_shares(logits: Tensor, temperature: float) -> Tensor:
+    """`(H, W)` float32: of the softmax over `(1, K, H, W)` at a temperature the largest share of each pixel."""
+    # Rows by rows, so that no second map of all classes is in memory.
+    return torch.cat([(rows.float() / temperature).softmax(dim=0).amax(dim=0) for rows in logits[0].split(ROWS, dim=1)])
+
+
+def _sampled(logits: Tensor, truth: np.ndarray, digest: str, most: int) -> Pixels | None:
+    """`most` of the pixels that count of logits `(1, K, H, W)`, drawn by the image's digest alone; None without any.
+
+    With replacement, so each stands for the same number of pixels.
+    """
+    places = torch.from_numpy(np.flatnonzero(truth != IGNORE_INDEX))
+    if not len(places):
+        return None
+    key = rng.fold_in(rng.as_key("temperature"), digest)
+    chosen = places[rng.randint(key, (min(most, len(places)),), 0, len(places))]
+    own = logits[0].flatten(1)[:, chosen.to(logits.device)].T.float().cpu().numpy()
+    weights = np.full(len(chosen), len(places) / len(chosen))
+    return Pixels(own, truth.ravel()[chosen.numpy()].astype(np.int64), weights, images=1)
 
 
 def masks_of(packed: Packed) -> Tensor:
@@ -184,9 +308,19 @@ def count_image(index: int, packed: Packed, ids: Tensor, num_classes: int) -> Ro
 
 def predict_ids(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
     """Class ids `(B, *size)` int64, of `size` (H, W), for images `(B, 3, H, W)` in [0, 1]."""
+    return classes_of(predict_logits(model, image, size))
+
+
+def predict_logits(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
+    """As `logits_at`. Raises UserError where the memory does not suffice."""
     height, width = image.shape[-2:]
     with enough_memory(PREDICTION.format(height, width), SMALLER_IMAGES, image.device):
-        return logits_at(model, image, size).argmax(dim=1)
+        return logits_at(model, image, size)
+
+
+def classes_of(logits: Tensor) -> Tensor:
+    """Class ids `(B, H, W)` int64 of logits `(B, K, H, W)`: the largest, of equal ones the first."""
+    return logits.max(dim=1).indices  # on a CPU a fifth of the time of argmax, and the same
 
 
 def logits_at(model: nn.Module, image: Tensor, size: Sequence[int]) -> Tensor:
@@ -220,6 +354,8 @@ def check_memory(model: nn.Module, size: Sequence[int], what: str, out: Sequence
 def memory_at_risk(model: nn.Module, size: Sequence[int], out: Sequence[int] | None = None) -> float | None:
     """Bytes that such a prediction takes at least, where it may take more than a CPU has free; else None."""
     free = available()
+    if isinstance(model, InTiles):
+        size = model.largest(size)
     pixels, of_logits = math.prod(size), 0 if out is None or tuple(out) == tuple(size) else math.prod(out)
     if device_of(model).type != "cpu" or max(pixels, of_logits) * MOST_OF_A_WHOLE_PIXEL < free:
         return None

@@ -13,7 +13,7 @@ pixels and 11 classes. Here those of half overlaps are kept, of one row of tiles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssl_seg.config import Config, UserError
+from ssl_seg.norm.convert import OneByOne
 from ssl_seg.norm.layers import SwitchNorm2d
-from ssl_seg.stages.scoring import OneByOne
 
 Look = Callable[[Tensor], Tensor]  # a tile (1, 3, h, w) in [0, 1] to figures of its pixels (C, h, w)
 # What takes statistics of the image that is looked at.
@@ -104,6 +105,47 @@ def in_tiles(image: np.ndarray, look: Look, tiles: Tiles, multiple: int, device:
             height, width = values.shape[1:]
             yield Block(slice(row.first, row.first + height), slice(column.first, column.first + width), values)
         above = below
+
+
+class InTiles(nn.Module):
+    """A model that looks at images larger than a tile tile by tile, as `in_tiles` does.
+
+    There it answers by the logarithm of the joined shares, which takes the memory of all classes' shares of the whole
+    image, and of the network at one tile.
+    """
+
+    def __init__(self, model: nn.Module, tiles: Tiles, multiple: int) -> None:
+        super().__init__()
+        self.model = model
+        self.tiles = tiles
+        self.multiple = multiple  # of the network's strides
+
+    def forward(self, image: Tensor) -> Tensor:
+        if max(image.shape[-2:]) <= self.tiles.size:
+            return self.model(image)
+        return torch.cat([self._joined(one)[None] for one in image])
+
+    def largest(self, size: Sequence[int]) -> tuple[int, int]:
+        """The size (H, W) of what is looked at at once, of an image of `size`."""
+        height, width = size
+        return min(height, self.tiles.size), min(width, self.tiles.size)
+
+    def _joined(self, image: Tensor) -> Tensor:
+        """`(3, H, W)` to `(K, H, W)`."""
+        pixels = (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
+        whole: Tensor | None = None
+        for block in in_tiles(pixels, self._shares, self.tiles, self.multiple, image.device):
+            if whole is None:
+                whole = block.values.new_empty((len(block.values), *image.shape[-2:]))
+            whole[:, block.rows, block.columns] = block.values
+        assert whole is not None
+        return whole.clamp_(min=torch.finfo(whole.dtype).tiny).log_()
+
+    def _shares(self, tile: Tensor) -> Tensor:
+        logits = self.model(tile)
+        if logits.shape[-2:] != tile.shape[-2:]:
+            logits = F.interpolate(logits, size=tile.shape[-2:], mode="bilinear", align_corners=False)
+        return logits[0].float().softmax(dim=0)
 
 
 def _blend(tiles: Tiles) -> int:

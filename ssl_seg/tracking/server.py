@@ -77,6 +77,8 @@ RESULTS = (
     "result.json",
     "confusion.json",
     "confusion_images.safetensors",
+    "calibration.json",
+    "contours.csv",
     "extremes.json",
     "kinds.json",
     "nonfinite.json",

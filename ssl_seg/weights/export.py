@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, TypeAda
 from torch import Tensor, nn
 
 from ssl_seg import files
+from ssl_seg.calibration import Temperature
 from ssl_seg.config import UserError, load, user_path
 from ssl_seg.images import Range, Size, check_size
 from ssl_seg.models import EncoderNet, ModelConfig, SegmentationModel
@@ -36,6 +37,7 @@ from ssl_seg.weights.receipt import (
 )
 
 Figures = Annotated[list[list[Annotated[float, Field(allow_inf_nan=False)]]], Field(min_length=1)]
+Two = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 OURS = ("fingerprint", "switch_layers", "tensors")  # keys that no other program writes beside weights
 
 
@@ -44,9 +46,7 @@ class _ExportShape(Shape):
 
     config: dict[str, Any]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    range: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)] | None = (
-        None
-    )
+    range: Two | None = None
     tensors: dict[str, str] = Field(default={})
     switch_layers: list[str] = Field(default=[])
 
@@ -63,10 +63,20 @@ class _EncoderShape(_ExportShape):
         return self
 
 
+class _TemperatureShape(Shape):
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    images: NonNegativeInt
+    pixels: NonNegativeInt
+    split: str
+    nll: Two
+    ece: Two
+
+
 class _ModelShape(_ExportShape):
     class_names: Annotated[list[str], Field(min_length=1)]
     fingerprint: Figures
     resize: Annotated[list[PositiveInt], Field(min_length=2, max_length=2), AfterValidator(check_size)] | None = None
+    temperature: _TemperatureShape | None = None
 
 
 SHAPES = {"encoder": TypeAdapter(_EncoderShape), "model": TypeAdapter(_ModelShape)}
@@ -128,7 +138,8 @@ def export_model(
 ) -> Path:
     """Write a segmentation model to the run's model/ with `config` (a dumped ModelConfig); gives that folder.
 
-    `extra` is JSON for model.json: `resize` (H, W) where the model wants one size, `range` as that of an encoder.
+    `extra` is JSON for model.json: `resize` (H, W) where the model wants one size, `range` as that of an encoder,
+    `temperature` as `temperature_of` reads it.
     """
     info = {
         "config": config,
@@ -155,6 +166,12 @@ def range_of(info: Mapping[str, Any]) -> Range | None:
     """The values that were black and white in training, by the JSON of an export; None for 8 bits, and before 0.2."""
     value_range = info.get("range")
     return None if value_range is None else tuple(value_range)
+
+
+def temperature_of(info: Mapping[str, Any]) -> Temperature | None:
+    """What validation images gave, by the JSON of an export; None where they gave none, and before 0.2."""
+    written = info.get("temperature")
+    return None if written is None else Temperature.load(written)
 
 
 def holds_model(path: str | Path) -> bool:

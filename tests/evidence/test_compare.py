@@ -30,7 +30,7 @@ from ssl_seg.runs import folder as run_folder
 from ssl_seg.runs.folder import RunFolder, described, scores_of
 from ssl_seg.scores import IMAGES_FILE
 from ssl_seg.stages.panels import changed_pictures, examples_of
-from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.scoring import measure
 from ssl_seg.tracking import experiments, mirror
 from tests.evidence.test_passport import change, scored, write_scored
 from tests.faults import message_of
@@ -499,7 +499,7 @@ def test_the_images_that_changed_most_are_drawn(
     for (folder, model), init in zip(models.items(), (None, "runs/pre"), strict=True):
         config = laid(CONFIG, {"data.val": data.dump(), "init": init})
         origin = None if init is None else {"stage": "pretrain", "config": PRETRAINING, "origin": None}
-        write_scored(folder, {"val": image_confusions(model, data)}, config=config, origin=origin)
+        write_scored(folder, {"val": measure(model, data).confusions}, config=config, origin=origin)
     out = tmp_path / "out"
     assert ssl_seg("compare", *models, "--pictures", out) == 0
     assert "6 images that changed most" in capsys.readouterr().out

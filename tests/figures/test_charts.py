@@ -222,3 +222,19 @@ def test_cosines_over_time_are_a_picture_of_one_size() -> None:
     assert len(many) < 2 * len(few), "neighbours are averaged"
     assert "NaN" not in few
     charts.cosines("affinity", ["encoder"], [5], np.array([[0.1]]), "about")
+
+
+def test_a_reliability_diagram_shows_what_was_said_what_held_and_of_how_many_pixels() -> None:
+    lines = [
+        charts.Reliability([65.0, 97.0], [51.0, 90.0], [10.0, 90.0], Style("blue")),
+        charts.Reliability([62.0], [60.0], [100.0], Style("blue", dash="--")),
+    ]
+    svg = charts.reliability("reliability", lines, "about")
+    assert {"50", "100", "and is right, %"} <= set(texts(svg)), "the axes begin below the least"
+    assert charts.reliability("reliability", lines[:1], "about").count("<use") < svg.count("<use")
+    charts.reliability("reliability", [charts.Reliability([], [], [], Style())], "about")
+
+
+def test_the_error_of_what_is_kept_is_drawn_from_all_to_nothing() -> None:
+    line = charts.Curve((([0.0, 50.0, 99.0], [12.0, 3.0, 0.5]),), Style("blue"))
+    assert {"0", "100", "least sure pixels left out, %"} <= set(texts(charts.leaving_out("left", [line], "about")))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
 from ssl_seg import images
+from ssl_seg.calibration import Confidences, Temperature
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import CenterCrops, loader
 from ssl_seg.data.splits import Subset
@@ -26,6 +28,8 @@ from ssl_seg.evidence.passport import differing, verify
 from ssl_seg.figures.panels import GAP, IGNORE_COLOUR, PANEL_SIDE, error_map, grid, overlay, palette
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
 from ssl_seg.metrics import near_boundaries
+from ssl_seg.norm.convert import OneByOne
+from ssl_seg.reports.console import confidence_lines
 from ssl_seg.runs.folder import RunFolder, description_of, labelled_digest, leak_word
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.writer import Run
@@ -33,8 +37,19 @@ from ssl_seg.scores import named_scores, read_image_confusion
 from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.panels import changed_pictures, error_picture, prediction_panel, task_pictures, write_images
 from ssl_seg.stages.pretrain import PretrainConfig, of_idle_tasks
-from ssl_seg.stages.scoring import Looks, Mirrored, OneByOne, image_confusions, looks_at, predict_ids, score_tasks
+from ssl_seg.stages.scoring import (
+    PLAINLY,
+    Also,
+    Looks,
+    Mirrored,
+    logits_at,
+    looks_at,
+    measure,
+    predict_ids,
+    score_tasks,
+)
 from ssl_seg.stages.start import build_module
+from ssl_seg.stages.tiles import InTiles
 from ssl_seg.training.multitask import make_views
 from tests.faults import message_of
 from tests.small import Textured, pretraining
@@ -86,7 +101,7 @@ class Brightness(nn.Module):
 
 @pytest.mark.parametrize("resize", [None, (24, 32), (80, 100)])
 def test_scores_are_scikit_learns_at_the_label_s_resolution(resize: tuple[int, int] | None) -> None:
-    scores = image_confusions(Brightness(), Halves(), resize).scores()
+    scores = measure(Brightness(), Halves(), resize).confusions.scores()
     labels = [Halves().read(index).label for index in range(3)]
     assert scores.confusion.sum() == sum((label != 255).sum() for label in labels)
     named = named_scores(scores, Halves().class_names)
@@ -110,7 +125,7 @@ def test_an_image_without_a_mask_cannot_be_scored() -> None:
             return Example(super().read(index).image, None, "bare")
 
     with pytest.raises(UserError, match="bare: has no mask"):
-        image_confusions(Brightness(), Bare())
+        measure(Brightness(), Bare())
 
 
 def test_task_scores_repeat_and_do_not_depend_on_the_batch() -> None:
@@ -169,7 +184,7 @@ def test_pictures_of_large_images_are_as_large_as_other_panels() -> None:
 
 def test_each_image_has_scikit_learn_s_confusion_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl_seg.metrics.BAND_WIDTH", 0.1)  # wider than the ignored line between the halves
-    found = image_confusions(Brightness(), Unmasked())
+    found = measure(Brightness(), Unmasked()).confusions
     assert found.names == ("halves_0", "halves_1", "halves_2")
     for index in range(3):
         example = Unmasked().read(index)
@@ -199,9 +214,11 @@ class Doctored(Halves):
 
 
 def test_the_digest_is_of_the_images_as_they_are_and_not_of_the_model_or_its_input() -> None:
-    digest = image_confusions(Brightness(), Halves()).digest
-    assert image_confusions(Brightness(), Halves(), (24, 32)).digest == digest
-    others = [image_confusions(Brightness(), data).digest for data in (Doctored(), Doctored(what="label"), Unmasked())]
+    digest = measure(Brightness(), Halves()).confusions.digest
+    assert measure(Brightness(), Halves(), (24, 32)).confusions.digest == digest
+    others = [
+        measure(Brightness(), data).confusions.digest for data in (Doctored(), Doctored(what="label"), Unmasked())
+    ]
     assert len({digest, *others}) == 4
 
 
@@ -219,7 +236,7 @@ def listed(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def test_the_worst_and_best_images_are_drawn_and_listed(tmp_path: Path) -> None:
     many, few, resize = Halves(count=10), Unmasked(), (24, 32)
     parts = {
-        part: (data, image_confusions(Brightness(), data, resize)) for part, data in (("val", many), ("test", few))
+        part: (data, measure(Brightness(), data, resize).confusions) for part, data in (("val", many), ("test", few))
     }
     write_images(tmp_path, Brightness(), parts, resize)
     extremes = listed(tmp_path)
@@ -238,10 +255,10 @@ def test_the_worst_and_best_images_are_drawn_and_listed(tmp_path: Path) -> None:
 
 def test_drawn_again_only_the_new_pictures_are_there_and_those_of_training_stay(tmp_path: Path) -> None:
     many, few = Halves(count=10), Halves(count=1)
-    write_images(tmp_path, Brightness(), {"test": (many, image_confusions(Brightness(), many))})
+    write_images(tmp_path, Brightness(), {"test": (many, measure(Brightness(), many).confusions)})
     during = tmp_path / "pictures" / "00000005_best_worst_1.png"
     images.write_image(during, np.zeros((4, 4, 3), dtype=np.uint8))
-    write_images(tmp_path, Brightness(), {"val": (few, image_confusions(Brightness(), few))})
+    write_images(tmp_path, Brightness(), {"val": (few, measure(Brightness(), few).confusions)})
     assert [entry["kind"] for entry in listed(tmp_path)["val"]] == ["worst"]
     assert during.exists()
     assert list(read_image_confusion(tmp_path)) == ["val"]
@@ -262,7 +279,7 @@ def test_the_drawn_errors_are_the_counted_ones(resize: tuple[int, int] | None, m
     height, width = examples.read(2).label.shape
     monkeypatch.setattr("ssl_seg.figures.panels.PANEL_SIDE", width)  # pixel by pixel
     sheet = error_picture(Brightness(), examples, 2, resize)
-    total = image_confusions(Brightness(), examples, resize).total([2])
+    total = measure(Brightness(), examples, resize).confusions.total([2])
     errors = sheet[:height, 3 * (width + GAP) :]
     coloured = errors[..., 0] != errors[..., 2]
     assert coloured.sum() == total.sum() - total.trace() > 0
@@ -436,10 +453,10 @@ def test_scores_by_the_images_own_statistics_say_so_and_are_never_ranked_with_ot
     assert passports[1]["test"] == {**passports[0]["test"], "statistics": "image"}
     assert differing(*passports) == ["test: statistics"]
     assert len(compare([tmp_path / "plain", tmp_path / "own"]).tables) == 2
-    assert verify(tmp_path / "own").figures == 6
+    assert verify(tmp_path / "own").figures == 6 + 3, "three of how sure it is"
     monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda path: (Contrast().eval(), None))
     (row,) = changed_pictures(*runs, "test", ["textured_6_0"], "cpu")
-    monkeypatch.setattr("ssl_seg.stages.panels.looks_of", lambda config: {"flips": False, "statistics": "running"})
+    monkeypatch.setattr("ssl_seg.stages.panels.looks_of", lambda config: PLAINLY.dump())
     (other,) = changed_pictures(*runs, "test", ["textured_6_0"], "cpu")
     assert not np.array_equal(row, other), "each is drawn as it was scored"
 
@@ -462,8 +479,8 @@ def test_scores_with_mirrored_looks_say_so_and_are_never_ranked_with_others(trai
     assert passports[1]["test"]["flips"] is True
     assert differing(*passports) == ["test: flips"]
     assert len(compare([tmp_path / "plain", tmp_path / "flipped"]).tables) == 2
-    assert verify(tmp_path / "flipped").figures == 6
-    assert (image_confusions(Mirrored(Ground()), flipped.data.test).total() == scores.confusion).all()
+    assert verify(tmp_path / "flipped").figures == 6 + 3
+    assert (measure(Mirrored(Ground()), flipped.data.test).confusions.total() == scores.confusion).all()
     spoiled = json.loads((tmp_path / "flipped/result.json").read_text())
     del spoiled["passport"]["test"]["flips"]
     (tmp_path / "flipped/result.json").write_text(json.dumps(spoiled))
@@ -481,9 +498,146 @@ def test_averages_stand_beside_the_scores_where_they_are_asked_for(trained: Path
     assert after["test"].items() > before["test"].items()
     assert after["test"]["macro/f1"] == scores.averaged("macro")["f1"]
     assert after["test"]["one_vs_rest_micro/recall"] == scores.accuracy
-    assert verify(tmp_path / "asked").figures == 6 + 2 * 6
+    assert verify(tmp_path / "asked").figures == 6 + 3 + 2 * 6
     (table,) = compare([tmp_path / "plain", tmp_path / "asked"]).tables
     assert len(table) == 1, "no score comes out differently"
+
+
+def temperature(value: float = 2.0, split: str = "") -> dict[str, Any]:
+    return Temperature(value, 3, 900, split, (0.5, 0.4), (0.1, 0.05)).dump()
+
+
+def test_how_sure_it_is_is_counted_where_pixels_count_and_at_a_temperature_too() -> None:
+    found = measure(Brightness(), Unmasked(), also=Also(temperature=2.0))
+    confidences, tempered, right = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    for index in range(3):
+        example = Unmasked().read(index)
+        image = torch.from_numpy(example.image).permute(2, 0, 1)[None] / 255
+        logits = logits_at(Brightness(), image, example.label.shape)
+        counted = example.label != 255
+        for own, divisor in ((confidences, 1.0), (tempered, 2.0)):
+            own.append((logits / divisor).softmax(dim=1).amax(dim=1)[0].numpy()[counted])
+        right.append((logits.argmax(dim=1)[0].numpy() == example.label)[counted])
+    for said, own in ((found.confidences, confidences), (found.tempered, tempered)):
+        wanted = Confidences.of(np.concatenate(own), np.concatenate(right))
+        np.testing.assert_array_equal(said.pixels, wanted.pixels)
+        np.testing.assert_array_equal(said.doubted_right, wanted.doubted_right)
+        assert said.ece == pytest.approx(wanted.ece, abs=1e-7)
+    assert found.confidences.total == found.confusions.total().sum() > 0
+    assert found.confidences.error == pytest.approx(1 - found.confusions.scores().accuracy)
+
+
+def test_pixels_for_a_temperature_are_drawn_by_the_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_seg.stages.scoring.SAMPLED", 300)
+    first, again = (measure(Brightness(), Unmasked(), also=Also(pixels=True)).pixels for _ in range(2))
+    np.testing.assert_array_equal(first.logits, again.logits)
+    assert (first.images, len(first.truth)) == (2, 200), "of one image no pixel counts"
+    assert 255 not in first.truth
+    counted = [int((Unmasked().read(index).label != 255).sum()) for index in (0, 2)]
+    np.testing.assert_allclose(np.unique(first.weights), sorted(own / 100 for own in counted))
+    alone = measure(Brightness(), Subset(Unmasked(), (2,)), also=Also(pixels=True)).pixels
+    assert len(alone.truth) == 300
+    np.testing.assert_array_equal(alone.logits[:100], first.logits[100:])
+
+
+def test_an_evaluation_tells_calibration_and_outlines_and_verifies_them(trained: Path, tmp_path: Path) -> None:
+    plain = of_textured(trained, 6)
+    asked = of_textured(trained, 6, contours=True, temperature=3.0)
+    assert not {"contours", "temperature", "tiles"} & plain.dump().keys(), "as it always was"
+    assert asked.dump().items() >= {"contours": True, "temperature": 3.0}.items()
+    evaluate(plain, tmp_path / "plain")
+    done = evaluate(asked, tmp_path / "asked")
+    before, after = (RunFolder.open(tmp_path / name).result for name in ("plain", "asked"))
+    assert after["passport"] == before["passport"], "what the mIoU means is the same"
+    assert after["test"].items() > before["test"].items()
+    assert before["test"].keys() >= {"ece", "overconfidence", "aurc"}
+    assert after["test"]["tempered/ece"] != after["test"]["ece"]
+    rows = (tmp_path / "asked" / "contours.csv").read_text().splitlines()
+    assert rows[1:3] == [
+        rows[1],
+        f"test,textured_6_0,disc,truth,0,{rows[2].split(',')[5]},0.0,{math.hypot(80, 80)!r}",
+    ], "ground everywhere: the disc is nowhere"
+    assert after["test"]["hd95_one_sided"] == 2
+    assert verify(tmp_path / "asked").figures == 6 + 3 + 3 + 3 + 2 * 2
+    assert len(compare([tmp_path / "plain", tmp_path / "asked"]).tables) == 1
+    assert (done.temperature, done.is_in_sample) == (3.0, False)
+    told = confidence_lines("test", done.measured, done.temperature)
+    assert [line.partition(":")[0] for line in told[:2]] == [
+        told[0].partition(":")[0],
+        "test at temperature 3.00 (out-of-sample)",
+    ]
+    assert told[-1].split() == ["disc", "0.0000", f"{math.hypot(80, 80):.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        ("result.json", lambda own: own["test"].update(ece=0.5), "test/ece = 0.5, its counts in calibration.json say"),
+        (
+            "calibration.json",
+            lambda own: own["parts"]["test"]["plain"]["right"].__setitem__(-1, 0),
+            "counts other pixels of test than its matrices",
+        ),
+        ("result.json", lambda own: own["test"].update(hd95=1.0), "test/hd95 = 1.0, its outlines in contours.csv say"),
+        ("calibration.json", lambda own: own["parts"].clear(), "test/ece follows from no confusion matrix"),
+        ("calibration.json", lambda own: own["parts"]["test"]["plain"]["pixels"].pop(), "not of as many bins"),
+    ],
+)
+def test_a_figure_that_does_not_follow_is_named(
+    name: str, edit: Callable[[dict[str, Any]], object], said: str, trained: Path, tmp_path: Path
+) -> None:
+    evaluate(of_textured(trained, 6, contours=True), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / name).read_text())
+    edit(written)
+    (tmp_path / "out" / name).write_text(json.dumps(written))
+    assert said in message_of(lambda: verify(tmp_path / "out"))
+
+
+def test_the_temperature_of_the_run_is_in_sample_on_its_own_images_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = measure(Ground(), Textured(count=2, seed=6)).confusions.digest
+    for name in ("evaluate", "scoring"):
+        monkeypatch.setattr(f"ssl_seg.stages.{name}.read_model_info", lambda _: {"temperature": temperature(2.0, own)})
+    there = evaluate(of_textured(trained, 6, temperature="val"))
+    elsewhere = evaluate(of_textured(trained, 7, temperature="val"), tmp_path / "out")
+    assert (there.temperature, there.is_in_sample) == (2.0, True)
+    assert (elsewhere.temperature, elsewhere.is_in_sample) == (2.0, False)
+    assert "in-sample: it was fitted on these images" in confidence_lines("test", there.measured, 2.0, True)[1]
+    assert json.loads((tmp_path / "out" / "calibration.json").read_text())["temperature"] == 2.0
+    assert "looks once" in message_of(lambda: evaluate(of_textured(trained, 6, temperature="val", flips=True)))
+    monkeypatch.setattr("ssl_seg.stages.scoring.read_model_info", lambda _: {})
+    assert "has none (its run is of an earlier version" in message_of(
+        lambda: evaluate(of_textured(trained, 6, temperature="val"))
+    )
+
+
+def test_scores_in_tiles_say_so_and_are_never_ranked_with_others(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Contrast().eval(), None))
+    tiles = {"size": 64, "overlap": 16}
+    plain, tiled = of_textured(trained, 6), of_textured(trained, 6, tiles=tiles)
+    whole, parts = evaluate(plain, tmp_path / "plain"), evaluate(tiled, tmp_path / "tiled")
+    assert (whole.scores.confusion == parts.scores.confusion).all(), "a network that sees single pixels"
+    assert parts.measured.confidences.ece == pytest.approx(whole.measured.confidences.ece, abs=1e-5)
+    runs = [RunFolder.open(tmp_path / name) for name in ("plain", "tiled")]
+    passports = [run.result["passport"] for run in runs]
+    assert "tiles" not in passports[0]["test"]
+    assert passports[1]["test"]["tiles"] == tiles
+    assert differing(*passports) == ["test: tiles"]
+    assert len(compare([tmp_path / "plain", tmp_path / "tiled"]).tables) == 2
+    assert verify(tmp_path / "tiled").figures == 6 + 3
+    monkeypatch.setattr("ssl_seg.stages.panels.load_model", lambda path: (Contrast().eval(), None))
+    looked: list[type] = []
+    monkeypatch.setattr(
+        "ssl_seg.stages.panels.predict_ids",
+        lambda model, image, size: looked.append(type(model)) or predict_ids(model, image, size),
+    )
+    list(changed_pictures(*runs, "test", ["textured_6_0"], "cpu"))
+    assert looked == [Contrast, InTiles]
+    monkeypatch.setattr("ssl_seg.stages.evaluate.load_model", lambda path: (Contrast().eval(), (80, 80)))
+    assert "tiles: the model looks at every image at 80 x 80" in message_of(lambda: evaluate(tiled))
 
 
 def test_what_changed_is_drawn_by_the_model_as_it_was_scored(
@@ -515,7 +669,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_image_is_read(
         assert "exists already" in message_of(lambda out=taken: evaluate(of_textured(trained, 6), out))
 
 
-@pytest.mark.parametrize("name", ["image_confusions", "write_scores", "manifest", "prediction_panel"])
+@pytest.mark.parametrize("name", ["measure", "write_scores", "manifest", "prediction_panel"])
 def test_an_evaluation_that_was_killed_is_taken_again(
     name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,7 +683,7 @@ def test_an_evaluation_that_was_killed_is_taken_again(
             evaluate(config, out)
     assert not RunFolder.open(out).is_done
     evaluate(config, out)
-    assert verify(out).figures == 6
+    assert verify(out).figures == 6 + 3
     with pytest.raises(UserError, match="exists already"):
         evaluate(config, out)
 

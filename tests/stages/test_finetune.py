@@ -30,6 +30,7 @@ from ssl_seg.runs.folder import read_metrics
 from ssl_seg.runs.lock import LOCK
 from ssl_seg.runs.writer import RUN_FILES
 from ssl_seg.scores import read_image_confusion
+from ssl_seg.stages.evaluate import EvaluateConfig, evaluate
 from ssl_seg.stages.finetune import (
     SEGMENT,
     FinetuneConfig,
@@ -43,10 +44,10 @@ from ssl_seg.stages.finetune import (
     try_out,
 )
 from ssl_seg.stages.pretrain import PretrainConfig, pretrain
-from ssl_seg.stages.scoring import image_confusions
+from ssl_seg.stages.scoring import measure
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
-from ssl_seg.weights.export import load_model
+from ssl_seg.weights.export import load_model, read_model_info, temperature_of
 from ssl_seg.weights.receipt import Receipt
 from tests.faults import message_of
 from tests.small import MODEL, POOL, Textured, finetuning, joining, pretraining, sharing
@@ -85,7 +86,7 @@ def test_the_average_is_what_is_scored_chosen_and_exported(tmp_path: Path) -> No
     assert all(torch.equal(value, exported[f"head.decoder.{name}"]) for name, value in decoder.items())
     assert not torch.equal(exported["head.last.weight"], state[f"model/heads.{SEGMENT}.last.weight"])
     model, _ = load_model(tmp_path)  # which compares its features with those of the export
-    assert image_confusions(model, Textured(count=3, seed=6)).scores().miou == done.val.miou
+    assert measure(model, Textured(count=3, seed=6)).confusions.scores().miou == done.val.miou
     assert not (tmp_path / "decoders" / "consistent.safetensors").exists()
 
 
@@ -408,10 +409,29 @@ def test_it_learns_to_find_the_disc(tmp_path: Path) -> None:
 def test_the_exported_model_gives_the_scores_of_the_run(finetuned: Finetuned) -> None:
     model, resize = load_model(finetuned.folder)
     config = load(FinetuneConfig, finetuning())
-    again = image_confusions(model, config.data.test, resize).scores()
+    again = measure(model, config.data.test, resize).confusions.scores()
     assert torch.equal(torch.as_tensor(again.confusion), torch.as_tensor(finetuned.test.confusion))
     image = torch.rand(1, 3, 37, 51)
     assert model(image).shape == (1, 2, 37, 51)
+
+
+def test_the_temperature_of_the_validation_images_lies_beside_the_weights(finetuned: Finetuned, tmp_path: Path) -> None:
+    fitted = temperature_of(read_model_info(finetuned.folder))
+    assert fitted is not None
+    assert fitted == finetuned.temperature == temperature_of(read_model_info(finetuned.model))
+    assert fitted.split == read_image_confusion(finetuned.folder)["val"].digest
+    assert fitted.nll[1] <= fitted.nll[0]
+    kept = json.loads((finetuned.folder / "calibration.json").read_text())
+    assert kept["temperature"] == fitted.value
+    assert {part: set(own) for part, own in kept["parts"].items()} == {"val": {"plain"}, "test": {"plain", "tempered"}}
+    result = json.loads((finetuned.folder / "result.json").read_text())
+    config = load(FinetuneConfig, finetuning())
+    asked = {"data": {"test": config.data.test}, "temperature": "val", "workers": 0, "device": "cpu"}
+    done = evaluate(EvaluateConfig(model=str(finetuned.folder), **asked))
+    assert done.measured.tempered.ece == pytest.approx(result["test"]["tempered/ece"], abs=1e-9)
+    assert not done.is_in_sample
+    own = evaluate(EvaluateConfig(model=str(finetuned.folder), **{**asked, "data": {"test": config.data.val}}))
+    assert own.is_in_sample
 
 
 def test_every_image_s_confusion_adds_up_to_the_run_s(finetuned: Finetuned) -> None:
@@ -500,7 +520,7 @@ def test_running_statistics_are_estimated_anew_before_the_scores(tmp_path: Path)
     batches = [packed.to(torch.device("cpu")).image for packed in loader(samples, [[0, 1, 2], [3, 4, 5]])]
     torch.optim.swa_utils.update_bn(batches, model)
     torch.testing.assert_close(model.state_dict(), exported, rtol=1e-4, atol=1e-5)
-    scored = image_confusions(load_model(done.folder)[0], config.data.val).scores()
+    scored = measure(load_model(done.folder)[0], config.data.val).confusions.scores()
     assert (scored.confusion == done.val.confusion).all(), "the scores are those of what is exported"
     cut_after(1, done.folder, tmp_path / "cut")
     again = run(tmp_path / "cut", changed, steps=2, batch_size=3, save_every=1)

@@ -20,7 +20,7 @@ from ssl_seg import cli, images
 from ssl_seg.config import UserError, load
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
-from ssl_seg.stages.predict import PredictConfig, mask_names, predict, thresholded
+from ssl_seg.stages.predict import PredictConfig, mask_names, predict, tempered, thresholded
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.uncertainty import DropoutSampling, sample
 from tests.faults import message_of
@@ -334,6 +334,50 @@ def test_a_class_with_a_low_threshold_is_found_more_often(model: Bright, waves: 
     asked = load(PredictConfig, {**of(waves).dump(), "threshold": {"light": 0.5}})
     assert "threshold: the model knows no 'light'" in message_of(lambda: predict(asked, tmp_path / "none"))
     assert {"threshold", "views", "entropy"}.isdisjoint(of(waves).dump())
+
+
+def test_a_temperature_changes_shares_and_no_mask(
+    model: Bright, waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for temperature in (None, 0.5, 4.0):
+        words = {"probabilities": True, "entropy": True, "temperature": temperature}
+        out = predict(load(PredictConfig, {**of(waves).dump(), **words}), tmp_path / str(temperature)).out
+        folders = ("masks", "probabilities/1_bright", "entropy")
+        found[temperature] = [images.read_mask(out / folder / "a.png") for folder in folders]
+    image = images.read_image(waves / "a.png")[..., 0] / 255
+    for temperature, (mask, bright, unsure) in found.items():
+        np.testing.assert_array_equal(mask, found[None][0])
+        share = 1 / (1 + np.exp(-(2 * image - 1) / (temperature or 1)))
+        np.testing.assert_allclose(bright / 255, share, atol=0.5 / 255 + 1e-6)
+        assert (unsure.astype(int) <= found[4.0][2]).all()
+    out = tmp_path / "4.0"
+    assert json.loads((out / "classes.json").read_text())["temperature"] == 4.0
+    assert "temperature" not in of(waves).dump()
+    assert "temperature: changes no mask; give probabilities=true" in message_of(
+        lambda: load(PredictConfig, {**of(waves).dump(), "temperature": 2.0})
+    )
+    for wrong in ("train", 0, True):
+        assert "temperature: write val, or a number from 0.05 to 20" in message_of(
+            lambda wrong=wrong: load(PredictConfig, {**of(waves).dump(), "entropy": True, "temperature": wrong})
+        )
+    asked = load(PredictConfig, {**of(waves).dump(), "entropy": True, "temperature": "val"})
+    monkeypatch.setattr("ssl_seg.stages.scoring.read_model_info", lambda _: {})
+    assert "temperature: m has none" in message_of(lambda: predict(asked, tmp_path / "none"))
+    several = load(PredictConfig, {**asked.dump(), "model": ["m", "n"]})
+    assert "fitted to one model that looks once" in message_of(lambda: predict(several, tmp_path / "two"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    arrays(np.float32, (4, 3, 5), elements=st.floats(-30, 30, width=32)),
+    st.floats(0.05, 20),
+)
+def test_tempered_shares_are_those_of_divided_logits(values: np.ndarray, temperature: float) -> None:
+    logits = torch.from_numpy(values).double()
+    shares = tempered(logits.softmax(dim=0), temperature)
+    torch.testing.assert_close(shares, (logits / temperature).softmax(dim=0), rtol=0, atol=1e-9)
+    assert tempered(shares, None) is shares
 
 
 class Named(Dataset):

@@ -15,17 +15,19 @@ from torch import nn
 
 from ssl_seg import cli, images
 from ssl_seg.config import load
+from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.models import ModelConfig, SegmentationModel, evaluating
+from ssl_seg.norm.convert import OneByOne
 from ssl_seg.norm.layers import SwitchNorm2d
 from ssl_seg.segment import Segment
 from ssl_seg.stages import looking
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
 from ssl_seg.stages.predict import PredictConfig, predict
-from ssl_seg.stages.scoring import OneByOne
+from ssl_seg.stages.scoring import measure
 from ssl_seg.stages.setup import Options
 from ssl_seg.stages.start import build_module
-from ssl_seg.stages.tiles import Look, Tiles, in_tiles, of_norms
+from ssl_seg.stages.tiles import InTiles, Look, Tiles, in_tiles, of_norms
 from tests.faults import message_of
 from tests.small import MODEL, finetuning
 
@@ -104,6 +106,36 @@ def test_a_network_that_sees_no_farther_than_the_margin_answers_as_of_the_whole(
     assert (found - whole).abs().max() > 1e-4, "16 pixels are less than the 19 that it sees to each side"
     found, _ = joined(image, look, Tiles(size=192, overlap=96), model.encoder.multiple)
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+
+def test_a_model_in_tiles_scores_as_the_whole_where_it_sees_no_farther_than_the_margin() -> None:
+    model, size = network(BASIC), (64, 240)
+    batch = torch.from_numpy(noise(*size)).permute(2, 0, 1)[None].float() / 255
+    tiled = InTiles(model, Tiles(size=192, overlap=96), model.encoder.multiple)
+    with torch.no_grad():
+        torch.testing.assert_close(tiled(batch).softmax(dim=1), model(batch).softmax(dim=1), rtol=0, atol=1e-5)
+    assert tiled.largest(size) == (64, 192)
+    whole, parts = (measure(own, OneImage(size=size)) for own in (model, tiled))
+    assert np.abs(whole.confusions.total() - parts.confusions.total()).sum() <= 2, "of 15,360 pixels"
+    assert parts.confidences.ece == pytest.approx(whole.confidences.ece, abs=1e-5)
+    assert parts.confidences.aurc == pytest.approx(whole.confidences.aurc, abs=1e-5)
+
+
+class OneImage(Dataset):
+    """Noise, and a mask of three classes."""
+
+    size: tuple[int, int]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return ("a", "b", "c")
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, index: int) -> Example:
+        image = noise(*self.size)
+        return Example(image, image[..., 0] % 3, "noise.png")
 
 
 def test_seams_are_never_worse_than_hard_ones() -> None:
