@@ -215,13 +215,13 @@ class Maps(nn.Module):
         A part that gives maps has lost the list of the whole network, and writes a `_` for some dots in names. Where
         the whole network is inside, it lists them itself.
         """
-        spared = frozenset() if _whole_in(self.network) else _not_decayed(self.name)
+        spared = frozenset() if whole_in(self.network) else _not_decayed(self.name)
         names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in spared]
         return {f"network.{name}" for name in names}
 
     def depths(self) -> dict[str, int]:
         """As timm groups the whole network's weights by layer: how deep each lies, 0 beside the image."""
-        inside = _whole_in(self.network)
+        inside = whole_in(self.network)
         if inside is not None:
             place, inner = inside
             return {f"network.{place}.{name}": depth for name, depth in _depths(inner).items()}
@@ -236,7 +236,7 @@ class Maps(nn.Module):
         return {f"network.{name}": depth for name, depth in found.items() if depth is not None}
 
 
-def _whole_in(network: nn.Module) -> tuple[str, nn.Module] | None:
+def whole_in(network: nn.Module) -> tuple[str, nn.Module] | None:
     """The whole network inside timm's that gives maps, and its name there; None where timm took it apart."""
     whole = [(name, part) for name, part in network.named_children() if hasattr(part, "group_matcher")]
     return whole[0] if whole else None
@@ -332,7 +332,7 @@ def _sized(level: Tensor, size: Sequence[int]) -> Tensor:
 
 def _no_channels(like: Tensor, image: Tensor) -> Tensor:
     # Of a map's own type: beside half-precision maps a float32 one would turn their concatenation into float32.
-    return like.new_empty(len(image), 0, image.shape[-2] // 2, image.shape[-1] // 2)
+    return like.new_empty(image.shape[0], 0, image.shape[-2] // 2, image.shape[-1] // 2)
 
 
 @contextmanager
