@@ -2,7 +2,7 @@
 
 `python -m tests.parity` makes every form of every family, some half an hour of one core, and writes the table anew;
 `python -m tests.parity unet segnet` does so for two families and keeps the other lines.
-`tests/weights/test_forms.py` holds the table against the families that are tested.
+`tests/weights/test_forms.py` holds its lines against the families that are tested.
 """
 
 from __future__ import annotations
