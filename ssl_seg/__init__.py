@@ -28,6 +28,7 @@ _HOMES = {
     "stages.finetune": ("FinetuneConfig", "finetune"),
     "stages.fit": ("open_streams",),
     "stages.gap": ("GapConfig", "gap"),
+    "stages.looking": ("load_model",),
     "stages.portrait": ("PortraitConfig", "portrait"),
     "stages.predict": ("PredictConfig", "predict"),
     "stages.pretrain": ("PretrainConfig", "assemble", "pretrain"),
@@ -44,7 +45,8 @@ _HOMES = {
     "training.loop": ("train",),
     "training.multitask": ("MultiTask", "make_views"),
     "training.processes": ("Processes", "keep_freed_memory"),
-    "weights.export": ("load_encoder", "load_model"),
+    "weights.export": ("load_encoder",),
+    "weights.forms": ("export",),
     "worlds": ("Scene", "World"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -128,6 +128,40 @@ def read_image(path: str | Path, value_range: Range | None = None) -> np.ndarray
     return _decode(Path(path), convert)
 
 
+def picture_of(given: object, value_range: Range | None = None) -> np.ndarray:
+    """An image in any form, as `read_image` gives it: RGB `(H, W, 3)` uint8.
+
+    A path; a picture of Pillow; an array `(H, W, 3)` or, grey, `(H, W)` of uint8, or of another type with
+    `value_range`, which says what is black and white in all that has more than 8 bits (of uint16 alone 65535 is white).
+    Raises UserError as `read_image`, and for anything else.
+    """
+    if isinstance(given, str | Path):
+        return _read_in_own_range(Path(given), value_range)
+    if isinstance(given, Image.Image):
+        deep = given.mode.startswith(("I", "F"))
+        if value_range is not None and deep:
+            return scaled(np.asarray(given), value_range)
+        return _to_rgb(given, Path("the picture"))
+    if not isinstance(given, np.ndarray):
+        raise UserError(f"an image of type {type(given).__name__}: give a path, a Pillow image, an array or a tensor")
+    if given.ndim not in (2, 3) or 0 in given.shape or given.shape[2:] not in ((), (3,)):
+        raise UserError(f"an array of shape {given.shape}: give (H, W, 3), or (H, W) of grey")
+    if given.dtype == np.uint8:
+        return np.array(_three_channels(given), order="C")  # a copy: the given one may be read-only
+    own = value_range or ((0.0, 65535.0) if given.dtype == np.uint16 else None)
+    if own is None or not np.issubdtype(given.dtype, np.number) or np.iscomplexobj(given):
+        raise UserError(
+            f"an array of {given.dtype}: its white is not known; give uint8 from 0 to 255, or a tensor in [0, 1]"
+        )
+    return scaled(given, own)
+
+
+def _read_in_own_range(path: Path, value_range: Range | None) -> np.ndarray:
+    """As a model's images are read: its range where the file has more than 8 bits and another white of its own."""
+    own = None if value_range is None else default_range(path)
+    return read_image(path, value_range if own is not None and own != value_range else None)
+
+
 def read_mask(path: str | Path) -> np.ndarray:
     """The values as they are stored, upright by the EXIF orientation: nothing is converted or interpolated.
 
@@ -519,7 +553,7 @@ def _unidentified(path: Path, shown: str) -> str:
 # ---- decoding ----
 
 
-def _to_rgb(image: ImageFile, path: Path) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     shown = show_path(path)
     white = _white(image)
     upright = _upright(image)
@@ -571,19 +605,19 @@ def _three_channels(array: np.ndarray) -> np.ndarray:
     return array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=-1)
 
 
-def _white(image: ImageFile) -> int | None:
+def _white(image: Image.Image) -> int | None:
     """The grey value of more than 8 bits that is white; None where it is not known, and for 8 bits."""
     if isinstance(image, TiffImageFile):
         return 2 ** _bits(image.tag_v2) - 1 if image.mode.startswith("I;16") else None
     return 65535 if image.mode.startswith("I") else None  # Pillow has scaled the values of a PNM
 
 
-def _is_inverted(image: ImageFile) -> bool:
+def _is_inverted(image: Image.Image) -> bool:
     """Whether 0 is white, of more than 8 bits; Pillow turns 8 bits round, and these not."""
     return isinstance(image, TiffImageFile) and _number(image.tag_v2, ExifTags.Base.PhotometricInterpretation) == 0
 
 
-def _stored_values(image: ImageFile, upright: Image.Image) -> np.ndarray:
+def _stored_values(image: Image.Image, upright: Image.Image) -> np.ndarray:
     """Grey of any kind, `(H, W)`."""
     values = np.asarray(upright)
     if upright.mode == "I" and isinstance(image, TiffImageFile) and not _is_signed(image.tag_v2):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -33,6 +34,7 @@ from ssl_seg.config import Config, Plugin, UserError, load, merge, names_file, r
 from ssl_seg.data.synth import EXTRAS
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.synthetic import Synthetic
+from ssl_seg.images import write_image
 from ssl_seg.keys import keys_of
 from ssl_seg.models import Decoder, ModelConfig
 from ssl_seg.norm.convert import Kind
@@ -52,6 +54,7 @@ from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.plan import make_plan
 from ssl_seg.tracking import Tracking
 from ssl_seg.weights.export import build_model, export_encoder, export_model
+from ssl_seg.weights.forms import BY_SUFFIX, FORMS
 from tests import ROOT
 from tests.small import joining
 
@@ -251,6 +254,8 @@ def test_the_functions_for_your_own_code_run(tmp_path: Path, capsys: pytest.Capt
     exec(compile(block.text, block.page, "exec"), scope)
     image = torch.rand(1, 3, 40, 70)
     assert scope["segment"](str(tmp_path), image).shape == (1, 40, 70)
+    write_image(tmp_path / "photo.png", np.zeros((40, 70, 3), dtype=np.uint8))
+    assert scope["mask"](str(tmp_path), str(tmp_path / "photo.png")).shape == (40, 70)
     assert [level.shape[-1] for level in scope["features"](str(tmp_path), image)] == [48, 24, 12, 6, 3]
     assert "100.0% of the parameters" in capsys.readouterr().out
 
@@ -299,6 +304,9 @@ def check_call(words: list[str]) -> None:
         assert keys_of(STAGES[given["stage"]], given["pattern"])
     elif name == "new":
         assert given["kind"] in KINDS
+    elif name == "export":
+        form = FORMS[given["to"] or BY_SUFFIX[given["out"].suffix]]
+        assert given["out"].suffix == form.suffix
     elif name in STAGES:
         load(STAGES[name], given["words"] or [])
     if name == "synth":

@@ -109,23 +109,25 @@ def portrait_command(
 @command(
     commands,
     "export",
-    "ssl-seg export runs/encoder --out leaf.onnx",
-    "ssl-seg export runs/encoder/model --out leaf.onnx",
+    "ssl-seg export runs/encoder --to onnx --out leaf.onnx",
+    "ssl-seg export runs/pretrained --to timm --out leaf.safetensors",
 )
 def export_command(
-    model: Annotated[Path, typer.Argument(parser=user_path, metavar="RUN", help="A fine-tuned run or its model/.")],
-    out: Out = None,
+    model: Annotated[Path, typer.Argument(parser=user_path, metavar="RUN", help="A run, its model/ or encoder/.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FORM", help="onnx, torch, timm, smp or hub; left out, by the suffix of --out."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", parser=user_path, metavar="PATH", help="The file, or the folder, to write.")
+    ] = None,
 ) -> None:
-    """Write a fine-tuned model as an ONNX file, which runs without this package."""
-    from ssl_seg.weights import onnx
+    """Write a model for other programs: compared with the run's own before a word is said of it."""
+    if out is None:
+        raise UserError("--out: missing; name what to write, such as --out leaf.onnx")
+    from ssl_seg.weights import forms
 
-    done = onnx.export_onnx(model, needed(out))
-    print_lines(
-        [
-            f"{done.path}: answers as the model at {len(onnx.COMPARED)} sizes, to {done.largest_difference:.0e} of the "
-            f"largest logit; takes RGB in [0, 1] of any size, tells {', '.join(done.class_names)} apart"
-        ]
-    )
+    print_lines([forms.export(model, out, to).told])
 
 
 def predict_values(words: Sequence[str] | None, plugins: Sequence[str] | None = None) -> dict[str, Any]:

@@ -118,7 +118,9 @@ def is_run(word: str) -> bool:
     if "=" in word:
         return False
     path = user_path(word)
-    return path.suffix == ".safetensors" or any((path / name).is_file() for name in ("run.json", "model.json"))
+    if path.suffix == ".safetensors" or any((path / name).is_file() for name in ("run.json", "model.json")):
+        return True
+    return all((path / name).is_file() for name in ("model.safetensors", "config.json"))  # as for the hub
 
 
 def _check_file(stage: str, word: str) -> None:

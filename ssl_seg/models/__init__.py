@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg.config import Config, Plugin, UserError
-from ssl_seg.norm.convert import Kind, convert_norm, has_batch_norm
+from ssl_seg.norm.convert import Kind, convert_norm, follow_once, has_batch_norm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1], as every torchvision and timm model assumes
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -102,6 +102,21 @@ class EncoderNet(nn.Module):
         Of a plain transformer they make one; the layers that make the rest of its pyramid start from random weights.
         """
         return getattr(self.backbone, "own_strides", self.strides)
+
+    def checkpoint(self) -> None:
+        """Compute parts of the backbone again for the gradient, in place of keeping what they gave.
+
+        Gradients and running statistics are the same. A backbone that can has a method `checkpoint` that turns it on.
+        Raises UserError for one that has not, or that would keep as much.
+        """
+        turn_on = getattr(self.backbone, "checkpoint", None)
+        if turn_on is None:
+            raise UserError(
+                "train.checkpointing: this encoder keeps all that its gradient needs; take one of timm (model.encoder: "
+                "{type: timm}), or train.encode=in_turn or train.accumulate=auto for less memory"
+            )
+        turn_on()
+        follow_once(self)
 
     def forward(self, image: Tensor) -> Features:
         normal = (image - self.mean) / self.std

@@ -50,7 +50,7 @@ class SmpNet(DecoderNet):
 
     def forward(self, features: Features) -> Tensor:
         last = features[-1]
-        image = last.new_empty(len(last), 0, *features.size)
+        image = last.new_empty(last.shape[0], 0, *features.size)  # `len` would fix the batch in a traced program
         return self.decoder([image, *features])
 
 

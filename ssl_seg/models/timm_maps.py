@@ -6,11 +6,12 @@ at which strides its maps then lie (`Look`), and which of the five have to be ma
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,8 @@ from timm.layers.norm import LayerNorm2d
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ssl_seg.config import UserError
 
 FINEST, COARSEST = 4, 32  # strides between which a map is made where a network has none
 HALVING = (2, 4, 8, 16, 32)
@@ -209,19 +212,33 @@ class Maps(nn.Module):
             return maps
         return [_no_channels(maps[0], image), *maps]
 
+    def checkpoint(self) -> None:
+        """Turn on timm's own checkpointing. Raises UserError where it has none, or none that keeps less."""
+        before = kept_bytes(self)
+        inside = whole_in(self.network)
+        turn_on = getattr(self.network if inside is None else inside[1], "set_grad_checkpointing", None)
+        if turn_on is not None:
+            with suppress(AssertionError, NotImplementedError):  # what timm raises where there is none
+                turn_on()
+        if kept_bytes(self) >= before:
+            raise UserError(
+                f"train.checkpointing: timm's {self.name} has none that keeps less; drop it, or take "
+                "train.encode=in_turn or train.accumulate=auto for less memory"
+            )
+
     def no_weight_decay(self) -> set[str]:
         """As timm's networks have it: the names of weights that are not pulled towards 0.
 
         A part that gives maps has lost the list of the whole network, and writes a `_` for some dots in names. Where
         the whole network is inside, it lists them itself.
         """
-        spared = frozenset() if _whole_in(self.network) else _not_decayed(self.name)
+        spared = frozenset() if whole_in(self.network) else _not_decayed(self.name)
         names = [name for name, _ in self.network.named_parameters() if name.replace(".", "_") in spared]
         return {f"network.{name}" for name in names}
 
     def depths(self) -> dict[str, int]:
         """As timm groups the whole network's weights by layer: how deep each lies, 0 beside the image."""
-        inside = _whole_in(self.network)
+        inside = whole_in(self.network)
         if inside is not None:
             place, inner = inside
             return {f"network.{place}.{name}": depth for name, depth in _depths(inner).items()}
@@ -236,7 +253,27 @@ class Maps(nn.Module):
         return {f"network.{name}": depth for name, depth in found.items() if depth is not None}
 
 
-def _whole_in(network: nn.Module) -> tuple[str, nn.Module] | None:
+def kept_bytes(maps: Maps, image: Tensor | None = None) -> int:
+    """What a training pass keeps for the gradient, without the weights: of `image`, or of two small ones."""
+    trial = copy.deepcopy(maps).train()  # statistics of norms stay as they are
+    own = {weight.untyped_storage().data_ptr() for weight in trial.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if image is None:
+        image = torch.zeros(2, 3, *maps.look.sight.probe, device=next(trial.parameters()).device)
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer = trial(image)
+    assert answer, "what is kept lives as long as the answer"
+    return sum(kept.values())
+
+
+def whole_in(network: nn.Module) -> tuple[str, nn.Module] | None:
     """The whole network inside timm's that gives maps, and its name there; None where timm took it apart."""
     whole = [(name, part) for name, part in network.named_children() if hasattr(part, "group_matcher")]
     return whole[0] if whole else None
@@ -332,7 +369,7 @@ def _sized(level: Tensor, size: Sequence[int]) -> Tensor:
 
 def _no_channels(like: Tensor, image: Tensor) -> Tensor:
     # Of a map's own type: beside half-precision maps a float32 one would turn their concatenation into float32.
-    return like.new_empty(len(image), 0, image.shape[-2] // 2, image.shape[-1] // 2)
+    return like.new_empty(image.shape[0], 0, image.shape[-2] // 2, image.shape[-1] // 2)
 
 
 @contextmanager

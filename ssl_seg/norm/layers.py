@@ -76,7 +76,7 @@ class SwitchNorm2d(nn.Module):
         mean_ln = mean_in.mean(dim=1, keepdim=True)  # (B, 1)
         # The paper has mean(var + mean^2) - mean^2: the same, but it loses all digits where means are large.
         var_ln = var_in.mean(dim=1, keepdim=True) + mean_in.var(dim=1, correction=0, keepdim=True)
-        mean_bn, var_bn = self._batch_moments(mean_in, var_in, x.shape[2:].numel())  # (C,) each
+        mean_bn, var_bn = self._batch_moments(mean_in, var_in, x)  # (C,) each
         of_means, of_vars = self.mean_logits.softmax(0), self.var_logits.softmax(0)
         mean = of_means[0] * mean_in + of_means[1] * mean_ln + of_means[2] * mean_bn  # (B, C)
         var = of_vars[0] * var_in + of_vars[1] * var_ln + of_vars[2] * var_bn
@@ -89,7 +89,7 @@ class SwitchNorm2d(nn.Module):
         normal = torch.addcmul(_over_pixels(shift, x), values, _over_pixels(scale, x))
         return self.act(self.drop(normal.to(x.dtype)))
 
-    def _batch_moments(self, mean_in: Tensor, var_in: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    def _batch_moments(self, mean_in: Tensor, var_in: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training and self.running_mean is not None:
             return self.running_mean.to(mean_in.dtype), self.running_var.to(mean_in.dtype)
         shared = self.training and self.sync and dist.is_initialized() and dist.get_world_size() > 1
@@ -99,7 +99,9 @@ class SwitchNorm2d(nn.Module):
             mean = mean_in.mean(dim=0)
             var = var_in.mean(dim=0) + mean_in.var(dim=0, correction=0)
             images = len(mean_in)
-        count = images * pixels
+        count = (
+            images * x.shape[2:].numel()
+        )  # not before evaluation has left: it would fix the size of a traced program
         if self.training and (shared or count > 1):
             self._follow(mean.detach(), var.detach() * (count / (count - 1)))
         return mean, var

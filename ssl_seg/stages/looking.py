@@ -1,7 +1,7 @@
 """What fine-tuned models say of one image, pixel by pixel: whole where there is memory for it, else tile by tile.
 
-`predict` and `portrait` write what is said here; how tiles are cut and joined is `tiles`', what samples with dropout
-differ by is `uncertainty`'s.
+`predict` and `portrait` write what is said here, and what `load_model` gives says it to other programs. How tiles are
+cut and joined is `tiles`', what samples with dropout differ by is `uncertainty`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple, Self
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 
 from ssl_seg import images
 from ssl_seg.config import Config, UserError
-from ssl_seg.images import Size
-from ssl_seg.models import evaluating
+from ssl_seg.images import Range, Size
+from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.stages.scoring import (
     PREDICTION,
     SMALLER_IMAGES,
@@ -35,6 +36,8 @@ from ssl_seg.stages.tiles import Block, Tiles, in_tiles, of_norms
 from ssl_seg.stages.uncertainty import DropoutSampling, Model, check_dropout, probabilities, sample
 from ssl_seg.terminal import say
 from ssl_seg.training.memory import enough_memory
+from ssl_seg.weights.export import load_model as read_model
+from ssl_seg.weights.export import range_of, read_model_info
 
 
 class Views(Config):
@@ -123,6 +126,13 @@ class Looker:
         assert figures is not None
         yield Block(*whole, figures / len(self.members))
 
+    def ids(self, image: np.ndarray, name: str) -> np.ndarray:
+        """The class of each pixel of an image `(H, W, 3)` uint8: `(H, W)` uint8. Raises as `blocks`."""
+        found = np.empty(image.shape[:2], dtype=np.uint8)
+        for block in self.blocks(image, name, shares=False):
+            found[block.rows, block.columns] = block.values.argmax(dim=0).byte().cpu().numpy()
+        return found
+
     @property
     def _is_plain(self) -> bool:
         """Whether one pass of one network is all."""
@@ -169,6 +179,69 @@ class Looker:
                 f"looked at in tiles of {tiles.size} (tiles.size, tiles.overlap){of_norms(at_risk[0])}"
             )
         return tiles
+
+
+class TrainedModel(SegmentationModel):
+    """A fine-tuned model, with what it wants images to be: RGB in [0, 1] to logits as any, and pictures to masks.
+
+    It is a torch module: `model(image)` takes `(B, 3, H, W)` and gives logits, `model.to("cuda")` moves it. As in
+    version 0.1 it can be taken apart too: `model, resize = load_model(run)`.
+    """
+
+    def __init__(self, network: SegmentationModel, resize: Size | None, value_range: Range | None) -> None:
+        super().__init__(network.encoder, network.head, network.class_names)
+        self.resize = resize  # the size (H, W) that images are brought to, by `predict` alone; None: their own
+        self.range = value_range  # what is black and white in images of more than 8 bits, None: as the file has it
+        self.train(network.training)
+
+    def predict(self, image: object) -> np.ndarray:
+        """Class ids `(H, W)` uint8, at the image's own size: the mask that `ssl-seg predict` writes, pixel for pixel.
+
+        `image` is a path, a Pillow picture, an array `(H, W, 3)` of uint8 (or `(H, W)`, grey), or a tensor
+        `(3, H, W)` in [0, 1]. Values are brought to 8 bits, as files have them; what is black and white in deeper
+        ones is as the run had it, and so is the size that the network sees. It is computed where the model lies.
+
+        Raises UserError for what is no image, and for one that is too large for the memory or too small for the
+        network.
+
+            model = load_model("runs/encoder")
+            mask = model.predict("photo.jpg")
+            leaf = mask == model.class_names.index("leaf")
+        """
+        pixels = _pixels_of(image) if isinstance(image, Tensor) else image
+        picture = images.picture_of(pixels, self.range)
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        return Looker.of([(self, self.resize)], self.encoder.mean.device).ids(picture, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The pair that version 0.1 gave."""
+        return iter((self, self.resize))
+
+    def __getitem__(self, place: int) -> Any:
+        return (self, self.resize)[place]
+
+
+def load_model(path: str | Path) -> TrainedModel:
+    """A fine-tuned model from a run folder, its `model/` or a folder for the hub, in evaluation mode.
+
+    Raises UserError unless every weight is found and the network computes what the exported one did.
+    """
+    network, resize = read_model(path)
+    return TrainedModel(network, resize, range_of(read_model_info(path)))
+
+
+def _pixels_of(image: Tensor) -> np.ndarray:
+    """`(3, H, W)` in [0, 1], or uint8, as `(H, W, 3)` uint8."""
+    if image.ndim != 3 or len(image) != 3:
+        raise UserError(f"a tensor of shape {tuple(image.shape)}: give one image, (3, H, W)")
+    if image.is_floating_point():
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"a tensor of values from {low:.4g} to {high:.4g}: give RGB in [0, 1], not normalized")
+        image = (255 * image.float()).round().byte()
+    elif image.dtype != torch.uint8:
+        raise UserError(f"a tensor of {image.dtype}: give RGB in [0, 1], or uint8")
+    return image.detach().permute(1, 2, 0).cpu().numpy()
 
 
 def check_known(key: str, names: Iterable[str], class_names: Sequence[str]) -> None:

@@ -43,6 +43,7 @@ SINCE_0_1 = (
     "affinity",
     "eps",
     "keep_state",
+    "checkpointing",
 )
 
 
@@ -110,6 +111,9 @@ class TrainConfig(Config):
     views: Literal["all", "split"] = "all"
     # together is one encoder pass over all tasks (fastest); in_turn keeps one task's graph in memory (leanest).
     encode: Literal["together", "in_turn"] = "together"
+    # Compute parts of the encoder again for the gradient in place of keeping what they gave: the same gradients, less
+    # memory, some more time. For networks of timm that can.
+    checkpointing: bool = False
     # How tasks are weighed against each other, beside their own `weight`: a word, or a mapping with `type` and options.
     # fixed, since what pays depends on the tasks, and each other one costs time or tuning.
     balance: Balancing = Field(default="fixed", validate_default=True)

@@ -35,6 +35,8 @@ class Learner:
         self, module: MultiTask, config: TrainConfig, processes: Processes, size: tuple[int, int] = (64, 64)
     ) -> None:
         self.config = config
+        if config.checkpointing:
+            module.encoder.checkpoint()
         self.auto = config.accumulate == "auto"  # `cut` then settles it
         self.processes = processes
         self.accelerator = processes.accelerator

@@ -81,6 +81,7 @@ class _ModelShape(_ExportShape):
 
 SHAPES = {"encoder": TypeAdapter(_EncoderShape), "model": TypeAdapter(_ModelShape)}
 DECODER = TypeAdapter(_ExportShape)
+HUB_CONFIG = "config.json"  # what a folder for the Hugging Face hub has in place of model.json
 DECODERS = "decoders"  # the folder of a run that holds them
 
 
@@ -179,6 +180,12 @@ def holds_model(path: str | Path) -> bool:
     return os.path.isfile(files.committed(user_path(path) / "model") / "model.safetensors")
 
 
+def holds_encoder(path: str | Path) -> bool:
+    """Whether a run folder, or its encoder/, holds an encoder; the folder of a model has it inside."""
+    folder = user_path(path)
+    return any(os.path.isfile(files.committed(own) / "encoder.safetensors") for own in (folder, folder / "encoder"))
+
+
 def read_export(path: str | Path, part: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of `part`/`name`.safetensors in a run folder, and the JSON beside them; no network is built."""
     weights, info = _find_export(path, part, name)
@@ -213,6 +220,8 @@ def _find_export(path: str | Path, part: str, name: str) -> tuple[Path, dict[str
         weights = folder / f"{name}.safetensors"
         if os.path.isfile(weights):  # `Path.is_file` raises for a task's name that is too long
             described = weights.with_suffix(".json")
+            if part == "model" and not described.is_file():
+                described = folder / HUB_CONFIG
             return weights, _checked(described, files.read_json(described))
     if not path.exists():
         raise UserError(f"{path}: does not exist; name a run folder or a file of weights")

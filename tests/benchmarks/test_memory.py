@@ -1,12 +1,17 @@
-"""Memory of SegNet's unpooling against a U-Net's skips, on the same encoder. Printed, never asserted: `make bench`."""
+"""Memory of SegNet's unpooling against a U-Net's skips, and of checkpointing. Printed, never asserted: `make bench`."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+
+from ssl_seg.models.timm import Timm
+from ssl_seg.models.timm_maps import kept_bytes
 
 pytestmark = pytest.mark.slow
 # A process for each, whose peak is that of one network: bytes above what it held before the pass. What is kept for the
@@ -63,3 +68,19 @@ def test_segnet_against_a_unet() -> None:
             f"prediction {predict['peak'] / 2**20:.0f} MiB; {train['weights'] / 1e6:.1f} M weights in the decoder",
             end="",
         )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_checkpointing_of_an_encoder(name: str) -> None:
+    """What a training pass of four images of 256 x 256 keeps for the gradient, and its time with the way back."""
+    encoder = Timm(name=name).build()
+    figures = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            encoder.checkpoint()
+        kept = kept_bytes(encoder.backbone, torch.rand(4, 3, 256, 256))
+        began = time.process_time()
+        maps = encoder(torch.rand(4, 3, 256, 256))
+        torch.stack([level.square().mean() for level in maps if level.numel()]).sum().backward()
+        figures.append(f"{kept / 2**20:.0f} MiB, {time.process_time() - began:.2f} s")
+    print(f"\n{name}: {figures[0]} without, {figures[1]} with checkpointing", end="")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ssl_seg.config import load
-from ssl_seg.stages.looking import Looker, Views
+from ssl_seg.images import read_mask
+from ssl_seg.stages.looking import Looker, Views, load_model
+from ssl_seg.stages.predict import PredictConfig, predict
 from ssl_seg.stages.tiles import Tiles
+from ssl_seg.weights import export
 from tests.faults import message_of
+from tests.weights.test_onnx import BASIC, exported
 
 CPU = torch.device("cpu")
 
@@ -93,3 +100,85 @@ def test_models_that_resize_differently_answer_at_the_image_s_size() -> None:
 )
 def test_views_that_cannot_be_are_refused(values: dict[str, object], said: str) -> None:
     assert said in message_of(lambda: load(Views, values))
+
+
+# ---- a model that is asked in Python ----
+
+
+@pytest.fixture(scope="module", params=[None, (48, 72)], ids=["own size", "resized"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of a run whose images had 12 bits in 16, and a folder of photographs of several kinds."""
+    folder = tmp_path_factory.mktemp("asked")
+    exported(folder / "run", BASIC, resize=request.param, range=[0.0, 4095.0])
+    (folder / "photos").mkdir()
+    random = np.random.default_rng(0)
+    photo = Image.fromarray(cv2.resize(random.integers(0, 256, (9, 12, 3), dtype=np.uint8), (100, 66)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    photo.save(folder / "photos" / "turned.jpg", exif=exif)
+    photo.save(folder / "photos" / "plain.png")
+    photo.convert("L").save(folder / "photos" / "grey.bmp")
+    deep = random.integers(0, 4096, (60, 70)).astype(np.uint16)
+    (folder / "deep").mkdir()
+    Image.fromarray(deep).save(folder / "deep" / "deep.png")
+    return folder
+
+
+def test_a_model_predicts_the_masks_that_the_command_writes(run: Path, tmp_path: Path) -> None:
+    model = load_model(run / "run")
+    wanted = {}
+    for folder in ("photos", "deep"):
+        images_of = {"images": {"type": "folder", "images": str(run / folder)}}
+        config = load(PredictConfig, {"model": str(run / "run"), "data": images_of, "workers": 0, "overlays": False})
+        masks = predict(config, tmp_path / folder).out / "masks"
+        wanted |= {path.stem: read_mask(path) for path in masks.iterdir()}
+    assert set(wanted) == {"turned", "plain", "grey", "deep"}
+    assert len(np.unique(wanted["plain"])) > 1
+    for path in [*(run / "photos").iterdir(), run / "deep" / "deep.png"]:
+        mask = wanted[path.stem]
+        assert np.array_equal(model.predict(path), mask), path.name
+        assert np.array_equal(model.predict(str(path)), mask)
+        with Image.open(path) as picture:
+            assert np.array_equal(model.predict(picture), mask), path.name
+    pixels = np.asarray(Image.open(run / "photos" / "plain.png"))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    for given in (pixels, tensor, tensor.float() / 255):
+        found = model.predict(given)
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, wanted["plain"])
+    values = np.asarray(Image.open(run / "deep" / "deep.png")).astype(np.uint16)
+    assert np.array_equal(model.predict(values), wanted["deep"])
+
+
+def test_a_loaded_model_is_a_pair_as_in_version_0_1(run: Path) -> None:
+    loaded = load_model(run / "run")
+    model, resize = loaded
+    assert model is loaded
+    assert (loaded[0], loaded[1]) == (model, resize)
+    former, size = export.load_model(run / "run")
+    assert resize == size
+    image = torch.rand(1, 3, 50, 60)
+    with torch.no_grad():
+        assert torch.equal(model(image), former(image))
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "an image of type int: give a path, a Pillow image, an array or a tensor"),
+        (np.zeros((4, 8, 8), dtype=np.uint8), "an array of shape (4, 8, 8): give (H, W, 3), or (H, W) of grey"),
+        (np.zeros((8, 0, 3), dtype=np.uint8), "an array of shape (8, 0, 3): give (H, W, 3)"),
+        (torch.zeros(1, 3, 8, 8), "a tensor of shape (1, 3, 8, 8): give one image, (3, H, W)"),
+        (torch.full((3, 8, 8), 200.0), "a tensor of values from 200 to 200: give RGB in [0, 1], not normalized"),
+        (torch.full((3, 8, 8), torch.nan), "a tensor of values from nan to nan: give RGB in [0, 1]"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "a tensor of torch.int64: give RGB in [0, 1], or uint8"),
+        ("no/such.png", "no/such.png"),
+    ],
+)
+def test_what_is_no_image_is_one_line(given: object, message: str, tmp_path: Path) -> None:
+    exported(tmp_path / "run", BASIC)
+    model = load_model(tmp_path / "run")
+    assert message_of(lambda: model.predict(given)).startswith(message)
+    said = message_of(lambda: model.predict(np.zeros((8, 8, 3))))
+    assert said.startswith("an array of float64: its white is not known; give uint8 from 0 to 255")
