@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import cv2
@@ -33,7 +33,7 @@ from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2, TiffIma
 from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
 from pydantic import AfterValidator, FiniteFloat, PositiveInt
 
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, first_line
 
 # Pillow knows 40 more formats; each is one more decoder that a stranger's file can reach (EPS starts Ghostscript).
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
@@ -138,10 +138,7 @@ def picture_of(given: object, value_range: Range | None = None) -> np.ndarray:
     if isinstance(given, str | Path):
         return _read_in_own_range(Path(given), value_range)
     if isinstance(given, Image.Image):
-        deep = given.mode.startswith(("I", "F"))
-        if value_range is not None and deep:
-            return scaled(np.asarray(given), value_range)
-        return _to_rgb(given, Path("the picture"))
+        return _of_pillow(given, value_range)
     if not isinstance(given, np.ndarray):
         raise UserError(f"an image of type {type(given).__name__}: give a path, a Pillow image, an array or a tensor")
     if given.ndim not in (2, 3) or 0 in given.shape or given.shape[2:] not in ((), (3,)):
@@ -154,6 +151,25 @@ def picture_of(given: object, value_range: Range | None = None) -> np.ndarray:
             f"an array of {given.dtype}: its white is not known; give uint8 from 0 to 255, or a tensor in [0, 1]"
         )
     return scaled(given, own)
+
+
+def _of_pillow(given: Image.Image, value_range: Range | None) -> np.ndarray:
+    """As its file would be read. Of 16 bits of colour Pillow keeps 8 alone, so these need the file."""
+    path = Path("the picture")
+    try:
+        is_deep = isinstance(given, ImageFile) and _layout(given).startswith("16")  # it forgets when it is loaded
+        given.load()
+        if is_deep and given.mode == "RGB":
+            raise UserError("the picture: of 16 bits of its colours Pillow keeps 8; give its path, or an array")
+        if not given.mode.startswith(("I", "F")):
+            return _to_rgb(given, path)
+        if value_range is not None:
+            return _in_range(cast("ImageFile", given), path, value_range)
+        if given.mode in ("I", "F") and given.format is None:
+            raise UserError(f"a picture of mode {given.mode}: its white is not known; give it in 8 bits, or its path")
+        return _to_rgb(given, path)
+    except DECODE_ERRORS as error:
+        raise UserError(f"the picture: cannot be read ({first_line(error)}); give its path, or a whole one") from error
 
 
 def _read_in_own_range(path: Path, value_range: Range | None) -> np.ndarray:

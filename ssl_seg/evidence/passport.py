@@ -148,7 +148,7 @@ def verify(folder: str | Path) -> Verified:
     parts = passports_in(result)
     if not parts:
         raise UserError(f"{folder}: has no segmentation scores to verify; name finished fine-tunings or evaluations")
-    from ssl_seg.contours import read_contours  # OpenCV, which those who only compare can do without
+    from ssl_seg.contours import Contours, read_contours  # OpenCV, which those who only compare can do without
 
     of_images = read_image_confusion(folder)
     summed = run.read("confusion.json") or {}
@@ -165,7 +165,9 @@ def verify(folder: str | Path) -> Verified:
         averages = averages_in(result[part])
         from_images = found.named(averages)
         from_sum = named_scores(SegmentationScores.from_confusion(summed[part]), found.class_names, averages)
-        others = outlines[part].named() if part in outlines else {}
+        # A part whose pixels are all ignored has no row in the table.
+        has_outlines = part in outlines or any(name.startswith("hd95/") for name in result[part])
+        others = outlines.get(part, Contours(found.class_names, ())).named() if has_outlines else {}
         if part in confidences:
             others |= _of_confidences(folder, part, confidences[part], found)
         for recomputed in (from_images, from_sum, others):

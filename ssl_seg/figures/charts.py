@@ -223,7 +223,7 @@ def reliability(name: str, lines: Sequence[Reliability], about: str) -> str:
         looks = {"marker": line.style.marker, "color": line.style.hex, "alpha": 0.75, "linewidths": 0}
         panel.scatter(line.said, line.held, s=areas, clip_on=False, **looks)
     least = min((float(np.min(own)) for line in lines for own in (line.said, line.held) if len(own)), default=0.0)
-    low = max(0.0, 10 * math.floor(least / 10))
+    low = min(90.0, max(0.0, 10 * math.floor(least / 10)))
     panel.set(xlim=(low, 100), ylim=(low, 100))
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(MaxNLocator(6))

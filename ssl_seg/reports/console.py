@@ -50,7 +50,7 @@ def confidence_lines(
     """How sure the model is of a part and how often right, also at a temperature; and how its outlines fit."""
     lines = [f"{part} {in_words(measured.confidences)}"]
     if measured.tempered is not None and temperature is not None:
-        sample = "in-sample: it was fitted on these images" if is_in_sample else "out-of-sample"
+        sample = "in-sample: it was fitted on these images" if is_in_sample else "not the set that it was fitted on"
         of = f"at temperature {temperature:.2f} ({sample})"
         lines.append(f"{part} {of}: {in_words(measured.tempered)}")
     lines.append(f"{part} AURC {measured.confidences.aurc:.4f}: {left_out_in_words(measured.confidences)}")

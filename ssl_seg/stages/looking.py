@@ -232,7 +232,7 @@ def load_model(path: str | Path) -> TrainedModel:
 
 def _pixels_of(image: Tensor) -> np.ndarray:
     """`(3, H, W)` in [0, 1], or uint8, as `(H, W, 3)` uint8."""
-    if image.ndim != 3 or len(image) != 3:
+    if image.ndim != 3 or len(image) != 3 or not image.numel():
         raise UserError(f"a tensor of shape {tuple(image.shape)}: give one image, (3, H, W)")
     if image.is_floating_point():
         low, high = image.min().item(), image.max().item()

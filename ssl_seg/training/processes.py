@@ -73,6 +73,7 @@ class Processes:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         precision = "no" if config.precision == "fp32" else config.precision
         self.timeout = config.process_timeout
+        self.recomputes = config.checkpointing
         # A millisecond more: accelerate 1.15 drops what is NCCL's default, and gloo would wait for half an hour.
         group = InitProcessGroupKwargs(timeout=timedelta(seconds=self.timeout, milliseconds=1))
         with _unheeded() as unheeded, _all_coming(self.timeout):
@@ -91,7 +92,9 @@ class Processes:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """What is computed within is in the run's precision."""
-        slow = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16"
+        # A pass that is computed again runs outside of this, and has to be the same.
+        is_same = not self.recomputes
+        slow = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16" and is_same
         with self.accelerator.autocast(), DepthwiseGradients() if slow else nullcontext():
             yield
 

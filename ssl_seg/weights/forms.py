@@ -13,6 +13,8 @@ import importlib
 import io
 import logging
 import math
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -168,12 +170,33 @@ def write(out: Path, payload: bytes | Mapping[str, bytes], receipt: Mapping[str,
     with files.naming(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(payload, bytes):
-        files.write_atomic(out, payload)
         digests = {"sha256": files.sha256(payload)}
     else:
-        files.commit_folder(out, payload)
         digests = {"files": {name: files.sha256(held) for name, held in payload.items()}}
+    # The receipt first: an export that a full disk leaves without one would be refused as there already.
     files.write_atomic(_receipt_of(out), files.json_bytes(files.finite({**digests, **receipt})))
+    try:
+        if isinstance(payload, bytes):
+            files.write_atomic(out, payload)
+        else:
+            _write_folder(out, payload)
+    except BaseException:
+        _receipt_of(out).unlink(missing_ok=True)
+        raise
+
+
+def _write_folder(out: Path, payload: Mapping[str, bytes]) -> None:
+    """A new folder, which has its name once all is in it. Beside it others may be writing theirs."""
+    with files.naming(out):
+        new = Path(tempfile.mkdtemp(prefix=f"{files.NEW}{out.name}-", dir=out.parent))
+        try:
+            for name, held in payload.items():
+                (new / name).write_bytes(held)
+            new.chmod(0o755)  # a temporary one is for its owner alone
+            new.rename(out)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
 def _receipt_of(out: Path) -> Path:

@@ -18,6 +18,7 @@ from ssl_seg import files
 from ssl_seg.config import user_path
 from ssl_seg.models import ModelConfig, SegmentationModel, evaluating
 from ssl_seg.runs.folder import leak_word
+from ssl_seg.runs.schema import read_checked
 from ssl_seg.weights import forms
 from ssl_seg.weights.export import HUB_CONFIG, exported_config, load_model, read_model_info
 from ssl_seg.weights.forms import COMPARED, Exported, difference, words_of
@@ -25,8 +26,11 @@ from ssl_seg.weights.forms import COMPARED, Exported, difference, words_of
 WEIGHTS, CARD = "model.safetensors", "README.md"
 TASK = "image-segmentation"  # the hub's word
 SCORES = {"val": "validation", "test": "test"}  # parts of result.json, and what the hub calls them
-LEAKS = {
+
+LEAKS = {  # by `folder.leak_word`
     "clean": "Scored images were compared with those trained on: none is alike.",
+    "cut": "Scored images were compared with those trained on: some are frames beside these, at the cut alone.",
+    "unknown": "Scored images were compared with those trained on, as far as these are known: none is alike.",
     "found": "Scored images were compared with those trained on: **some are alike**, so the scores may be too high.",
     "allowed": "Some scored images are like those trained on, which was allowed, so the scores may be too high.",
 }
@@ -43,11 +47,12 @@ def export_hub(model: str | Path, out: str | Path) -> Exported:
     network, _ = load_model(model)
     info = read_model_info(model)
     config = exported_config(model, info)
-    about = files.finite(
-        {**info, "config": config.without_pretrained().dump()}
-    )  # a path of weights is nobody's business
+    weights = files.tensor_bytes(network.state_dict())
+    # A path of weights is nobody's business. The digest is that of this file: another release may write another one.
+    own = {"config": config.without_pretrained().dump(), "sha256": files.sha256(weights)}
+    about = files.finite({**info, **own})
     held = {
-        WEIGHTS: files.tensor_bytes(network.state_dict()),
+        WEIGHTS: weights,
         HUB_CONFIG: files.json_bytes(about),
         CARD: _card(out.name, network, config, info, _run_of(model)).encode(),
     }
@@ -85,7 +90,7 @@ def _run_of(path: str | Path) -> Path | None:
 
 def _card(name: str, network: SegmentationModel, config: ModelConfig, info: Mapping[str, Any], run: Path | None) -> str:
     """The model card: what the run has noted."""
-    result = _noted(run, "result.json")
+    result = {part: own for part, own in _noted(run, "result.json").items() if isinstance(own, dict)}
     data = ModelCardData(
         library_name="ssl_seg",
         pipeline_tag=TASK,
@@ -162,22 +167,28 @@ def _about_data(run: Path | None) -> list[str]:
     """How many images of which part, where the run has noted it."""
     if run is None:
         return []
-    record = _noted(run, "run.json")
+    noted = _noted(run, "run.json")
     leaks = _noted(run, "leaks.json")
     trained, scored = leaks.get("trained", {}), leaks.get("scored", {})
     labels = _noted(run, "split.json").get("labelled")
     lines = ["## Data", ""]
     if labels is not None:
         lines.append(f"- trained on {len(labels)} labelled images")
-    lines += [
-        f"- trained on {count} images without labels ({part})" for part, count in trained.items() if part != "labelled"
-    ]
+    for part, count in trained.items():
+        if part != "labelled":
+            kind = "images without labels" if part.rpartition(".")[2] == "pool" else "images"
+            lines.append(f"- trained on {count} {kind} ({part})")
     lines += [f"- scored on {count} images ({SCORES.get(part, part)})" for part, count in scored.items()]
     lines += [f"- {LEAKS.get(leak_word(leaks or None), UNCHECKED)}", ""]
-    made = record.get("versions", {}).get("ssl_seg")
-    origin = record.get("origin")
-    began = "weights of a pretraining" if origin else "no weights of another run"
-    lines += [f"Fine-tuned with ssl_seg {made}, from {began}, seed {record.get('seed')}.", ""]
+    made = noted.get("versions", {}).get("ssl_seg")
+    origin = noted.get("origin") or {}
+    if origin:
+        began = f"weights of another run ({origin.get('stage', 'of unknown kind')})"
+    elif noted.get("config", {}).get("init"):
+        began = "weights of a file, whose licence counts too"
+    else:
+        began = "no weights of another run"
+    lines += [f"Fine-tuned with ssl_seg {made}, from {began}, seed {noted.get('seed')}.", ""]
     return lines
 
 
@@ -198,7 +209,7 @@ def _about_scores(result: Mapping[str, Any]) -> list[str]:
 
 def _noted(run: Path | None, name: str) -> dict[str, Any]:
     """A file of the run; {} where it has none."""
-    return files.read_json(run / name) if run is not None and (run / name).is_file() else {}
+    return read_checked(run / name) if run is not None and (run / name).is_file() else {}
 
 
 def _figure(value: float | None) -> str:

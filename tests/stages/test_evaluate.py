@@ -564,7 +564,7 @@ def test_an_evaluation_tells_calibration_and_outlines_and_verifies_them(trained:
     told = confidence_lines("test", done.measured, done.temperature)
     assert [line.partition(":")[0] for line in told[:2]] == [
         told[0].partition(":")[0],
-        "test at temperature 3.00 (out-of-sample)",
+        "test at temperature 3.00 (not the set that it was fitted on)",
     ]
     assert told[-1].split() == ["disc", "0.0000", f"{math.hypot(80, 80):.1f}"]
 

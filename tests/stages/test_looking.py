@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ssl_seg import images
 from ssl_seg.config import load
 from ssl_seg.images import read_mask
 from ssl_seg.stages.looking import Looker, Views, load_model
@@ -182,3 +183,37 @@ def test_what_is_no_image_is_one_line(given: object, message: str, tmp_path: Pat
     assert message_of(lambda: model.predict(given)).startswith(message)
     said = message_of(lambda: model.predict(np.zeros((8, 8, 3))))
     assert said.startswith("an array of float64: its white is not known; give uint8 from 0 to 255")
+
+
+def deep(name: str, folder: Path) -> Path:
+    """A small picture of 12 bits in 16, in a form in which Pillow alone would give other pixels."""
+    values = (np.arange(48).reshape(6, 8) * 85).astype(np.uint16)
+    path = folder / f"{name}.{'png' if name == 'turned' else 'tif'}"
+    picture = Image.fromarray(values)
+    if name == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(path, exif=exif)
+    else:
+        picture.save(path, tiffinfo={262: 0} if name == "white is zero" else {})
+    return path
+
+
+@pytest.mark.parametrize("name", ["plain", "turned", "white is zero"])
+@pytest.mark.parametrize("value_range", [None, (0.0, 4095.0)])
+def test_a_picture_of_pillow_is_what_its_file_is(name: str, value_range: images.Range | None, tmp_path: Path) -> None:
+    path = deep(name, tmp_path)
+    with Image.open(path) as picture:
+        np.testing.assert_array_equal(images.picture_of(picture, value_range), images.picture_of(path, value_range))
+
+
+def test_a_picture_that_pillow_cannot_give_whole_is_one_line(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((4, 4, 3), 4000, np.uint16))
+    with Image.open(tmp_path / "deep.png") as picture:
+        assert "Pillow keeps 8; give its path" in message_of(lambda: images.picture_of(picture, (0.0, 4095.0)))
+    numbers = Image.fromarray(np.full((4, 4), 200, np.int32))
+    assert "a picture of mode I: its white is not known" in message_of(lambda: images.picture_of(numbers))
+    images.write_image(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    with Image.open(tmp_path / "cut.png") as picture:
+        assert message_of(lambda: images.picture_of(picture)).startswith("the picture: cannot be read")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from ssl_seg.config import load
 from ssl_seg.models import EncoderNet, ModelConfig
 from ssl_seg.models.timm_maps import kept_bytes
+from ssl_seg.training import processes
 from ssl_seg.training.config import TrainConfig
 from tests.faults import message_of
 from tests.training.test_freezing import make
@@ -79,13 +82,21 @@ def test_statistics_would_follow_twice() -> None:
     assert any(not torch.equal(found[name], wanted[name]) for name in wanted if name.endswith("num_batches_tracked"))
 
 
-def test_a_run_with_it_learns_as_one_without() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_with_it_learns_as_one_without(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With it gradients of depthwise convolutions are torch's own, so that a second pass keeps what the first one did.
+    monkeypatch.setattr(processes, "DepthwiseGradients", nullcontext)
     learnt = []
     for checkpointing in (False, True):
-        learner, sources = make(steps=3, checkpointing=checkpointing, ema=0.9)
+        learner, sources = make(steps=3, checkpointing=checkpointing, ema=0.9, precision=precision)
         list(run(learner, sources))
         learnt.append(weights(learner))
     torch.testing.assert_close(learnt[1], learnt[0], rtol=1e-4, atol=1e-5)
+
+
+def test_depthwise_convolutions_in_half_precision_are_computed_again_alike() -> None:
+    learner, sources = make(steps=2, checkpointing=True, precision="bf16")
+    assert len(list(run(learner, sources))) == 2, "torch raises where the second pass keeps other tensors"
 
 
 def test_what_cannot_is_refused_in_one_line() -> None:

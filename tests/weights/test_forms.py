@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ssl_seg
-from ssl_seg import cli
+from ssl_seg import cli, files
 from ssl_seg.config import load
 from ssl_seg.models import EncoderNet, ModelConfig
 from ssl_seg.weights import forms, hub, libraries
@@ -164,10 +164,13 @@ def test_a_model_that_smp_has_not_is_refused(values: dict[str, Any], reason: str
     assert not list(tmp_path.glob("leaf*"))
 
 
+RECORD = {"stage": "finetune", "config": {}}  # the least that a run.json holds
+
+
 def test_a_folder_for_the_hub_is_loaded_by_two_lines(tmp_path: Path) -> None:
     run = tmp_path / "run"
     model = exported(run, {**BASIC}, resize=[64, 48])
-    (run / "run.json").write_text(json.dumps({"stage": "finetune", "seed": 3, "versions": {"ssl_seg": "0.2.0"}}))
+    (run / "run.json").write_text(json.dumps({**RECORD, "seed": 3, "versions": {"ssl_seg": "0.2.0"}}))
     (run / "split.json").write_text(json.dumps({"labelled": ["a", "b"]}))
     scores = {"miou": 0.5, "accuracy": 0.75, "iou/ground": 0.5, "iou/disc": 0.25, "iou/bar": None}
     (run / "result.json").write_text(json.dumps({"test": scores}))
@@ -193,6 +196,46 @@ def test_a_folder_for_the_hub_is_loaded_by_two_lines(tmp_path: Path) -> None:
         assert words in card
     (tmp_path / "leaf" / "model.safetensors").write_bytes(b"other bytes")
     assert "leaf" in message_of(lambda: ssl_seg.load_model(tmp_path / "leaf"))
+
+
+def test_a_card_says_what_the_run_began_with(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    exported(run, {**BASIC})
+    leaks = {"checked": True, "trained": {"labelled": 3, "init.labelled": 4, "init.pool": 5}, "scored": {"val": 2}}
+    leaks |= {"leaks": [], "pairs": [], "unknown": []}
+    (run / "leaks.json").write_text(json.dumps(leaks))
+    for record, words in (
+        ({"origin": {"stage": "finetune", "config": {}, "origin": None}}, "from weights of another run (finetune)"),
+        ({"config": {"init": "web.pth"}}, "from weights of a file, whose licence counts too"),
+        ({}, "from no weights of another run"),
+    ):
+        noted = hub._about_data(run) if (run / "run.json").write_text(json.dumps({**RECORD, **record})) else []
+        assert any(words in line for line in noted)
+    assert "- trained on 4 images (init.labelled)" in noted
+    assert "- trained on 5 images without labels (init.pool)" in noted
+    assert f"- {hub.LEAKS['clean']}" in noted
+    (run / "result.json").write_text(json.dumps({"val": {"miou": "0.3"}}))
+    assert "result.json" in message_of(lambda: export(run, tmp_path / "leaf", "hub"))
+    (run / "result.json").write_text(json.dumps({"val": "x"}))
+    export(run, tmp_path / "leaf", "hub")
+    assert "None are known of this model." in (tmp_path / "leaf" / "README.md").read_text()
+
+
+def test_exports_beside_each_other_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported(tmp_path / "run", {**BASIC})
+    place = tmp_path / "place"
+    (place / f"{files.NEW}other").mkdir(parents=True)  # which somebody is writing
+    export(tmp_path / "run", place / "leaf", "hub")
+    assert (place / f"{files.NEW}other").is_dir()
+    assert sorted(path.name for path in place.iterdir()) == [f"{files.NEW}other", "leaf", "leaf.json"]
+    assert (place / "leaf").stat().st_mode & 0o777 == 0o755
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    assert "No space left on device" in message_of(lambda: export(tmp_path / "run", place / "more", "hub"))
+    assert sorted(path.name for path in place.iterdir()) == [f"{files.NEW}other", "leaf", "leaf.json"]
 
 
 def test_a_card_keeps_a_path_and_markup_of_names_out(tmp_path: Path) -> None:
