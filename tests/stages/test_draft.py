@@ -100,3 +100,18 @@ def test_images_that_a_training_would_stop_at_are_refused(tmp_path: Path, capsys
     assert "1.png" in said
     assert "ssl-seg check names all" in said
     assert said.count("\n") == 1
+
+
+def test_drawn_images_are_named_where_they_were_worth_it_and_have_the_classes(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    text = draft("microscopy", str(file), LABELLED)
+    file.write_text(text)
+    draw, *trainings = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")][2:]
+    assert draw.startswith("ssl-seg synth nuclei ")
+    first, then = (load(FinetuneConfig, finetune_values(shlex.split(line)[2:-2])) for line in trainings)
+    assert first.data.labelled.class_names == then.data.beside.class_names == tuple(LABELLED["classes"])
+    assert first.train.steps == 800
+    assert (then.init, then.transfer) == ("runs/drawn", "model")
+    assert first.model == then.model
+    assert "synth" not in draft("microscopy", str(file), {**LABELLED, "classes": ["a", "b", "c"]})
+    assert "synth street" in draft("streets", str(file), {**LABELLED, "classes": [f"class {n}" for n in range(11)]})
