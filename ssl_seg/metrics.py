@@ -40,7 +40,7 @@ class ConfusionMatrix:
         rows = max(self.num_classes, self.ignore_index + 1) if has_row else self.num_classes
         if not (_within(truth, rows) and _within(prediction, self.num_classes)):
             truth, prediction = self._counted(truth, prediction)
-        if rows <= 256:  # bytes take an eighth of the memory's time
+        if rows <= MOST_ROWS:  # bytes take an eighth of the memory's time
             truth, prediction = truth.byte(), prediction.byte()
         # Ignored pixels are counted like any other and their row is dropped: to pick the others takes 20 times as long.
         pairs = truth.to(torch.int32, copy=True).mul_(self.num_classes).add_(prediction)
@@ -48,8 +48,7 @@ class ConfusionMatrix:
         if 0 <= self.ignore_index < rows:
             counts[self.ignore_index] = 0
         if counts[self.num_classes :].any():
-            wrong = self.num_classes + int(counts[self.num_classes :].any(dim=1).nonzero()[0])
-            raise ValueError(f"truth holds class id {wrong}, but there are {self.num_classes} classes")
+            raise self._no_class("truth", self.num_classes + int(counts[self.num_classes :].any(dim=1).nonzero()[0]))
         self.counts += counts[: self.num_classes]
 
     def __add__(self, other: ConfusionMatrix) -> ConfusionMatrix:
@@ -69,9 +68,11 @@ class ConfusionMatrix:
         for what, ids in (("truth", truth), ("prediction", prediction)):
             if not _within(ids, self.num_classes):
                 least, most = (int(end) for end in ids.aminmax())
-                wrong = least if least < 0 else most
-                raise ValueError(f"{what} holds class id {wrong}, but there are {self.num_classes} classes")
+                raise self._no_class(what, least if least < 0 else most)
         return truth, prediction
+
+    def _no_class(self, what: str, class_id: int) -> ValueError:
+        return ValueError(f"{what} holds class id {class_id}, but there are {self.num_classes} classes")
 
 
 def _whole(ids: Tensor) -> Tensor:

@@ -37,8 +37,7 @@ from ssl_seg.stages.scoring import (
     temperature_at,
 )
 from ssl_seg.stages.setup import ReadingConfig, as_trained, check_images, tell_notes
-from ssl_seg.stages.tiles import Tiles, of_norms
-from ssl_seg.terminal import say
+from ssl_seg.stages.tiles import Tiles
 from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import load_model, range_of, read_model_info, temperature_of
 
@@ -114,12 +113,12 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
     tell_notes({"test": data}, labelled=("test",))
     is_plain = not config.flips and config.statistics == "running"
     temperature = temperature_at(config.temperature, config.model, is_plain)
-    if config.tiles is not None and resize is not None:
-        raise UserError(f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key")
+    if config.tiles is not None:
+        config.tiles.refuse_one_size(resize)
     with _opened(config, out) as place:
         _guard(config, place)
-        if config.tiles is not None and (told := of_norms(model)):
-            say(f"tiles: {told.removeprefix('; ')}")
+        if config.tiles is not None:
+            config.tiles.tell_norms(model)
         looks = looks_at(model, config.statistics, config.flips, config.tiles)
         also = Also(temperature=temperature, contours=config.contours)
         found = measure(looks.of(model), data, resize, config.reading, also=also)

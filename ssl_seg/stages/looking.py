@@ -87,14 +87,12 @@ class Looker:
         for model, resize in models:
             if sampling is not None:
                 check_dropout(model)
-            if tiles is not None and resize is not None:
-                raise UserError(
-                    f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key"
-                )
+            if tiles is not None:
+                tiles.refuse_one_size(resize)
             model.to(device)
             members.append(Member(looks_at(model, statistics, views.flips).of(model), resize))
-        if tiles is not None and (told := of_norms(members[0].asked)):
-            say(f"tiles: of {tiles.size} pixels{told}")
+        if tiles is not None:
+            tiles.tell_norms(members[0].asked)
         multiple = math.lcm(*(model.encoder.multiple for model, _ in models))
         return cls(tuple(members), multiple, device, tiles, views.scales, sampling)
 

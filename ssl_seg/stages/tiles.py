@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg.config import Config, UserError
+from ssl_seg.images import Size
 from ssl_seg.norm.convert import OneByOne
 from ssl_seg.norm.layers import SwitchNorm2d
+from ssl_seg.terminal import say
 
 Look = Callable[[Tensor], Tensor]  # a tile (1, 3, h, w) in [0, 1] to figures of its pixels (C, h, w)
 # What takes statistics of the image that is looked at.
@@ -50,6 +52,17 @@ class Tiles(Config):
         if 2 * self.overlap > self.size:
             raise ValueError(f"overlap: {self.overlap} is more than half of the size, {self.size}; lower it")
         return self
+
+    def refuse_one_size(self, resize: Size | None) -> None:
+        """Raise UserError for a model that looks at every image at the size `resize`."""
+        if resize is not None:
+            raise UserError(f"tiles: the model looks at every image at {resize[0]} x {resize[1]} pixels; drop the key")
+
+    def tell_norms(self, model: nn.Module) -> None:
+        """Say where the model has norms whose statistics are then those of a tile."""
+        told = of_norms(model)
+        if told:
+            say(f"tiles: of {self.size} pixels{told}")
 
 
 class Block(NamedTuple):

@@ -47,3 +47,10 @@ class World(Plugin, ABC):
     @abstractmethod
     def draw(self, key: Tensor, size: tuple[int, int], frame: int = 0) -> Scene:
         """The scene of a scalar int64 key at `size` (H, W); a world that moves shows it as the camera's `frame`."""
+
+
+def check_spans(**spans: tuple[int, int]) -> None:
+    """Raise ValueError for a field of [least, most] whose ends are the wrong way round."""
+    for name, (least, most) in spans.items():
+        if least > most:
+            raise ValueError(f"{name} is [least, most], not [{least}, {most}]; turn the two around")

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_seg import rng
-from ssl_seg.worlds import Scene, World
+from ssl_seg.worlds import Scene, World, check_spans
 from ssl_seg.worlds.drawing import (
     ONE,
     SUBPIXEL,
@@ -63,9 +63,7 @@ class Aerial(World):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, (least, most) in {"ground": self.ground, "trees": self.trees}.items():
-            if least > most:
-                raise ValueError(f"{name} is [least, most], not [{least}, {most}]; turn the two around")
+        check_spans(ground=self.ground, trees=self.trees)
         return self
 
     @property
@@ -326,7 +324,8 @@ class _Town:
         crowns = [self._crown(dice, place) for place in standing]
         shadows = np.zeros(self.view.size, dtype=np.uint8)
         for crown in crowns:
-            self._lay(crown, self._shadow, shadows, 255)
+            here, inside = window(crown.mask, *crown.place(self.view, self._shadow), self.view.size)
+            shadows[here][crown.mask[inside] > 0] = 255
         _darken(self.image, shadows, 140)
         leaves = noise(rng.fold_in(key, "leaves"), self.view.size, 6, octaves=3).astype(np.int32)
         for crown in crowns:
@@ -342,11 +341,6 @@ class _Town:
         u, v = (at + dice.roll(-25, 26) for at in place)
         radius = max(1, dice.roll(16, 52) // self.view.ground)
         return _Crown(filled([polar([dice.roll(700, UNIT + 1) for _ in range(12)])], radius, 0), u, v)
-
-    def _lay(self, crown: _Crown, by: tuple[int, int], canvas: np.ndarray, value: int) -> None:
-        """Set what the crown covers, moved by decimetres."""
-        here, inside = window(crown.mask, *crown.place(self.view, by), self.view.size)
-        canvas[here][crown.mask[inside] > 0] = value
 
     def _shows(self, block: Rectangle) -> bool:
         left, top, right, bottom = block

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_seg import rng
-from ssl_seg.worlds import Scene, World
+from ssl_seg.worlds import Scene, World, check_spans
 from ssl_seg.worlds.drawing import SINE, TURN, UNIT, Dice, Outline, Window, blurred, filled, noise, noisy, polar, window
 
 Look = Literal["fluorescence", "stained", "bright"]
@@ -69,9 +69,7 @@ class Nuclei(World):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, (least, most) in {"radius": self.radius, "cover": self.cover}.items():
-            if least > most:
-                raise ValueError(f"{name} is [least, most], not [{least}, {most}]; turn the two around")
+        check_spans(radius=self.radius, cover=self.cover)
         return self
 
     @property

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_seg import rng
-from ssl_seg.worlds import Scene, World
+from ssl_seg.worlds import Scene, World, check_spans
 from ssl_seg.worlds.drawing import (
     SINE,
     SUBPIXEL,
@@ -108,8 +108,7 @@ class Shapes(World):
     def _check(self) -> Self:
         if len(set(self.cue)) < len(self.cue):
             raise ValueError("cue names one thing twice; name each once")
-        if self.objects[0] > self.objects[1]:
-            raise ValueError(f"objects is [least, most], not {list(self.objects)}; turn the two around")
+        check_spans(objects=self.objects)
         return self
 
     @property

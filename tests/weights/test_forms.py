@@ -21,17 +21,9 @@ from ssl_seg.weights.export import export_encoder
 from ssl_seg.weights.forms import FORMS, difference, export
 from tests import parity
 from tests.faults import message_of
+from tests.models.test_models import ENCODERS
 from tests.weights.test_onnx import BASIC, CLASSES, FAMILIES, SMALL, exported
 
-CORE = (
-    "resnet18",
-    "resnet50",
-    "mobilenetv2_100",
-    "vgg11_bn",
-    "convnext_atto",
-    "swin_tiny_patch4_window7_224",
-    "vit_tiny_patch16_224",
-)
 # What each has behind its last map: nothing that a map hangs on.
 BEHIND = ("fc.", "classifier.", "conv_head.", "bn2.", "pre_logits.", "head.", "norm.")
 NARROW = {"channels": [16, 16, 8, 8, 8]}
@@ -80,7 +72,7 @@ def test_an_encoder_is_timms_own_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_every_core_encoder_is_timms_own_network(name: str, tmp_path: Path) -> None:
     check_timm(name, tmp_path, NARROW)
 
