@@ -287,6 +287,8 @@ def start_apart(folder: Path) -> dict[str, list[str | None]]:
     for name, (method, other) in views.items():
         with mock.patch.object(Textured, method, other) if is_last else nullcontext():
             told[name] = refusal_of(pretraining(), folder / name)
+    with mock.patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": is_last}):
+        told["precision"] = refusal_of(pretraining(precision="auto"), folder / "precision")
     told["slow workers"] = refusal_of(pretraining(workers=1, worker_timeout=700), folder / "slow workers")
     told["nothing"] = refusal_of(pretraining(steps=1, workers=int(is_last)), folder / "nothing")
     return {name: processes.gather([text]) for name, text in told.items()}

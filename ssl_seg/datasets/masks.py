@@ -431,7 +431,7 @@ def ask_for_classes(folder: Path, names: Sequence[str]) -> str:
         return f"{lead} ids 0 and 255: write classes: 2 and mapping: {{255: 1}}"
     highest = max(ids - {IGNORE}, default=0)
     count = max(2, highest + 1)
-    told = f"{lead} ids {_some(sorted(ids))}: write classes: {count}, or a list of {count} names"
+    told = f"{lead} ids {_some(sorted(ids))}: write classes: {count}, or a list of {count} names (--classes a,b)"
     if highest > 1 and ids - {IGNORE} == set(range(1, count)):
         told += f"; or, 0 being no class, classes: {highest} and {_without_zero(['a class'] * highest, 0)}"
     return told

@@ -207,12 +207,15 @@ def description_of(record: Mapping[str, Any]) -> dict[str, str]:
 def software_of(record: Mapping[str, Any]) -> dict[str, str]:
     """What a run was made with: each package's version, the device as `device`, variables of torch as `environment`.
 
+    Also the `precision` that its device gave it.
+
     `2.10, 2.14` for one resumed so.
     """
     found: dict[str, dict[str, None]] = {}
     for start in [*(record.get("resumed") or ()), record]:
         versions, variables = start.get("versions"), start.get("environment")
         named = {**(versions if isinstance(versions, Mapping) else {}), "device": start.get("device")}
+        named["precision"] = start.get("precision")
         if isinstance(variables, Mapping):
             named["environment"] = " ".join(f"{name}={value}" for name, value in variables.items()) or "none set"
         for name, value in named.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -73,6 +73,7 @@ class _RecordShape(Shape):
     resumed: list[dict[str, Any]] | None = None
     versions: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
+    precision: Literal["fp32", "bf16"] | None = None
     cost: _CostShape | None = None
 
 

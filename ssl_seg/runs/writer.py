@@ -114,8 +114,11 @@ class Run:
         main: bool = True,
         device: str = "cpu",
         seed: int = 0,
+        precision: str | None = None,
     ) -> Self:
         """A new run, or the one in `folder` to be continued; `device` and `seed` are noted in run.json.
+
+        So is `precision`, where the config leaves it to the device.
 
         A run continues under the config it was started with, but for the dotted keys that globs of `allow_changed`
         name, and under these from `go_on` on. Without a checkpoint there is nothing to lose, and it starts anew under
@@ -131,7 +134,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(folder)
             undo.callback(free_lock, lock)
-            record = _new_record(stage, config, device, seed)
+            record = _new_record(stage, config, device, seed, precision)
             former = _start(folder, record, overwrite, allow_changed)
             run = cls(folder, record if former is None else {**former, "status": "running", "ended": None}, lock)
             if former is not None:
@@ -262,6 +265,12 @@ def former_config(folder: str | Path) -> dict[str, Any] | None:
     return read_checked(path)["config"] if path.is_file() and has_checkpoint(folder) else None
 
 
+def former_precision(folder: str | Path) -> Literal["fp32", "bf16"] | None:
+    """That of the run which the same command would take up again, where its config leaves it to the device."""
+    path = Path(folder) / "run.json"
+    return read_checked(path).get("precision") if path.is_file() and has_checkpoint(folder) else None
+
+
 def _rewind_metrics(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a last one that a kill has torn."""
     if not path.exists():
@@ -305,9 +314,8 @@ def _start(
 def _going_on(former: Mapping[str, Any], record: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The run.json of a run that is continued after `step`."""
     resumed = {"at": record["started"], "after_step": step, "changed": diff(former["config"], record["config"])}
-    resumed |= {
-        key: former[key] for key in ("versions", "environment", "device") if key in former
-    }  # of the steps before
+    # of the steps before
+    resumed |= {key: former[key] for key in ("versions", "environment", "device", "precision") if key in former}
     kept = {key: former[key] for key in ("origin", "cost") if key in former}
     return {**record, "started": former["started"], "resumed": [*(former["resumed"] or []), resumed], **kept}
 
@@ -344,7 +352,7 @@ def _clear(folder: Path) -> None:
             files.discard(folder / name)
 
 
-def _new_record(stage: str, config: Config, device: str, seed: int) -> dict[str, Any]:
+def _new_record(stage: str, config: Config, device: str, seed: int, precision: str | None) -> dict[str, Any]:
     return {
         "stage": stage,
         "status": "running",
@@ -352,6 +360,7 @@ def _new_record(stage: str, config: Config, device: str, seed: int) -> dict[str,
         "resumed": [],
         "ended": None,
         "device": device,
+        **({} if precision is None else {"precision": precision}),
         "seed": seed,
         # What `init` was trained on and how, so that runs can be told apart when its folder is gone.
         "origin": origin(getattr(config, "init", None)),

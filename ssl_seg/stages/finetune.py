@@ -67,6 +67,8 @@ from ssl_seg.stages.setup import (
     recalibrate,
     say_clamped_zoom,
     say_other_ranges,
+    say_precision,
+    start_processes,
     tell_notes,
 )
 from ssl_seg.stages.sources import Sources
@@ -225,7 +227,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    processes = Processes(config.train)
+    processes = start_processes(config.train, options)
     config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
     processes.together(partial(check, config, processes))
@@ -341,7 +343,8 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
 
 def try_out(config: FinetuneConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
-    processes = Processes(config.train)
+    processes = start_processes(config.train)
+    say_precision(config.train, processes)
     with processes.ending_together():
         config, start = resolve(config)
         quiet = not processes.is_main

@@ -45,6 +45,8 @@ from ssl_seg.stages.setup import (
     recalibrated_encoder,
     say_clamped_zoom,
     say_other_ranges,
+    say_precision,
+    start_processes,
     tell_notes,
 )
 from ssl_seg.stages.sources import Sources
@@ -145,7 +147,7 @@ def pretrain(config: PretrainConfig, options: Options) -> Pretrained:
 
     Raises UserError for what the user can mend, `config.Interrupted` after a signal (the state is saved first).
     """
-    processes = Processes(config.train)
+    processes = start_processes(config.train, options)
     config, start = processes.together(partial(resolve, config, None if options.overwrite else options.folder))
     quiet = options.quiet or not processes.is_main
     processes.together(partial(check, config, processes))
@@ -261,7 +263,8 @@ def _selected(job: Job, step: int, labelled: Mapping[str, Subset]) -> dict[str, 
 
 def try_out(config: PretrainConfig) -> trial.DryRun:
     """One batch through every head; writes nothing."""
-    processes = Processes(config.train)
+    processes = start_processes(config.train)
+    say_precision(config.train, processes)
     with processes.ending_together():
         config, start = resolve(config)
         quiet = not processes.is_main

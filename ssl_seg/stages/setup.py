@@ -25,7 +25,7 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.images import Range, Size
 from ssl_seg.models import DenseHead, EncoderNet, ModelConfig
 from ssl_seg.norm import convert
-from ssl_seg.runs.writer import FREE, Run, versions
+from ssl_seg.runs.writer import FREE, Run, former_precision, versions
 from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers, streams_of
 from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
@@ -51,6 +51,7 @@ class StageConfig(Config):
         init: str | None
         init_allow: tuple[str, ...]
         tasks: TaskMapping
+        train: TrainConfig
         seed: int
         tracking: TrackingField
 
@@ -102,7 +103,10 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
         raise UserError(f"--overwrite: would delete {config.init}, which the run is to start from; name another --out")
     flags = {"overwrite": options.overwrite, "allow_changed": options.allow_changed}
     place = {"main": processes.is_main, "device": f"{processes.world} x {processes.device}", "seed": config.seed}
+    if config.train.precision == "auto":
+        place["precision"] = processes.precision
     run = processes.together(partial(Run.open, out, stage, config, **flags, **place))
+    say_precision(config.train, processes)
     for wish in processes.unheeded:
         say(f"{wish}: has no effect; give train.precision, train.accumulate or train.device", not processes.is_main)
     if processes.wanted > processes.world:
@@ -123,6 +127,26 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
             raise
 
 
+def start_processes(config: TrainConfig, options: Options | None = None) -> Processes:
+    """The processes of a stage. A run that goes on in the folder of `options` keeps the precision it began with."""
+    settled = None
+    if options is not None and not options.overwrite:
+        settled = former_precision(options.folder)
+    return Processes(config, settled)
+
+
+def say_precision(config: TrainConfig, processes: Processes) -> None:
+    """Tell what is left to the device, and what is slow on it."""
+    if processes.emulates:
+        say(
+            "train.precision: bf16 is emulated by this CPU, about ten times slower than fp32; give fp32, or auto for "
+            "bf16 where a device computes in it",
+            not processes.is_main,
+        )
+    elif config.precision == "auto":
+        say(f"train.precision: auto is {processes.precision} on this {processes.device.type}", not processes.is_main)
+
+
 def check_processes(
     stage: str, config: StageConfig, options: Options, parts: Mapping[str, Examples | None], processes: Processes
 ) -> None:
@@ -133,7 +157,8 @@ def check_processes(
     if processes.world == 1:
         return
     keys = {key: value for key, value in flatten(config.dump()).items() if not any(fnmatchcase(key, to) for to in FREE)}
-    started = {"stage": stage, "--out": str(options.out), **keys, "versions": versions()}
+    started = {"stage": stage, "--out": str(options.out), **keys}
+    started |= {"precision": processes.precision, "versions": versions()}
     processes.check_same(started, "start all processes with the same command and the same packages")
 
     def seen() -> dict[str, Any]:

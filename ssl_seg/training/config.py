@@ -47,6 +47,10 @@ SINCE_0_1 = (
 )
 
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Settled = Literal["fp32", "bf16", "fp16"]  # what `auto` comes to
+
+
 class BatchSizes(Config):
     """How many images of each stream a step takes."""
 
@@ -103,8 +107,9 @@ class TrainConfig(Config):
     # Decay of the weights' moving average, which is then what is evaluated and exported; None: there is none. 0.999 is
     # Tarvainen and Valpola's (2017) after their ramp-up, and FixMatch's (Sohn et al. 2020).
     ema: Share | None = None
-    # of the arithmetic; bf16 and fp16 are faster where the device knows them
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Of the arithmetic. auto: bf16 where the device computes in it, else fp32; settled at the start, kept to the end. A
+    # CPU that only emulates it takes ten times as long as in fp32. fp16 is for GPUs.
+    precision: Precision = "fp32"
     channels_last: bool = False  # colours of a pixel beside each other in memory: often faster, the same figures
     device: Literal["auto", "cpu"] = "auto"  # auto: a GPU if there is one
     # all shows every image to every task; split deals each step's images out to the tasks.

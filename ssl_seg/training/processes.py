@@ -33,7 +33,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from ssl_seg import files
 from ssl_seg.config import UserError, diff
-from ssl_seg.training.config import TrainConfig
+from ssl_seg.training.config import Precision, Settled, TrainConfig
 from ssl_seg.training.depthwise import DepthwiseGradients
 
 DeviceName = Literal["auto", "cpu"]
@@ -46,7 +46,25 @@ TIMED_OUT = ("Timed out waiting", "Timed out after", "wait timeout after")  # of
 ENDED = ("Connection closed by peer", "Connection reset by peer")  # of gloo, which has no class for it
 ROLL_CALL = 3.0  # seconds for the others to say that they are there, once one has waited too long
 TELLING = 1.0  # seconds for the others to come to the same error
+BF16_OF_CPUS = ("avx512_bf16", "amx_bf16", "bf16")  # by the names of torch; the last is ARM's
 SHOWN = 60  # characters of a value in a message
+
+
+def settle_precision(wish: Precision, device: torch.device) -> Settled:
+    """What `auto` comes to on a device: bf16 where it has instructions for it, else fp32."""
+    if wish != "auto":
+        return wish
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16. Without them a CPU emulates it: right, and many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in BF16_OF_CPUS)
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -60,18 +78,24 @@ class Processes:
     """The processes of a run and this one's device, behind the few words that the rest of the project needs.
 
     What is trained is in the config alone: `unheeded` are the wishes that accelerate's own environment variables have.
+    `settled` is the precision that a run began with which goes on, where its config leaves that to the device.
+
     Raises UserError for fp16 without a GPU, which torch would silently ignore, and for processes that do not come.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        cpu = config.device == "cpu" or not torch.cuda.is_available()
+    def __init__(self, config: TrainConfig, settled: Settled | None = None) -> None:
+        device = choose_device(config.device)
+        cpu = device.type == "cpu"
         if config.precision == "fp16" and cpu:
-            raise UserError("train.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+            raise UserError("train.precision: fp16 needs a GPU; use auto, fp32 or bf16 on the CPU")
+        is_open = config.precision == "auto"
+        self.precision: Settled = settled if is_open and settled else settle_precision(config.precision, device)
+        self.emulates = self.precision == "bf16" and cpu and not computes_in_bf16(device)
         # Else a second run in one process keeps the first one's precision and device.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         # Buffers are averaged by the loop in both ways of encoding; DDP's own broadcast would only see one of them.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        precision = "no" if config.precision == "fp32" else config.precision
+        precision = "no" if self.precision == "fp32" else self.precision
         self.timeout = config.process_timeout
         self.recomputes = config.checkpointing
         # A millisecond more: accelerate 1.15 drops what is NCCL's default, and gloo would wait for half an hour.
@@ -94,7 +118,7 @@ class Processes:
         """What is computed within is in the run's precision."""
         # A pass that is computed again runs outside of this, and has to be the same.
         is_same = not self.recomputes
-        slow = self.device.type == "cpu" and self.accelerator.mixed_precision == "bf16" and is_same
+        slow = self.device.type == "cpu" and self.precision == "bf16" and is_same
         with self.accelerator.autocast(), DepthwiseGradients() if slow else nullcontext():
             yield
 

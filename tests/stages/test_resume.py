@@ -292,6 +292,30 @@ def test_variables_that_change_bits_are_recorded_and_told_apart(
     assert both == "none set, NVIDIA_TF32_OVERRIDE=0 OMP_NUM_THREADS=3"
 
 
+def test_a_run_keeps_the_precision_that_its_first_machine_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(PretrainConfig, pretraining(precision="auto", save_every=2, steps=4))
+    whole, cut, anew = tmp_path / "whole", tmp_path / "cut", tmp_path / "anew"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    pretrain(config, Options(whole))
+    assert "train.precision: auto is fp32 on this cpu" in capsys.readouterr().err
+    cut_after(2, whole, cut)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    pretrain(config, Options(cut, quiet=True))
+    assert_same_run(whole, cut)
+    pretrain(config, Options(anew, quiet=True))
+    assert figures(anew) != figures(whole)
+    with_it, without = (software_of(json.loads((run / "run.json").read_text())) for run in (anew, cut))
+    assert (with_it["precision"], without["precision"]) == ("bf16", "fp32")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    capsys.readouterr()
+    pretrain(config, Options(anew, quiet=True))
+    assert "train.precision: bf16 is emulated by this CPU" in capsys.readouterr().err
+    pretrain(config, Options(anew, overwrite=True, quiet=True))
+    assert figures(anew) == figures(whole)
+
+
 def test_a_changed_task_is_used_once_it_is_allowed(tmp_path: Path) -> None:
     pretrain(load(PretrainConfig, pretraining(steps=2)), Options(tmp_path / "run", quiet=True))
     values = pretraining(steps=3)

@@ -161,6 +161,7 @@ TOLD_APART = {
     "cannot": "rank 1 (process ",
     "folder": "--out: ",
     "slow workers": "train.process_timeout: after 600 s the other processes would not wait",
+    "precision": 'precision: "fp32" for rank 0 and "bf16" for rank 1',
     "fewer": "data.pool.images: 12 for rank 0 and 11 for rank 1",
     "names": "data.pool.sha256_of_names: ",
     "pixels": "data.pool.sha256_of_some: ",

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from ssl_seg.tasks import View
 from ssl_seg.training.config import TrainConfig, due, lr_at
 from ssl_seg.training.learner import Learner, build_optimizer, layers_above, not_decayed, uses_every_weight
 from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
-from ssl_seg.training.processes import Processes, keep_freed_memory, launched_for
+from ssl_seg.training.processes import Processes, computes_in_bf16, keep_freed_memory, launched_for
 from tests.processes import Child
 from tests.small import POOL, finetuning, pretraining
 
@@ -473,6 +474,31 @@ def test_channels_last_and_bf16_train() -> None:
 def test_fp16_without_a_gpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"train.precision: fp16 needs a GPU"):
         Processes(TrainConfig(precision="fp16", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"),
+    [({"avx2": True}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16")],
+)
+def test_the_device_decides_what_auto_is(
+    instructions: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert Processes(TrainConfig(precision="auto", device="cpu")).precision == precision
+    assert Processes(TrainConfig(precision="bf16", device="cpu")).emulates == (precision == "fp32")
+    assert not Processes(TrainConfig(device="cpu")).emulates
+    config = TrainConfig(precision="auto", device="cpu")
+    other = "fp32" if precision == "bf16" else "bf16"
+    assert Processes(config, settled=other).precision == other, "a run that goes on keeps what it began with"
+    assert Processes(TrainConfig(device="cpu"), settled="bf16").precision == "fp32", "the config has decided"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux")
+def test_bf16_is_where_the_kernel_sees_instructions_for_it() -> None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
+    expected = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    assert computes_in_bf16(torch.device("cpu")) == expected
 
 
 def test_a_wish_to_stop_is_told_by_the_step() -> None:
