@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 FILE = "calibration.json"  # in a run folder, and in what `evaluate --out` writes
+NEAR_END = 0.01  # of its logarithm: the search itself comes no nearer than a thousandth
 TEMPERED = "tempered"  # before the figures of shares that a temperature has changed
 BINS = 15  # of equal width, as in Guo et al. 2017
 # Of doubt, which is 1 - confidence: by the exponent of its float32 and this many bits behind it. So each halving of the
@@ -290,7 +291,10 @@ def temperature_in_words(fitted: Temperature) -> str:
     """`temperature 1.62, fitted on 98,304 pixels of ...; there (in-sample) the ECE falls from 7.30 % to 1.94 %`."""
     before, after = (100 * own for own in fitted.ece)
     change = "falls" if after < before else "goes"
-    return (
+    told = (
         f"temperature {fitted.value:.2f}, fitted on {fitted.pixels:,} pixels of {fitted.images} validation images; "
         f"there (in-sample) the ECE {change} from {before:.2f} % to {after:.2f} %"
     )
+    if min(abs(math.log(fitted.value / end)) for end in TEMPERATURES) < NEAR_END:
+        told += "; it is at the end of what is sought, so one number does not mend these shares"
+    return told

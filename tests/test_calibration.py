@@ -210,6 +210,16 @@ def test_figures_in_words() -> None:
     )
 
 
+def test_a_temperature_at_the_end_of_the_search_is_told() -> None:
+    """Logits that point away from the truth: no temperature is high enough."""
+    logits = np.tile(np.array([[9.0, 0.0]], dtype=np.float32), (200, 1))
+    logits[1::2] = -logits[1::2]
+    truth = (logits[:, 0] > 0).astype(np.int64)
+    fitted = fit_temperature(Pixels(logits, truth, np.ones(200), 2), "")
+    assert fitted is not None
+    assert "at the end of what is sought" in temperature_in_words(fitted)
+
+
 def test_it_needs_no_torch_and_no_scipy() -> None:
     script = "import sys\nfrom ssl_seg import calibration\nassert not {'torch', 'scipy'} & set(sys.modules)\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
