@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from ssl_seg import files
 from ssl_seg.config import UserError, first_line
+from ssl_seg.studies.forks import Forks, NoForks
 
 POLL = 0.1  # seconds between two looks at processes here
 POLL_CLUSTER = 2.0  # at jobs of a cluster: its scheduler is asked
@@ -232,6 +233,46 @@ class Here(Executor):
             if len(self.devices) > 1:
                 share["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
         return share
+
+
+class Forked(Here):
+    """The same, by a process that has done the imports; as `Here` does where there is none any more."""
+
+    def __init__(self, jobs: int) -> None:
+        super().__init__(jobs)
+        self._forks: Forks | None = None
+
+    def start(self, call: Call, slot: int) -> Handle:
+        env = {**os.environ, **self._share(slot)}
+        if self._forks is None:
+            self._forks = Forks(env)  # which reads the number of threads once for all, as the jobs have the same
+        call.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _Fork(self._forks, self._forks.start(call.words, call.log, env))
+        except NoForks:
+            return super().start(call, slot)
+
+
+class _Fork(Handle):
+    def __init__(self, forks: Forks, fork: int) -> None:
+        self.forks = forks
+        self.fork = fork
+
+    def code(self) -> int | None:
+        code = self.forks.code(self.fork)
+        if code is not None:
+            _signal_group(self.fork, signal.SIGKILL)
+        return code
+
+    def ask(self) -> None:
+        if self.forks.code(self.fork) is None:
+            _signal_group(self.fork, signal.SIGTERM)
+
+    def end(self, patience: float) -> None:
+        until = time.monotonic() + patience
+        while self.forks.code(self.fork) is None and time.monotonic() < until:
+            time.sleep(POLL)
+        _signal_group(self.fork, signal.SIGKILL)
 
 
 def _cores() -> int:

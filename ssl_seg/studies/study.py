@@ -38,7 +38,7 @@ from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import FinetuneConfig, candidates
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.studies.config import StudyConfig
-from ssl_seg.studies.executor import Call, Cluster, End, Executor, Here, Limits, Watch, execute
+from ssl_seg.studies.executor import Call, Cluster, End, Executor, Forked, Here, Limits, Watch, execute
 from ssl_seg.studies.plan import Cell, Plan, Start, check_images_of, choose, make_plan
 from ssl_seg.terminal import clock, say, watch_signals
 
@@ -147,7 +147,7 @@ def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor
         return Cluster(out / "submitit", config.submitit, config.timeout)
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
-    return Here(options.jobs, devices)
+    return Here(options.jobs, devices) if devices else Forked(options.jobs)
 
 
 class _Progress:
