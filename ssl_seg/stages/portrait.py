@@ -79,7 +79,7 @@ def portrait(config: PortraitConfig, out: str | Path) -> tuple[Path, ...]:
     written, without = [], []
     with watch_signals():
         for name, place in zip(config.images, places, strict=True):
-            image = images.read_image(user_path(name), value_range)
+            image = images.picture_of(user_path(name), value_range)
             seen = _seen(looker, image, name, subject, border)
             if not (seen.kinds == SUBJECT).any():
                 say(f"{images.show_path(name)}: shows no {config.subject}, as the model sees it")
