@@ -23,7 +23,7 @@ HOMES = {  # the only files that may import a heavy library
     "timm": {"models.timm", "models.timm_maps", "models.timm_plain"},
     "segmentation_models_pytorch": {"models.smp", "models.smp_whole"},
     "omegaconf": {"config"},
-    "PIL": {f"images.{file}" for file in ("masks", "opening", "pictures", "tiff", "writing")},
+    "PIL": {f"images.{file}" for file in ("bands", "masks", "opening", "pictures", "tiff", "writing")},
     "tifffile": {"datasets.stack", "images.pages"},
 }
 

@@ -23,8 +23,10 @@ from ssl_seg.datasets import Example, place_in
 from ssl_seg.datasets.folder import by_stem, is_folder, scan
 from ssl_seg.datasets.labelled import Labelled
 from ssl_seg.datasets.masks import check_ids
-from ssl_seg.images import Range, RangeField, read_mask, scaled, show_path
-from ssl_seg.images.pages import opened
+from ssl_seg.images import Range, RangeField, read_mask, show_path
+from ssl_seg.images.limits import MAX_CHANNELS
+from ssl_seg.images.pages import PagedTiff, opened
+from ssl_seg.images.values import in_bytes, three_channels
 
 SUFFIXES = frozenset({".tif", ".tiff"})
 # What is cut off below and above. Programs cut 0 to 1 % (ImageJ 0.18 on either side, CSBDeep 1 and 0.2, nnU-Net 0.5 of
@@ -51,7 +53,8 @@ class Stack(Labelled):
 
     `images` is a file or a folder of them, and `masks` the same: a stack of masks has its images' relative path and as
     many pages. All axes but channels and sides count pages, in the file's own order (of TZCYX first all Z of the first
-    T). One channel is grey and three are RGB; `channel` takes one of them. The sequence of a page is its stack.
+    T). One channel is grey and three are RGB; `channel` takes one of them. A network that takes another number
+    of channels (`model.channels`) gets all of pages that have as many. The sequence of a page is its stack.
 
     `range` gives the stored values that become black and white, of more than 8 bits: the same for all pages of all
     stacks. `bits`, the default, is 0 and the largest value of the bits that are used: by the file's word (OME's
@@ -94,13 +97,16 @@ class Stack(Labelled):
         entry, page = self._at(index)
         file = opened(entry.image)
         values = file.read(page, self.channel)
-        value_range = self._chosen.range or (0, 255)
-        if self._chosen.by_bits and values.max() > value_range[1]:
+        value_range, most = self._chosen.range or (0, 255), self._chosen.most
+        if most is not None and values.max() > most:
             raise UserError(
                 f"{file.shown}: page {page} holds {values.max()}, more than the bits that the files declare "
-                f"({value_range[1]:.10g}); write range: [0, {2 ** int(values.max()).bit_length() - 1}]"
+                f"({most}); write range: [0, {2 ** int(values.max()).bit_length() - 1}]"
             )
-        return Example(scaled(values, value_range, file.is_inverted), None, self.name(index))
+        image = in_bytes(values, value_range, file.is_inverted)
+        # Grey is one channel of a network that takes one, and three alike of one that takes colours.
+        image = image[..., None] if image.ndim == 2 and self.channels == 1 else three_channels(image)
+        return Example(image, None, self.name(index))
 
     def read(self, index: int) -> Example:
         example = self.image(index)
@@ -177,7 +183,8 @@ class Stack(Labelled):
 
     def _entry(self, root: Path, image: Path, mask: Path | None) -> Entry:
         file = opened(str(image))
-        file.check_shown(self.channel)
+        file.check_shown()
+        self._check_channels(file)
         if mask is not None:
             labels = opened(str(mask))
             labels.check_ids(has_colours=bool(self._meaning.colours))
@@ -199,6 +206,25 @@ class Stack(Labelled):
                 )
         stem = image.relative_to(root).with_suffix("").as_posix()
         return Entry(stem, str(image), str(mask or ""), len(file), str(file.dtype), file.declared_bits, file.seen_bits)
+
+    def _check_channels(self, file: PagedTiff) -> None:
+        """Raise UserError unless pages have as many as are read, or are grey where three are."""
+        count = file.channels
+        if self.channel is not None:
+            if self.channel >= count:
+                raise UserError(
+                    f"{file.shown}: has {count} channels, counted from 0, so there is no channel {self.channel}; write "
+                    "another"
+                )
+            count = 1
+        if count in (self.channels, 1) and self.channels in (count, 3):
+            return
+        others = [f"channel: 0 to {count - 1} for one of them"] if count > 1 else []
+        others += [f"model.channels={count} for all of them"] if count <= MAX_CHANNELS else []
+        wanted = "one (grey) or three (RGB)" if self.channels == 3 else f"{self.channels}, which the network takes"
+        raise UserError(
+            f"{file.shown}: pages of {count} channels ({file.axes}); write {', or '.join(others)}, or save {wanted}"
+        )
 
     @cached_property
     def _chosen(self) -> _Chosen:
@@ -234,7 +260,7 @@ class Stack(Labelled):
         bits = max((own for own in told if own is not None), default=1)
         if None not in told:
             how = f"the files declare {bits} bits"
-            return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), by_bits=True)
+            return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), most=2**bits - 1)
         largest = 0
         for index in range(len(self)):
             entry, page = self._at(index)
@@ -244,7 +270,7 @@ class Stack(Labelled):
         seen = max(entry.seen_bits for entry in self._entries)
         bits = max(bits, largest.bit_length(), seen)
         how = f"the largest value is {largest}" + (f" and ImageJ showed {seen} bits" if seen == bits else "")
-        return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), by_bits=True)
+        return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), most=2**bits - 1)
 
     def _percentiles(self) -> Range:
         parts = []
@@ -286,7 +312,7 @@ class _Chosen(NamedTuple):
 
     range: Range | None
     note: str = ""
-    by_bits: bool = False
+    most: int | None = None  # the largest value, where the files declare their bits
 
 
 def _has_8_bits(entry: Entry) -> bool:

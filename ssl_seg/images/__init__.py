@@ -10,23 +10,37 @@ many pages or channels (`pages`), of which Pillow knows the first.
 The names that others use stand here; each concern has a file beside this one.
 """
 
-from ssl_seg.images.limits import MAX_PIXELS, Size, SizeField, check_size, show_path
+from ssl_seg.images.limits import MAX_CHANNELS, MAX_PIXELS, ChannelsField, Size, SizeField, check_size, show_path
 from ssl_seg.images.masks import MASK_FORMATS, MASK_SUFFIXES, read_mask, read_palette
-from ssl_seg.images.opening import DECODE_ERRORS, FORMATS, IMAGE_SUFFIXES, Header, read_header
-from ssl_seg.images.pictures import Examined, default_range, doubt, examine, largest_value, picture_of, read_image
-from ssl_seg.images.resizing import resize_image, resize_mask
-from ssl_seg.images.values import Range, RangeField, composite, scaled
+from ssl_seg.images.opening import ARRAY_SUFFIXES, DECODE_ERRORS, FORMATS, IMAGE_SUFFIXES, Header
+from ssl_seg.images.pictures import Examined
+from ssl_seg.images.reading import (
+    default_range,
+    doubt,
+    examine,
+    largest_value,
+    picture_of,
+    read_header,
+    read_image,
+    takes_range,
+)
+from ssl_seg.images.resizing import resize_image, resize_mask, with_channels
+from ssl_seg.images.values import Pair, Range, RangeField, composite, say_range, scaled, written_range
 from ssl_seg.images.writing import write_image, write_mask
 
 __all__ = [
+    "ARRAY_SUFFIXES",
     "DECODE_ERRORS",
     "FORMATS",
     "IMAGE_SUFFIXES",
     "MASK_FORMATS",
     "MASK_SUFFIXES",
+    "MAX_CHANNELS",
     "MAX_PIXELS",
+    "ChannelsField",
     "Examined",
     "Header",
+    "Pair",
     "Range",
     "RangeField",
     "Size",
@@ -44,8 +58,12 @@ __all__ = [
     "read_palette",
     "resize_image",
     "resize_mask",
+    "say_range",
     "scaled",
     "show_path",
+    "takes_range",
+    "with_channels",
     "write_image",
     "write_mask",
+    "written_range",
 ]

@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
+ARRAY_SUFFIXES = frozenset({".npy", ".npz"})  # of images of any number of channels, as numpy saves them
 # A text or a colour profile of a PNG may be as large as Pillow lets all of them be (64 MB): what Photoshop writes is
 # often more than its own limit for one (1 MB).
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY

@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 
 from ssl_seg.config import UserError
-from ssl_seg.images.limits import MAX_CHANNELS, Size, check_size, show_path
+from ssl_seg.images.limits import Size, check_size, show_path
 from ssl_seg.images.opening import DECODE_ERRORS
 
 COLOURS = "CS"  # axes: channels in pages of their own, or within a page
@@ -115,8 +115,8 @@ class PagedTiff:
             )
         return values if values.dtype == np.uint8 else values.astype(np.uint16)
 
-    def check_shown(self, channel: int | None, wanted: int = 3) -> None:
-        """Raise UserError unless pages have the `wanted` number of channels, or are grey where three are wanted."""
+    def check_shown(self) -> None:
+        """Raise UserError for pages that are no pictures: of a palette, of inks, of values that are no numbers."""
         photometric, compression = self.keyframe.photometric, self.keyframe.compression
         if photometric == PALETTE:
             self._refuse(
@@ -126,17 +126,6 @@ class PagedTiff:
             self._refuse(f"pixels of photometric {int(photometric)} are not read; save them as grey or RGB")
         if self.dtype.kind not in "uif":
             self._refuse(f"{self.dtype} values are no image; save grey or RGB of 8 bits or more")
-        if channel is not None and channel >= self.channels:
-            self._refuse(
-                f"has {self.channels} channels, counted from 0, so there is no channel {channel}; write another"
-            )
-        if channel is None and self.channels != wanted and (self.channels, wanted) != (1, 3):
-            more = "" if wanted == 3 else f", not the {wanted} of the network (model.channels)"
-            own = "" if self.channels > MAX_CHANNELS else f", model.channels={self.channels} for all of them"
-            self._refuse(
-                f"pages of {self.channels} channels ({self.axes}){more}; write channel: 0 to {self.channels - 1} for "
-                f"one of them{own}, or save one (grey) or three (RGB)"
-            )
 
     def check_ids(self, has_colours: bool) -> None:
         """Raise UserError for pages that are no masks."""

@@ -26,58 +26,40 @@ from ssl_seg.images.opening import (
     upright_frame,
 )
 from ssl_seg.images.tiff import bits_of, is_signed, number_in
-from ssl_seg.images.values import Range, scaled, three_channels
+from ssl_seg.images.values import Pair, Range, in_bytes, scaled, three_channels
 
 NUMBER = r"\d+ "  # in what libjpeg says: equal faults are told together
 # What it says where pixels are lost; it fills them with grey.
 LOST = ("premature end of data segment", "bad Huffman code")
 
 
-def read_image(path: str | Path, value_range: Range | None = None) -> np.ndarray:
-    """The picture as a person sees it: RGB `(H, W, 3)` uint8, upright by its EXIF orientation.
-
-    Transparent pixels are laid on white, CMYK, palette and bilevel pictures are converted, of an animation the first
-    frame is taken. Of 16 bits 65535 is white. `value_range` says which stored values are black and white instead, in
-    pictures of more than 8 bits a channel: between them values are scaled, beyond them cut off, and what is no number
-    is black. Signed, 32-bit and float values have no white of their own, so they are read with a range only.
-
-    Raises UserError with one line for a file that is missing, empty, damaged, no image, of several pages, of bands or
-    values that are neither grey nor colours, or larger than MAX_PIXELS.
-    """
+def read_rgb(path: str | Path, value_range: Pair | None = None) -> np.ndarray:
+    """RGB `(H, W, 3)` uint8, as `images.read_image` says."""
     convert = _to_rgb if value_range is None else partial(_in_range, value_range=value_range)
     return decode(Path(path), convert)
 
 
-def picture_of(given: object, value_range: Range | None = None) -> np.ndarray:
-    """An image in any form, as `read_image` gives it: RGB `(H, W, 3)` uint8.
-
-    A path, of which `value_range` is taken where the file has more than 8 bits; a picture of Pillow; an array
-    `(H, W, 3)` or, grey, `(H, W)` of uint8, or of another type with `value_range`, which says what is black and white
-    in all that has more than 8 bits (of uint16 alone 65535 is white).
-    Raises UserError as `read_image`, and for anything else.
-    """
-    if isinstance(given, str | Path):
-        # As `Dataset.in_range` of a data set: 8 bits have their white, and a file that says it needs no telling.
-        stored = None if value_range is None else default_range(given)
-        return read_image(given, None if stored in (None, value_range) else value_range)
-    if isinstance(given, Image.Image):
-        return _of_pillow(given, value_range)
-    if not isinstance(given, np.ndarray):
-        raise UserError(f"an image of type {type(given).__name__}: give a path, a Pillow image, an array or a tensor")
-    if given.ndim not in (2, 3) or 0 in given.shape or given.shape[2:] not in ((), (3,)):
-        raise UserError(f"an array of shape {given.shape}: give (H, W, 3), or (H, W) of grey")
+def of_array(given: np.ndarray, value_range: Range | None = None, channels: int = 3) -> np.ndarray:
+    """An array `(H, W, C)` or, grey, `(H, W)` as an image `(H, W, C)` uint8, as `images.picture_of` says."""
+    as_grey = channels in (1, 3) and given.ndim == 2
+    if 0 in given.shape or not (as_grey or given.shape[2:] == (channels,)):
+        raise UserError(f"an array of shape {given.shape}: give (H, W, {channels}), or (H, W) of grey")
+    if as_grey:
+        given = np.repeat(given[..., None], channels, axis=-1)
     if given.dtype == np.uint8:
-        return np.array(three_channels(given), order="C")  # a copy: the given one may be read-only
+        return np.array(given, order="C")  # a copy: the given one may be read-only
     own = value_range or ((0.0, 65535.0) if given.dtype == np.uint16 else None)
     if own is None or not np.issubdtype(given.dtype, np.number) or np.iscomplexobj(given):
         raise UserError(
             f"an array of {given.dtype}: its white is not known; give uint8 from 0 to 255, or a tensor in [0, 1]"
         )
-    return scaled(given, own)
+    return in_bytes(given, own)
 
 
-def _of_pillow(given: Image.Image, value_range: Range | None) -> np.ndarray:
-    """As its file would be read. Of 16 bits of colour Pillow keeps 8 alone, so these need the file."""
+def of_pillow(given: object, value_range: Pair | None = None) -> np.ndarray:
+    """A picture of Pillow as its file would be read. Of 16 bits of colour it keeps 8 alone, so these need the file."""
+    if not isinstance(given, Image.Image):
+        raise UserError(f"an image of type {type(given).__name__}: give a path, a Pillow image, an array or a tensor")
     path = Path("the picture")
     try:
         is_deep = isinstance(given, ImageFile) and layout_of(given).startswith("16")  # it forgets when it is loaded
@@ -95,42 +77,32 @@ def _of_pillow(given: Image.Image, value_range: Range | None) -> np.ndarray:
         raise UserError(f"the picture: cannot be read ({first_line(error)}); give its path, or a whole one") from error
 
 
-def largest_value(path: str | Path) -> int | None:
-    """The largest stored value of a picture of 16 bits a channel, for colours up to 255 too high; None for others."""
+def largest_of_rgb(path: str | Path) -> int | None:
+    """As `images.largest_value`."""
     return decode(Path(path), _largest)
 
 
 class Examined(NamedTuple):
     """A picture and what its file holds, by one decoding."""
 
-    image: np.ndarray | None  # as `read_image` gives it; None where its values have no white of their own
-    refusal: str  # what `read_image` says then
+    image: np.ndarray | None  # as `images.read_image` gives it; None where its values have no white of their own
+    refusal: str  # what that says then
     kind: str  # such as '8 bits RGB'
-    used: Range  # the smallest and the largest stored value
+    used: Pair  # the smallest and the largest stored value
 
 
-def examine(path: str | Path, value_range: Range | None = None) -> Examined:
-    """As `read_image`, with what the pixels were before they became RGB of 8 bits.
-
-    Of 16-bit colours the upper byte tells what is used, so that up to 255 more may be. Raises UserError for what cannot
-    be decoded.
-    """
+def examine_rgb(path: str | Path, value_range: Pair | None = None) -> Examined:
+    """As `images.examine`."""
     return decode(Path(path), partial(_examined, value_range=value_range))
 
 
-def default_range(path: str | Path) -> Range | None:
-    """The values that `read_image` takes for black and white where no range is given; None of 8 bits a channel.
-
-    No pixel is decoded.
-    """
+def range_of_rgb(path: str | Path) -> Pair | None:
+    """As `images.default_range`."""
     return decode(Path(path), _default_range)
 
 
-def doubt(path: str | Path) -> str:
-    """What a person should look at in a picture that can be decoded, in a few words; '' for nothing.
-
-    A JPEG is decoded once more, for the warnings that Pillow swallows. Raises UserError for one that has lost pixels.
-    """
+def doubt_of(path: str | Path) -> str:
+    """As `images.doubt`."""
     return decode(Path(path), _doubt)
 
 
@@ -162,7 +134,7 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     return np.array(upright.convert("RGB"))
 
 
-def _in_range(image: ImageFile, path: Path, value_range: Range) -> np.ndarray:
+def _in_range(image: ImageFile, path: Path, value_range: Pair) -> np.ndarray:
     """As `_to_rgb`, of more than 8 bits, with the values that are black and white."""
     shown = show_path(path)
     is_deep = layout_of(image).startswith("16")
@@ -221,7 +193,7 @@ def _largest(image: ImageFile, _: Path) -> int | None:
     return int(np.asarray(image).max()) * 256 + 255 if is_deep and image.mode == "RGB" else None
 
 
-def _examined(image: ImageFile, path: Path, value_range: Range | None) -> Examined:
+def _examined(image: ImageFile, path: Path, value_range: Pair | None) -> Examined:
     is_deep = layout_of(image).startswith("16")  # loading forgets it
     bits = bits_of(image.tag_v2) if isinstance(image, TiffImageFile) else 16 if is_deep or image.mode[0] == "I" else 8
     try:
@@ -238,7 +210,7 @@ def _examined(image: ImageFile, path: Path, value_range: Range | None) -> Examin
     return Examined(rgb, refusal, f"{bits} bit{'s' * (bits != 1)} {named}", (low, high))
 
 
-def _default_range(image: ImageFile, _: Path) -> Range | None:
+def _default_range(image: ImageFile, _: Path) -> Pair | None:
     white = _white(image) or (65535 if layout_of(image).startswith("16") else None)
     return None if white is None else (0.0, float(white))
 

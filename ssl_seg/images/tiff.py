@@ -13,7 +13,7 @@ from PIL import ExifTags
 from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
 from ssl_seg.config import UserError
-from ssl_seg.images.limits import Pieces, check_pieces, check_pixels
+from ssl_seg.images.limits import MAX_CHANNELS, Pieces, check_pieces, check_pixels
 
 # NewSubfileType of a TIFF's page that is no picture of its own: a smaller copy (1) or a transparency mask (4).
 NO_DATA = 1 | 4
@@ -143,4 +143,5 @@ def not_read(tags: ImageFileDirectory_v2) -> str:
     kind = kinds.get(number_in(tags, ExifTags.Base.SampleFormat), "")
     contents = f"{bands} band{'s' * (bands != 1)} of {bits_of(tags)}-bit {kind}values"
     meaning = number_in(tags, ExifTags.Base.PhotometricInterpretation)
-    return f"a TIFF of {contents} (photometric {meaning}), which are not read; save grey or RGB of 8 or 16 bits"
+    also = f", or give model.channels={bands}" if 1 < bands <= MAX_CHANNELS else ""
+    return f"a TIFF of {contents} (photometric {meaning}), which are not read; save grey or RGB of 8 or 16 bits{also}"
