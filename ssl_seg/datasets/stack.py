@@ -23,7 +23,7 @@ from ssl_seg.datasets import Example, place_in
 from ssl_seg.datasets.folder import by_stem, is_folder, scan
 from ssl_seg.datasets.labelled import Labelled
 from ssl_seg.datasets.masks import check_ids
-from ssl_seg.images import Range, RangeField, read_mask, show_path
+from ssl_seg.images import Pair, Range, RangeField, read_mask, show_path
 from ssl_seg.images.limits import MAX_CHANNELS
 from ssl_seg.images.pages import PagedTiff, opened
 from ssl_seg.images.values import in_bytes, three_channels
@@ -272,7 +272,7 @@ class Stack(Labelled):
         how = f"the largest value is {largest}" + (f" and ImageJ showed {seen} bits" if seen == bits else "")
         return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), most=2**bits - 1)
 
-    def _percentiles(self) -> Range:
+    def _percentiles(self) -> Pair:
         parts = []
         for index in np.unique(np.linspace(0, len(self) - 1, SAMPLED_PAGES).round().astype(int)):
             entry, page = self._at(index)

@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 from PIL.ImageFile import ImageFile
 
 from ssl_seg.config import UserError, first_line
-from ssl_seg.images.limits import Size, check_file, check_pixels, show_path
+from ssl_seg.images.limits import MAX_CHANNELS, Size, check_file, check_pixels, show_path
 from ssl_seg.images.opening import ARRAY_SUFFIXES, DECODE_ERRORS, decode, is_animation, layout_of, upright_frame
 from ssl_seg.images.pages import NAMELESS, PagedTiff, opened
 from ssl_seg.images.pictures import Examined
@@ -219,7 +219,7 @@ class Bands:
         return np.array(upright_frame(image))
 
     def _refuse_count(self, found: int, how: str) -> NoReturn:
-        other = f"give model.channels={found}, or " if found != self.channels else ""
+        other = f"give model.channels={found}, or " if found in range(1, MAX_CHANNELS + 1) else ""
         self._refuse(
             f"has {found} channel{'s' * (found != 1)} ({how}), and the network takes {self.channels} (model.channels); "
             f"{other}save TIFF or .npy with {self.channels}"

@@ -75,13 +75,13 @@ def scaled(values: np.ndarray, value_range: Range, inverted: bool = False) -> np
 
 def in_bytes(values: np.ndarray, value_range: Range, inverted: bool = False) -> np.ndarray:
     """As `scaled`, of any number of channels `(H, W, C)`, which stay as many; a range for each needs as many."""
-    pairs = pairs_of(value_range)
-    if len(pairs) > 1:
-        each = zip(np.moveaxis(values, -1, 0), pairs, strict=True)
+    first, *others = pairs_of(value_range)
+    if others:
+        each = zip(np.moveaxis(values, -1, 0), [first, *others], strict=True)
         return np.stack([in_bytes(channel, pair, inverted) for channel, pair in each], axis=-1)
     if values.dtype in (np.uint8, np.uint16):
-        return _table(np.iinfo(values.dtype).max + 1, pairs[0], inverted)[values]
-    return _to_bytes(values, pairs[0], inverted)
+        return _table(np.iinfo(values.dtype).max + 1, first, inverted)[values]
+    return _to_bytes(values, first, inverted)
 
 
 def _to_bytes(values: np.ndarray, value_range: Pair, inverted: bool) -> np.ndarray:

@@ -359,13 +359,16 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _fits_encoder(self) -> ModelConfig:
-        counts = self.encoder.channel_counts
-        if self.channels not in counts:
-            raise ValueError(
-                f"channels: {self.channels}: encoder {self.encoder.type} takes images of "
-                f"{', '.join(map(str, counts))} channels alone; choose another encoder"
-            )
+        if self.channels not in self.encoder.channel_counts:
+            raise ValueError(f"channels: {self._say_counts()}")
         return self
+
+    def _say_counts(self) -> str:
+        counts = ", ".join(map(str, self.encoder.channel_counts))
+        return (
+            f"{self.channels}: encoder {self.encoder.type} takes images of {counts} channels alone; choose another "
+            "encoder"
+        )
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -392,6 +395,8 @@ class ModelConfig(Config):
         return encoder
 
     def _with_channels(self, stride: int) -> EncoderNet:
+        if self.channels not in self.encoder.channel_counts:  # one that was laid on the model of another run
+            raise UserError(f"model.channels: {self._say_counts()}")
         build: Callable[..., EncoderNet] = self.encoder.build
         return build(stride, self.channels)
 

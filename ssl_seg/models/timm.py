@@ -278,8 +278,10 @@ class Timm(Encoder):
             with _bounded():
                 network = timm.create_model(self._full_name, **arguments)
             file = self._local_file()
-            if file is not None:
-                _require_all_loaded(network, timm.create_model(self.name, **arguments), file)
+            adapts = self.pretrained is not False and arguments.get("in_chans", RGB) != RGB
+            if file is not None or adapts:
+                again = timm.create_model(self.name if file else self._full_name, **arguments)
+                _require_all_loaded(network, again, str(file or self._full_name), adapts)
         cfg = cast("dict[str, Any]", network.pretrained_cfg)
         cfg.pop("state_dict", None)  # every copy of the network would hold its first weights too
         return network
@@ -450,13 +452,14 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _require_all_loaded(network: nn.Module, again: nn.Module, file: Path) -> None:
+def _require_all_loaded(network: nn.Module, again: nn.Module, weights: str, adapts: bool) -> None:
     """timm loads what fits and keeps random weights for the rest: two loads of one file then differ in those."""
     pairs = zip(network.named_parameters(), again.parameters(), strict=True)
     random = [name for (name, first), second in pairs if not torch.equal(first, second)]
     if random:
+        also = ", or its first layer cannot be adapted to model.channels" if adapts else ""
         raise UserError(
-            f"{file}: holds no weights for {len(random)} tensors, {random[0]} first; give this network's own file"
+            f"{weights}: holds no weights for {len(random)} tensors, {random[0]} first; give its own file{also}"
         )
 
 

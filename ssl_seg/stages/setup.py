@@ -292,9 +292,10 @@ def say_other_ranges(
             continue
         trained, whose = (own, f"data.{part}") if trained is None else (trained, whose)
         if own != trained:
+            theirs = "others are" if isinstance(trained[0], tuple) else "{:g} and {:g} are".format(*trained)
             say(
-                f"data.{part}: {say_range(own)}, and for {whose} {say_range(trained)}; if the values mean the same, "
-                f"give data.{part}.range={written_range(trained)}",
+                f"data.{part}: {say_range(own)}, and for {whose} {theirs}; if the values mean the same, give "
+                f"data.{part}.range={written_range(trained)}",
                 quiet,
             )
 

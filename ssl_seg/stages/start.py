@@ -172,6 +172,8 @@ def _published(module: MultiTask, start: Start) -> dict[str, Receipt]:
     receipt = match_tensors(packaged[0], module.encoder, packaged[1])
     # Mean and std come from timm, and a count of batches changes nothing: no file of another library holds them all.
     receipt.missing = [name for name in receipt.missing if name not in CONSTANTS and not name.endswith(COUNTER)]
+    if start.model.channels != RGB:  # the first layer, which has another shape for that alone
+        receipt.adapted, receipt.mismatched = receipt.mismatched, {}
     return {"encoder": receipt}
 
 

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_seg import files
 from ssl_seg.config import UserError, user_path
-from ssl_seg.models import SegmentationModel
+from ssl_seg.models import SegmentationModel, image_channels_of
 from ssl_seg.weights.export import in_words, range_of
 
 
@@ -125,13 +125,13 @@ def distance(found: Tensor, wanted: Tensor, share: float = 1.0) -> float:
 
 @torch.no_grad()
 def difference(
-    network: SegmentationModel,
+    network: nn.Module,
     answer: Callable[[Tensor], Tensor],
     shape: Sequence[int],
     share: float = 1.0,
 ) -> float:
     """The `distance` of what `answer` says from what `network` says of the `noise` of a shape (B, H, W)."""
-    image = noise(shape, network.image_channels)
+    image = noise(shape, image_channels_of(network))
     wanted = network(image)
     return distance(answer(image), wanted, share)
 

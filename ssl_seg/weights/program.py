@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as tracing
 
 from ssl_seg.config import UserError, first_line
 from ssl_seg.images import Size
-from ssl_seg.models import evaluating
+from ssl_seg.models import evaluating, image_channels_of
 from ssl_seg.weights import forms
 from ssl_seg.weights.export import in_words, load_model, read_model_info
 from ssl_seg.weights.forms import COMPARED, Exported, difference, words_of
@@ -119,7 +119,8 @@ def runner(payload: bytes) -> Callable[[Tensor], Tensor]:
 
 def _traced(network: nn.Module, freedom: _Freedom, notes: Mapping[str, str]) -> bytes:
     batch, height, width = TRACED
-    image = torch.rand(batch if freedom.number else 1, network.image_channels, *(freedom.size or (height, width)))
+    channels = image_channels_of(network)
+    image = torch.rand(batch if freedom.number else 1, channels, *(freedom.size or (height, width)))
     # Without this a trace takes for granted, and the program checks, that no side was 1 on the way and that the image's
     # own size is no multiple of the stride: it then refuses every image of 256 x 256.
     with cast("Any", tracing).patch(backed_size_oblivious=True):

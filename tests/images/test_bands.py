@@ -24,12 +24,16 @@ from tests.faults import message_of
 
 Writer = Callable[[Path, np.ndarray], object]
 TWELVE = (0.0, 4095.0)
+GREY = {"photometric": "minisblack"}
 FORMS: dict[str, tuple[str, Writer]] = {  # how programs store bands, by tifffile and numpy
-    "channels last": (".tif", lambda path, a: write(path, a, photometric="minisblack", planarconfig="contig")),
-    "planes": (".tif", lambda path, a: write(path, first(a), photometric="minisblack", planarconfig="separate")),
-    "packed": (".tif", lambda path, a: write(path, a, photometric="minisblack", compression="zlib", tile=(16, 16))),
-    "pages": (".tif", lambda path, a: write(path, first(a), photometric="minisblack")),
-    "pages without a word": (".tiff", lambda path, a: write(path, first(a), photometric="minisblack", metadata=None)),
+    "channels last": (".tif", lambda path, a: write(path, a, planarconfig="contig", **GREY)),
+    "planes": (".tif", lambda path, a: write(path, first(a), planarconfig="separate", **GREY)),
+    "packed": (
+        ".tif",
+        lambda path, a: write(path, a, planarconfig="contig", compression="zlib", tile=(16, 16), **GREY),
+    ),
+    "pages": (".tif", lambda path, a: write(path, first(a), **GREY)),
+    "pages without a word": (".tiff", lambda path, a: write(path, first(a), metadata=None, **GREY)),
     "ImageJ": (".tif", lambda path, a: write(path, first(a), imagej=True, metadata={"axes": "CYX"})),
     "OME": (".ome.tif", lambda path, a: write(path, first(a), metadata={"axes": "CYX"})),
     "RGB and more": (".tif", lambda path, a: write(path, a, photometric="rgb")),
@@ -75,8 +79,9 @@ def test_every_form_of_bands_gives_the_values_that_were_stored(tmp_path: Path, f
     assert found.kind == f"16 bits {channels} channels"
     assert found.used == (values.min(), values.max())
     # Never another number of them, and never the first page alone.
-    assert f"has {channels} channels" in refused(path, channels - 1)
-    assert str(channels) in refused(path, 3) or form == "RGB and more"  # of which a picture shows the first three
+    assert f"has {channels} channels" in refused(path, channels + 1)
+    if form != "RGB and more":  # of which a picture shows the first three
+        assert str(channels) in refused(path, 3)
 
 
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3)), min_size=2, max_size=8), st.integers(0, 99))

@@ -43,7 +43,7 @@ def field(number: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
     top, left = random.integers(4, 18, 2)
     ids[top : top + 18, left : left + 18] = 1
     values = random.integers(900, 1500, (SIDE, SIDE, channels))
-    values[..., -1] += 2200 * ids
+    values[..., -1] += 2200 * ids.astype(np.int64)
     return values.astype(np.uint16), ids
 
 
@@ -70,9 +70,11 @@ def data(folder: Path, **more: object) -> dict[str, object]:
 @pytest.mark.parametrize("channels", [4, 1])
 def test_images_of_any_channels_go_the_whole_way(tmp_path: Path, channels: int) -> None:
     write(tmp_path / "train", 8, channels)
+    write(tmp_path / "pool", 6, channels, first=20)
     write(tmp_path / "test", 3, channels, first=50)
-    pool = {"type": "folder", "images": f"{tmp_path}/train/images", "range": [0, WHITE]}
-    model = {"channels": channels, "encoder": "resnet10t", "decoder": {"type": "unet", "channels": [32, 16, 16, 8, 8]}}
+    pool = {"type": "folder", "images": f"{tmp_path}/pool/images", "range": [0, WHITE]}
+    encoder = {"type": "r2unet", "widths": [8, 16, 32], "unit": "plain"}
+    model = {"channels": channels, "encoder": encoder, "decoder": {"type": "unet", "channels": [16, 8]}}
     shared = {"augment": {"crop": [32, 32]}, "tracking": UNTRACKED}
     own = {"model": model, "tasks": TASKS, "train": TRAIN, "recalibrate": 4}
     pretrained = pretrain(
