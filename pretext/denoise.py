@@ -7,6 +7,7 @@ segmentation, decoder included: Brempong et al., "Denoising pretraining for sema
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_seg import losses, metrics, rng
+from ssl_seg.models import ANY_CHANNELS
 from ssl_seg.tasks import PictureTask, View
 
 Noise = Literal["gaussian", "poisson", "speckle", "salt_and_pepper"]
@@ -32,6 +34,7 @@ class Denoise(PictureTask):
     """
 
     in_place: ClassVar[bool] = True
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.37, 0.50 and 0.21 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 3.0

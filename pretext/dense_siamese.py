@@ -8,7 +8,8 @@ the network two inputs a sample.
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Collection
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_seg import rng
-from ssl_seg.models import EncoderSpec, Features
+from ssl_seg.models import ANY_CHANNELS, RGB, EncoderSpec, Features
 from ssl_seg.tasks import PretextTask, View
 
 STRIDE = 8  # of the map whose places are compared: what lies 8 pixels apart can be told apart
@@ -37,6 +38,7 @@ class DenseSiamese(PretextTask):
     and things that are the same all over an image are not asked for; two images may look alike to the network.
     """
 
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     # The norm of its gradient on the encoder, while seven tasks are trained together on CamVid in batches of 4, is 1.32
     # and 0.75 after 50 and 150 steps; those of denoise, inpaint, colorize and jigsaw are 0.45 to 1.09 and 0.57 to 0.76.
     weight: NonNegativeFloat = 1.0
@@ -90,7 +92,7 @@ class DenseSiamese(PretextTask):
     def render(self, prediction: Tensor, view: View) -> Tensor:
         """What the crops share, each place in the colour of that place of the second which is taken for it."""
         nearest = _nearest(*self._answers(prediction, view))  # (B, N)
-        colours = self._seen(view).gather(2, nearest.unsqueeze(1).expand(-1, 3, -1))
+        colours = self._seen(view).gather(2, nearest.unsqueeze(1).expand(-1, view.input.shape[1], -1))
         return self._mosaic(colours, view)
 
     def render_target(self, view: View) -> Tensor:
@@ -199,8 +201,9 @@ def _recoloured(image: Tensor, strength: float, key: Tensor) -> Tensor:
     low, high = 1.0 - strength, 1.0 + strength
     brightness = rng.uniform(rng.fold_in(key, "brightness"), (1, 1, 1), low, high)
     contrast = rng.uniform(rng.fold_in(key, "contrast"), (1, 1, 1), low, high)
-    gain = rng.uniform(rng.fold_in(key, "gain"), (3, 1, 1), low, high)
-    grey = rng.uniform(rng.fold_in(key, "grey"), (1, 1, 1)) < (GREY if strength else 0.0)
+    gain = rng.uniform(rng.fold_in(key, "gain"), (image.shape[1], 1, 1), low, high)
+    # Bands have no colours to lose: their mean would be another kind of image.
+    grey = rng.uniform(rng.fold_in(key, "grey"), (1, 1, 1)) < (GREY if strength and image.shape[1] == RGB else 0.0)
     image = torch.where(grey, image.mean(dim=1, keepdim=True), image * gain)
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     return ((image - mean) * contrast + mean * brightness).clamp(0.0, 1.0)

@@ -8,7 +8,7 @@ kind will do: what the teacher knows of them is what there is to learn.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Self
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ssl_seg import losses, rng
 from ssl_seg.config import PathText, UserError
-from ssl_seg.models import Encoder, EncoderNet, EncoderSpec, Features
+from ssl_seg.models import RGB, Encoder, EncoderNet, EncoderSpec, Features
 from ssl_seg.tasks import PretextTask, View
 from ssl_seg.weights.export import exported_config, load_encoder, read_encoder_info
 from ssl_seg.weights.fingerprint import digest_of
@@ -55,6 +55,13 @@ class Distill(PretextTask):
     """
 
     in_place: ClassVar[bool] = True
+
+    @property
+    def channel_counts(self) -> Collection[int]:
+        """What the teacher takes: as many as its run, and a published network RGB."""
+        info = {} if self.run is None else read_encoder_info(self.run)
+        return (exported_config(str(self.run), info).channels if info else RGB,)
+
     # The norm of its gradient on the encoder, while seven tasks are trained together on CamVid in batches of 4, is 0.45
     # and 0.35 after 50 and 150 steps; those of denoise, inpaint, colorize and jigsaw are 0.45 to 1.09 and 0.57 to 0.76.
     weight: NonNegativeFloat = 1.0

@@ -7,6 +7,7 @@ inpainting with gated convolution", ICCV 2019; the block grid after Xie et al., 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -14,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from ssl_seg import losses, metrics, rng
+from ssl_seg.models import ANY_CHANNELS
 from ssl_seg.tasks import PictureTask, View
 
 # The root mean square distance of a hole's pixels from the mean colour of what is left, over 200 images of BSDS500
@@ -32,6 +34,7 @@ class Inpaint(PictureTask):
     """
 
     in_place: ClassVar[bool] = True
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.42, 0.34 and 0.40 after 50, 150 and 400 steps: of one order with the others.
     weight: NonNegativeFloat = 0.5

@@ -8,12 +8,12 @@ takes the puzzle in a single pass, and the head pools its maps tile by tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from itertools import permutations as all_permutations
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ssl_seg import losses, rng
 from ssl_seg.config import UserError
-from ssl_seg.models import EncoderSpec, Features
+from ssl_seg.models import ANY_CHANNELS, EncoderSpec, Features
 from ssl_seg.tasks import PretextTask, View
 
 Pair = tuple[int, int]  # of rows and columns
@@ -43,6 +43,7 @@ class Jigsaw(PretextTask):
     of 4 pixels raise a UserError.
     """
 
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     # The norm of the weighted loss's gradient on the encoder, while four tasks are trained together on CamVid
     # (experiments/camvid_tasks), is 0.42, 0.46 and 0.72 after 50, 150 and 400 steps; at a weight of 1 it would be ten
     # times those of the other tasks.
@@ -156,7 +157,9 @@ class Jigsaw(PretextTask):
 
     def _cut(self, image: Tensor, place: Tensor, layout: Layout, key: Tensor) -> Tensor:
         """`(B, 3, N, h, w)`: the puzzle's tiles in order, each from somewhere inside the cell that `place` names."""
-        displaced = rng.randint(rng.fold_in(key, "displace"), (2, 3, self.num_tiles), 0, 2 * self.displace + 1)
+        displaced = rng.randint(
+            rng.fold_in(key, "displace"), (2, image.shape[1], self.num_tiles), 0, 2 * self.displace + 1
+        )
         cell = (place // self.grid, place % self.grid)
         pixels = []
         for axis, name in enumerate(("down", "right")):
@@ -307,7 +310,7 @@ def recolour(tiles: Tensor, strength: float, key: Tensor) -> Tensor:
     low, high = 1.0 - strength, 1.0 + strength
     brightness = rng.uniform(rng.fold_in(key, "brightness"), (1, count, 1, 1), low, high)
     contrast = rng.uniform(rng.fold_in(key, "contrast"), (1, count, 1, 1), low, high)
-    gain = rng.uniform(rng.fold_in(key, "gain"), (3, count, 1, 1), low, high)
+    gain = rng.uniform(rng.fold_in(key, "gain"), (tiles.shape[1], count, 1, 1), low, high)
     mean = tiles.mean(dim=(1, 3, 4), keepdim=True)  # (B, 1, N, 1, 1)
     # The tile times its contrast about a mean times its brightness; so written, a strength of 0 changes no bit.
     return ((tiles * contrast + mean * (brightness - contrast)) * gain).clamp(0.0, 1.0)

@@ -7,13 +7,15 @@ what is wrong.
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Collection
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from ssl_seg import losses, metrics, rng
+from ssl_seg.models import ANY_CHANNELS
 from ssl_seg.tasks import PictureTask, View
 
 # The root mean square distance of a pixel that has moved from the one that belongs there, over 200 images of BSDS500
@@ -29,6 +31,7 @@ class Restore(PictureTask):
     moved is not told; the loss counts them most.
     """
 
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     # The norm of its gradient on the encoder, while seven tasks are trained together on CamVid in batches of 4, is 0.89
     # and 0.46 after 50 and 150 steps; those of denoise, inpaint, colorize and jigsaw are 0.45 to 1.09 and 0.57 to 0.76.
     weight: NonNegativeFloat = 1.0
@@ -52,7 +55,9 @@ class Restore(PictureTask):
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         height, width = image.shape[-2:]
         source = self.source(rng.fold_in(key, "swap"), height, width)
-        swapped = image.flatten(2).gather(2, source.flatten(1).unsqueeze(1).expand(-1, 3, -1)).view(image.shape)
+        swapped = (
+            image.flatten(2).gather(2, source.flatten(1).unsqueeze(1).expand(-1, image.shape[1], -1)).view(image.shape)
+        )
         moved = source != torch.arange(height * width, device=image.device).view(height, width)
         return View(swapped, image, torch.where(moved, 1.0, self.outside).unsqueeze(1))
 

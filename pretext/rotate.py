@@ -5,16 +5,21 @@ Gidaris, Singh and Komodakis, "Unsupervised representation learning by predictin
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from ssl_seg import losses, rng
-from ssl_seg.models import EncoderSpec, Features
+from ssl_seg.models import ANY_CHANNELS, EncoderSpec, Features
 from ssl_seg.tasks import PretextTask, View
 
 
 class Rotate(PretextTask):
     """The middle square is turned and the rest of an oblong image greyed: its shape would tell the turn otherwise."""
+
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         turns = rng.randint(key, (), 0, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssl_seg import losses, rng
 from ssl_seg.config import Config, explain
 from ssl_seg.mixing import classmix_mask, copy_paste_mask, cutmix_mask
-from ssl_seg.models import EncoderSpec
+from ssl_seg.models import ANY_CHANNELS, EncoderSpec
 from ssl_seg.tasks import Batch, Predict, Stream, Task, View, partners
 
 
@@ -50,6 +50,7 @@ class Segment(Task):
     """Supervised segmentation: a weighted sum of losses against class ids, 255 ignored."""
 
     streams: ClassVar[tuple[Stream, ...]] = ("labelled",)
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     since_0_1: ClassVar[tuple[str, ...]] = (
         *Task.since_0_1,
         "focal",

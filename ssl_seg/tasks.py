@@ -17,7 +17,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, SerializerFunctionWrapHan
 from torch import Tensor, nn
 
 from ssl_seg.config import Config, Plugin, UserError, known_to_0_1
-from ssl_seg.models import DecoderKind, EncoderSpec, Features, ReconstructionHead
+from ssl_seg.models import RGB, DecoderKind, EncoderSpec, Features, ReconstructionHead
 
 Stream = Literal["pool", "labelled"]
 Predict = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] to a head's prediction, float32, no gradient
@@ -30,7 +30,7 @@ PAIR = 2  # images: what stays together where a task mixes
 class Batch:
     """Images on the device, as a task's `view` gets them."""
 
-    image: Tensor  # (B, 3, H, W) float32 RGB in [0, 1]
+    image: Tensor  # (B, 3, H, W) float32 RGB in [0, 1]; of another `model.channels` that many in place of 3
     key: Tensor  # (B,) int64
     label: Tensor | None = None  # (B, H, W) int64, 255 is ignored
     names: list[str] = field(default_factory=list)
@@ -60,6 +60,8 @@ class Task(Config, ABC):
     borrowed_input: ClassVar[str | None] = None
     # Whether the view shows each image once and leaves its pixels where they are, so that the image's mask fits it.
     in_place: ClassVar[bool] = False
+    # Numbers of image channels that it makes sense for; one that says nothing knows RGB alone.
+    channel_counts: ClassVar[Collection[int]] = (RGB,)
     asks_teacher: ClassVar[bool] = False  # whether `view` needs the teacher, which `train.ema` gives
     # Whether the view of an image depends on its partner too (`partners`), as in CutMix. Partners then stay together in
     # whatever a batch is dealt out to: processes, micro-batches, tasks.
@@ -123,11 +125,11 @@ class Task(Config, ABC):
         return {}
 
     def render(self, prediction: Tensor, view: View) -> Tensor | None:
-        """The prediction as RGB in [0, 1], `(B, 3, H, W)`: the picture a person looks at."""
+        """The prediction in [0, 1], RGB `(B, 3, H, W)` or as the images are: the picture a person looks at."""
         return None
 
     def render_target(self, view: View) -> Tensor | None:
-        """The wanted answer as RGB in [0, 1], beside which `render`'s picture is shown."""
+        """The wanted answer in [0, 1], beside which `render`'s picture is shown."""
         return view.target if view.target.shape == view.input.shape else None
 
 
@@ -246,7 +248,7 @@ class PictureTask(DenseTask, ABC):
         return torch.zeros_like(view.target) if self.residual else self.plain(view)
 
     def head(self, encoder: EncoderSpec) -> nn.Module:
-        return self.dense(encoder, 3)
+        return self.dense(encoder, encoder.image_channels)
 
     def contrast(self, image: Tensor) -> Tensor | float:
         """`(B, 1, 1, 1)`: how far clean images `(B, 3, H, W)` spread about their mean colour, over photographs' spread.
@@ -282,6 +284,17 @@ def weighty(tasks: Mapping[str, T]) -> dict[str, T]:
 def streams_of(tasks: Mapping[str, Task]) -> list[Stream]:
     """The streams that tasks read, in the order of the tasks."""
     return list(dict.fromkeys(stream for task in tasks.values() for stream in task.streams))
+
+
+def check_channels(tasks: Mapping[str, Task], count: int) -> None:
+    """Raise UserError for a task that makes no sense for images of so many channels."""
+    for name, task in tasks.items():
+        if count not in task.channel_counts:
+            takes = ", ".join(map(str, task.channel_counts))
+            raise UserError(
+                f"tasks.{name}: is for images of {takes} channels, and model.channels is {count}; leave it out: "
+                f"tasks.{name}=null"
+            )
 
 
 def check_tasks(tasks: Mapping[str, Task], streams: Collection[Stream], has_teacher: bool) -> None:

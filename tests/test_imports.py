@@ -23,8 +23,8 @@ HOMES = {  # the only files that may import a heavy library
     "timm": {"models.timm", "models.timm_maps", "models.timm_plain"},
     "segmentation_models_pytorch": {"models.smp", "models.smp_whole"},
     "omegaconf": {"config"},
-    "PIL": {"images"},
-    "tifffile": {"datasets.stack"},
+    "PIL": {f"images.{file}" for file in ("bands", "masks", "opening", "pictures", "tiff", "writing")},
+    "tifffile": {"datasets.stack", "images.pages"},
 }
 
 

@@ -34,10 +34,11 @@ from ssl_seg.config import Config, UserError, known_to_0_1
 from ssl_seg.datasets.masks import IGNORE
 from ssl_seg.images import Size, SizeField
 
-Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, 3) uint8 and its mask (H, W) uint8
+Pair = tuple[np.ndarray, np.ndarray | None]  # an image (H, W, C) uint8 and its mask (H, W) uint8
 Draw = Callable[[str, int], list[float]]  # so many numbers in [0, 1) under a word
 # Keys that version 0.1 did not know.
 SINCE_0_1 = ("pad", "rare", "rotate", "vertical", "turns", "saturation", "hue", "blur", "noise")
+RGB = 3  # channels
 BEYOND = cv2.BORDER_REFLECT_101  # what an image is continued by: itself, mirrored about its last pixel
 MAX_TURNED = 32_766  # pixels of a side: OpenCV turns no longer ones
 
@@ -134,10 +135,10 @@ class Rotate(Augmentation):
             )
         middle = ((width - 1) / 2, (height - 1) / 2)
         turn = cv2.getRotationMatrix2D(middle, self.degrees * (2 * drawn[0] - 1), 1.0)
-        image = cv2.warpAffine(image, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=BEYOND)
+        turned = cv2.warpAffine(image, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=BEYOND)
         if label is not None:
             label = cv2.warpAffine(label, turn, (width, height), flags=cv2.INTER_NEAREST, borderValue=[IGNORE])
-        return image, label
+        return images.with_channels(turned, image), label
 
 
 class Flip(_SharedDraws):
@@ -227,7 +228,8 @@ class Blur(Augmentation):
         sigma = self.sigma * drawn[0]
         if sigma < 0.1:  # the nearest neighbour's share is below 2e-22; OpenCV takes 0 for a request to choose
             return image, label
-        return cv2.GaussianBlur(image, (0, 0), sigma, borderType=BEYOND), label
+        blurred = cv2.GaussianBlur(image, (0, 0), sigma, borderType=BEYOND)
+        return images.with_channels(blurred, image), label
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,15 @@ class Augment(Config):
         ]
         return [augmentation for wanted, augmentation in known if wanted]
 
+    def check_channels(self, count: int) -> None:
+        """Raise UserError for what is about colours, where images of so many channels have none."""
+        asked = next((key for key in ("saturation", "hue") if getattr(self, key)), None)
+        if count != RGB and asked:
+            raise UserError(
+                f"augment.{asked}: is about the colours of RGB, and model.channels is {count}; drop it (jitter, blur "
+                "and noise go with any channels)"
+            )
+
     def clamped(self, size: Size) -> str | None:
         """What to know of the zoom where an image of `size` (H, W) has no region as large as it asks for."""
         least = max(self.crop[0] / size[0], self.crop[1] / size[1])
@@ -314,7 +325,7 @@ class Augment(Config):
         )
 
     def apply(self, image: np.ndarray, label: np.ndarray | None, key: Tensor) -> Pair:
-        """A crop of an image `(H, W, 3)` and its mask `(H, W)`; a pure function of the key."""
+        """A crop of an image `(H, W, C)` and its mask `(H, W)`; a pure function of the key."""
         drawn: dict[str, list[float]] = {}  # once a word: a draw takes longer than many an augmentation
 
         def draw(word: str, count: int) -> list[float]:
@@ -327,7 +338,7 @@ class Augment(Config):
         return image, label
 
     def center(self, image: np.ndarray) -> np.ndarray:
-        """The middle of an image at zoom 1, `(crop_h, crop_w, 3)`: what validation of the pretext tasks looks at."""
+        """The middle of an image at zoom 1, `(crop_h, crop_w, C)`: what validation of the pretext tasks looks at."""
         height, width = region(image.shape[:2], self.crop, 1.0, self.pad)
         corner = ((image.shape[0] - height) // 2, (image.shape[1] - width) // 2)
         return cut(image, None, corner, (height, width), self.crop)[0]
@@ -354,7 +365,7 @@ def cut(image: np.ndarray, label: np.ndarray | None, corner: tuple[int, int], ex
     image = images.resize_image(image[window], inner)
     label = None if label is None else images.resize_mask(label[window], inner)
     if top or bottom or left or right:
-        image = cv2.copyMakeBorder(image, top, bottom, left, right, BEYOND)
+        image = images.with_channels(cv2.copyMakeBorder(image, top, bottom, left, right, BEYOND), image)
         if label is not None:
             label = cv2.copyMakeBorder(label, top, bottom, left, right, cv2.BORDER_CONSTANT, value=[IGNORE])
     return image, label

@@ -107,7 +107,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Sample:
-    image: np.ndarray  # (H, W, 3) uint8
+    image: np.ndarray  # (H, W, C) uint8
     label: np.ndarray | None  # (H, W) uint8
     key: int
     name: str
@@ -123,6 +123,7 @@ class Samples:
     seed: int
     resize: tuple[int, int] | None = None
     with_labels: bool = False  # else the masks are not even read
+    channels: int = 3  # of the images
     beside: Examples | None = None  # images of another origin, which `share` of the draws are of
     share: float = 0.0
     kept: Kept = field(default_factory=Kept, compare=False)
@@ -130,7 +131,7 @@ class Samples:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.augment.crop) * (4 if self.with_labels else 3)
+        return math.prod(self.augment.crop) * (self.channels + self.with_labels)
 
     def name(self, draw: int) -> str:
         examples, _, index = self._found(draw)
@@ -176,10 +177,11 @@ class CenterCrops:
     examples: Examples
     augment: Augment
     resize: tuple[int, int] | None = None
+    channels: int = 3  # of the images
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.augment.crop) * 3
+        return math.prod(self.augment.crop) * self.channels
 
     def name(self, index: int) -> str:
         return self.examples.name(index)
@@ -218,7 +220,7 @@ class Whole:
 class Packed(Handed):
     """A batch on its way from a worker: uint8, so that a quarter of the bytes of floats cross the process border."""
 
-    image: Tensor  # (B, 3, H, W) uint8
+    image: Tensor  # (B, C, H, W) uint8
     key: Tensor  # (B,) int64
     label: Tensor | None
     names: list[str] = field(default_factory=list)
@@ -260,7 +262,7 @@ def loader(samples: Drawable, batches: Batches, workers: Workers = ALONE, pin: b
 
 def pack(samples: Sequence[Sample]) -> Packed:
     """Samples of one size as one batch."""
-    image = torch.stack([_channels_first(sample.image) for sample in samples])  # B of (H, W, 3) -> (B, 3, H, W)
+    image = torch.stack([_channels_first(sample.image) for sample in samples])  # B of (H, W, C) -> (B, C, H, W)
     label = None
     if samples[0].label is not None:
         label = torch.stack([torch.from_numpy(np.ascontiguousarray(sample.label)) for sample in samples])

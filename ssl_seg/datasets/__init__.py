@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from ssl_seg.config import Plugin, builtin_type
+from ssl_seg.config import Plugin, UserError, builtin_type
 from ssl_seg.images import Range
 
 SPLIT_WORDS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "images", "leftImg8bit"})
@@ -21,7 +21,10 @@ NUMBER = re.compile(r"\d+(?![0-9A-Za-z])")
 
 @dataclass(frozen=True)
 class Example:
-    """An image as it is on disk, RGB `(H, W, 3)` uint8; class ids `(H, W)` uint8, 255 ignored, or None; a name."""
+    """An image as it is on disk, RGB `(H, W, 3)` uint8; class ids `(H, W)` uint8, 255 ignored, or None; a name.
+
+    Of a data set with another number of channels the image is `(H, W, C)`.
+    """
 
     image: np.ndarray
     label: np.ndarray | None
@@ -48,6 +51,23 @@ class Dataset(Plugin, ABC):
     def class_names(self) -> tuple[str, ...]:
         """One name a class id; empty for a data set without labels."""
         return ()
+
+    @property
+    def num_channels(self) -> int:
+        """Of its images; three are RGB."""
+        return 3
+
+    def in_channels(self, count: int) -> Self:
+        """The data set with images of so many channels, as the network takes. Raises UserError where it has others.
+
+        No file is looked at: images of another number of channels are refused when they are read.
+        """
+        if count != self.num_channels:
+            raise UserError(
+                f"its images have {self.num_channels} channels, and the network takes {count} (model.channels); leave "
+                "one out or write both alike"
+            )
+        return self
 
     @abstractmethod
     def __len__(self) -> int: ...

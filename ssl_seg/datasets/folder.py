@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import ClassVar
 
-from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import field_validator
 
-from ssl_seg.config import UserError, known_to_0_1, user_path
+from ssl_seg.config import UserError, user_path
 from ssl_seg.datasets.masks import ask_for_classes, class_words
 from ssl_seg.datasets.pairs import Pairs, some_names
 from ssl_seg.files import read_json
-from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, show_path
+from ssl_seg.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, MASK_SUFFIXES, show_path
 
 # What commands of ours leave in a folder that they have written, and keys that tell it from a stranger's file.
 MADE_BY_US = {
@@ -60,12 +60,14 @@ class Folder(Pairs):
     `masks.how_to_read` says how palettes are read.
 
     `range` gives the stored values that become black and white in images of more than 8 bits a channel: one range for
-    all, since stretching each by its own values would hide how bright it is. Left out, 65535 of 16 bits is white.
+    all images, since stretching each by its own values would hide how bright it is; of several channels also one for
+    each. Left out, 65535 of 16 bits is white.
 
     Errors (UserError, one line): folders that are missing, cannot be read or hold no image, an image without a mask,
     two images or two masks for one stem, a mask of another size than its image, values that are no class.
     """
 
+    since_0_1: ClassVar[tuple[str, ...]] = (*Pairs.since_0_1, "range", "only")
     only: tuple[str, ...] = ()  # images and subfolders, by their paths in `images`; none named: all that is there
 
     @field_validator("masks")
@@ -82,10 +84,6 @@ class Folder(Pairs):
         if outside:
             raise ValueError(f"{outside[0]} does not lie in images; name what does, by its path in there")
         return only
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("range", "only"))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -135,7 +133,10 @@ class Folder(Pairs):
     def match(self) -> Matched:
         """The images with their masks, whatever is missing. Raises UserError as `match`."""
         pattern = None if self.masks is None else Pattern.of(self.masks)
-        return match(self.image_folder, None if pattern is None else self.mask_folder, pattern=pattern, only=self.only)
+        masks = None if pattern is None else self.mask_folder
+        # Beside pictures of three channels an array is something else, as it was before there were others.
+        suffixes = IMAGE_SUFFIXES if self.channels == 3 else IMAGE_SUFFIXES | ARRAY_SUFFIXES
+        return match(self.image_folder, masks, suffixes, pattern=pattern, only=self.only)
 
     def _scan(self) -> Matched:
         return complete(self.match(), self.image_folder, None if self.masks is None else self.mask_folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from ssl_seg.config import PathText
+from ssl_seg.config import PathText, known_to_0_1, load
 from ssl_seg.datasets import Dataset
 from ssl_seg.datasets.masks import MAX_STORED, Meaning, class_word, class_words, stored_value
+from ssl_seg.images import ChannelsField
 
 StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 
@@ -23,6 +24,13 @@ class Labelled(Dataset):
     classes: tuple[str, ...] | int | None = None  # names in the order of their ids, or their number; two at least
     ignore: tuple[StoredId, ...] = ()  # further stored ids that do not count; 255 never does
     mapping: dict[str, int | str] | None = None  # stored ids or '#rrggbb' colours to classes, or to ignore
+    # Of an image: 1 is grey, 3 are RGB, others are bands as they are stored. A run takes model.channels for it.
+    channels: ChannelsField = 3
+    since_0_1: ClassVar[tuple[str, ...]] = ("channels",)  # keys that version 0.1 did not know; a subclass adds its own
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=self.since_0_1)
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -55,6 +63,15 @@ class Labelled(Dataset):
         given = [key for key, value in labelled.items() if value]
         if self.masks is None and given:
             raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels
+
+    def in_channels(self, count: int) -> Self:
+        if "channels" in self.model_fields_set or count == self.channels:
+            return super().in_channels(count)
+        return load(type(self), {**self.dump(), "channels": count})
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from pydantic import Field
 from ssl_seg import files
 from ssl_seg.config import Config, PathText, UserError, user_path
 from ssl_seg.datasets.pairs import Pairs, some_names
-from ssl_seg.images import IMAGE_SUFFIXES, MASK_SUFFIXES, show_path
+from ssl_seg.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, MASK_SUFFIXES, show_path
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 LISTS = (".json", ".jsonl")
@@ -121,7 +121,7 @@ class Manifest(Pairs):
             self._refuse_files(rows, masks, MASK_SUFFIXES)
         else:
             masks = [""] * len(rows)
-        self._refuse_files(rows, images, IMAGE_SUFFIXES)
+        self._refuse_files(rows, images, IMAGE_SUFFIXES | ARRAY_SUFFIXES)
         names = [_name(image) for image in images]
         (common, times), *_ = Counter(names).most_common(1)
         if times > 1:

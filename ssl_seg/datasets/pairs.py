@@ -30,6 +30,7 @@ from ssl_seg.images import (
     read_header,
     read_image,
     show_path,
+    takes_range,
 )
 
 PROBED_IMAGES = 8  # how many are read to say how much of their 16 bits is used
@@ -40,7 +41,8 @@ QUARTER_TURNS = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange heigh
 class Pairs(Labelled):
     """Images and masks that are told by their paths in two folders."""
 
-    # Stored values that become black and white, in images of more than 8 bits a channel; None: 65535 is white.
+    # Stored values that become black and white, in images of more than 8 bits a channel, [0, 4095] or a pair for each
+    # channel; None: 65535 is white.
     range: RangeField | None = None
 
     # ---- what each says of itself ----
@@ -70,7 +72,7 @@ class Pairs(Labelled):
         return len(self.pairs)
 
     def image(self, index: int) -> Example:
-        return Example(read_image(self._image_path(index), self.range), None, self.name(index))
+        return Example(read_image(self._image_path(index), self.range, self.channels), None, self.name(index))
 
     def read(self, index: int) -> Example:
         if not self.has_masks:
@@ -79,7 +81,7 @@ class Pairs(Labelled):
         assert label is not None  # as there are masks
         if label.shape != example.image.shape[:2]:
             sizes = (example.image.shape[:2], self._mask_path(index), label.shape)
-            raise UserError(say_sizes(self._image_path(index), *sizes))
+            raise UserError(say_sizes(self._image_path(index), *sizes, self.channels))
         return replace(example, label=label)
 
     def label(self, index: int) -> np.ndarray | None:
@@ -100,13 +102,13 @@ class Pairs(Labelled):
         return self._image_path(index), *masks
 
     def doubt(self, index: int) -> str:
-        return doubt(self._image_path(index))
+        return doubt(self._image_path(index), self.channels)
 
     def value_range(self) -> Range | None:
         return self.range or next((own for own in self._default_ranges if own is not None), None)
 
     def in_range(self, value_range: Range) -> Self:
-        if self.range is not None or None in self._default_ranges:  # no range for images of 8 bits
+        if self.range is not None or not self._take_range:  # no range for images of 8 bits
             return self
         return load(type(self), {**self.dump(), "range": value_range})
 
@@ -119,7 +121,7 @@ class Pairs(Labelled):
         if with_labels and self.has_masks:
             lines += (f"{show_path(self.mask_folder)}: {self._reading.note}",) if self._reading.note else ()
             pairs = [(self._image_path(index), self._mask_path(index)) for index in range(len(self))]
-            lines += note_turned(self.image_folder, pairs)
+            lines += note_turned(self.image_folder, pairs, self.channels)
         return lines
 
     @cached_property
@@ -128,8 +130,17 @@ class Pairs(Labelled):
         found = []
         for index in self._probed:
             with suppress(UserError):
-                found.append(default_range(self._image_path(index)))
+                found.append(default_range(self._image_path(index), self.channels))
         return found
+
+    @property
+    def _take_range(self) -> bool:
+        """Whether those that speak for all have more than 8 bits, but for files that cannot be read."""
+        for index in self._probed:
+            with suppress(UserError):
+                if not takes_range(self._image_path(index), self.channels):
+                    return False
+        return True
 
     @property
     def _probed(self) -> Sequence[int]:
@@ -151,7 +162,7 @@ class Pairs(Labelled):
         largest = []
         for index in self._probed:
             with suppress(UserError):  # of a file that cannot be read whoever needs it speaks
-                value = largest_value(self._image_path(index))
+                value = largest_value(self._image_path(index), self.channels)
                 largest += [] if value is None else [value]
         if not any(largest) or max(largest) >= LEAST_USED * MAX_STORED:
             return ()
@@ -168,11 +179,11 @@ class Pairs(Labelled):
         return self.mask_folder / self.pairs[index][1]
 
 
-def note_turned(folder: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[str, ...]:
+def note_turned(folder: Path, pairs: Sequence[tuple[Path, Path]], channels: int = 3) -> tuple[str, ...]:
     """A word where EXIF turns images of `folder` but not their masks, and no size tells what a mask was drawn on."""
     turned = []
     for image, mask in pairs:
-        header = read_header(image)
+        header = read_header(image, channels)
         told_by_size = header.orientation in QUARTER_TURNS and header.size[0] != header.size[1]
         if header.orientation == 1 or told_by_size or read_header(mask).orientation != 1:
             continue
@@ -185,13 +196,13 @@ def note_turned(folder: Path, pairs: Sequence[tuple[Path, Path]]) -> tuple[str, 
     )
 
 
-def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size) -> str:
+def say_sizes(image: Path, size: Size, mask: Path, mask_size: Size, channels: int = 3) -> str:
     """That a mask has another size than its image, and what to do."""
     said = (
         f"{show_path(mask)}: {mask_size[0]} x {mask_size[1]} pixels (H x W), but its image {show_path(image)} has "
         f"{size[0]} x {size[1]}"
     )
-    orientation = read_header(image).orientation
+    orientation = read_header(image, channels).orientation
     if mask_size == size[::-1] and orientation in QUARTER_TURNS:
         return (
             f"{said} when it is turned by its EXIF orientation ({orientation}), so the mask was drawn on the picture "

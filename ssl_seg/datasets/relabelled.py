@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from pydantic import SerializeAsAny
@@ -42,6 +43,13 @@ class Relabelled(Dataset):
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self._record["classes"])
+
+    @property
+    def num_channels(self) -> int:
+        return self.images.num_channels
+
+    def in_channels(self, count: int) -> Self:
+        return self.model_copy(update={"images": self.images.in_channels(count)})
 
     def __len__(self) -> int:
         return len(self._found)

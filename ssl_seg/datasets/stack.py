@@ -1,21 +1,17 @@
 """Stacks: TIFF files of many pages, each an image, with masks in stacks of as many pages.
 
-tifffile reads and writes them, since it knows the axes of ImageJ and OME, BigTIFF and stacks whose pages have no
-directory, and reads page by page. Ours is what it leaves to its callers: which axes count pages, what is black and
-white of 12 bits in 16, and a refusal where it goes on with fewer pages, or zeros in their place, after a line in a log.
+tifffile writes them, and `images.pages` reads them by it. Ours is what it leaves to its callers: which page is whose
+mask, and what is black and white of 12 bits in 16.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import tifffile
@@ -26,8 +22,11 @@ from ssl_seg.config import UserError, load, user_path
 from ssl_seg.datasets import Example, place_in
 from ssl_seg.datasets.folder import by_stem, is_folder, scan
 from ssl_seg.datasets.labelled import Labelled
-from ssl_seg.datasets.masks import MAX_STORED, check_ids
-from ssl_seg.images import DECODE_ERRORS, Range, RangeField, Size, check_size, read_mask, scaled, show_path
+from ssl_seg.datasets.masks import check_ids
+from ssl_seg.images import Pair, Range, RangeField, read_mask, show_path
+from ssl_seg.images.limits import MAX_CHANNELS
+from ssl_seg.images.pages import PagedTiff, opened
+from ssl_seg.images.values import in_bytes, three_channels
 
 SUFFIXES = frozenset({".tif", ".tiff"})
 # What is cut off below and above. Programs cut 0 to 1 % (ImageJ 0.18 on either side, CSBDeep 1 and 0.2, nnU-Net 0.5 of
@@ -35,15 +34,6 @@ SUFFIXES = frozenset({".tif", ".tiff"})
 PERCENTILES = (0.1, 99.9)
 SAMPLED_PAGES = 32  # for percentiles
 SAMPLED_SIDE = 512  # pixels of each of them, along a side, evenly apart
-COLOURS = "CS"  # axes: channels in pages of their own, or within a page
-SIDES = "YX"
-MIN_IS_WHITE, PALETTE = 0, 3  # photometric interpretations
-SHOWN = frozenset({MIN_IS_WHITE, 1, 2})  # those that are grey or RGB as they are stored
-YCBCR, JPEG = 6, 7  # a photometric that is decoded to RGB where it is compressed so
-SPEAKING = ("shaped", "mmstack", "ome", "imagej", "lsm")  # kinds of metadata that say what a page is
-ORIENTATION = 274  # a tag
-IMAGECODECS = "imagecodecs"
-OPENED = 64  # files whose directories a process keeps
 
 
 class Entry(NamedTuple):
@@ -63,7 +53,8 @@ class Stack(Labelled):
 
     `images` is a file or a folder of them, and `masks` the same: a stack of masks has its images' relative path and as
     many pages. All axes but channels and sides count pages, in the file's own order (of TZCYX first all Z of the first
-    T). One channel is grey and three are RGB; `channel` takes one of them. The sequence of a page is its stack.
+    T). One channel is grey and three are RGB; `channel` takes one of them. A network that takes another number
+    of channels (`model.channels`) gets all of pages that have as many. The sequence of a page is its stack.
 
     `range` gives the stored values that become black and white, of more than 8 bits: the same for all pages of all
     stacks. `bits`, the default, is 0 and the largest value of the bits that are used: by the file's word (OME's
@@ -104,15 +95,18 @@ class Stack(Labelled):
 
     def image(self, index: int) -> Example:
         entry, page = self._at(index)
-        file = _opened(entry.image)
+        file = opened(entry.image)
         values = file.read(page, self.channel)
-        value_range = self._chosen.range or (0, 255)
-        if self._chosen.by_bits and values.max() > value_range[1]:
+        value_range, most = self._chosen.range or (0, 255), self._chosen.most
+        if most is not None and values.max() > most:
             raise UserError(
                 f"{file.shown}: page {page} holds {values.max()}, more than the bits that the files declare "
-                f"({value_range[1]:.10g}); write range: [0, {2 ** int(values.max()).bit_length() - 1}]"
+                f"({most}); write range: [0, {2 ** int(values.max()).bit_length() - 1}]"
             )
-        return Example(scaled(values, value_range, file.is_inverted), None, self.name(index))
+        image = in_bytes(values, value_range, file.is_inverted)
+        # Grey is one channel of a network that takes one, and three alike of one that takes colours.
+        image = image[..., None] if image.ndim == 2 and self.channels == 1 else three_channels(image)
+        return Example(image, None, self.name(index))
 
     def read(self, index: int) -> Example:
         example = self.image(index)
@@ -123,7 +117,7 @@ class Stack(Labelled):
             return None
         self._check_ids()
         entry, page = self._at(index)
-        file = _opened(entry.mask)
+        file = opened(entry.mask)
         try:
             return self._meaning.label(file.ids(page))
         except ValueError as error:
@@ -188,10 +182,11 @@ class Stack(Labelled):
         return self._listed.entries
 
     def _entry(self, root: Path, image: Path, mask: Path | None) -> Entry:
-        file = _opened(str(image))
-        file.check_shown(self.channel)
+        file = opened(str(image))
+        file.check_shown()
+        self._check_channels(file)
         if mask is not None:
-            labels = _opened(str(mask))
+            labels = opened(str(mask))
             labels.check_ids(has_colours=bool(self._meaning.colours))
             if len(labels) != len(file):
                 raise UserError(
@@ -211,6 +206,25 @@ class Stack(Labelled):
                 )
         stem = image.relative_to(root).with_suffix("").as_posix()
         return Entry(stem, str(image), str(mask or ""), len(file), str(file.dtype), file.declared_bits, file.seen_bits)
+
+    def _check_channels(self, file: PagedTiff) -> None:
+        """Raise UserError unless pages have as many as are read, or are grey where three are."""
+        count = file.channels
+        if self.channel is not None:
+            if self.channel >= count:
+                raise UserError(
+                    f"{file.shown}: has {count} channels, counted from 0, so there is no channel {self.channel}; write "
+                    "another"
+                )
+            count = 1
+        if count in (self.channels, 1) and self.channels in (count, 3):
+            return
+        others = [f"channel: 0 to {count - 1} for one of them"] if count > 1 else []
+        others += [f"model.channels={count} for all of them"] if count <= MAX_CHANNELS else []
+        wanted = "one (grey) or three (RGB)" if self.channels == 3 else f"{self.channels}, which the network takes"
+        raise UserError(
+            f"{file.shown}: pages of {count} channels ({file.axes}); write {', or '.join(others)}, or save {wanted}"
+        )
 
     @cached_property
     def _chosen(self) -> _Chosen:
@@ -246,24 +260,24 @@ class Stack(Labelled):
         bits = max((own for own in told if own is not None), default=1)
         if None not in told:
             how = f"the files declare {bits} bits"
-            return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), by_bits=True)
+            return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), most=2**bits - 1)
         largest = 0
         for index in range(len(self)):
             entry, page = self._at(index)
             if entry.bits is None:
                 with suppress(UserError):  # of a page that cannot be read whoever needs it speaks
-                    largest = max(largest, int(_opened(entry.image).read(page, self.channel).max()))
+                    largest = max(largest, int(opened(entry.image).read(page, self.channel).max()))
         seen = max(entry.seen_bits for entry in self._entries)
         bits = max(bits, largest.bit_length(), seen)
         how = f"the largest value is {largest}" + (f" and ImageJ showed {seen} bits" if seen == bits else "")
-        return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), by_bits=True)
+        return _Chosen((0.0, 2.0**bits - 1), _say_bits(bits, how), most=2**bits - 1)
 
-    def _percentiles(self) -> Range:
+    def _percentiles(self) -> Pair:
         parts = []
         for index in np.unique(np.linspace(0, len(self) - 1, SAMPLED_PAGES).round().astype(int)):
             entry, page = self._at(index)
             with suppress(UserError):
-                values = _opened(entry.image).read(page, self.channel)
+                values = opened(entry.image).read(page, self.channel)
                 step = [max(1, side // SAMPLED_SIDE) for side in values.shape[:2]]
                 some = values[:: step[0], :: step[1]].ravel()
                 parts.append(some[np.isfinite(some)])
@@ -283,7 +297,7 @@ class Stack(Labelled):
     @cached_property
     def _are_ids(self) -> bool:
         """Raises UserError where all masks are black and white among more classes."""
-        pages = (_opened(entry.mask).ids(page) for entry in self._entries for page in range(entry.pages))
+        pages = (opened(entry.mask).ids(page) for entry in self._entries for page in range(entry.pages))
         check_ids(self._meaning, user_path(self.masks or ""), pages)
         return True
 
@@ -298,7 +312,7 @@ class _Chosen(NamedTuple):
 
     range: Range | None
     note: str = ""
-    by_bits: bool = False
+    most: int | None = None  # the largest value, where the files declare their bits
 
 
 def _has_8_bits(entry: Entry) -> bool:
@@ -337,235 +351,3 @@ def write_stack(path: Path, masks: Sequence[Path]) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-
-
-def _opened(path: str) -> _File:
-    """The file, whose directories are read once a process while it is the same."""
-    try:
-        about = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{show_path(path)}: cannot be read ({error.strerror}); put it back") from error
-    return _open(path, about.st_size, about.st_mtime_ns)
-
-
-class _File:
-    """The directories of a TIFF. The file itself is open only while a page is read, so it may cross a fork."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.shown = show_path(path)
-        with _naming(self.shown), tifffile.TiffFile(path) as self.tiff:
-            series = self._one_kind(self.tiff.series)
-            self.parts = [[page for page in own if page is not None] for own in self.tiff.series]
-            self.keyframe = series.keyframe
-            is_plain = self.keyframe.bitspersample == 8 * series.dtype.itemsize
-            self.starts = [own.dataoffset if is_plain else None for own in self.tiff.series]
-            self.palette = self.keyframe.colormap
-            self.dtype = np.dtype(series.dtype).newbyteorder("=")
-            self.declared_bits, self.seen_bits = self._bits()
-            if self.keyframe.tags.valueof(ORIENTATION, 1) != 1:
-                self._refuse("its pages are turned by an orientation tag; save them upright")
-        depth = len(self.keyframe.shape)
-        lead, self.inner = series.axes[:-depth], series.axes[-depth:]
-        if {*self.inner} - {*COLOURS, *SIDES} or {*SIDES} - {*self.inner} or {*lead} & {*SIDES}:
-            self._refuse(f"its pages have the axes {self.inner}, which are not read; save each plane as a page (YX)")
-        if "C" in lead and {*COLOURS} & {*self.inner}:
-            self._refuse(f"has channels on two axes ({series.axes}); save grey pages with an axis of channels")
-        shape = series.shape[:-depth]
-        sides = dict(zip(self.inner, self.keyframe.shape, strict=True))
-        self.size: Size = (sides["Y"], sides["X"])
-        # The number of each plane, page by page, and its channels where they are planes of their own.
-        planes = np.arange(math.prod(shape)).reshape(shape)
-        planes = np.moveaxis(planes, lead.index("C"), -1) if "C" in lead else planes[..., None]
-        self.planes = planes.reshape(-1, planes.shape[-1])
-        for start, own in zip(self.starts, self.parts, strict=True):
-            # One that holds all is that of a large ImageJ stack.
-            if len(own) != self.planes.size and (start is None or len(own) > 1):
-                self._refuse(f"has {len(own)} pages, not the {self.planes.size} that its metadata name; save it anew")
-        self.axes, self.order = series.axes, lead.replace("C", "")
-        self.channels = planes.shape[-1] * math.prod(sides.get(axis, 1) for axis in COLOURS)
-        self.is_inverted = self.keyframe.photometric == MIN_IS_WHITE
-        self._check()
-
-    def __len__(self) -> int:
-        return len(self.parts) * len(self.planes)
-
-    def read(self, page: int, channel: int | None = None) -> np.ndarray:
-        """The values of a page, `(H, W)` of one channel, else `(H, W, C)`."""
-        part, number = divmod(page, len(self.planes))
-        planes = self.planes[number]
-        with _naming(f"{self.shown}, page {page}"):
-            if len(planes) > 1:
-                chosen = planes if channel is None else planes[[channel]]
-                values = np.stack([self._plane(part, int(plane)) for plane in chosen], axis=-1)
-            else:
-                values = self._plane(part, int(planes[0]))
-                for axis in {*COLOURS} & {*self.inner}:
-                    values = np.moveaxis(values, self.inner.index(axis), -1)
-                if values.ndim == 3 and channel is not None:
-                    values = values[..., channel]
-        return values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
-
-    def ids(self, page: int) -> np.ndarray:
-        """The values of a mask, `(H, W)` or colours `(H, W, 3)`. Raises UserError for what can be no id."""
-        values = self.read(page)
-        if values.dtype == bool:
-            return values.astype(np.uint8)
-        if values.min() < 0 or values.max() > MAX_STORED:
-            raise UserError(
-                f"{self.shown}, page {page}: ids {values.min()} to {values.max()} do not fit 16 bits; save them with 8 "
-                "or 16"
-            )
-        return values if values.dtype == np.uint8 else values.astype(np.uint16)
-
-    def check_shown(self, channel: int | None) -> None:
-        """Raise UserError unless pages are grey or RGB."""
-        photometric, compression = self.keyframe.photometric, self.keyframe.compression
-        if photometric == PALETTE:
-            self._refuse(
-                "has a palette (ImageJ: a lookup table); save it as RGB, or as grey (Image > Lookup Tables > Grays)"
-            )
-        if photometric not in SHOWN and (photometric, compression) != (YCBCR, JPEG):
-            self._refuse(f"pixels of photometric {int(photometric)} are not read; save them as grey or RGB")
-        if self.dtype.kind not in "uif":
-            self._refuse(f"{self.dtype} values are no image; save grey or RGB of 8 bits or more")
-        if channel is not None and channel >= self.channels:
-            self._refuse(
-                f"has {self.channels} channels, counted from 0, so there is no channel {channel}; write another"
-            )
-        if channel is None and self.channels not in (1, 3):
-            self._refuse(
-                f"pages of {self.channels} channels ({self.axes}); write channel: 0 to {self.channels - 1} for "
-                "one of them, or save one (grey) or three (RGB)"
-            )
-
-    def check_ids(self, has_colours: bool) -> None:
-        """Raise UserError for pages that are no masks."""
-        if self.is_inverted:
-            self._refuse("greys are stored upside down (white is 0); save the masks with black as 0")
-        if (
-            self.dtype.kind not in "bui"
-            or self.channels not in (1, 3)
-            or (self.channels == 3 and self.dtype != np.uint8)
-        ):
-            kind = f"{self.channels} channels of {self.dtype} values"
-            self._refuse(f"{kind} are no class ids; save the masks as 8- or 16-bit grey, or 8-bit RGB")
-        palette = self.palette
-        if palette is None:
-            return
-        if has_colours:
-            self._refuse("has a palette, and mapping names colours; save the masks as RGB, or map ids")
-        greys = (palette == palette[:1]).all()
-        if greys and not np.array_equal(palette[0] >> 8, np.arange(palette.shape[1])):
-            self._refuse("has a palette of greys that are not the ids; save the masks as plain grey")
-
-    def _bits(self) -> tuple[int | None, int]:
-        """The bits that are used, where the file says it is fewer than it has; those of what ImageJ showed as white."""
-        all_bits = 8 * self.dtype.itemsize
-        told = [int(self.keyframe.bitspersample)]
-        told += [int(own) for own in re.findall(r'\bSignificantBits="(\d{1,2})"', self.tiff.ome_metadata or "")]
-        shown = (self.tiff.imagej_metadata or {}).get("max", 0)
-        # The largest value that there can be is what programs write which do not know.
-        seen = int(shown).bit_length() if isinstance(shown, int | float) and 0 < shown < 2**all_bits - 1 else 0
-        declared = [bits for bits in told if 0 < bits < all_bits]
-        return max(declared, default=None), seen if seen < all_bits else 0
-
-    def _plane(self, part: int, plane: int) -> np.ndarray:
-        keyframe, start = self.keyframe, self.starts[part]
-        if start is not None:  # one after the other and as they are: those of a large ImageJ stack have no directory
-            dtype = np.dtype(self.tiff.byteorder + self.dtype.char)
-            offset = start + plane * keyframe.size * dtype.itemsize
-            values = np.fromfile(self.path, dtype, keyframe.size, offset=offset)
-            if values.size < keyframe.size:
-                raise OSError("its end is missing")
-            return values.reshape(keyframe.shape).astype(self.dtype)
-        page = self.parts[part][plane]
-        if 0 in (*page.dataoffsets, *page.databytecounts):
-            raise OSError("a part of the page was never written")
-        if max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > os.path.getsize(self.path):
-            raise OSError("its end is missing")
-        self.tiff.filehandle.open()
-        try:
-            return np.array(page.asarray(maxworkers=1)).astype(self.dtype)
-        finally:
-            self.tiff.filehandle.close()
-
-    def _one_kind(self, found: Sequence[tifffile.TiffPageSeries]) -> tifffile.TiffPageSeries:
-        """The first of the series in a file, which all have to be like it."""
-        if not found:
-            self._refuse("holds no page; copy it again or remove it")
-        first = found[0]
-        spoken = [kind for kind in SPEAKING if getattr(self.tiff, f"is_{kind}")]
-        if spoken and first.kind not in spoken:
-            self._refuse(f"its metadata ({spoken[0]}) do not fit its pages; save it anew")
-        kinds = [f"{'x'.join(map(str, series.shape))} {series.dtype} ({series.axes})" for series in found]
-        # Pages of several kinds are sorted by kind, so what looks alike may be out of order.
-        if len({*kinds}) > 1 or (len(found) > 1 and first.kind not in ("shaped", "ome")):
-            other = next((kind for kind in kinds if kind != kinds[0]), kinds[-1])
-            self._refuse(f"holds pages of several kinds, {kinds[0]} and {other}; save those of one kind alone")
-        for page in (page for series in found for page in series):
-            if page is None:
-                self._refuse("lacks pages that its metadata name; save it anew")
-            elif page.parent is not self.tiff:
-                self._refuse("names pages of other files; save the stack as one file")
-        return first
-
-    def _check(self) -> None:
-        try:
-            check_size(self.size)
-        except ValueError as error:
-            self._refuse(f"pages of {error}")
-        if self.starts[0] is None:
-            try:
-                self.read(0)
-            except UserError as error:  # of other faults whoever reads that page is told
-                if IMAGECODECS in str(error):
-                    raise
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"{self.shown}: {what}")
-
-
-_open = lru_cache(maxsize=OPENED)(lambda path, size, modified: _File(path))
-
-
-class _Told(logging.Handler):
-    """The first thing that tifffile says and goes on after."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.first = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # Warnings may be about odd metadata that are not read, but those about series say that pages are others.
-        if record.levelno >= logging.ERROR or record.funcName.startswith("_series"):
-            self.first = self.first or record.getMessage()
-
-
-@contextmanager
-def _naming(shown: str) -> Iterator[None]:
-    """What goes wrong inside becomes one line about a file, also what tifffile only logs."""
-    logger, told = logging.getLogger("tifffile"), _Told()
-    logger.addHandler(told)
-    former, logger.propagate = logger.propagate, False
-    try:
-        yield
-        if told.first:
-            raise OSError(told.first)
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from error
-    except (tifffile.TiffFileError, *DECODE_ERRORS) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if IMAGECODECS in reason:
-            kind = re.search(r"COMPRESSION\.(\w+)", reason)
-            what = f"compressed by {kind[1]}" if kind else "packed"
-            raise UserError(
-                f"{shown}: {what}, for which another package is needed; pip install {IMAGECODECS}, or save it with "
-                "deflate or none"
-            ) from error
-        raise UserError(f"{shown}: no TIFF, damaged or cut off ({reason}); copy it again or remove it") from error
-    finally:
-        logger.removeHandler(told)
-        logger.propagate = former

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
+import cv2
 import numpy as np
-from pydantic import AfterValidator, Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from ssl_seg import rng
+from ssl_seg.config import known_to_0_1, load
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.images import check_size
 from ssl_seg.worlds import Scene, World
@@ -34,12 +44,27 @@ class Synthetic(Dataset):
     size: Annotated[tuple[Side, Side], AfterValidator(check_size)] = (512, 512)  # (H, W)
     seed: int = 0  # the same seed gives the same pixels
     clip: PositiveInt = 1  # frames of one scene that follow each other, where the world moves
+    # 1 gives the lightness of what is drawn, for a network that takes grey. A run takes model.channels for it.
+    channels: Literal[1, 3] = 3
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("channels",))
 
     @model_validator(mode="after")
     def _check_clip(self) -> Self:
         if self.clip > 1 and not self.kind.moves:
             raise ValueError(f"clip: {self.kind.type} does not move; leave clip out")
         return self
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels
+
+    def in_channels(self, count: int) -> Self:
+        if "channels" in self.model_fields_set or count not in (1, 3):
+            return super().in_channels(count)
+        return load(type(self), {**self.dump(), "channels": count})
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -55,12 +80,18 @@ class Synthetic(Dataset):
         return self.kind.draw(key, self.size, frame)
 
     def read(self, index: int) -> Example:
+        image, label = self._drawn(index)
+        if self.channels == 1:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+        return Example(image, label, self.name(index))
+
+    def _drawn(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self.size[0] * self.size[1] > SMALL:
             scene = self.scene(index)
-            return Example(scene.image, scene.label, self.name(index))
+            return scene.image, scene.label
         image, label = _kept(_Drawing(self.model_dump_json(), index, self))
         # Copies, since a reader may write into what it is given.
-        return Example(image.copy(), label.copy(), self.name(index))
+        return image.copy(), label.copy()
 
     def name(self, index: int) -> str:
         return f"{self.kind.type}_{range(self.count)[index]:06d}"

@@ -1,4 +1,7 @@
-"""The pictures a person looks at: rows of panels, and class ids in colour."""
+"""The pictures a person looks at: rows of panels, and class ids in colour.
+
+Images may have any number of channels: what is shown of them is their `composite`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_seg.images import resize_image, resize_mask
+from ssl_seg.images import composite, resize_image, resize_mask
 from ssl_seg.losses import IGNORE_INDEX
 
 IGNORE_COLOUR = (224, 224, 224)
@@ -95,7 +98,7 @@ def legend(names: Sequence[str], colours: np.ndarray, width: int) -> np.ndarray:
 
 def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Class colours laid half over an image; both `(H, W, ...)`, ids `(H, W)` uint8."""
-    return cv2.addWeighted(image, 0.4, colours[ids], 0.6, 0)
+    return cv2.addWeighted(composite(image), 0.4, colours[ids], 0.6, 0)
 
 
 def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -104,7 +107,7 @@ def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> n
     The colour is shaded by the image, so that one sees what was mistaken.
     `image` `(H, W, 3)` uint8, `truth` and `prediction` `(H, W)` uint8 ids; gives `(H, W, 3)` uint8.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(composite(image), cv2.COLOR_RGB2GRAY)
     drawn = np.repeat((grey * DIMMED).astype(np.uint8)[..., None], 3, axis=-1)  # (H, W) -> (H, W, 3)
     wrong = truth != prediction
     shade = 1 - WRONG_SHADING * (1 - grey[wrong, None] / 255)
@@ -118,7 +121,7 @@ def change_map(image: np.ndarray, truth: np.ndarray, one: np.ndarray, other: np.
 
     A pixel that both have wrong, or both right, shows the dimmed image. Arrays as for `error_map`.
     """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(composite(image), cv2.COLOR_RGB2GRAY)
     drawn = np.repeat((grey * DIMMED).astype(np.uint8)[..., None], 3, axis=-1)  # (H, W) -> (H, W, 3)
     right_before, right_after = one == truth, other == truth
     for changed, colour in ((right_after & ~right_before, MENDED_COLOUR), (right_before & ~right_after, WRONG_COLOUR)):
@@ -133,7 +136,7 @@ def change_row(
 ) -> np.ndarray:
     """Image | truth | one prediction | another | where that is better or worse; colours below, as `error_row`."""
     size = _panel_size(truth.shape)
-    image = resize_image(image, size)
+    image = resize_image(composite(image), size)
     truth, one, other = (resize_mask(ids, size) for ids in (truth, one, other))
     colours = palette(len(class_names))
     row = grid([[image, colours[truth], colours[one], colours[other], change_map(image, truth, one, other)]])
@@ -149,7 +152,7 @@ def error_row(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, clas
     Each panel's longer side is `PANEL_SIDE`, whatever the image's.
     """
     size = _panel_size(truth.shape)
-    image = resize_image(image, size)
+    image = resize_image(composite(image), size)
     truth, prediction = resize_mask(truth, size), resize_mask(prediction, size)
     colours = palette(len(class_names))
     row = grid([[image, colours[prediction], colours[truth], error_map(image, truth, prediction)]])
@@ -165,7 +168,7 @@ def boxed(image: np.ndarray, side: int) -> np.ndarray:
     size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
     panel = np.full((side, side, 3), 128, dtype=np.uint8)
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    panel[top : top + size[0], left : left + size[1]] = resize_image(image, size)
+    panel[top : top + size[0], left : left + size[1]] = resize_image(composite(image), size)
     return panel
 
 

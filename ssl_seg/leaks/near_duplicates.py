@@ -150,9 +150,14 @@ def fingerprint(examples: Images, workers: Workers | None = None) -> Generator[N
 
 
 def thumb(image: np.ndarray) -> np.ndarray:
-    """`(H, W, 3)` uint8 as a grey square `(SIDE, SIDE)` uint8; each pixel the mean of what it covers."""
+    """`(H, W, C)` uint8 as a grey square `(SIDE, SIDE)` uint8; each pixel the mean of what it covers.
+
+    Of RGB the lightness, else the mean of the channels.
+    """
     small = resize_image(image, (SIDE, SIDE))
-    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    if small.shape[-1] == 3:
+        return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    return np.rint(small.mean(axis=-1)).astype(np.uint8)
 
 
 def coarse(thumbs: np.ndarray) -> np.ndarray:

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_seg.config import Config, Plugin, UserError
+from ssl_seg.config import Config, Plugin, UserError, known_to_0_1
+from ssl_seg.images import MAX_CHANNELS, ChannelsField
 from ssl_seg.norm.convert import Kind, convert_norm, follow_once, has_batch_norm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1], as every torchvision and timm model assumes
@@ -27,9 +35,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # What makes a map of the encoder's maps. full: the segmentation decoder. deep: the same, which gets zeros in place of
 # all maps but the coarsest. light: a `LightNet`.
 DecoderKind = Literal["full", "deep", "light"]
+RGB = 3  # channels of the images that published weights have seen
+ANY_CHANNELS = range(1, MAX_CHANNELS + 1)
 LIGHT_WIDTH = 64  # channels of a light decoder; on resnet18 it has a twentieth of the weights of a U-Net
 LIGHT_STRIDE = 4  # of its map, the finest that many decoders have
-RECONSTRUCTION = "reconstruction"  # the extra of an encoder that draws the image anew: (B, 3, H, W) RGB, padded
+RECONSTRUCTION = "reconstruction"  # the extra of an encoder that draws the image anew: (B, C, H, W) in [0, 1], padded
 
 
 @dataclass(eq=False)
@@ -68,12 +78,14 @@ class Features:
 class EncoderNet(nn.Module):
     """RGB in [0, 1] of any size in, `Features` out; it normalizes and pads inside.
 
+    Where `model.channels` says so, images have another number of channels: as many as `mean` and `std` have values.
+
     `backbone(x)` takes normalized images whose sides `multiple` divides. It returns its maps as a list, with `channels`
     and `strides`; where it gives more, `Features` with the `extras` of these names. Every stride divides `multiple`,
     and so does 4, the stride at which some heads answer.
     """
 
-    mean: Tensor  # (1, 3, 1, 1), as is std
+    mean: Tensor  # (1, C, 1, 1), as is std
     std: Tensor
 
     def __init__(
@@ -92,8 +104,13 @@ class EncoderNet(nn.Module):
         self.strides = tuple(strides)
         self.multiple = multiple
         self.extras = tuple(extras)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    @property
+    def image_channels(self) -> int:
+        """Of the images that it takes."""
+        return self.mean.shape[1]
 
     @property
     def own_strides(self) -> tuple[int, ...]:
@@ -119,6 +136,10 @@ class EncoderNet(nn.Module):
         follow_once(self)
 
     def forward(self, image: Tensor) -> Features:
+        if image.shape[1] != self.image_channels:  # those of one channel would be spread over all
+            raise UserError(
+                f"images of {image.shape[1]} channels, and the network takes {self.image_channels} (model.channels)"
+            )
         normal = (image - self.mean) / self.std
         height, width = normal.shape[-2:]
         # Zero is the mean colour here, so the padding adds no edge brighter or darker than the images are.
@@ -237,6 +258,7 @@ class EncoderSpec:
     # fresh weights.
     dense: Callable[..., DenseHead]
     extras: tuple[str, ...] = ()  # names of the outputs beside the maps
+    image_channels: int = RGB  # of the images
 
 
 class ReconstructionHead(nn.Module):
@@ -250,14 +272,14 @@ class ReconstructionHead(nn.Module):
                 f"decoder: {RECONSTRUCTION}: model.encoder draws none; choose encoder stacked with halves: 2, or "
                 "decoder: full"
             )
-        if (out_channels, stride) != (3, 1):
+        if (out_channels, stride) != (encoder.image_channels, 1):
             raise UserError(
                 f"decoder: {RECONSTRUCTION}: is a picture, and the task asks for {out_channels} channels at stride "
                 f"{stride}; use decoder: full"
             )
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
-        """`(B, 3, H, W)` for an input of `size` (H, W)."""
+        """`(B, C, H, W)` for an input of `size` (H, W)."""
         height, width = size
         return features.extras[RECONSTRUCTION][..., :height, :width]
 
@@ -267,10 +289,14 @@ class Encoder(Plugin, ABC):
 
     package: ClassVar[str] = "ssl_seg.models"
     group: ClassVar[str] = "ssl_seg.models"
+    # Numbers of image channels that it can be built for. One that takes others than 3 has a second argument of `build`.
+    channel_counts: ClassVar[Collection[int]] = (RGB,)
 
     @abstractmethod
     def build(self, output_stride: int = 32) -> EncoderNet:
         """A fresh network with random or (where `pretrained` says so) published weights.
+
+        Of one with other `channel_counts` it is `build(output_stride=32, channels=3)`.
 
         `output_stride` 16 or 8 asks for no coarser map than that, by dilation in place of the last strides; an encoder
         that cannot raises UserError. 32 leaves the architecture as it is.
@@ -327,6 +353,26 @@ class ModelConfig(Config):
     # depend on the batch; switch learns which statistics each layer takes. frozen is for an encoder that comes with
     # statistics (pretrained, init) and leaves the decoders, which start without, their batch norm.
     norm: Kind = "keep"
+    # Of the images: 3 are RGB, 1 is grey, others are bands. Data sets are read so, and exports keep it. Of published
+    # weights the first convolution is adapted as timm does: summed for one channel, else repeated and scaled.
+    channels: ChannelsField = RGB
+
+    @model_validator(mode="after")
+    def _fits_encoder(self) -> ModelConfig:
+        if self.channels not in self.encoder.channel_counts:
+            raise ValueError(f"channels: {self._say_counts()}")
+        return self
+
+    def _say_counts(self) -> str:
+        counts = ", ".join(map(str, self.encoder.channel_counts))
+        return (
+            f"{self.channels}: encoder {self.encoder.type} takes images of {counts} channels alone; choose another "
+            "encoder"
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("channels",))
 
     def without_pretrained(self) -> ModelConfig:
         """The same network, starting from random weights: for one whose weights come from elsewhere."""
@@ -336,7 +382,10 @@ class ModelConfig(Config):
 
     def build_encoder(self) -> EncoderNet:
         """Raises UserError where `norm` asks for a conversion and neither encoder nor decoder has batch norm."""
-        encoder = self.encoder.build(self.decoder.output_stride)
+        stride = self.decoder.output_stride
+        # Plug-ins that know RGB alone have no argument for it.
+        encoder = self.encoder.build(stride) if self.channels == RGB else self._with_channels(stride)
+        assert encoder.image_channels == self.channels, "an encoder builds what its channel_counts promise"
         if has_batch_norm(encoder) or self.norm == "frozen":
             convert_norm(encoder, self.norm)
         elif self.norm != "keep":
@@ -344,6 +393,12 @@ class ModelConfig(Config):
             with torch.random.fork_rng(devices=[]):
                 convert_norm(self._build_decoder(encoder), self.norm)
         return encoder
+
+    def _with_channels(self, stride: int) -> EncoderNet:
+        if self.channels not in self.encoder.channel_counts:  # one that was laid on the model of another run
+            raise UserError(f"model.channels: {self._say_counts()}")
+        build: Callable[..., EncoderNet] = self.encoder.build
+        return build(stride, self.channels)
 
     def spec(self, encoder: EncoderNet) -> EncoderSpec:
         """What heads may know of `encoder`; `dense` builds this config's decoder with fresh weights."""
@@ -356,7 +411,7 @@ class ModelConfig(Config):
                 convert_norm(own, self.norm)
             return DenseHead(own, out_channels, stride, deep=decoder == "deep")
 
-        return EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras)
+        return EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras, encoder.image_channels)
 
     def _build_decoder(self, encoder: EncoderNet) -> DecoderNet:
         missing = [name for name in self.decoder.required_extras if name not in encoder.extras]
@@ -369,7 +424,10 @@ class ModelConfig(Config):
 
 
 class SegmentationModel(nn.Module):
-    """Encoder and segmentation head: RGB in [0, 1], `(B, 3, H, W)`, to logits `(B, K, H, W)` at any size."""
+    """Encoder and segmentation head: RGB in [0, 1], `(B, 3, H, W)`, to logits `(B, K, H, W)` at any size.
+
+    With another number of channels, `image_channels` of them.
+    """
 
     def __init__(self, encoder: EncoderNet, head: nn.Module, class_names: Sequence[str]) -> None:
         super().__init__()
@@ -377,10 +435,32 @@ class SegmentationModel(nn.Module):
         self.head = head
         self.class_names = tuple(class_names)
 
+    @property
+    def image_channels(self) -> int:
+        """Of the images that it takes."""
+        return self.encoder.image_channels
+
     def forward(self, image: Tensor) -> Tensor:
         size = image.shape[-2:]
         with telling_small_maps(size):
             return self.head(self.encoder(image), size)
+
+
+def image_channels_of(net: nn.Module) -> int:
+    """Of the images that a network takes, whatever is wrapped around its encoder; RGB where there is none."""
+    encoders = (part.image_channels for part in net.modules() if isinstance(part, EncoderNet))
+    return next(encoders, RGB)
+
+
+def constants_of(values: Sequence[float], channels: int) -> list[float]:
+    """The mean or std of RGB for another number of channels, as the weights behind them are adapted: of one the mean.
+
+    >>> constants_of((0.5, 0.4, 0.3), 5), round(constants_of((0.5, 0.4, 0.3), 1)[0], 3)
+    ([0.5, 0.4, 0.3, 0.5, 0.4], 0.4)
+    """
+    if channels == 1:
+        return [sum(values) / len(values)]
+    return [values[channel % len(values)] for channel in range(channels)]
 
 
 @contextmanager

@@ -18,7 +18,19 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ssl_seg.config import UserError
-from ssl_seg.models import Decoder, DecoderNet, Encoder, EncoderNet, Features, Stages
+from ssl_seg.models import (
+    ANY_CHANNELS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RGB,
+    Decoder,
+    DecoderNet,
+    Encoder,
+    EncoderNet,
+    Features,
+    Stages,
+    constants_of,
+)
 
 # The paper's four (figure 4). recurrent_residual: what gives R2U-Net its name. recurrent: without the sum around the
 # unit (RU-Net). residual: without recurrence. plain: two convolutions, as a U-Net's.
@@ -80,8 +92,8 @@ class UnitNet(nn.Module):
 class R2UnetMaps(Stages):
     """A unit for each map, with 2 x 2 max pooling between them."""
 
-    def __init__(self, widths: Sequence[int], unit: Unit, t: int) -> None:
-        first = UnitNet(3, widths[0], unit, t)
+    def __init__(self, widths: Sequence[int], unit: Unit, t: int, image_channels: int) -> None:
+        first = UnitNet(image_channels, widths[0], unit, t)
         others = [nn.Sequential(nn.MaxPool2d(2), UnitNet(fine, coarse, unit, t)) for fine, coarse in pairwise(widths)]
         super().__init__([first, *others])
 
@@ -89,13 +101,14 @@ class R2UnetMaps(Stages):
 class R2Unet(Encoder):
     """The contracting half: maps at strides 1, 2, 4 and so on."""
 
+    channel_counts = ANY_CHANNELS
     widths: tuple[PositiveInt, ...] = Field(
         default=(64, 128, 256, 512, 1024), min_length=2, max_length=6
     )  # the paper's
     unit: Unit = "recurrent_residual"  # the paper's
     t: PositiveInt = 2  # recurrences of a recurrent unit; the paper's
 
-    def build(self, output_stride: int = 32) -> EncoderNet:
+    def build(self, output_stride: int = 32, channels: int = RGB) -> EncoderNet:
         strides = tuple(2**level for level in range(len(self.widths)))
         if strides[-1] > output_stride:
             raise UserError(
@@ -103,7 +116,9 @@ class R2Unet(Encoder):
                 "give fewer widths, or choose another decoder"
             )
         multiple = max(HEAD_STRIDE, strides[-1])
-        return EncoderNet(R2UnetMaps(self.widths, self.unit, self.t), self.widths, strides, multiple=multiple)
+        maps = R2UnetMaps(self.widths, self.unit, self.t, channels)
+        mean, std = (constants_of(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return EncoderNet(maps, self.widths, strides, mean, std, multiple)
 
 
 class UpStep(nn.Module):

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator
 from torch import Tensor, nn
 
 from ssl_seg.config import PathText, UserError
-from ssl_seg.models import Decoder, DecoderNet, Encoder, EncoderNet, Features
+from ssl_seg.models import ANY_CHANNELS, RGB, Decoder, DecoderNet, Encoder, EncoderNet, Features
 from ssl_seg.models.smp import atrous_pyramid, require_two_images
 from ssl_seg.models.timm import Timm
 
@@ -41,6 +41,7 @@ class SegNet(Encoder):
     stride 1, is left out.
     """
 
+    channel_counts = ANY_CHANNELS
     pretrained: bool | PathText = False  # the words of encoder timm, for its network vgg16_bn
     dropout: float = Field(default=0.0, ge=0, lt=1)  # SegNet's; Bayesian SegNet has 0.5
 
@@ -68,13 +69,13 @@ class SegNet(Encoder):
         options = {} if self.pretrained else {"mlp_ratio": 0.001}
         return Timm(name=VGG, pretrained=self.pretrained, options=cast("dict[str, Any]", options))
 
-    def build(self, output_stride: int = 32) -> EncoderNet:
+    def build(self, output_stride: int = 32, channels: int = RGB) -> EncoderNet:
         if output_stride != STRIDES[-1]:
             raise UserError(
                 f"encoder segnet: pools down to stride 32, not {output_stride}; choose a decoder for stride 32 "
                 "(segnet, unet, fpn; deeplabv3plus with encoder_stride: 32), or another encoder"
             )
-        vgg = self._vgg.build()
+        vgg = self._vgg.build(channels=channels)
         backbone = PoolingLayers(cast("nn.Module", vgg.backbone.network), self.dropout)
         mean, std = (values.flatten().tolist() for values in (vgg.mean, vgg.std))
         return EncoderNet(backbone, vgg.channels, STRIDES, mean, std, vgg.multiple, extras=POOLS)

@@ -14,12 +14,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ssl_seg.config import UserError
-from ssl_seg.models import Decoder, DecoderNet, Encoder, EncoderNet, Features
+from ssl_seg.models import ANY_CHANNELS, RGB, Decoder, DecoderNet, Encoder, EncoderNet, Features
 from ssl_seg.models.segnet import initialized, max_pool, max_unpool
 
 WIDTH = 64  # the paper's, of every stage
 KERNEL = 7  # the paper's: a wide context for so few layers
 STRIDES = (1, 2, 4)
+WIDTHS = (WIDTH, WIDTH, WIDTH)
 POOLS = ("pool_1", "pool_2")
 
 
@@ -29,21 +30,22 @@ class SegNetBasic(Encoder):
     The maps are each stage's before its pooling, and the last pooling's.
     """
 
-    def build(self, output_stride: int = 32) -> EncoderNet:
-        channels = (WIDTH, WIDTH, WIDTH)
+    channel_counts = ANY_CHANNELS
+
+    def build(self, output_stride: int = 32, channels: int = RGB) -> EncoderNet:
         # Local response norm has constants for values of 0 to 255: of smaller ones it would change nothing.
-        mean, std = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
-        return EncoderNet(BasicLayers(), channels, STRIDES, mean, std, multiple=STRIDES[-1], extras=POOLS)
+        mean, std = [0.0] * channels, [1 / 255] * channels
+        return EncoderNet(BasicLayers(channels), WIDTHS, STRIDES, mean, std, STRIDES[-1], extras=POOLS)
 
 
 class BasicLayers(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, image_channels: int) -> None:
         super().__init__()
         # Over the three colours: the window is wider. Constants of Krizhevsky et al., NeurIPS 2012, as Caffe has them.
         self.norm = nn.LocalResponseNorm(size=5, alpha=1e-4, beta=0.75)
         self.stages = nn.ModuleList(
             initialized(nn.Sequential(_convolution(before), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)))
-            for before in (3, WIDTH)
+            for before in (image_channels, WIDTH)
         )
 
     def forward(self, image: Tensor) -> Features:

@@ -66,6 +66,7 @@ def wholes_of(model: SegmentationModel, decoder: Decoder) -> Iterator[Whole]:
         "decoder_attention_type": decoder.attention,
         "decoder_interpolation": decoder.interpolation,
         "classes": len(model.class_names),
+        "in_channels": model.image_channels,
         "encoder_weights": None,
     }
     for encoder in _encoder_arguments(backbone):
@@ -95,10 +96,11 @@ def read_files(held: Mapping[str, bytes]) -> nn.Module:
 
 
 def _encoder_arguments(backbone: Maps) -> Iterator[dict[str, Any]]:
-    if not backbone.options:
+    options = {key: value for key, value in backbone.options.items() if key != "in_chans"}  # smp's `in_channels`
+    if not options:
         yield {"encoder_name": backbone.name}
     for any_size in reversed(ANY_SIZE):  # without a word first: a network that takes any size wants none
-        yield {"encoder_name": UNIVERSAL + backbone.name, **backbone.options, **any_size}
+        yield {"encoder_name": UNIVERSAL + backbone.name, **options, **any_size}
 
 
 def _load(net: nn.Module, ours: Mapping[str, Tensor]) -> bool:

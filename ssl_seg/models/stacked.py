@@ -22,15 +22,18 @@ from torchvision.models import DenseNet
 
 from ssl_seg.config import UserError
 from ssl_seg.models import (
+    ANY_CHANNELS,
     IMAGENET_MEAN,
     IMAGENET_STD,
     RECONSTRUCTION,
+    RGB,
     Decoder,
     DecoderNet,
     Encoder,
     EncoderNet,
     Features,
     Stages,
+    constants_of,
 )
 
 GROUPS = 16  # of every group norm here; the paper's
@@ -129,9 +132,12 @@ class StackedDecoder(Decoder):
 class DenseMaps(Stages):
     """DenseNet up to its last dense block: six maps, each part's output."""
 
-    def __init__(self, growth_rate: int, blocks: tuple[int, int, int, int], width: int) -> None:
+    def __init__(self, growth_rate: int, blocks: tuple[int, int, int, int], width: int, image_channels: int) -> None:
         layers = DenseNet(growth_rate, blocks, num_init_features=width, num_classes=1).features
         parts = {name: part for name, part in layers.named_children() if name not in ("norm0", "relu0", "norm5")}
+        if image_channels != RGB:  # torchvision's takes RGB alone
+            parts["conv0"] = nn.Conv2d(image_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(parts["conv0"].weight)  # as torchvision's begins
         super().__init__(
             [
                 nn.Sequential(parts["conv0"], nn.GroupNorm(GROUPS, width), nn.CELU()),
@@ -145,19 +151,26 @@ class DenseMaps(Stages):
 class TwoHalves(nn.Module):
     """A whole network that draws the image, and the maps of a second one that looks at the drawing."""
 
-    mean: Tensor  # (1, 3, 1, 1), as is std
+    mean: Tensor  # (1, C, 1, 1), as is std
     std: Tensor
 
-    def __init__(self, first: DenseMaps, decoder: DecoderNet, second: DenseMaps) -> None:
+    def __init__(
+        self,
+        first: DenseMaps,
+        decoder: DecoderNet,
+        second: DenseMaps,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
         super().__init__()
         self.first = first
         self.decoder = decoder
         # As torch starts it, not near zero as a head's: the second half has to see the image from the first step on.
-        self.last = nn.Conv2d(decoder.out_channels, 3, decoder.last_kernel, padding=decoder.last_kernel // 2)
+        self.last = nn.Conv2d(decoder.out_channels, len(mean), decoder.last_kernel, padding=decoder.last_kernel // 2)
         self.second = second
-        # The constants by which `EncoderNet` normalizes. Both halves see normalized images; what is given is RGB.
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        # The constants by which `EncoderNet` normalizes. Both halves see normalized images; what is given is not.
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Features:
         drawn = self.last(self.decoder(Features(self.first(image), STRIDES)))
@@ -167,6 +180,7 @@ class TwoHalves(nn.Module):
 class Stacked(Encoder):
     """All but the last decoder of one DenseNet-121 encoder-decoder or of two in a row."""
 
+    channel_counts = ANY_CHANNELS
     halves: Literal[1, 2] = 2  # 2 draws the image first; 1 is the paper's baseline, which does not
     # DenseNet-121's, as is the paper's network.
     growth_rate: PositiveInt = 32
@@ -194,13 +208,13 @@ class Stacked(Encoder):
         found[-1] = found[-2] + self.blocks[-1] * self.growth_rate  # a transition halves each, but for the last
         return tuple(found)
 
-    def build(self, output_stride: int = 32) -> EncoderNet:
+    def build(self, output_stride: int = 32, channels: int = RGB) -> EncoderNet:
         if output_stride != 32:
             raise UserError("encoder stacked: has stride 32 only; choose another decoder")
-        channels = self.channels
-        maps = DenseMaps(self.growth_rate, self.blocks, self.width)
+        mean, std = (constants_of(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        maps = DenseMaps(self.growth_rate, self.blocks, self.width, channels)
         if self.halves == 1:
-            return EncoderNet(maps, channels, STRIDES, multiple=MULTIPLE)
-        second = DenseMaps(self.growth_rate, self.blocks, self.width)
-        backbone = TwoHalves(maps, self.decoder.build(channels, STRIDES), second)
-        return EncoderNet(backbone, channels, STRIDES, multiple=MULTIPLE, extras=(RECONSTRUCTION,))
+            return EncoderNet(maps, self.channels, STRIDES, mean, std, MULTIPLE)
+        second = DenseMaps(self.growth_rate, self.blocks, self.width, channels)
+        backbone = TwoHalves(maps, self.decoder.build(self.channels, STRIDES), second, mean, std)
+        return EncoderNet(backbone, self.channels, STRIDES, mean, std, MULTIPLE, extras=(RECONSTRUCTION,))

@@ -32,7 +32,7 @@ from torch.nn.modules.module import (
 )
 
 from ssl_seg.config import PathText, UserError, user_path
-from ssl_seg.models import Encoder, EncoderNet
+from ssl_seg.models import ANY_CHANNELS, RGB, Encoder, EncoderNet, constants_of
 from ssl_seg.models.timm_maps import (
     COARSEST,
     HALVING,
@@ -95,6 +95,7 @@ REFUSALS = (
 class Timm(Encoder):
     """A network of timm's registry, without its classifier."""
 
+    channel_counts = ANY_CHANNELS
     name: str = "resnet18"  # trains on a laptop, and most self-supervision papers report it or its bigger sister
     # False: random weights. True: timm's default ones. A word: those of that tag. A path: those of a local file.
     # `package`: those that a package of the extra `imagenet` holds.
@@ -171,13 +172,13 @@ class Timm(Encoder):
         cfg = get_pretrained_cfg(self.name)
         return cast("Size", tuple(cfg.input_size[1:])) if cfg and cfg.input_size else None
 
-    def build(self, output_stride: int = 32) -> EncoderNet:
+    def build(self, output_stride: int = 32, channels: int = RGB) -> EncoderNet:
         """The network with its five maps, at strides `min(s, output_stride)` for s in 2 to 32.
 
         Raises UserError if timm's network cannot be dilated to `output_stride`, has no maps from which to make these,
         refuses an option, or if its weights can be neither found nor fetched.
         """
-        network, look = self._create(output_stride)
+        network, look = self._create(output_stride, channels)
         backbone = self.backbone_of(network, look, output_stride)
         strides = tuple(min(stride, output_stride) for stride in HALVING)
         if backbone.strides != strides:
@@ -186,7 +187,8 @@ class Timm(Encoder):
                 raise self._not_dilated(output_stride, found)
             raise UserError(f"encoder {self.name}: {found}, nor any to make them of; {INSTEAD}")
         cfg = cast("dict[str, Any]", network.pretrained_cfg)  # to torch all attributes are tensors or modules
-        return EncoderNet(backbone, backbone.channels, strides, cfg["mean"], cfg["std"], look.sight.multiple)
+        mean, std = (constants_of(cfg[name], channels) for name in ("mean", "std"))
+        return EncoderNet(backbone, backbone.channels, strides, mean, std, look.sight.multiple)
 
     def backbone_of(self, network: nn.Module, look: Look, output_stride: int) -> Maps:
         """What makes five maps of timm's network, as it was looked at; a family that taps others says which."""
@@ -196,8 +198,10 @@ class Timm(Encoder):
             return maps
         return Pyramid(network, look, self.name, self.options, output_stride)
 
-    def _create(self, output_stride: int) -> tuple[nn.Module, Look]:
+    def _create(self, output_stride: int, channels: int) -> tuple[nn.Module, Look]:
         weights = self._weights()
+        if channels != RGB:
+            weights["in_chans"] = channels  # by which timm adapts the first convolution of published weights
         if output_stride == COARSEST:
             return self._attempt(weights)
         try:
@@ -219,6 +223,7 @@ class Timm(Encoder):
         if self.drop_path:
             extra["drop_path_rate"] = self.drop_path
         arguments = {"features_only": True, **weights, **extra, **self.options}
+        channels = arguments.get("in_chans", RGB)
         refusal: Exception | None = None
         refusals = (Exception,) if self.options else REFUSALS  # what timm makes of an option nobody can know
         network = None
@@ -226,7 +231,7 @@ class Timm(Encoder):
             try:
                 network = None  # of the last word, which is none, if at all
                 network = self._loaded(arguments | any_size)
-                return network, self._looked_at(network, sights(network))
+                return network, self._looked_at(network, sights(network), channels)
             except OSError as error:
                 raise UserError(f"encoder {self.name}: {_no_weights(_one_line(error))}") from error
             except UserError:
@@ -241,7 +246,7 @@ class Timm(Encoder):
         assert refusal is not None, "the last attempt adds no word that could be unknown"
         if network is not None and self._own_size is not None:
             with suppress(*refusals):
-                return network, self._looked_at(network, sights_of(self._own_size))
+                return network, self._looked_at(network, sights_of(self._own_size), channels)
         if self.options:
             keys = ", ".join(self.options)
             raise UserError(
@@ -250,15 +255,15 @@ class Timm(Encoder):
             ) from refusal
         raise UserError(f"encoder {self.name}: timm refuses: {_one_line(refusal)}; {INSTEAD}") from refusal
 
-    def _looked_at(self, network: nn.Module, tried: Sequence[Sight]) -> Look:
+    def _looked_at(self, network: nn.Module, tried: Sequence[Sight], channels: int) -> Look:
         """By the first sight under which it gives maps. Raises what it raises under the first of all."""
         refusals = (Exception,) if self.options else REFUSALS
         refusal: Exception | None = None
         for sight in tried:
             try:
-                look = Look.at(network, sight)
+                look = Look.at(network, sight, channels)
                 if self.options:
-                    _train_once(network, sight)
+                    _train_once(network, sight, channels)
             except refusals as error:
                 refusal = refusal or error
             else:
@@ -273,8 +278,10 @@ class Timm(Encoder):
             with _bounded():
                 network = timm.create_model(self._full_name, **arguments)
             file = self._local_file()
-            if file is not None:
-                _require_all_loaded(network, timm.create_model(self.name, **arguments), file)
+            adapts = self.pretrained is not False and arguments.get("in_chans", RGB) != RGB
+            if file is not None or adapts:
+                again = timm.create_model(self.name if file else self._full_name, **arguments)
+                _require_all_loaded(network, again, str(file or self._full_name), adapts)
         cfg = cast("dict[str, Any]", network.pretrained_cfg)
         cfg.pop("state_dict", None)  # every copy of the network would hold its first weights too
         return network
@@ -352,11 +359,11 @@ def names_like(pattern: str) -> list[str]:
     return timm.list_models(pattern if set("*?[") & set(pattern) else f"*{pattern}*")
 
 
-def _train_once(network: nn.Module, sight: Sight) -> None:
+def _train_once(network: nn.Module, sight: Sight, channels: int) -> None:
     """Learn from two small images: some options are only met in training, hours after the start of a study perhaps."""
     trial = copy.deepcopy(network)  # statistics of norms stay as they are, and so do torch's random numbers
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        channels_first(trial, sight.shown(torch.rand(2, 3, *sight.probe)))
+        channels_first(trial, sight.shown(torch.rand(2, channels, *sight.probe)))
 
 
 class _TooLargeError(ValueError):
@@ -445,13 +452,14 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _require_all_loaded(network: nn.Module, again: nn.Module, file: Path) -> None:
+def _require_all_loaded(network: nn.Module, again: nn.Module, weights: str, adapts: bool) -> None:
     """timm loads what fits and keeps random weights for the rest: two loads of one file then differ in those."""
     pairs = zip(network.named_parameters(), again.parameters(), strict=True)
     random = [name for (name, first), second in pairs if not torch.equal(first, second)]
     if random:
+        also = ", or its first layer cannot be adapted to model.channels" if adapts else ""
         raise UserError(
-            f"{file}: holds no weights for {len(random)} tensors, {random[0]} first; give this network's own file"
+            f"{weights}: holds no weights for {len(random)} tensors, {random[0]} first; give its own file{also}"
         )
 
 

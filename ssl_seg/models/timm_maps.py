@@ -122,15 +122,16 @@ class Look:
 
     sight: Sight
     shapes: tuple[MapShape, ...]
+    image_channels: int = 3
 
     @classmethod
-    def at(cls, network: nn.Module, sight: Sight) -> Look:
+    def at(cls, network: nn.Module, sight: Sight, image_channels: int = 3) -> Look:
         """Run the network: what networks say of their maps is not always so. Raises whatever it raises.
 
         Weights that reach no map will not be trained: several processes would wait for their gradients.
         """
         network.eval()  # or the look would count in batch norm's running statistics
-        shown = sight.shown(torch.zeros(1, 3, *sight.probe))
+        shown = sight.shown(torch.zeros(1, image_channels, *sight.probe))
         with torch.enable_grad():
             maps = channels_first(network, shown)
         network.train()
@@ -142,7 +143,7 @@ class Look:
         for weight in network.parameters():
             weight.requires_grad_(id(weight) in reached)
         shapes = [MapShape(level.shape[1], stride) for level, stride in zip(maps, strides, strict=True)]
-        return cls(sight, tuple(shapes))
+        return cls(sight, tuple(shapes), image_channels)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -195,7 +196,8 @@ class Maps(nn.Module):
     def __init__(self, network: nn.Module, look: Look, name: str, options: dict[str, Any]) -> None:
         super().__init__()
         self.name = name  # timm's, of the whole network
-        self.options = options
+        # Its constructor's arguments, by which the same network is made again.
+        self.options = options if look.image_channels == 3 else {**options, "in_chans": look.image_channels}
         self.network = network
         self.look = look
         kept = [shape for shape in look.shapes if shape.stride > 1]
@@ -266,7 +268,7 @@ def kept_bytes(maps: Maps, image: Tensor | None = None) -> int:
         return tensor
 
     if image is None:
-        image = torch.zeros(2, 3, *maps.look.sight.probe, device=next(trial.parameters()).device)
+        image = torch.zeros(2, maps.look.image_channels, *maps.look.sight.probe, device=next(trial.parameters()).device)
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         answer = trial(image)
     assert answer, "what is kept lives as long as the answer"

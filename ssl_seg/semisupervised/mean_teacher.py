@@ -6,7 +6,7 @@ together, French et al., "Semi-supervised semantic segmentation needs strong, va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ssl_seg import losses, rng
 from ssl_seg.mixing import cutmix_mask
+from ssl_seg.models import ANY_CHANNELS
 from ssl_seg.tasks import Batch, Predict, Stream, TaskPlugin, View, partners
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -26,6 +27,7 @@ class MeanTeacher(TaskPlugin):
 
     streams: ClassVar[tuple[Stream, ...]] = ("pool",)
     borrowed_head: ClassVar[str | None] = "segment"
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     asks_teacher: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
     # Spread of what is added to each pixel: 2017's 0.15 of images whose spread is 1, which is 0.225 in photographs.

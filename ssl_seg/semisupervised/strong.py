@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_seg import rng
+from ssl_seg.models import RGB
 
 COLOUR, GREY, BLUR = 0.8, 0.2, 0.5  # how often each is applied
 FACTOR = (0.5, 1.5)  # of brightness, contrast and saturation
@@ -22,10 +23,14 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 
 
 def strong(image: Tensor, key: Tensor) -> Tensor:
-    """Images `(B, 3, H, W)` in [0, 1] in other colours, some of them grey or blurred, by keys `(B,)`."""
+    """Images `(B, 3, H, W)` in [0, 1] in other colours, some of them grey or blurred, by keys `(B,)`.
+
+    Of another number of channels, which have no colours, brightness, contrast and blur alone vary.
+    """
     chosen = rng.uniform(rng.fold_in(key, "strong"), (3, 1, 1, 1))  # (B, 3, 1, 1, 1)
     image = torch.where(chosen[:, 0] < COLOUR, colour(image, rng.fold_in(key, "colour")), image)
-    image = torch.where(chosen[:, 1] < GREY, grey(image).expand_as(image), image)
+    if image.shape[1] == RGB:
+        image = torch.where(chosen[:, 1] < GREY, grey(image).expand_as(image), image)
     return torch.where(chosen[:, 2] < BLUR, blur(image, rng.uniform(rng.fold_in(key, "sigma"), (), *SIGMA)), image)
 
 
@@ -35,13 +40,17 @@ def colour(image: Tensor, key: Tensor) -> Tensor:
     image = (image * factors[:, 0]).clamp(0, 1)
     mean = grey(image).mean(dim=(1, 2, 3), keepdim=True)
     image = (mean + (image - mean) * factors[:, 1]).clamp(0, 1)
+    if image.shape[1] != RGB:
+        return image
     own = grey(image)
     image = (own + (image - own) * factors[:, 2]).clamp(0, 1)
     return turn_hue(image, rng.uniform(rng.fold_in(key, "hue"), (1, 1), -HUE, HUE))
 
 
 def grey(image: Tensor) -> Tensor:
-    """The brightness, `(B, 1, H, W)`."""
+    """The brightness, `(B, 1, H, W)`; of what is no RGB the mean of the channels."""
+    if image.shape[1] != RGB:
+        return image.mean(dim=1, keepdim=True)
     return (image * image.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 

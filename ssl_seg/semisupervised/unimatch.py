@@ -7,7 +7,7 @@ pass in evaluation mode, and the weak views share the pass of the labelled image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_seg import losses, rng
 from ssl_seg.losses import IGNORE_INDEX
 from ssl_seg.mixing import cutmix_mask
-from ssl_seg.models import Features
+from ssl_seg.models import ANY_CHANNELS, Features
 from ssl_seg.semisupervised.strong import strong
 from ssl_seg.tasks import Batch, Predict, Stream, TaskPlugin, View, partners
 
@@ -33,6 +33,7 @@ class UniMatch(TaskPlugin):
 
     streams: ClassVar[tuple[Stream, ...]] = ("pool",)
     borrowed_head: ClassVar[str | None] = "segment"
+    channel_counts: ClassVar[Collection[int]] = ANY_CHANNELS
     mixes: ClassVar[bool] = True
     confidence: Share = 0.95  # least softmax share of a pseudo-label that counts
     # Of a Dice loss beside the cross-entropy, as UniMatch's code has for medical images: by pixels alone a class of one

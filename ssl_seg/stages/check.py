@@ -27,7 +27,8 @@ from ssl_seg.stages import finetune
 from ssl_seg.stages.findings import Finding, Look, Part, Told
 from ssl_seg.stages.finetune import LABELLED, FinetuneConfig
 from ssl_seg.stages.pretrain import PretrainConfig
-from ssl_seg.stages.setup import check_images, check_palettes
+from ssl_seg.stages.setup import check_images, check_palettes, read_as
+from ssl_seg.stages.start import find_start
 
 TRAINED, SCORED = ("labelled", "beside", "pool"), ("val", "test")
 
@@ -65,6 +66,7 @@ def check(
     out = None if out is None else user_path(out)
     if out is not None and out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
+    config = read_as(config, find_start(config).model.channels)
     given = {key: own for key, own in config.data if isinstance(own, Dataset)}
     looks: dict[str, Look] = {}
     for key, dataset in given.items():

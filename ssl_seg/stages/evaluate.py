@@ -20,6 +20,7 @@ from ssl_seg.data.workers import TIMEOUT
 from ssl_seg.datasets import Dataset
 from ssl_seg.images import Size
 from ssl_seg.leaks.guard import LeakError, Leaks, Question, check
+from ssl_seg.models import image_channels_of
 from ssl_seg.runs.folder import Records, beside, origin
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.schema import read_checked
@@ -108,7 +109,7 @@ def evaluate(config: EvaluateConfig, out: str | Path | None = None) -> Evaluated
             f"the model of {config.model} has {', '.join(model.class_names)}; name the model's classes in that order"
         )
     check_images("data.test", data)
-    data = as_trained("test", data, range_of(read_model_info(config.model)))
+    data = as_trained("test", data, range_of(read_model_info(config.model)), image_channels_of(model))
     config = config.model_copy(update={"data": EvaluateData(test=data)})  # as it is recorded, and read again by
     tell_notes({"test": data}, labelled=("test",))
     is_plain = not config.flips and config.statistics == "running"

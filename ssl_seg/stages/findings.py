@@ -399,7 +399,7 @@ class Look:
         if self.files.pairs is None:
             return self.dataset.image(index).image
         assert isinstance(self.dataset, Folder)
-        return images.read_image(self.files.paths(index)[0], self.dataset.range)
+        return images.read_image(self.files.paths(index)[0], self.dataset.range, self.dataset.channels)
 
 
 # ---- words ----

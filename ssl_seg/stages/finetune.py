@@ -42,7 +42,7 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.evidence.cautions import unpredicted_in_words
 from ssl_seg.images import SizeField
 from ssl_seg.leaks.guard import Leaks, Question, guard
-from ssl_seg.models import DenseHead, ModelConfig, SegmentationModel
+from ssl_seg.models import RGB, DenseHead, ModelConfig, SegmentationModel
 from ssl_seg.runs.folder import WHOLE
 from ssl_seg.runs.writer import Run
 from ssl_seg.scores import Average, SegmentationScores, names_share
@@ -64,7 +64,9 @@ from ssl_seg.stages.setup import (
     enough_to_recalibrate,
     export_heads,
     open_run,
+    read_as,
     recalibrate,
+    refuse_channels,
     say_clamped_zoom,
     say_other_ranges,
     say_precision,
@@ -171,6 +173,11 @@ class FinetuneConfig(StageConfig):
                 f"'{transfer}' is not known; write encoder, encoder+denoise with a task of the init run, or {WHOLE}"
             )
         return transfer
+
+    @model_validator(mode="after")
+    def _fit_channels(self) -> FinetuneConfig:
+        refuse_channels(self.model, weighty({SEGMENT: self.segment, **self.tasks}), self.augment)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneConfig:
@@ -369,6 +376,7 @@ def resolve(config: FinetuneConfig, folder: str | Path | None = None) -> tuple[F
     Others decide the model and the number of classes.
     """
     start = find_start(config, folder)
+    config = read_as(config, start.model.channels)
     names = config.data.labelled.class_names
     if not names:
         raise UserError("data.labelled: has no classes; give it masks and class names (classes: [background, ...])")
@@ -390,7 +398,8 @@ def check(config: FinetuneConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done: sizes, empty data sets, other classes, too few labels."""
     streams = ("labelled",) if config.pool is None else ("labelled", "pool")
     tasks = weighty({SEGMENT: config.segment, **config.tasks})
-    check_training(config.train, processes, tasks, streams, config.augment.crop)
+    channels = RGB if config.model is None else config.model.channels
+    check_training(config.train, processes, tasks, streams, config.augment, channels)
     check_data(config)
     if not names_share(config.stop.metric, config.data.labelled.class_names):
         raise UserError(
@@ -492,11 +501,14 @@ def assemble(
     """The learner with its starting weights, and the streams as the loaders read them."""
     resize = config.data.resize
     beside = {"beside": config.data.beside, "share": config.data.beside_share}
+    channels = start.model.channels
     sources: dict[Stream, Samples] = {
-        "labelled": Samples(labelled, config.augment, config.seed, resize, with_labels=True, **beside)
+        "labelled": Samples(
+            labelled, config.augment, config.seed, resize, with_labels=True, channels=channels, **beside
+        )
     }
     if config.pool is not None:
-        sources["pool"] = Samples(config.pool, config.augment, config.seed, resize)
+        sources["pool"] = Samples(config.pool, config.augment, config.seed, resize, channels=channels)
     say_clamped_zoom(sources["labelled"], quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     segment = recall(config.segment, recorded.get(SEGMENT))

@@ -25,8 +25,8 @@ from ssl_seg.evidence import distance
 from ssl_seg.evidence.distance import Distance, Images
 from ssl_seg.evidence.statistics import LEVEL, MIN_BLOCKS, NEIGHBOURS, Interval, image_blocks
 from ssl_seg.figures import charts, panels, svg
-from ssl_seg.models import ModelConfig
-from ssl_seg.stages.features import embed, open_encoder
+from ssl_seg.models import RGB, ModelConfig
+from ssl_seg.stages.features import embed, model_of, open_encoder
 from ssl_seg.stages.setup import ReadingConfig, check_images, say_other_ranges, tell_notes
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
@@ -130,6 +130,12 @@ def gap(config: GapConfig, out: str | Path | None = None, quiet: bool = False) -
     out = None if out is None else user_path(out)
     if out is not None and out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
+    channels = model_of(config.init, config.model).channels
+    if channels != RGB:
+        raise UserError(
+            f"gap: measures with images of RGB, and the network takes {channels} channels (model.channels); name "
+            "another encoder"
+        )
     keys = {"target": config.data.target, **{f"pools.{name}": pool for name, pool in config.data.pools.items()}}
     for key, dataset in keys.items():
         check_images(f"data.{key}", dataset)

@@ -19,7 +19,7 @@ from ssl_seg.data.workers import Workers, collected
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.datasets.masks import IGNORE
-from ssl_seg.images import Range, Size
+from ssl_seg.images import Pair, Size
 from ssl_seg.leaks.near_duplicates import thumb
 from ssl_seg.terminal import reporter
 
@@ -32,7 +32,7 @@ class Seen:
     mask_fault: str = ""
     size: Size = (0, 0)
     kind: str = ""
-    used: Range = (0.0, 0.0)
+    used: Pair = (0.0, 0.0)
     digest: str = ""
     thumb: np.ndarray | None = None
     doubt: str = ""
@@ -82,18 +82,24 @@ class Files:
         try:
             if self.pairs is None:
                 image, doubt = self.dataset.image(index).image, self.dataset.doubt(index)
-                kind, used = "8 bits RGB", (float(image.min()), float(image.max()))
+                kind, used = _kind(image), (float(image.min()), float(image.max()))
             else:
                 assert isinstance(self.dataset, Folder)
                 path = self.paths(index)[0]
-                image, refusal, kind, used = images.examine(path, self.dataset.range)
+                image, refusal, kind, used = images.examine(path, self.dataset.range, self.dataset.channels)
                 if image is None:
                     return Seen(refusal, kind=kind, used=used)
-                doubt = images.doubt(path)
+                doubt = images.doubt(path, self.dataset.channels)
         except UserError as error:
             return Seen(str(error))
         digest = digest_of(Example(image, None, name))
         return Seen("", "", image.shape[:2], kind, used, digest, thumb(image), doubt)
+
+
+def _kind(image: np.ndarray) -> str:
+    """Of an image whose file is not looked into."""
+    channels = image.shape[-1]
+    return "8 bits RGB" if channels == 3 else f"8 bits, {channels} channel{'s' * (channels != 1)}"
 
 
 def _with_mask(seen: Seen, path: Path) -> Seen:

@@ -97,7 +97,7 @@ class Looker:
         return cls(tuple(members), multiple, device, tiles, views.scales, sampling)
 
     def blocks(self, image: np.ndarray, name: str, shares: bool = True) -> Iterator[Block]:
-        """Figures of an image `(H, W, 3)` uint8, block by block; together the blocks cover it, each pixel once.
+        """Figures of an image `(H, W, C)` uint8, block by block; together the blocks cover it, each pixel once.
 
         A block's values are `(K, h, w)`, the share of each class in [0, 1], and last how far samples differ, where they
         are asked for. Without `shares` they may be logits: the class is the largest of them all the same. Raises
@@ -125,7 +125,7 @@ class Looker:
         yield Block(*whole, figures / len(self.members))
 
     def ids(self, image: np.ndarray, name: str) -> np.ndarray:
-        """The class of each pixel of an image `(H, W, 3)` uint8: `(H, W)` uint8. Raises as `blocks`."""
+        """The class of each pixel of an image `(H, W, C)` uint8: `(H, W)` uint8. Raises as `blocks`."""
         found = np.empty(image.shape[:2], dtype=np.uint8)
         for block in self.blocks(image, name, shares=False):
             found[block.rows, block.columns] = block.values.argmax(dim=0).byte().cpu().numpy()
@@ -196,8 +196,9 @@ class TrainedModel(SegmentationModel):
         """Class ids `(H, W)` uint8, at the image's own size: the mask that `ssl-seg predict` writes, pixel for pixel.
 
         `image` is a path, a Pillow picture, an array `(H, W, 3)` of uint8 (or `(H, W)`, grey), or a tensor
-        `(3, H, W)` in [0, 1]. Values are brought to 8 bits, as files have them; what is black and white in deeper
-        ones is as the run had it, and so is the size that the network sees. It is computed where the model lies.
+        `(3, H, W)` in [0, 1]; of a model of another number of channels that many. Values are brought to 8 bits, as
+        files have them; what is black and white in deeper ones is as the run had it, and so is the size that the
+        network sees. It is computed where the model lies.
 
         Raises UserError for what is no image, and for one that is too large for the memory or too small for the
         network.
@@ -206,8 +207,8 @@ class TrainedModel(SegmentationModel):
             mask = model.predict("photo.jpg")
             leaf = mask == model.class_names.index("leaf")
         """
-        pixels = _pixels_of(image) if isinstance(image, Tensor) else image
-        picture = images.picture_of(pixels, self.range)
+        pixels = _pixels_of(image, self.image_channels) if isinstance(image, Tensor) else image
+        picture = images.picture_of(pixels, self.range, self.image_channels)
         name = str(image) if isinstance(image, str | Path) else "the image"
         return Looker.of([(self, self.resize)], self.encoder.mean.device).ids(picture, name)
 
@@ -228,10 +229,10 @@ def load_model(path: str | Path) -> TrainedModel:
     return TrainedModel(network, resize, range_of(read_model_info(path)))
 
 
-def _pixels_of(image: Tensor) -> np.ndarray:
-    """`(3, H, W)` in [0, 1], or uint8, as `(H, W, 3)` uint8."""
-    if image.ndim != 3 or len(image) != 3 or not image.numel():
-        raise UserError(f"a tensor of shape {tuple(image.shape)}: give one image, (3, H, W)")
+def _pixels_of(image: Tensor, channels: int) -> np.ndarray:
+    """`(C, H, W)` in [0, 1], or uint8, as `(H, W, C)` uint8."""
+    if image.ndim != 3 or len(image) != channels or not image.numel():
+        raise UserError(f"a tensor of shape {tuple(image.shape)}: give one image, ({channels}, H, W)")
     if image.is_floating_point():
         low, high = image.min().item(), image.max().item()
         if not (low >= 0 and high <= 1):

@@ -40,7 +40,7 @@ def task_pictures(
     chosen = evenly(len(examples), count)  # neighbours of a clip look alike
     sheets = {}
     with evaluating(module):
-        packed = next(loader(CenterCrops(examples, augment, resize), [chosen]))
+        packed = next(loader(CenterCrops(examples, augment, resize, module.encoder.image_channels), [chosen]))
         views = make_views(tasks, {"pool": packed.to(device_of(module))})
         predictions = module.predict(views)
         for name, view in views.items():
@@ -65,7 +65,7 @@ def prediction_panel(
             ids = predict_ids(model, packed.to(device_of(model)).image, image.shape[:2])[0].byte().cpu().numpy()
             size = panels.at_most(image.shape[:2])
             predicted, truth = (images.resize_mask(mask, size) for mask in (ids, masks_of(packed)[0].numpy()))
-            rows.append([images.resize_image(image, size), colours[predicted], colours[truth]])
+            rows.append([images.resize_image(images.composite(image), size), colours[predicted], colours[truth]])
     sheet = panels.grid(rows)
     return np.vstack([sheet, panels.legend(examples.class_names, colours, sheet.shape[1])])
 
@@ -202,4 +202,4 @@ def _scored_model(run: RunFolder) -> tuple[nn.Module, Size | None]:
 
 
 def _fitted(image: np.ndarray) -> np.ndarray:
-    return images.resize_image(image, panels.at_most(image.shape[:2]))
+    return images.resize_image(images.composite(image), panels.at_most(image.shape[:2]))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ssl_seg import images
 from ssl_seg.config import Config, PathText, PathTexts, UserError, user_path
+from ssl_seg.models import RGB
 from ssl_seg.stages.looking import Looker
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
@@ -74,12 +75,17 @@ def portrait(config: PortraitConfig, out: str | Path) -> tuple[Path, ...]:
     border = None if config.border is None else _class_id(config.border, "border", model.class_names)
     if border is not None and (border == subject or len(model.class_names) < 3):
         raise UserError(f"border: beside {config.border} the model needs a subject and a background; leave it out")
+    if model.image_channels != RGB:
+        raise UserError(
+            f"model: takes images of {model.image_channels} channels (model.channels), and a portrait is of a "
+            "photograph in colours; name a model of RGB"
+        )
     looker = Looker.of([(model, resize)], choose_device(config.device))
     value_range = range_of(read_model_info(config.model))
     written, without = [], []
     with watch_signals():
         for name, place in zip(config.images, places, strict=True):
-            image = images.read_image(user_path(name), value_range)
+            image = images.picture_of(user_path(name), value_range)
             seen = _seen(looker, image, name, subject, border)
             if not (seen.kinds == SUBJECT).any():
                 say(f"{images.show_path(name)}: shows no {config.subject}, as the model sees it")

@@ -49,7 +49,7 @@ from ssl_seg.stages.tiles import Block, Tiles
 from ssl_seg.stages.uncertainty import DropoutSampling, entropy, load_models
 from ssl_seg.terminal import say, watch_signals
 from ssl_seg.training.processes import DeviceName, choose_device
-from ssl_seg.weights.export import range_of, read_model_info
+from ssl_seg.weights.export import channels_of, range_of, read_model_info
 
 RECORD = "classes.json"  # of a folder of masks: the classes, the model, and whether all is there
 MADE = "made.jsonl"  # a line for each mask: the image's name, and a digest of its pixels
@@ -155,7 +155,10 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
     ranges = [range_of(read_model_info(path)) for path in config.model]
     if any(own != ranges[0] for own in ranges):
         raise UserError("model: these were trained on images of different ranges; predict with one at a time")
-    dataset = as_trained("images", config.data.images, ranges[0])
+    counts = {channels_of(path, read_model_info(path)) for path in config.model}
+    if len(counts) > 1:
+        raise UserError("model: these take images of different numbers of channels; predict with one at a time")
+    dataset = as_trained("images", config.data.images, ranges[0], counts.pop())
     tell_notes({"images": dataset})
     names = mask_names(dataset)
     with watch_signals(), _opened(config, user_path(out)) as place:
@@ -178,7 +181,7 @@ def predict(config: PredictConfig, out: str | Path) -> Predicted:
             if isinstance(packed, UserError):
                 unread[dataset.name(index)] = str(packed)
                 continue
-            original = packed.image[0].permute(1, 2, 0).numpy()  # (1, 3, H, W) -> (H, W, 3)
+            original = packed.image[0].permute(1, 2, 0).numpy()  # (1, C, H, W) -> (H, W, C)
             digest = digest_of(Example(original, None, ""))
             written = _files(config, class_names, place.folder, names[index])
             others = [path for kind, path in written.items() if kind != MASKS]

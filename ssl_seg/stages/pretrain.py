@@ -40,9 +40,12 @@ from ssl_seg.stages.setup import (
     check_training,
     enough_to_recalibrate,
     export_heads,
+    in_channels,
     open_run,
+    read_as,
     recalibrate,
     recalibrated_encoder,
+    refuse_channels,
     say_clamped_zoom,
     say_other_ranges,
     say_precision,
@@ -97,6 +100,11 @@ class PretrainConfig(StageConfig):
     # last: the weights of the last step; probe: those of its best score, which labels have then chosen.
     select: Literal["last", "probe"] = "last"
     stop: StopRule | None = None  # judged by the probe
+
+    @model_validator(mode="after")
+    def _fit_channels(self) -> PretrainConfig:
+        refuse_channels(self.model, weighty(self.tasks), self.augment)
+        return self
 
     @model_validator(mode="after")
     def _has_a_probe(self) -> PretrainConfig:
@@ -281,12 +289,17 @@ def try_out(config: PretrainConfig) -> trial.DryRun:
 def resolve(config: PretrainConfig, folder: str | Path | None = None) -> tuple[PretrainConfig, Start]:
     """The config with what other files decide written out, the model, and the start of a run in `folder`."""
     start = find_start(config, folder)
-    return config.model_copy(update={"model": start.model}), start
+    channels = start.model.channels
+    probe = config.probe
+    if probe is not None:
+        probe = probe.model_copy(update={"labelled": in_channels("probe.labelled", probe.labelled, channels)})
+    changed = {} if probe == config.probe else {"probe": probe}
+    return read_as(config, channels).model_copy(update={"model": start.model, **changed}), start
 
 
 def check(config: PretrainConfig, processes: Processes) -> None:
     """What can be known to be wrong before any work is done."""
-    check_training(config.train, processes, weighty(config.tasks), ("pool",), config.augment.crop)
+    check_training(config.train, processes, weighty(config.tasks), ("pool",), config.augment, config.model.channels)
     check_images("data.pool", config.data.pool)
     if config.data.val is not None:
         check_images("data.val", config.data.val)
@@ -296,7 +309,7 @@ def assemble(
     config: PretrainConfig, start: Start, processes: Processes, run: Run | None = None, quiet: bool = True
 ) -> tuple[Learner, dict[Stream, Samples]]:
     """The learner with its starting weights, and the pool as the loader reads it."""
-    pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize)
+    pool = Samples(config.data.pool, config.augment, config.seed, config.data.resize, channels=start.model.channels)
     say_clamped_zoom(pool, quiet)
     recorded = (run and run.read_json("tasks.json")) or {}
     tasks = prepare_tasks(weighty(config.tasks), {"pool": pool}, recorded, quiet, processes)

@@ -34,7 +34,7 @@ from ssl_seg.figures import panels
 from ssl_seg.models import EncoderNet, ModelConfig, evaluating
 from ssl_seg.scores import SegmentationScores, named_scores
 from ssl_seg.stages.features import model_of, open_encoder
-from ssl_seg.stages.setup import ReadingConfig, check_images, say_other_ranges, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, check_images, in_channels, say_other_ranges, tell_notes
 from ssl_seg.training.processes import DeviceName, Processes, choose_device
 from ssl_seg.weights.export import range_of, read_encoder_info
 
@@ -140,11 +140,14 @@ def probe(config: ProbeConfig, out: str | Path | None = None, quiet: bool = Fals
     out = None if out is None else user_path(out)
     if out is not None and out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
-    dataset = config.data.labelled
+    encoders = _encoders(config)
+    counts = {one.model.channels for one in encoders}
+    if len(counts) > 1:
+        raise UserError("init: these take images of different numbers of channels; probe one at a time")
+    dataset = in_channels("data.labelled", config.data.labelled, counts.pop())
     check_images("data.labelled", dataset)
     tell_notes({"labelled": dataset}, ("labelled",), quiet)
     labelled = choose_labelled(dataset, config.labels, config.holds_out, "data.labelled")
-    encoders = _encoders(config)
     for one in encoders:
         trained = None if one.init is None else range_of(read_encoder_info(one.init))
         say_other_ranges({"labelled": dataset}, trained, quiet=quiet)

@@ -30,7 +30,8 @@ from ssl_seg.runs.folder import Records
 from ssl_seg.runs.lock import hold
 from ssl_seg.stages.finetune import FinetuneConfig, Finetuned, finetune
 from ssl_seg.stages.scoring import check_memory, logits_at
-from ssl_seg.stages.setup import Options, check_images
+from ssl_seg.stages.setup import Options, check_images, in_channels
+from ssl_seg.stages.start import find_start
 from ssl_seg.terminal import say
 from ssl_seg.training.config import Share
 from ssl_seg.training.processes import Processes
@@ -91,6 +92,9 @@ def pseudo_label(config: PseudoLabelConfig, options: Options) -> PseudoLabelled:
     """
     if Processes(config.finetune.train).world > 1:
         raise UserError("pseudo_label: works with one process; start it without torchrun")
+    model = find_start(config.finetune).model
+    pool = in_channels("data.pool", config.pool, model.channels)
+    config = config if pool == config.pool else config.model_copy(update={"pool": pool})
     check_images("data.pool", config.pool)
     place = Records(options.folder)
     _check_folder(place, config)

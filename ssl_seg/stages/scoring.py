@@ -29,7 +29,7 @@ from ssl_seg.datasets import Example
 from ssl_seg.images import Size
 from ssl_seg.losses import IGNORE_INDEX
 from ssl_seg.metrics import ConfusionMatrix, near_boundaries
-from ssl_seg.models import SegmentationModel, evaluating
+from ssl_seg.models import SegmentationModel, evaluating, image_channels_of
 from ssl_seg.norm.convert import OneByOne, layers_with_statistics
 from ssl_seg.scores import Average, ImageConfusions, Row
 from ssl_seg.stages.tiles import InTiles, Tiles
@@ -360,7 +360,7 @@ def memory_at_risk(model: nn.Module, size: Sequence[int], out: Sequence[int] | N
     if device_of(model).type != "cpu" or max(pixels, of_logits) * MOST_OF_A_WHOLE_PIXEL < free:
         return None
     with evaluating(model):
-        probe = torch.full((1, 3, PROBED, PROBED), 0.5)
+        probe = torch.full((1, image_channels_of(model), PROBED, PROBED), 0.5)
         of_a_pixel = bytes_of(lambda: predict_ids(model, probe, probe.shape[-2:])) / PROBED**2
         channels = model(probe).shape[1]
     needed = of_a_pixel * pixels + of_logits * channels * torch.float32.itemsize
@@ -386,7 +386,7 @@ def score_tasks(
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     sums: dict[str, Tensor] = {}
     with evaluating(module):
-        for packed in loader(CenterCrops(examples, augment, resize), batches, workers):
+        for packed in loader(CenterCrops(examples, augment, resize, module.encoder.image_channels), batches, workers):
             with enough_memory(f"scoring {len(packed.names)} crops at once", SMALLER_CROPS, device):
                 views = make_views(tasks, {"pool": packed.to(device)})
                 predictions = module.predict(views)

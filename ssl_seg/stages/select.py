@@ -23,9 +23,9 @@ from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
 from ssl_seg.models import ModelConfig
-from ssl_seg.stages.features import Described, describe, open_encoder
+from ssl_seg.stages.features import Described, describe, model_of, open_encoder
 from ssl_seg.stages.predict import mask_names
-from ssl_seg.stages.setup import ReadingConfig, check_images, say_other_ranges, tell_notes
+from ssl_seg.stages.setup import ReadingConfig, check_images, read_as, say_other_ranges, tell_notes
 from ssl_seg.stages.uncertainty import Foreseen, Model, foresee, load_models
 from ssl_seg.terminal import say
 from ssl_seg.training.processes import DeviceName, choose_device
@@ -88,9 +88,11 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
     data set whose masks are all there, `sheet.png` and `map.png`. Raises UserError for a folder that exists, an image
     that cannot be read, and a pool without images that are left to label.
     """
-    out, pool = user_path(out), config.data.pool
+    out = user_path(out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
+    config = read_as(config, model_of(config.init[0] if config.init else None, config.model).channels)
+    pool = config.data.pool
     for part, dataset in config.data:
         if dataset is not None:
             check_images(f"data.{part}", dataset)
@@ -169,7 +171,7 @@ def _write(
         entry = {"name": pool.name(index), "file": f"images/{names[index]}", "share_of_pool": len(alike) / count}
         entries.append({**entry, "gain": gain, **_foreseen_of(index, foreseen)})
         picture = pool.image(index).image
-        images.write_image(out / "images" / names[index], picture)
+        images.write_image(out / "images" / names[index], images.composite(picture))
         if place < ROWS_SHOWN:
             shown = [picture, *(pool.image(own).image for own in _others(seen.images, index, alike))]
             sheet += _strip(entries[-1], shown)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,15 +18,16 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from ssl_seg import tracking
 from ssl_seg.config import NAME, Config, Interrupted, UserError, flatten, user_path
+from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import Samples, Whole, check_batch_size, loader, pack
 from ssl_seg.data.splits import Examples, manifest, sample_digest
 from ssl_seg.data.workers import ALONE, Workers, check_room
 from ssl_seg.datasets import Dataset
-from ssl_seg.images import Range, Size
-from ssl_seg.models import DenseHead, EncoderNet, ModelConfig
+from ssl_seg.images import Range, Size, say_range, written_range
+from ssl_seg.models import RGB, DenseHead, EncoderNet, ModelConfig
 from ssl_seg.norm import convert
 from ssl_seg.runs.writer import FREE, Run, former_precision, versions
-from ssl_seg.tasks import Stream, Task, TaskPlugin, check_tasks, readers, streams_of
+from ssl_seg.tasks import Stream, Task, TaskPlugin, check_channels, check_tasks, readers, streams_of
 from ssl_seg.terminal import Signals, say, watch_signals
 from ssl_seg.tracking import Mirror, TrackingField
 from ssl_seg.training.config import TrainConfig
@@ -37,10 +38,18 @@ from ssl_seg.training.processes import Processes
 from ssl_seg.weights.export import export_decoder
 
 SAME_FILES = "give every machine the same files"
+C = TypeVar("C", bound="HasData")
 CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
 
 
-class StageConfig(Config):
+class HasData(Config):
+    """A config with data sets under `data`. The key is named for the type checker alone, as those of `StageConfig`."""
+
+    if TYPE_CHECKING:
+        data: Config
+
+
+class StageConfig(HasData):
     """What the configs of pretraining and fine-tuning have in common.
 
     The keys are named for the type checker alone: as fields they would come first wherever a config is written.
@@ -56,7 +65,7 @@ class StageConfig(Config):
         tracking: TrackingField
 
 
-class ReadingConfig(Config):
+class ReadingConfig(HasData):
     """What the configs of commands have in common that read images and train nothing: how they read them.
 
     The keys are named for the type checker alone, as those of `StageConfig`.
@@ -170,18 +179,25 @@ def check_processes(
 
 
 def check_training(
-    config: TrainConfig, processes: Processes, tasks: Mapping[str, Task], streams: Sequence[Stream], crop: Size
+    config: TrainConfig,
+    processes: Processes,
+    tasks: Mapping[str, Task],
+    streams: Sequence[Stream],
+    augment: Augment,
+    channels: int = RGB,
 ) -> None:
-    """Refuse what cannot be trained before any work is done.
+    """Refuse what cannot be trained on images of so many `channels`, before any work is done.
 
-    Tasks, a batch size that cannot be shared out, crops for which workers have no room, processes that would not wait
-    for each other's workers.
+    Tasks, colours that are not there, a batch size that cannot be shared out, crops for which workers have no room,
+    processes that would not wait for each other's workers.
     """
     if processes.world > 1 and config.workers and config.worker_timeout >= config.process_timeout:
         raise UserError(
             f"train.process_timeout: after {config.process_timeout:g} s the other processes would not wait for a "
             f"loader worker that may take {config.worker_timeout:g} s (train.worker_timeout); give it more"
         )
+    check_channels(tasks, channels)  # again, since `init` may have told how many there are
+    augment.check_channels(channels)
     check_tasks(tasks, streams, has_teacher=config.ema is not None)
     read = streams_of(tasks)
     for stream in read:
@@ -189,7 +205,46 @@ def check_training(
         key = "train.batch_size" if isinstance(config.batch_size, int) else f"train.batch_size.{stream}"
         check_batch_size(config.batch_of(stream), processes.world, deal, config.micro_batches, at_once, key)
     at_a_time = config.images_of(read) // (processes.world * config.micro_batches)
-    check_room(config.reading, at_a_time * math.prod(crop) * 3)
+    check_room(config.reading, at_a_time * math.prod(augment.crop) * channels)
+
+
+def refuse_channels(model: ModelConfig | None, tasks: Mapping[str, Task], augment: Augment) -> None:
+    """Raise ValueError, for a validator, where a config says how many channels and asks for what has no sense there.
+
+    A number that only `init` says is looked at when that is read.
+    """
+    if model is None or model.channels == RGB:
+        return
+    try:
+        check_channels(tasks, model.channels)
+        augment.check_channels(model.channels)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+def read_as(config: C, channels: int) -> C:
+    """A config whose data sets give images of so many channels, as its network takes.
+
+    Raises UserError with the key of a data set that has others.
+    """
+    taken = {}
+    for part, given in config.data:
+        if isinstance(given, Dataset):
+            taken[part] = in_channels(f"data.{part}", given, channels)
+        elif isinstance(given, Mapping):  # several of a kind, by their names
+            taken[part] = {name: in_channels(f"data.{part}.{name}", own, channels) for name, own in given.items()}
+    changed = {part: own for part, own in taken.items() if own != getattr(config.data, part)}
+    if not changed:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update=changed)})
+
+
+def in_channels(key: str, dataset: Dataset, channels: int) -> Dataset:
+    """As `Dataset.in_channels`, with the key in what is refused."""
+    try:
+        return dataset.in_channels(channels)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def check_same_images(run: Run, parts: Mapping[str, Examples | None], allow_changed: Sequence[str]) -> None:
@@ -262,21 +317,23 @@ def say_other_ranges(
             continue
         trained, whose = (own, f"data.{part}") if trained is None else (trained, whose)
         if own != trained:
-            (black, white), (theirs, bright) = own, trained
+            theirs = "others are" if isinstance(trained[0], tuple) else "{:g} and {:g} are".format(*trained)
             say(
-                f"data.{part}: {black:g} is black and {white:g} white, and for {whose} {theirs:g} and {bright:g} are; "
-                f"if the values mean the same, give data.{part}.range=[{theirs:g},{bright:g}]",
+                f"data.{part}: {say_range(own)}, and for {whose} {theirs}; if the values mean the same, give "
+                f"data.{part}.range={written_range(trained)}",
                 quiet,
             )
 
 
-def as_trained(part: str, dataset: Dataset, trained: Range | None) -> Dataset:
-    """A data set that a model is to look at, with the model's range where it has none; told, as another range is."""
+def as_trained(part: str, dataset: Dataset, trained: Range | None, channels: int) -> Dataset:
+    """A data set that a model is to look at: in as many channels as that takes, and with its range where it has none.
+
+    The range is told, as another one is.
+    """
+    dataset = in_channels(f"data.{part}", dataset, channels)
     taken = dataset if trained is None or dataset.value_range() == trained else dataset.in_range(trained)
     if taken is not dataset and trained is not None:
-        say(
-            f"data.{part}: no range is given; {trained[0]:g} is black and {trained[1]:g} white, as the model has learnt"
-        )
+        say(f"data.{part}: no range is given; {say_range(trained)}, as the model has learnt")
     say_other_ranges({part: taken}, trained, "the model")
     return taken
 

@@ -17,7 +17,7 @@ from ssl_seg import rng
 from ssl_seg.config import UserError, load
 from ssl_seg.data.loading import Samples, loader
 from ssl_seg.images import Range
-from ssl_seg.models import DenseHead, ModelConfig
+from ssl_seg.models import RGB, DenseHead, ModelConfig
 from ssl_seg.norm.convert import Kind, are_one, convert_norm, has_batch_norm, is_fresh, loads_as
 from ssl_seg.norm.layers import FrozenNorm
 from ssl_seg.rng import seeded
@@ -112,6 +112,11 @@ def _inherit(exported: ModelConfig, given: ModelConfig, config: StageConfig) -> 
             f"init: {config.init} holds a {holds}, and model.encoder asks for {asks}; "
             "leave model.encoder out to take that of init, or name another init"
         )
+    if exported.channels != whole.channels and not config.init_allow:
+        raise UserError(
+            f"init: {config.init} takes images of {exported.channels} channels, and model.channels asks for "
+            f"{whole.channels}; leave model.channels out to take that of init, or name another init"
+        )
     return whole
 
 
@@ -144,6 +149,13 @@ def start_module(
     if start.kind == "checkpoint":
         return module, {}
     receipts = _loaded(module, start, load) if start.kind == "init" else _published(module, start)
+    if start.kind == "published" and model.channels != RGB:
+        how = "summed" if model.channels == 1 else f"repeated and scaled by {RGB}/{model.channels}"
+        say(
+            f"model.channels: {model.channels}: published weights have seen RGB; those of the first layer are {how} "
+            "over the colours, as timm does, and mean and std go along",
+            quiet,
+        )
     frozen = [layer for layer in module.encoder.modules() if isinstance(layer, FrozenNorm)]
     if frozen and all(is_fresh(layer) for layer in frozen):
         raise UserError("model.norm: frozen: a new encoder has no statistics to keep; give init=RUN, or another norm")
@@ -160,6 +172,8 @@ def _published(module: MultiTask, start: Start) -> dict[str, Receipt]:
     receipt = match_tensors(packaged[0], module.encoder, packaged[1])
     # Mean and std come from timm, and a count of batches changes nothing: no file of another library holds them all.
     receipt.missing = [name for name in receipt.missing if name not in CONSTANTS and not name.endswith(COUNTER)]
+    if start.model.channels != RGB:  # the first layer, which has another shape for that alone
+        receipt.adapted, receipt.mismatched = receipt.mismatched, {}
     return {"encoder": receipt}
 
 

@@ -25,7 +25,7 @@ from ssl_seg.config import UserError
 from ssl_seg.data.loading import Packed, Samples
 from ssl_seg.data.splits import NUM_DIGESTED, Examples
 from ssl_seg.images import Size, show_path
-from ssl_seg.models import evaluating, telling_small_maps
+from ssl_seg.models import evaluating, image_channels_of, telling_small_maps
 from ssl_seg.norm.convert import is_always_synchronised, unsynchronised
 from ssl_seg.rng import seeded
 from ssl_seg.stages.fit import open_streams
@@ -167,7 +167,7 @@ def rehearse(learner: Learner) -> bool:
         with _rehearsing(learner):
             held += [torch.empty_like(weight) for weight in _learning(module) for _ in _moments(learner)]
             for _ in range(min(2, learner.config.micro_batches)):  # the second meets the gradients of the first
-                backward(learner, _grey(learner.crops, learner.size), last=True)
+                backward(learner, _grey(learner, learner.crops, learner.size), last=True)
         fitted = True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -210,7 +210,7 @@ class Counted:
                 _ = module(views)
 
         with _rehearsing(learner):
-            views = passes_of(learner, _grey(few, size), learner.encodes_together)
+            views = passes_of(learner, _grey(learner, few, size), learner.encodes_together)
             most = max(bytes_of(partial(learn, own)) for own in views)
             most *= math.prod(learner.size) / math.prod(size)
             weights = sum(weight.nbytes for weight in _learning(module)) * (1 + len(_moments(learner)))
@@ -254,10 +254,11 @@ def _probed(size: Size) -> Size:
     return max(1, size[0] // times), max(1, size[1] // times)
 
 
-def _grey(counts: Mapping[Stream, int], size: Size) -> dict[Stream, Packed]:
+def _grey(learner: Learner, counts: Mapping[Stream, int], size: Size) -> dict[Stream, Packed]:
+    channels = learner.module.encoder.image_channels
     packed = {}
     for stream, count in counts.items():
-        image = torch.full((count, 3, *size), GREY, dtype=torch.uint8)
+        image = torch.full((count, channels, *size), GREY, dtype=torch.uint8)
         label = torch.zeros((count, *size), dtype=torch.uint8) if stream == "labelled" else None
         packed[stream] = Packed(image, torch.arange(count), label, ["grey"] * count)
     return packed
@@ -303,7 +304,7 @@ def check_crops(learner: Learner) -> None:
     """
     module, device, size = learner.evaluated, learner.processes.device, _probed(learner.size)
     with evaluating(module), telling_small_maps(size):
-        features = module.encoder(torch.full((1, 3, *size), 0.5, device=device))
+        features = module.encoder(torch.full((1, module.encoder.image_channels, *size), 0.5, device=device))
         for head in module.heads.values():
             head(features, size)
 
@@ -366,4 +367,5 @@ class Judged:
 
     def _predict(self, size: Size) -> None:
         with evaluating(self.model):
-            predict_ids(self.model, torch.full((1, 3, *size), 0.5, device=device_of(self.model)), size)
+            image = torch.full((1, image_channels_of(self.model), *size), 0.5, device=device_of(self.model))
+            predict_ids(self.model, image, size)

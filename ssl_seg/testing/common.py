@@ -37,14 +37,14 @@ def check_gradients(part: str, module: nn.Module, every: bool) -> None:
     assert not gradients or any(gradient.any() for gradient in arrived), f"no gradient reaches the {part}"
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
-    """Smooth colours with a bright disc on them, `(B, 3, H, W)`; every picture is another."""
+def pictures(count: int, height: int, width: int, channels: int = 3) -> Tensor:
+    """Smooth colours with a bright disc on them, `(B, C, H, W)`; every picture is another."""
     keys = rng.fold_in(rng.as_key("pictures"), torch.arange(count))
-    coarse = rng.uniform(keys, (3, 4, 4), 0.1, 0.9)
+    coarse = rng.uniform(keys, (channels, 4, 4), 0.1, 0.9)
     image = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
     row = torch.linspace(0.0, 1.0, height).view(-1, 1)
     column = torch.linspace(0.0, 1.0, width).view(1, -1)
     y, x = rng.uniform(rng.fold_in(keys, "disc"), (2, 1, 1, 1), 0.2, 0.8).unbind(1)
     disc = (row - y) ** 2 + (column - x) ** 2 < 0.02
-    colour = rng.uniform(rng.fold_in(keys, "colour"), (3, 1, 1))
+    colour = rng.uniform(rng.fold_in(keys, "colour"), (channels, 1, 1))
     return torch.where(disc, colour, image)

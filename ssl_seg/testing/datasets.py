@@ -30,7 +30,7 @@ def check_dataset(dataset: Dataset, *, reads: int = 8) -> None:
     for index in sorted({step * (count - 1) // max(1, reads - 1) for step in range(reads)}):
         example = dataset.read(index)
         where = f"read({index})"
-        _check_example(where, example, len(dataset.class_names))
+        _check_example(where, example, len(dataset.class_names), dataset.num_channels)
         assert example.name == names[index], f"{where} is named {example.name!r}, but name({index}) is {names[index]!r}"
         assert isinstance(dataset.sequence(index), str), f"sequence({index}) is not a str; give '' where there is none"
         assert isinstance(dataset.doubt(index), str), f"doubt({index}) is not a str; give '' where there is none"
@@ -51,14 +51,15 @@ def _check_class_names(names: tuple[str, ...]) -> None:
     assert len(names) <= 255, f"{len(names)} classes; ids are 8 bits and 255 is ignored"
 
 
-def _check_example(where: str, example: Example, num_classes: int) -> None:
+def _check_example(where: str, example: Example, num_classes: int, num_channels: int) -> None:
     assert isinstance(example, Example), f"{where} gives a {type(example).__name__}, not an Example"
     assert isinstance(example.name, str), f"the name of {where} is {example.name!r}, not a word"
     assert example.name, f"{where} has no name"
     image = example.image
     assert isinstance(image, np.ndarray), f"the image of {where} is a {type(image).__name__}, not a numpy array"
     assert image.dtype == np.uint8, f"the image of {where} is {image.dtype}, not uint8"
-    assert image.shape == (*image.shape[:2], 3), f"the image of {where} is {image.shape}, not (H, W, 3)"
+    wanted = (*image.shape[:2], num_channels)
+    assert image.shape == wanted, f"the image of {where} is {image.shape}, not (H, W, {num_channels})"
     assert image.size, f"the image of {where} has no pixel: {image.shape}"
     assert image.flags.writeable, f"the image of {where} is read-only, which torch warns of; copy it"
     label = example.label

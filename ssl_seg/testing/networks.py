@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, load
 from ssl_seg.models import (
     Decoder,
     DecoderNet,
@@ -27,7 +27,8 @@ HEAD_STRIDE = 4  # the coarsest at which a dense head of a built-in task answers
 def check_encoder(config: Encoder, *, sizes: Sequence[tuple[int, int]] = ((33, 47), (64, 64), (97, 50))) -> None:
     """Raise AssertionError, with what is wrong in a sentence, for an encoder that breaks the contract of `Encoder`.
 
-    It is built a few times and run on small images of `sizes` (H, W): check the smallest variant of a family.
+    It is built a few times and run on small images of `sizes` (H, W): check the smallest variant of a family. So it is
+    for images of 1 and of 5 channels, where its `channel_counts` promise them.
     """
     with torch.random.fork_rng(devices=[]):
         check_config(config, Encoder)
@@ -38,6 +39,8 @@ def check_encoder(config: Encoder, *, sizes: Sequence[tuple[int, int]] = ((33, 4
             _check_features(encoder, pictures(2, height, width))
         _check_encoder_gradients(encoder, pictures(2, 64, 96))
         _check_fresh_weights(config, pictures(2, 64, 96))
+        for channels in (1, 5):
+            _check_channels(config, channels)
         for output_stride in (16, 8):
             try:
                 dilated = config.build(output_stride)
@@ -48,6 +51,30 @@ def check_encoder(config: Encoder, *, sizes: Sequence[tuple[int, int]] = ((33, 4
                 coarsest = dilated.strides[-1]
                 assert coarsest <= output_stride, f"build({output_stride}) declares a map of stride {coarsest}"
                 _check_features(dilated, pictures(2, 33, 70))
+
+
+def _check_channels(config: Encoder, channels: int) -> None:
+    """What is promised of another number of image channels is had, and what is not is refused in one line."""
+    if channels not in config.channel_counts:
+        try:
+            load(ModelConfig, {"encoder": config, "channels": channels})
+        except UserError as error:
+            _check_one_line("model.channels", error)
+            return
+        raise AssertionError(f"channel_counts lack {channels}, and a model takes the encoder for as many")
+    build: Callable[..., EncoderNet] = config.build
+    encoder = build(32, channels)
+    assert encoder.image_channels == channels, f"build(32, {channels}) normalizes {encoder.image_channels} channels"
+    _check_declared(encoder)
+    images = pictures(2, 64, 64, channels)
+    _check_features(encoder, images)
+    with evaluating(encoder):
+        maps = encoder(images)
+        for channel in range(channels):
+            changed = images.clone()
+            changed[:, channel] = 1 - changed[:, channel]
+            others = [*encoder(changed)]
+            assert not all(map(torch.equal, maps, others)), f"of {channels} channels the maps ignore number {channel}"
 
 
 def check_decoder(config: Decoder, *, encoder: Encoder | None = None) -> None:

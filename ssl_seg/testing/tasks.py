@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from ssl_seg import rng
 from ssl_seg.models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     DecoderKind,
     DecoderNet,
     DenseHead,
@@ -19,6 +21,7 @@ from ssl_seg.models import (
     EncoderSpec,
     Features,
     LightNet,
+    constants_of,
     evaluating,
 )
 from ssl_seg.tasks import PAIR, PretextTask, View
@@ -44,7 +47,8 @@ def check_pretext_task(
     a task that draws nothing at random. Of a task that `mixes` a sample may depend on its partner. The task has to
     bring its loss on four images under `drop` times the first one in `steps` steps. A task that needs extras is given
     the `encoder` that has them, in place of the tiny one. A task that asks a network for its answer is given a larger
-    `tolerance`: convolutions round differently in batches of another size.
+    `tolerance`: convolutions round differently in batches of another size. Of 1 and of 5 image channels, where its
+    `channel_counts` promise them, head, loss and pictures are looked at too.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -55,6 +59,10 @@ def check_pretext_task(
             images, keys = pictures(count, height, width), rng.fold_in(rng.as_key("check"), torch.arange(count))
             _check_view(task, images, keys, keyed, tolerance)
             _check_answer(task, images, keys, strides, encoder)
+        for channels in (1, 5):
+            if channels in task.channel_counts and encoder is None:
+                images, keys = pictures(2, *size, channels), rng.fold_in(rng.as_key("check"), torch.arange(2))
+                _check_answer(task.prepare(images), images, keys, HALVING, encoder)
         _check_learning(task, pictures(4, *size), steps, drop, encoder)
 
 
@@ -134,7 +142,7 @@ def _check_answer(task: PretextTask, images: Tensor, keys: Tensor, strides: Sequ
     """Head, loss, metrics and pictures fit each other, and gradients arrive."""
     count, size = len(images), tuple(images.shape[-2:])
     view = task.corrupt(images, keys)
-    encoder, head = _network(task, strides, own)
+    encoder, head = _network(task, strides, own, images.shape[1])
     prediction = head(encoder(view.input), tuple(view.input.shape[-2:])).float()
     loss = task.loss(prediction, view)
     assert loss.shape == (count,), f"the loss is {tuple(loss.shape)}, not one number a sample, ({count},)"
@@ -163,7 +171,8 @@ def _check_answer(task: PretextTask, images: Tensor, keys: Tensor, strides: Sequ
             assert task.loss(guess, view).isfinite().all(), "the loss of the guess is not finite"
         for name, picture in {"render": task.render(answer, view), "render_target": task.render_target(view)}.items():
             if picture is not None:
-                assert picture.shape == (count, 3, *size), f"{name} gives {tuple(picture.shape)}, not (B, 3, H, W)"
+                shown = {(count, channels, *size) for channels in (3, images.shape[1])}
+                assert tuple(picture.shape) in shown, f"{name} gives {tuple(picture.shape)}, not (B, 3, H, W)"
                 assert 0 <= picture.min() <= picture.max() <= 1, f"{name} leaves [0, 1]; clamp the picture"
 
 
@@ -210,10 +219,16 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _network(task: PretextTask, strides: Sequence[int], own: Encoder | None) -> tuple[EncoderNet, nn.Module]:
+def _network(
+    task: PretextTask, strides: Sequence[int], own: Encoder | None, image_channels: int = 3
+) -> tuple[EncoderNet, nn.Module]:
     """`own` encoder, or else a tiny one with maps at `strides`, and the task's head on it."""
     channels = (*[16] * (len(strides) - 1), 32)
-    encoder = own.build() if own else EncoderNet(_TinyBackbone(channels, strides), channels, strides)
+    if own:
+        encoder = own.build()
+    else:
+        mean, std = (constants_of(values, image_channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        encoder = EncoderNet(_TinyBackbone(channels, strides, image_channels), channels, strides, mean, std)
 
     def dense(out_channels: int, stride: int = 1, decoder: DecoderKind = "full") -> DenseHead:
         if decoder == "light":
@@ -221,15 +236,17 @@ def _network(task: PretextTask, strides: Sequence[int], own: Encoder | None) -> 
         own = _TinyDecoder(encoder.channels, encoder.strides[0])
         return DenseHead(own, out_channels, stride, deep=decoder == "deep")
 
-    return encoder, task.head(EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras))
+    return encoder, task.head(
+        EncoderSpec(encoder.channels, encoder.strides, dense, encoder.extras, encoder.image_channels)
+    )
 
 
 class _TinyBackbone(nn.Module):
     """A convolution for each map, without norm: nothing here depends on the rest of the batch."""
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], image_channels: int) -> None:
         super().__init__()
-        widths, at = (3, *channels), (1, *strides)
+        widths, at = (image_channels, *channels), (1, *strides)
         self.levels = nn.ModuleList(
             nn.Conv2d(widths[level], widths[level + 1], 3, stride=at[level + 1] // at[level], padding=1)
             for level in range(len(channels))

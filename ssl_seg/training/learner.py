@@ -215,7 +215,9 @@ def uses_every_weight(module: MultiTask, size: tuple[int, int] = (64, 64)) -> bo
 
     Of the run's own `size` (H, W), for a task may refuse others: a jigsaw wants room for its tiles.
     """
-    image = rng.uniform(rng.as_key("probe"), (2, 3, *size)).to(next(module.parameters()).device)
+    image = rng.uniform(rng.as_key("probe"), (2, module.encoder.image_channels, *size)).to(
+        next(module.parameters()).device
+    )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with in_evaluation_mode(module):
         features = module.encoder(image)

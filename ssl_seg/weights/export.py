@@ -46,7 +46,7 @@ class _ExportShape(Shape):
 
     config: dict[str, Any]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    range: Two | None = None
+    range: Two | Annotated[list[Two], Field(min_length=1)] | None = None
     tensors: dict[str, str] = Field(default={})
     switch_layers: list[str] = Field(default=[])
 
@@ -145,9 +145,14 @@ def export_model(
     info = {
         "config": config,
         "class_names": model.class_names,
-        "preprocessing": "RGB in [0, 1]; the encoder normalizes and pads",
+        "preprocessing": f"{in_words(model.image_channels)} in [0, 1]; the encoder normalizes and pads",
     }
     return _export(folder, "model", model, {**info, **(extra or {})})
+
+
+def in_words(channels: int) -> str:
+    """What the channels of an image are called."""
+    return {1: "grey (1 channel)", 3: "RGB"}.get(channels, f"{channels} channels")
 
 
 def load_model_weights(model: SegmentationModel, path: str | Path, allow: Sequence[str] = ()) -> Receipt:
@@ -166,7 +171,14 @@ def read_model_info(path: str | Path) -> dict[str, Any]:
 def range_of(info: Mapping[str, Any]) -> Range | None:
     """The values that were black and white in training, by the JSON of an export; None for 8 bits, and before 0.2."""
     value_range = info.get("range")
-    return None if value_range is None else tuple(value_range)
+    if value_range is None:
+        return None
+    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value_range)
+
+
+def channels_of(path: str | Path, info: Mapping[str, Any]) -> int:
+    """Of the images that an exported network takes, by the JSON of an export."""
+    return exported_config(path, info).channels
 
 
 def temperature_of(info: Mapping[str, Any]) -> Temperature | None:

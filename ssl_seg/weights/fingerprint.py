@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ssl_seg import files, rng
 from ssl_seg.config import UserError
-from ssl_seg.models import evaluating
+from ssl_seg.models import evaluating, image_channels_of
 
-PROBE = (2, 3, 64, 64)  # the smallest images that leave the stride-32 map more than one pixel
+PROBE = (2, 64, 64)  # images and their sides: the smallest images that leave the stride-32 map more than one pixel
 PROBE_SEED = "ssl_seg.store.fingerprint"  # every export was compared under this word; another would refuse them all
 NUM_PROJECTIONS = 4  # several, so that no change of a map can lie across all of them by chance
 # Of a map's root mean square. Measured: 1e-6 between 1 and 2 threads, 4e-6 with and without oneDNN. In networks with
@@ -42,9 +42,9 @@ def fingerprint(net: nn.Module) -> list[list[float]]:
 
 
 def figures_of(net: nn.Module) -> list[list[float]]:
-    images, *shape = PROBE
+    images, *sides = PROBE
     key = rng.as_key(PROBE_SEED)
-    probe = rng.uniform(rng.fold_in(key, torch.arange(images)), tuple(shape))
+    probe = rng.uniform(rng.fold_in(key, torch.arange(images)), (image_channels_of(net), *sides))
     plain = net
     if not _is_plain(net):
         plain = copy.deepcopy(net).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_seg import files
 from ssl_seg.config import UserError, user_path
-from ssl_seg.weights.export import range_of
+from ssl_seg.models import SegmentationModel, image_channels_of
+from ssl_seg.weights.export import in_words, range_of
 
 
 class Form(NamedTuple):
@@ -98,10 +99,15 @@ def require(packages: Sequence[str], extra: str) -> None:
         raise UserError(f"export: {', '.join(missing)} not installed; pip install 'ssl_seg[{extra}]'")
 
 
-def noise(shape: Sequence[int]) -> Tensor:
-    """Images `(B, 3, H, W)` in [0, 1], the same for a shape (B, H, W) at each call."""
+def noise(shape: Sequence[int], channels: int = 3) -> Tensor:
+    """Images `(B, C, H, W)` in [0, 1], the same for a shape (B, H, W) at each call."""
     batch, height, width = shape
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def input_words(network: SegmentationModel) -> str:
+    """What a form takes, for its receipt."""
+    return f"(B, {network.image_channels}, H, W) float32, {in_words(network.image_channels)} in [0, 1]"
 
 
 def words_of(shape: Sequence[int]) -> str:
@@ -119,13 +125,13 @@ def distance(found: Tensor, wanted: Tensor, share: float = 1.0) -> float:
 
 @torch.no_grad()
 def difference(
-    network: Callable[[Tensor], Tensor],
+    network: nn.Module,
     answer: Callable[[Tensor], Tensor],
     shape: Sequence[int],
     share: float = 1.0,
 ) -> float:
     """The `distance` of what `answer` says from what `network` says of the `noise` of a shape (B, H, W)."""
-    image = noise(shape)
+    image = noise(shape, image_channels_of(network))
     wanted = network(image)
     return distance(answer(image), wanted, share)
 

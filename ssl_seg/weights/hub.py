@@ -16,11 +16,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ssl_seg import files
 from ssl_seg.config import user_path
-from ssl_seg.models import ModelConfig, SegmentationModel, evaluating
+from ssl_seg.models import RGB, ModelConfig, SegmentationModel, evaluating
 from ssl_seg.runs.folder import leak_word
 from ssl_seg.runs.schema import read_checked
 from ssl_seg.weights import forms
-from ssl_seg.weights.export import HUB_CONFIG, exported_config, load_model, read_model_info
+from ssl_seg.weights.export import HUB_CONFIG, exported_config, in_words, load_model, read_model_info
 from ssl_seg.weights.forms import COMPARED, Exported, difference, words_of
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -60,7 +60,7 @@ def export_hub(model: str | Path, out: str | Path) -> Exported:
     largest = forms.check_equal(differences, "the folder")
     receipt = {
         "read": f'ssl_seg.load_model("{out.name}")',
-        "input": "(B, 3, H, W) float32, RGB in [0, 1]",
+        "input": forms.input_words(network),
         "compared": differences,  # the largest difference of a logit, as a part of the largest logit
         **forms.facts(info, ("huggingface_hub",)),
     }
@@ -118,7 +118,7 @@ def _card(name: str, network: SegmentationModel, config: ModelConfig, info: Mapp
         "---",
         f"# {name}",
         "",
-        f"Semantic segmentation of RGB images into {len(network.class_names)} classes: "
+        f"Semantic segmentation of {_kind(network)} into {len(network.class_names)} classes: "
         f"{', '.join(map(_plain, network.class_names))}.",
         "",
         *_how_to_use(name),
@@ -127,6 +127,11 @@ def _card(name: str, network: SegmentationModel, config: ModelConfig, info: Mapp
         *_about_scores(result),
     ]
     return "\n".join(text)
+
+
+def _kind(network: SegmentationModel) -> str:
+    """What the images are."""
+    return "RGB images" if network.image_channels == RGB else f"images of {in_words(network.image_channels)}"
 
 
 def _how_to_use(name: str) -> list[str]:

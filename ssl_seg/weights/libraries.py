@@ -131,7 +131,7 @@ def _answer_differences(network: SegmentationModel, net: nn.Module) -> Differenc
     """By the shape of the images; infinite where smp's model does not take them."""
     found = {}
     for shape in _whole_strides(COMPARED):
-        image = forms.noise(shape)
+        image = forms.noise(shape, network.image_channels)
         try:
             answer = net((image - network.encoder.mean) / network.encoder.std)
         except Exception:  # smp and timm raise many kinds for a size that they do not take
@@ -176,7 +176,7 @@ def _map_differences(encoder: EncoderNet, plain: Plain, network: nn.Module) -> D
     """By the shape of the images."""
     found = {}
     for shape in sizes_of(plain, list(COMPARED)):
-        normal = (forms.noise(shape) - encoder.mean) / encoder.std
+        normal = (forms.noise(shape, encoder.image_channels) - encoder.mean) / encoder.std
         with torch.no_grad():
             found[words_of(shape)] = unequal_maps(encoder, network, normal)
     return found

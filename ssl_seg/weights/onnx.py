@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ssl_seg.config import UserError, first_line
 from ssl_seg.models import SegmentationModel, evaluating
 from ssl_seg.weights import forms
-from ssl_seg.weights.export import load_model, read_model_info
+from ssl_seg.weights.export import in_words, load_model, read_model_info
 from ssl_seg.weights.forms import COMPARED, Exported, difference, words_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # packages
@@ -49,7 +49,7 @@ def export_onnx(model: str | Path, out: str | Path) -> Exported:
         largest = forms.check_equal(differences, "the program")
         of_all = _differences(network, payload, 1.0)
     about = {
-        "input": {IMAGE: "(B, 3, H, W) float32, RGB in [0, 1]"},
+        "input": {IMAGE: forms.input_words(network)},
         "output": {LOGITS: f"(B, {len(network.class_names)}, H, W) float32; the class is the largest"},
         "compared": differences,  # 99 in 100 logits differ by no more, as a part of the largest
         "compared_all": of_all,  # the largest of all differences
@@ -57,8 +57,8 @@ def export_onnx(model: str | Path, out: str | Path) -> Exported:
     }
     forms.write(out, payload, about)
     told = (
-        f"{out}: answers as the model at {len(COMPARED)} sizes, to {largest:.0e} of the largest logit; takes RGB in "
-        f"[0, 1] of any size, tells {', '.join(network.class_names)} apart"
+        f"{out}: answers as the model at {len(COMPARED)} sizes, to {largest:.0e} of the largest logit; takes "
+        f"{in_words(network.image_channels)} in [0, 1] of any size, tells {', '.join(network.class_names)} apart"
     )
     return Exported(out, largest, told)
 
@@ -80,7 +80,7 @@ def _traced(network: SegmentationModel, notes: Mapping[str, str]) -> bytes:
     try:
         made = torch.onnx.export(
             _with_pooling_of_any_size(network),
-            (torch.rand(batch, 3, height, width),),
+            (torch.rand(batch, network.image_channels, height, width),),
             dynamo=True,
             dynamic_shapes=({0: any_size, 2: any_size, 3: any_size},),
             input_names=[IMAGE],

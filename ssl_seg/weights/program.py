@@ -20,9 +20,9 @@ from torch.fx.experimental import _config as tracing
 
 from ssl_seg.config import UserError, first_line
 from ssl_seg.images import Size
-from ssl_seg.models import evaluating
+from ssl_seg.models import evaluating, image_channels_of
 from ssl_seg.weights import forms
-from ssl_seg.weights.export import load_model, read_model_info
+from ssl_seg.weights.export import in_words, load_model, read_model_info
 from ssl_seg.weights.forms import COMPARED, Exported, difference, words_of
 
 TRACED = (2, 97, 131)  # B, H, W that the trace is made with, as of ONNX
@@ -73,7 +73,7 @@ def export_program(model: str | Path, out: str | Path) -> Exported:
     largest = forms.check_equal(differences, "the program")
     count = len(network.class_names)
     about = {
-        "input": f"(B, 3, H, W) float32, RGB in [0, 1]: {freedom.words}",
+        "input": f"{forms.input_words(network)}: {freedom.words}",
         "output": f"(B, {count}, H, W) float32; the class is the largest",
         "read": f'torch.export.load("{out.name}").module()(image)',
         "compared": differences,  # the largest difference of a logit, as a part of the largest logit
@@ -82,7 +82,8 @@ def export_program(model: str | Path, out: str | Path) -> Exported:
     forms.write(out, payload, about)
     told = (
         f"{out}: answers as the model on images of {', '.join(differences)}, to {largest:.0e} of the largest logit; "
-        f'takes RGB in [0, 1], {freedom.words}: torch.export.load("{out}").module()(image)'
+        f"takes {in_words(network.image_channels)} in [0, 1], {freedom.words}: "
+        f'torch.export.load("{out}").module()(image)'
     )
     return Exported(out, largest, told)
 
@@ -118,7 +119,8 @@ def runner(payload: bytes) -> Callable[[Tensor], Tensor]:
 
 def _traced(network: nn.Module, freedom: _Freedom, notes: Mapping[str, str]) -> bytes:
     batch, height, width = TRACED
-    image = torch.rand(batch if freedom.number else 1, 3, *(freedom.size or (height, width)))
+    channels = image_channels_of(network)
+    image = torch.rand(batch if freedom.number else 1, channels, *(freedom.size or (height, width)))
     # Without this a trace takes for granted, and the program checks, that no side was 1 on the way and that the image's
     # own size is no multiple of the stride: it then refuses every image of 256 x 256.
     with cast("Any", tracing).patch(backed_size_oblivious=True):

@@ -36,6 +36,7 @@ class Receipt:
     share: float  # of the module's parameters that the file gave, 0 to 1
     changed: list[str] = field(default_factory=list)  # those of `matched` that are not as they were exported
     not_finite: list[str] = field(default_factory=list)  # those of `matched` that hold NaN or infinity
+    adapted: dict[str, str] = field(default_factory=dict)  # name -> both shapes, of those made to fit other channels
     features_equal: bool | None = None  # on the probe batch; None where the file names none to compare with
     tolerance: float = TOLERANCE  # up to which they are called equal; more where the file is of less precision
 
@@ -50,6 +51,7 @@ class Receipt:
         figures = {
             "renamed": len(self.renamed),
             f"converted from {' and '.join(origins)}": len(self.converted),
+            "adapted to other channels": len(self.adapted),
             "missing": len(self.missing),
             "left over": len(self.left_over),
             "of another shape": len(self.mismatched),

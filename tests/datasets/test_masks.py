@@ -17,7 +17,7 @@ from PIL import Image
 from ssl_seg.config import UserError, load, read_words
 from ssl_seg.datasets.folder import Folder
 from ssl_seg.images import write_image
-from tests.test_images import png
+from tests.images.test_images import png
 
 SIZE = (4, 8)
 BLACK, WHITE, GREEN, BROWN = (0, 0, 0), (255, 255, 255), (0, 255, 0), (128, 64, 0)

@@ -24,6 +24,7 @@ from ssl_seg.config import UserError
 from ssl_seg.images import (
     doubt,
     largest_value,
+    limits,
     read_header,
     read_image,
     read_mask,
@@ -634,12 +635,12 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_header_that_never_ends_is_refused(tmp_path, monkeypatch, name):
     path = put(tmp_path / "endless", ENDLESS[name])
-    monkeypatch.setattr(images, "MAX_PIECES", 1000)
+    monkeypatch.setattr(limits, "MAX_PIECES", 1000)
     assert "in more pieces than a picture can have" in refusal(read_image, path)
 
 
 def test_no_real_picture_is_in_too_many_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIECES", 300)  # of a hundred thousand
+    monkeypatch.setattr(limits, "MAX_PIECES", 300)  # of a hundred thousand
     large = Image.fromarray(GENERATOR.integers(0, 256, (300, 400, 3), dtype=np.uint8))
     for suffix in ("png", "jpg", "tif", "gif", "bmp", "ppm"):
         assert read_image(saved(tmp_path / f"a.{suffix}", large)).shape == (300, 400, 3)
@@ -719,9 +720,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, monkeypatch, na
 
 def test_the_pixel_limit_is_exact(tmp_path, monkeypatch):
     path = saved(tmp_path / "a.png", Image.fromarray(PICTURE))
-    monkeypatch.setattr(images, "MAX_PIXELS", 12 * 16)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 12 * 16)
     assert read_image(path).shape == (12, 16, 3)
-    monkeypatch.setattr(images, "MAX_PIXELS", 12 * 16 - 1)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 12 * 16 - 1)
     assert "more than 191 pixels" in refusal(read_image, path)
 
 
