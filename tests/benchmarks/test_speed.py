@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from ssl_seg.datasets.synthetic import Synthetic
 from ssl_seg.figures import panels
 from ssl_seg.metrics import ConfusionMatrix
 from ssl_seg.models import ModelConfig, SegmentationModel
+from ssl_seg.norm.layers import SwitchNorm2d
 from ssl_seg.stages.fit import open_streams
 from ssl_seg.stages.pretrain import PretrainConfig
 from ssl_seg.stages.start import build_module
@@ -59,6 +60,22 @@ def seconds(action: Callable[[], object], times: int = 5) -> float:
         action()
         taken.append(time.perf_counter() - started)
     return median(taken)
+
+
+def ratios_by_turns(ways: Mapping[str, Callable[[], object]], to: str, times: int = 7) -> dict[str, float]:
+    """By turns, after a warm-up: the median of each way's CPU time as a multiple of that of `to` in the same turn."""
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    for _ in range(times):
+        taken = {}
+        for name, way in ways.items():
+            started = time.process_time()
+            way()
+            taken[name] = time.process_time() - started
+        for name, own in taken.items():
+            ratios[name].append(own / taken[to])
+    return {name: median(own) for name, own in ratios.items()}
 
 
 def test_a_step_against_a_bare_loop() -> None:
@@ -171,23 +188,32 @@ def test_the_memory_of_both_ways_of_encoding() -> None:
     print(f"\npeak memory: together {peaks['together']:.0f} MiB, in turn {peaks['in_turn']:.0f} MiB (imports included)")
 
 
-def test_a_step_with_switch_norm_against_batch_norm() -> None:
-    """The same resnet18 U-Net and images; switch norm makes three kinds of statistics, in plain PyTorch."""
-    image = torch.rand(8, 3, 128, 128)
-    taken = {}
-    for kind in ("batch", "switch"):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_step_with_switch_norm_against_batch_norm(channels_last: bool, precision: str) -> None:
+    """The same resnet18 U-Net and images, by turns in CPU time; the formulas as they stand are the third."""
+    laid = torch.channels_last if channels_last else torch.contiguous_format
+    image = torch.rand(8, 3, 128, 128).contiguous(memory_format=laid)
+    steps: dict[str, Callable[[], None]] = {}
+    for name, kind in (("batch", "batch"), ("switch", "switch"), ("plain", "switch")):
         config = load(PretrainConfig, {**VALUES, "model": {"norm": kind}})
-        module = build_module(config.model, config.tasks, 0)
+        module = build_module(config.model, config.tasks, 0).to(memory_format=laid)
         optimizer = build_optimizer(module, config.train)
+        if name == "plain":
+            for layer in filter(lambda layer: isinstance(layer, SwitchNorm2d), module.modules()):
+                layer.forward = lambda x, layer=layer: layer.act(layer.drop(layer.plainly(x)))
 
         def step(module: MultiTask = module, optimizer: torch.optim.Optimizer = optimizer) -> None:
             optimizer.zero_grad()
-            module.heads["denoise"](module.encoder(image), (128, 128)).square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                drawn = module.heads["denoise"](module.encoder(image), (128, 128))
+            drawn.float().square().mean().backward()
             optimizer.step()
 
-        taken[kind] = seconds(step)
-    print(f"\nswitch norm: {taken['switch']:.3f} s a step, batch norm {taken['batch']:.3f} s, ", end="")
-    print(f"ratio {taken['switch'] / taken['batch']:.2f}")
+        steps[name] = step
+    ratios = ratios_by_turns(steps, to="batch")
+    told = ", ".join(f"{name} norm {own:.3f}" for name, own in ratios.items() if name != "batch")
+    print(f"\nsteps of a U-Net in {precision}, {laid}, as times of batch norm's: {told}")
 
 
 def test_the_colour_target_against_all_distances() -> None:

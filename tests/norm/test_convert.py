@@ -453,6 +453,85 @@ def test_memory_format_is_kept_and_does_not_matter() -> None:
     torch.testing.assert_close(last, layer(x))
 
 
+LAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every second": lambda x: torch.stack([x, x], dim=-1).flatten(-2)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("laid", LAID)
+@pytest.mark.parametrize("shape", [(3, 6, 17, 16), (3, 6, 5, 7), (1, 6, 1, 1), (4, 1, 16, 16), (3, 6, 9), (4, 6)])
+def test_the_quick_way_is_the_plain_one(shape: tuple[int, ...], laid: str, dtype: torch.dtype, training: bool) -> None:
+    """Both ways of memory, large and small maps: `plainly` is differentiated by autograd."""
+    if laid == "channels_last" and len(shape) != 4:
+        pytest.skip("of images alone")
+    layers = [_random_layer(6 if shape[1] == 6 else 1, torch.promote_types(dtype, torch.float32)) for _ in range(2)]
+    given = LAID[laid]((torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype))
+    direction = torch.randn(shape, dtype=torch.float64).to(dtype)
+    found = []
+    for layer, way in zip(layers, (SwitchNorm2d.forward, SwitchNorm2d.plainly), strict=True):
+        x = given.detach().requires_grad_()
+        y = way(layer.train(training), x)
+        y.backward(direction)
+        assert x.grad is not None
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        found.append((y.detach(), x.grad, *gradients, *layer.state_dict().values()))
+    near = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 2e-2)}[dtype]
+    for quick, plain in zip(*found, strict=True):
+        assert quick.dtype == plain.dtype
+        torch.testing.assert_close(quick, plain, rtol=near[0], atol=near[1])
+
+
+@pytest.mark.parametrize("laid", ["rows", "channels_last"])
+def test_half_precision_keeps_the_map_as_it_came_and_tables(laid: str) -> None:
+    kept = {}
+    x = LAID[laid](torch.randn(4, 16, 32, 32)).bfloat16().requires_grad_()
+
+    def keep(value: Tensor) -> Tensor:
+        kept[value.data_ptr()] = value.nbytes
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        SwitchNorm2d(16)(x)
+    assert sum(kept.values()) < 1.02 * x.nbytes
+
+
+@pytest.mark.parametrize("laid", ["rows", "channels_last"])
+def test_the_quick_way_is_as_exact_as_the_plain_one_where_means_are_large(laid: str) -> None:
+    x, direction = (LAID[laid](torch.randn(4, 8, 32, 32)) for _ in range(2))
+    x = x + 1e3
+    off = {}
+    exact = SwitchNorm2d(8).double()
+    wide = x.double().requires_grad_()
+    exact.plainly(wide).backward(direction.double())
+    for way in (SwitchNorm2d.forward, SwitchNorm2d.plainly):
+        layer, own = SwitchNorm2d(8), x.detach().requires_grad_()
+        way(layer, own).backward(direction)
+        assert own.grad is not None
+        found = (own.grad, layer.weight.grad, layer.var_logits.grad)
+        wanted = (wide.grad, exact.weight.grad, exact.var_logits.grad)
+        off[way.__name__] = [(a.double() - b).norm().item() for a, b in zip(found, wanted, strict=True)]
+    assert all(quick <= 1.5 * plain for quick, plain in zip(off["forward"], off["plainly"], strict=True)), off
+
+
+def test_the_gradient_has_no_gradient() -> None:
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(SwitchNorm2d(3)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_traced_program_is_of_torchs_own_operations() -> None:
+    layer = _random_layer(4, torch.float32).eval()
+    x = torch.randn(2, 4, 6, 5)
+    program = torch.export.export(layer, (x,))
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_logits_are_not_decayed() -> None:
     module = nn.Sequential(nn.BatchNorm2d(4))
     convert_norm(module, "switch")
