@@ -24,7 +24,7 @@ from ssl_seg.evidence.claims import OF_CONDITIONS, answer, rules, state_of, stat
 from ssl_seg.evidence.comparison import PairedGain, condition_text
 from ssl_seg.evidence.formatting import NOTHING, average, begun, between, count_of, duration, p_as_number, percent
 from ssl_seg.evidence.pairs import Spread
-from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
+from ssl_seg.evidence.results import CELLS, FOLDS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.evidence.statistics import (
     MAX_FLIPS,
     MIN_BLOCKS,
@@ -329,7 +329,7 @@ def _under_last(study: Study) -> str:
 
 
 def _missing(page: Page[Study]) -> Iterator[Section]:
-    places = ((PRETRAINED, page.found.pretrained), (SEARCHED, page.found.trials))
+    places = ((PRETRAINED, page.found.pretrained), (SEARCHED, page.found.trials), (FOLDS, page.found.folds))
     lacking = [
         (place, own["id"], own["status"], own["message"])
         for place, listed in places
@@ -394,6 +394,7 @@ def _cells(page: Page[Study]) -> Iterator[Section]:
     for place, title, listed in (
         (PRETRAINED, "Pretrainings", page.found.pretrained),
         (SEARCHED, "Runs of the search", page.found.trials),
+        (FOLDS, "Runs of folds", page.found.folds),
     ):
         rows = tuple(TableRow(own["id"], (own["status"],), link=_link(page, place, own["id"])) for own in listed)
         folds += [Fold(title, (Table("", ("Run", "State"), rows, words=True),))] * bool(rows)
