@@ -109,13 +109,14 @@ def _front(page: Page[Study]) -> Front:
     study = page.found
     seeds = count_of(len(study.record["seeds"]), "seed")
     conditions = f"{len(study.conditions)} conditions, " if len(study.conditions) > 1 else ""
+    cells = count_of(len(study.cells), "cell") + (f" of {count_of(len(study.folds), 'fold')}" if study.folds else "")
     missing = Counter(state_of(cell) for cell in study.cells if not cell.scores)
     unfinished = [(count_of(count, "cell"), state) for state, count in missing.items()]
     status = _status(study)
     unfinished += [("the study", status)] if status not in ("finished", "failed") else []
     return Front(
         title=study.name,
-        counts=f"study: {count_of(len(study.arms), 'arm')}, {conditions}{seeds}, {count_of(len(study.cells), 'cell')}",
+        counts=f"study: {count_of(len(study.arms), 'arm')}, {conditions}{seeds}, {cells}",
         told=answer(study),
         marks={arm.label: mark for arm, mark in page.marks.items()},
         rules=(*[OF_CONDITIONS] * (len(study.conditions) > 1), *rules(study.level)),
@@ -190,6 +191,11 @@ def _has_starts(study: Study) -> bool:
 def _on_gains(study: Study) -> Iterator[str]:
     """What is to be known of the table, and why figures are missing where they are."""
     gains = study.gains
+    if study.folds:
+        yield (
+            "Every labelled image is scored once in each cell, by the run that has not learnt from it: the matrices of "
+            "all folds are summed."
+        )
     numbers = [len(gain.independent) for gain in gains]
     with_p = [gain for gain in gains if gain.p is not None and not study.contrasts]
     if with_p:

@@ -296,7 +296,7 @@ class _Progress:
                 self.note(cell, "failed", str(error), seconds)
                 return
             self.note(cell, "finished", seconds=seconds)
-            Mirror(cell.config.tracking, _folder(self.out, cell), quiet=self.options.quiet).start()
+            Mirror(cell.config.tracking, _folder(self.out, cell), quiet=self.options.quiet).leave_alone()
             score = _score(self.out, cell)
             reached = "" if score is None else f": mIoU {100 * score:.1f}"
             self._say(f"{cell.id}: its {len(runs)} folds are pooled{reached}")

@@ -121,6 +121,12 @@ class Mirror:
         except (OSError, UserError) as error:  # no run fails for what only shows it
             say(f"MLflow: no mirror ({error}); {self.replay} sends the run later", self.quiet)
 
+    def leave_alone(self) -> None:
+        """Start it for a folder that is finished, and wait for nothing."""
+        self.start()
+        if self.process is not None:
+            _left_behind.append(self.process)
+
     def _start(self) -> None:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]
         with files.naming(self.folder / FOLDER):

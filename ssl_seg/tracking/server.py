@@ -185,7 +185,7 @@ class MirroredRun:
         if parent:
             client.set_terminated(parent, "FINISHED")
         # Last: it takes the longest, and is the one thing that may fail by itself.
-        if self.tracking.model and run.is_done and run.stage == "finetune" and (run.folder / "model").is_dir():
+        if self.tracking.model and run.is_done and run.stage == "finetune" and run.files_in("model"):
             from ssl_seg.tracking.model import log_model  # torch, which all else can do without
 
             log_model(client, self.run_id, run.folder)
