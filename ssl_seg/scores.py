@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
@@ -139,8 +139,25 @@ class ImageConfusions:
             cell=np.concatenate([none, *(row.cell for row in ordered)]).astype(np.int32),
             count=np.concatenate([none, *(row.count for row in ordered)]).astype(np.int32),
             band=np.concatenate([none, *(row.band for row in ordered)]).astype(np.int32),
-            digest=split_digest(ordered),
+            digest=split_digest((row.name, row.digest) for row in ordered),
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], names: Sequence[str], digest: str) -> Self:
+        """Sets of different images as one, in the order of `names`, which are those of all; `digest` is of these.
+
+        Raises ValueError for parts of other images or other classes.
+        """
+        place = {name: index for index, name in enumerate(names)}
+        if sorted(names) != sorted(name for part in parts for name in part.names):
+            raise ValueError("the parts do not hold each image once")
+        if len({part.class_names for part in parts}) != 1:
+            raise ValueError("the parts have other classes")
+        image = np.concatenate([np.array([place[name] for name in part.names])[part.image] for part in parts])
+        order = np.lexsort((np.concatenate([part.cell for part in parts]), image))
+        columns = {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in COLUMNS}
+        columns["image"] = image[order].astype(np.int32)
+        return cls(parts[0].class_names, tuple(names), **columns, digest=digest)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -236,12 +253,12 @@ def names_share(figure: str, class_names: Sequence[str]) -> bool:
     return figure in ("miou", "accuracy", f"{BAND}/miou", *(f"iou/{name}" for name in class_names))
 
 
-def split_digest(rows: Sequence[Row]) -> str:
-    """What tells a set of scored images from another: names, pixels and labels, in the data set's order."""
+def split_digest(images: Iterable[tuple[str, str]]) -> str:
+    """What tells a set of scored images from another, by each one's name and the digest of its pixels and label."""
     hashed = hashlib.sha256()
-    for row in rows:
-        hashed.update(row.name.encode("utf-8", "surrogateescape") + b"\0")
-        hashed.update(row.digest.encode() + b"\0")
+    for name, digest in images:
+        hashed.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        hashed.update(digest.encode() + b"\0")
     return hashed.hexdigest()
 
 

@@ -17,7 +17,13 @@ TEACHERS = {"weights.export", "weights.fingerprint"}  # of a task that has weigh
 PUBLIC_MODULES = {"datasets", "images", "losses", "metrics", "models", "rng", "tasks", "testing", "worlds"}
 HOMES = {  # the only files that may import a heavy library
     "accelerate": {"training.processes"},
-    "mlflow": {"tracking.system_metrics", "tracking.client", "tracking.server", "tracking.experiments"},
+    "mlflow": {
+        "tracking.system_metrics",
+        "tracking.client",
+        "tracking.server",
+        "tracking.experiments",
+        "tracking.model",
+    },
     "matplotlib": {"figures.svg", "figures.charts"},
     "jinja2": {"reports.blocks"},
     "timm": {"models.timm", "models.timm_maps", "models.timm_plain"},

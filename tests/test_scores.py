@@ -130,12 +130,18 @@ def test_the_named_figures_are_those_of_the_matrices() -> None:
 
 def test_other_images_labels_names_or_another_order_have_another_digest() -> None:
     rows = [row(index, matrix, f"image {index}") for index, matrix in enumerate(drawn(3))]
-    digests = {split_digest(rows), split_digest(rows[::-1]), split_digest(rows[:2])}
-    digests.add(split_digest([rows[0]._replace(name="image"), *rows[1:]]))
-    digests.add(split_digest([rows[0]._replace(digest="other pixels"), *rows[1:]]))
+
+    def digest_of(listed: list[Row]) -> str:
+        return ImageConfusions.from_rows(("road", "sky", "tree"), listed).digest
+
+    other = [rows[0]._replace(name="image"), *rows[1:]]
+    pixels = [rows[0]._replace(digest="other pixels"), *rows[1:]]
+    turned = [own._replace(index=2 - own.index) for own in rows]
+    digests = {digest_of(rows), digest_of(turned), digest_of(rows[:2]), digest_of(other), digest_of(pixels)}
     assert len(digests) == 5
+    assert digest_of(rows) == split_digest((own.name, own.digest) for own in rows)
     counted = [rows[0]._replace(count=rows[0].count + 1), *rows[1:]]
-    assert split_digest(counted) == split_digest(rows), "what a model answers is no part of it"
+    assert digest_of(counted) == digest_of(rows), "what a model answers is no part of it"
 
 
 def test_an_image_s_score_is_scikit_learn_s() -> None:

@@ -56,6 +56,8 @@ OF_TRAINING = {
     **_each("seed random_seed random_state", "seed"),
     **_each("tasks task pretext", "tasks"),
     **_each("num_labels n_labels", "labels.count"),
+    **_each("folds num_folds k_folds n_folds kfold n_splits cv", "labels.folds"),
+    **_each("fold", "labels.fold"),
     **_each("num_classes n_classes class_names", "data.labelled.classes"),
     **_each("class_weights", "segment.class_weights"),
     **_each("loss losses criterion", "segment"),

@@ -80,6 +80,7 @@ def track_command(
     runs: Runs = None,
     experiment: Annotated[str | None, typer.Option(help="In place of the one that the run names.")] = None,
     uri: Uri = None,
+    model: Annotated[bool, typer.Option("--model", help="Also the fine-tuned model, as one of MLflow's own.")] = False,
     follow: Annotated[int | None, typer.Option(hidden=True, metavar="PID")] = None,
 ) -> None:
     """Send to MLflow what it has not got of a run: after the server was down, or to another server."""
@@ -93,7 +94,7 @@ def track_command(
     if follow is not None:
         raise typer.Exit(mirror.follow(runs[0], follow))
     for run in runs:
-        sent = mirror.track(run, uri, experiment)
+        sent = mirror.track(run, uri, experiment, model or None)
         what = f"{sent.lines} lines and {sent.pictures} pictures"
         print_lines([f"{run}: {what} sent to {sent.experiment} at {sent.uri} (run {sent.run_id})"])
 

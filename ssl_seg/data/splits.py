@@ -7,6 +7,7 @@ sequences, since the frames of one video are nearly copies. Ours, because both c
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -28,12 +30,14 @@ from ssl_seg import images, rng
 from ssl_seg.config import Config, UserError, known_to_0_1
 from ssl_seg.datasets import Dataset, Example, numbering
 from ssl_seg.datasets.masks import IGNORE
+from ssl_seg.runs.folder import manifest_of
 
 HELD_OUT = 0.2  # the usual fifth, where the user names no validation set
 NUM_DIGESTED = 32  # images that a start reads once more to know them again: a second of large photographs
 LEAST_HELD_OUT = 0.1  # one stray image in a folder of its own is a sequence too, and would judge the run alone
 LARGEST_HELD_OUT = 0.4  # of the images: rather a whole sequence of that size than neighbours on both sides
 HOLD_OUT_KEY = rng.as_key("hold out")
+LEAST_FOLDS = 2
 
 
 class Examples(Protocol):
@@ -161,7 +165,25 @@ class Labels(Config):
     names: tuple[str, ...] | None = None
     # True: drawn by chance alone, as by one who has no masks yet; else masks are read, to cover the classes.
     blind: bool = False
-    seed: int = 0  # of the draw
+    # Into how many folds the labelled images are cut, groups whole and classes evenly, where there is no data.val: each
+    # run learns from all but one and is scored on that one. `ssl-seg study` makes all of them and pools their scores.
+    folds: int | None = None
+    fold: NonNegativeInt | None = None  # which of `folds` is held out, from 0; a study leaves it out
+    seed: int = 0  # of the draw, and of the cut into folds
+
+    @model_validator(mode="after")
+    def _folds_fit(self) -> Labels:
+        if self.folds is None:
+            if self.fold is not None:
+                raise ValueError(f"fold: {self.fold} of how many? Give folds too, or drop it")
+            return self
+        if self.folds < LEAST_FOLDS:
+            raise ValueError(f"folds: {self.folds} would leave nothing to learn from; give {LEAST_FOLDS} or more")
+        if self.fold is not None and self.fold >= self.folds:
+            raise ValueError(f"fold: {self.fold} is none of the {self.folds} folds; write 0 to {self.folds - 1}")
+        if self.names is not None:
+            raise ValueError("names and folds are both given; keep one of them, or list the named images as a data set")
+        return self
 
     @model_validator(mode="after")
     def _one_way(self) -> Labels:
@@ -174,7 +196,7 @@ class Labels(Config):
 
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return known_to_0_1(self, dump(self), since=("names", "blind"))
+        return known_to_0_1(self, dump(self), since=("names", "blind", "folds", "fold"))
 
     def number(self, available: int, held_out: int = 0) -> int:
         """How many of the available images are used, beside which some are held out. Raises UserError for too many."""
@@ -189,12 +211,33 @@ class Labels(Config):
         if wanted > available:
             if not held_out:
                 raise UserError(f"labels.count: {wanted} is more than the {available} labelled images; ask for fewer")
+            otherwise = "give data.val of its own" if self.folds is None else "cut more labels.folds"
             raise UserError(
                 f"labels.count: {wanted} is more than the {available} labelled images to train on: of "
                 f"{available + held_out} {held_out} {'is' if held_out == 1 else 'are'} held out to validate on; write "
-                f"{available} or less, or give data.val of its own"
+                f"{available} or less, or {otherwise}"
             )
         return wanted
+
+    def divide(self, dataset: Dataset) -> tuple[Subset, Subset]:
+        """The images whose masks may be used, and those held out to validate on: a fold, where `folds` are asked for.
+
+        Raises UserError as `cut_into_folds`, and where nothing says which fold it is.
+        """
+        if self.folds is None:
+            return hold_out(dataset)
+        if self.fold is None:
+            raise UserError(
+                f"labels.folds: {self.folds}, and labels.fold does not say which of them is held out; write 0 to "
+                f"{self.folds - 1}, or let ssl-seg study make all of them"
+            )
+        held = self.cut(dataset)[self.fold]
+        kept = sorted(set(range(len(dataset))) - set(held))
+        return Subset(dataset, tuple(kept)), Subset(dataset, held)
+
+    def cut(self, dataset: Dataset) -> tuple[tuple[int, ...], ...]:
+        """The images of each of the `folds`; () without any."""
+        return () if self.folds is None else cut_into_folds(dataset, self.folds, self.seed, not self.blind)
 
     def choose(self, dataset: Examples) -> Subset:
         """The first images of `names`, else of a seeded order whose prefixes cover the classes as early as they can."""
@@ -306,9 +349,7 @@ def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
     of its own, so that runs with other labels or weights are validated on the same images.
     """
     count = len(dataset)
-    by_sequence: dict[str, set[int]] = {}
-    for index in range(count):
-        by_sequence.setdefault(dataset.sequence(index), set()).add(index)
+    by_sequence = _by_sequence(dataset)
     names = sorted(by_sequence)
     held: set[int] = set()
     for place in rng.permutation(HOLD_OUT_KEY, len(names)).tolist():
@@ -325,25 +366,94 @@ def hold_out(dataset: Dataset) -> tuple[Subset, Subset]:
 def _single_images(dataset: Dataset) -> set[int]:
     """A fifth of the images, whatever sequence they belong to: the end of each numbering, of the others any."""
     count = len(dataset)
+    order = rng.permutation(HOLD_OUT_KEY, count).tolist()
+    numbered, others = _by_numbering(dataset, order)
+    groups = [*(own[::-1] for own in numbered), others]
+    share = {index: (place + 0.5) / len(own) for own in groups for place, index in enumerate(own)}
+    return set(sorted(order, key=share.__getitem__)[: round(HELD_OUT * count)])
+
+
+def _by_sequence(dataset: Dataset) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for index in range(len(dataset)):
+        found.setdefault(dataset.sequence(index), set()).add(index)
+    return found
+
+
+def _by_numbering(dataset: Dataset, order: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """Of the images in `order` those of each numbering, by their number, and those of none, in that order.
+
+    A number that no other image shares a numbering with is as good as none.
+    """
     numberings: dict[str, list[tuple[int, int]]] = {}
     others: list[int] = []
-    order = rng.permutation(HOLD_OUT_KEY, count).tolist()
     for index in order:
         numbered = numbering(dataset.name(index))
         if numbered is None:
             others.append(index)
         else:
             numberings.setdefault(numbered[0], []).append((numbered[1], index))
-    groups = [[index for _, index in sorted(own, reverse=True)] for own in numberings.values() if len(own) > 1]
-    # A number that no other image shares a sequence with is as good as none.
-    groups.append([*others, *(own[0][1] for own in numberings.values() if len(own) == 1)])
-    share = {index: (place + 0.5) / len(own) for own in groups for place, index in enumerate(own)}
-    return set(sorted(order, key=share.__getitem__)[: round(HELD_OUT * count)])
+    found = [[index for _, index in sorted(own)] for own in numberings.values() if len(own) > 1]
+    return found, [*others, *(own[0][1] for own in numberings.values() if len(own) == 1)]
+
+
+def cut_into_folds(dataset: Dataset, count: int, seed: int, by_classes: bool = True) -> tuple[tuple[int, ...], ...]:
+    """The indices of each of `count` folds, by names, groups and seed alone; masks are read where `by_classes`.
+
+    Whole sequences, as in `hold_out`. Where there are none, images, of which those with a numbering stay together in
+    as many stretches as there are folds, for they may be frames of a video.
+    Raises UserError for more folds than groups.
+    """
+    groups = _groups(dataset, count)
+    if count > len(groups):
+        are_images = all(len(own) == 1 for own in groups)
+        what = "labelled images" if are_images else "groups of labelled images, each of which stays whole"
+        fewer = f"write {len(groups)} or less" if len(groups) >= LEAST_FOLDS else "give more of them"
+        raise UserError(f"labels.folds: {count} is more than the {len(groups)} {what}; {fewer}")
+    shown = [_classes(dataset, index) if by_classes else set() for index in range(len(dataset))]
+    return spread_groups(groups, shown, count, seed)
+
+
+def _groups(dataset: Dataset, count: int) -> list[list[int]]:
+    """The images that have to stay in one fold, in the order of their first names."""
+    sequences = _by_sequence(dataset)
+    alone = sequences.pop("", set()) if len(sequences) > 1 else set(range(len(dataset)))
+    whole = [sorted(own) for own in sequences.values()] if len(alone) < len(dataset) else []
+    numbered, others = _by_numbering(dataset, sorted(alone))
+    stretches = [part.tolist() for own in numbered for part in np.array_split(own, count) if len(part)]
+    groups = [*whole, *stretches, *([index] for index in others)]
+    return sorted(groups, key=lambda own: min(map(dataset.name, own)))
+
+
+def spread_groups(
+    groups: Sequence[Sequence[int]], shown: Sequence[set[int]], count: int, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Deal groups of images to `count` folds of about one size, with the classes that images show spread evenly.
+
+    The largest groups come first, among equals those with the rarest class, in a seeded order. Each goes where its
+    rarest class lacks most, then the next rarest (after Sechidis et al., "On the stratification of multi-label data",
+    ECML 2011), then to the smallest fold, as long as it has room. scikit-learn knows one class an image only.
+    """
+    number = sum(map(len, groups))
+    totals = Counter(class_id for own in shown for class_id in own)
+    rarest_first = sorted(totals, key=lambda class_id: (totals[class_id], class_id))
+    order = rng.permutation(rng.fold_in(rng.as_key(seed), "folds"), len(groups)).tolist()
+    counts = [Counter(class_id for index in own for class_id in shown[index]) for own in groups]
+    order.sort(key=lambda place: (-len(groups[place]), min((totals[one] for one in counts[place]), default=number)))
+    rooms = [number // count + (fold < number % count) for fold in range(count)]
+    given: list[Counter[int]] = [Counter() for _ in range(count)]
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for place in order:
+        own = groups[place]
+        most = max(room - len(held) for room, held in zip(rooms, dealt, strict=True))
+        fitting = [fold for fold in range(count) if rooms[fold] - len(dealt[fold]) >= min(most, len(own))]
+        classes = [class_id for class_id in rarest_first if class_id in counts[place]]
+        fold = min(fitting, key=lambda fold: ([given[fold][one] for one in classes], len(dealt[fold])))
+        dealt[fold] += own
+        given[fold] += counts[place]
+    return tuple(tuple(sorted(own)) for own in dealt)
 
 
 def manifest(examples: Examples) -> dict[str, Any]:
     """What a resumed run checks: the same images in the same order. Names only; their pixels are not read."""
-    digest = hashlib.sha256()
-    for index in range(len(examples)):
-        digest.update(examples.name(index).encode("utf-8", "surrogateescape") + b"\0")
-    return {"images": len(examples), "sha256_of_names": digest.hexdigest()}
+    return manifest_of(names_of(examples))

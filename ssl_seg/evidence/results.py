@@ -25,10 +25,11 @@ from ssl_seg.evidence.pairs import MIN_STARTS
 from ssl_seg.evidence.passport import differing, passports_in
 from ssl_seg.evidence.statistics import detectable, holm_where_known
 from ssl_seg.runs.folder import RunFolder, as_text, labelled_digest, scores_of
-from ssl_seg.runs.schema import Finite, LeaksShape, Shape
+from ssl_seg.runs.schema import Finite, FolderName, LeaksShape, Shape
 
 STUDY_FILE = "study.json"
-CELLS, PRETRAINED, SEARCHED = "cells", "pretrained", "searched"  # folders of runs in a study's
+# Folders of runs in a study's. With `labels.folds` a cell is what its runs in `folds` have come to together.
+CELLS, PRETRAINED, SEARCHED, FOLDS = "cells", "pretrained", "searched", "folds"
 _AGAIN = "give the study's command again, which makes it anew from the cells"
 CELLS_FILE, GAINS_FILE, LABELS_FILE, PRIMARY_FILE = "cells.csv", "gains.csv", "labels.csv", "primary.csv"
 LEDGER_FILE = "ledger.csv"
@@ -60,6 +61,11 @@ class Study(Comparison):
     def pretrained(self) -> Sequence[Mapping[str, Any]]:
         """Its pretrainings, as study.json has them."""
         return self.record.get("pretrained", ())
+
+    @property
+    def folds(self) -> Sequence[Mapping[str, Any]]:
+        """The runs whose held-out folds its cells pool; none without `labels.folds`."""
+        return self.record.get("folds", ())
 
     @property
     def trials(self) -> Sequence[Mapping[str, Any]]:
@@ -185,8 +191,7 @@ def _arm(own: Mapping[str, Any], cells: Iterable[Outcome]) -> Arm:
 
 
 class _RunShape(Shape):
-    # The name of a folder, and no path out of the study's: neither . nor ..
-    id: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
+    id: FolderName
     arm: str
     condition: dict[str, Any]
     seed: int
@@ -234,6 +239,7 @@ class _StudyShape(Shape):
     seeds: list[int]
     level: Annotated[float, Field(gt=0.5, lt=1.0)]
     cells: list[_RunShape]
+    folds: list[_RunShape] = Field(default=[])
     pretrained: list[_RunShape] = Field(default=[])
     search: _SearchShape = _SearchShape()
     config: _ConfigShape = _ConfigShape()

@@ -85,6 +85,9 @@ class Question:
     # Parts (trained, scored) that the run itself has cut from one data set: frames beside the cut are written down and
     # let pass, for the user has not chosen it and one clip cannot be cut without.
     own_cuts: frozenset[Pair] = frozenset()
+    # Of a pair of parts that are one set of images, cut into folds once or several times: the fold of each image by its
+    # name, for each cut. Only images in different folds of a cut are trained on for one another.
+    folds: Mapping[Pair, Sequence[Mapping[str, int]]] = field(default_factory=dict)
 
     @property
     def given(self) -> dict[str, Examples]:
@@ -209,8 +212,18 @@ def _compared(question: Question, workers: Workers | None, result: Compared) -> 
         result.prints[part] = yield from fingerprint(examples, workers)
     for part, prints in list(result.prints.items()):
         for against in sorted(question.scored.keys() & given.keys()):
-            if part not in question.scored:
+            if (part, against) in question.folds:
+                result.leaks += yield from _between_folds((part, against), prints, question)
+            elif part not in question.scored:
                 result.leaks += yield from compare(part, prints, against, result.prints[against], question.config)
+
+
+def _between_folds(pair: Pair, prints: Fingerprints, question: Question) -> Generator[None, None, list[Leak]]:
+    """The leaks of images into others that are held out, in some cut, where they themselves are not."""
+    alike = yield from within(pair[0], prints, question.config)
+    cuts = question.folds[pair]
+    apart = [leak for leak in alike if any(cut[leak.name] != cut[leak.scored] for cut in cuts)]
+    return [replace(leak, scored_part=pair[1]) for leak in apart]
 
 
 def make_record(

@@ -24,7 +24,7 @@ from ssl_seg.evidence.claims import OF_CONDITIONS, answer, rules, state_of, stat
 from ssl_seg.evidence.comparison import PairedGain, condition_text
 from ssl_seg.evidence.formatting import NOTHING, average, begun, between, count_of, duration, p_as_number, percent
 from ssl_seg.evidence.pairs import Spread
-from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
+from ssl_seg.evidence.results import CELLS, FOLDS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.evidence.statistics import (
     MAX_FLIPS,
     MIN_BLOCKS,
@@ -109,13 +109,14 @@ def _front(page: Page[Study]) -> Front:
     study = page.found
     seeds = count_of(len(study.record["seeds"]), "seed")
     conditions = f"{len(study.conditions)} conditions, " if len(study.conditions) > 1 else ""
+    cells = count_of(len(study.cells), "cell") + (f" of {count_of(len(study.folds), 'fold')}" if study.folds else "")
     missing = Counter(state_of(cell) for cell in study.cells if not cell.scores)
     unfinished = [(count_of(count, "cell"), state) for state, count in missing.items()]
     status = _status(study)
     unfinished += [("the study", status)] if status not in ("finished", "failed") else []
     return Front(
         title=study.name,
-        counts=f"study: {count_of(len(study.arms), 'arm')}, {conditions}{seeds}, {count_of(len(study.cells), 'cell')}",
+        counts=f"study: {count_of(len(study.arms), 'arm')}, {conditions}{seeds}, {cells}",
         told=answer(study),
         marks={arm.label: mark for arm, mark in page.marks.items()},
         rules=(*[OF_CONDITIONS] * (len(study.conditions) > 1), *rules(study.level)),
@@ -190,6 +191,11 @@ def _has_starts(study: Study) -> bool:
 def _on_gains(study: Study) -> Iterator[str]:
     """What is to be known of the table, and why figures are missing where they are."""
     gains = study.gains
+    if study.folds:
+        yield (
+            "Every labelled image is scored once in each cell, by the run that has not learnt from it: the matrices of "
+            "all folds are summed."
+        )
     numbers = [len(gain.independent) for gain in gains]
     with_p = [gain for gain in gains if gain.p is not None and not study.contrasts]
     if with_p:
@@ -329,7 +335,7 @@ def _under_last(study: Study) -> str:
 
 
 def _missing(page: Page[Study]) -> Iterator[Section]:
-    places = ((PRETRAINED, page.found.pretrained), (SEARCHED, page.found.trials))
+    places = ((PRETRAINED, page.found.pretrained), (SEARCHED, page.found.trials), (FOLDS, page.found.folds))
     lacking = [
         (place, own["id"], own["status"], own["message"])
         for place, listed in places
@@ -394,6 +400,7 @@ def _cells(page: Page[Study]) -> Iterator[Section]:
     for place, title, listed in (
         (PRETRAINED, "Pretrainings", page.found.pretrained),
         (SEARCHED, "Runs of the search", page.found.trials),
+        (FOLDS, "Runs of folds", page.found.folds),
     ):
         rows = tuple(TableRow(own["id"], (own["status"],), link=_link(page, place, own["id"])) for own in listed)
         folds += [Fold(title, (Table("", ("Run", "State"), rows, words=True),))] * bool(rows)

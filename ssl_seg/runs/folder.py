@@ -248,6 +248,15 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # which NaN is not
 
 
+def manifest_of(names: Iterable[str]) -> dict[str, Any]:
+    """What data.json says of a set of images: how many, and the sha256 of their names in their order."""
+    digest, count = hashlib.sha256(), 0
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        count += 1
+    return {"images": count, "sha256_of_names": digest.hexdigest()}
+
+
 def labelled_digest(split: Mapping[str, Any] | None) -> str:
     """What tells the labelled images of one run from those of another, by its split.json: names, and pixels of some.
 

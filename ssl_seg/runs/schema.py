@@ -63,6 +63,16 @@ class _CostShape(Shape):
     peak_memory_mib: Finite = None
 
 
+# The name of a folder, and no path out of the one that it lies in: neither . nor ..
+FolderName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
+
+
+class _PooledShape(Shape):
+    run: FolderName  # beside the cell's folder, in `folds`
+    images: int
+    sha256: str
+
+
 class _RecordShape(Shape):
     stage: str
     config: _ConfigShape
@@ -75,6 +85,7 @@ class _RecordShape(Shape):
     environment: dict[str, Any] | None = None
     precision: Literal["fp32", "bf16"] | None = None
     cost: _CostShape | None = None
+    pooled: list[_PooledShape] = []
 
 
 class _PassportShape(Shape):
@@ -90,6 +101,7 @@ class _ResultShape(Shape):
 class _SplitShape(Shape):
     labelled: list[str] = []
     val: list[str] = []
+    folds: list[list[str]] = []
     sha256_of_labelled: str = ""
 
 

@@ -31,7 +31,6 @@ from ssl_seg.data.splits import (
     Labels,
     Subset,
     has_labelled_pixels,
-    hold_out,
     names_of,
     pixel_counts,
     sample_digest,
@@ -146,7 +145,7 @@ class FinetuneConfig(StageConfig):
     # classes, its last layer too, as after training on drawn masks.
     transfer: str = "encoder"
     # best: the weights of the best validation score, which `stop.metric` names; last: those of the last step, when val
-    # must not choose.
+    # must not choose: with `labels.folds` it must not, for it is all that scores, and this is last there.
     select: Literal["best", "last"] = "best"
     stop: ScoredStop = ScoredStop()
     # Training images on which the running statistics are estimated anew after the last step, before the scores at the
@@ -158,6 +157,14 @@ class FinetuneConfig(StageConfig):
     seed: int = 0  # of everything drawn: weights, order, crops, noise
     leaks: Leaks = Leaks()
     tracking: TrackingField = Tracking()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folds_choose_nothing(cls, values: Any) -> Any:
+        """A fold is scored by a network that it has not chosen, so of cross-validation the last weights are taken."""
+        labels = values.get("labels") if isinstance(values, Mapping) else None
+        folds = labels.get("folds") if isinstance(labels, Mapping) else getattr(labels, "folds", None)
+        return {"select": "last", **values} if folds is not None else values
 
     @field_validator("recalibrate")
     @classmethod
@@ -183,6 +190,11 @@ class FinetuneConfig(StageConfig):
     def _fits_together(self) -> FinetuneConfig:
         if self.stop != ScoredStop() and self.train.eval_every is None:
             raise ValueError("stop: is looked at when the run is evaluated; give train.eval_every=STEPS too")
+        if self.labels.folds is not None and self.data.val is not None:
+            raise ValueError("labels.folds: the fold that is held out judges, and data.val would too; drop one of them")
+        if self.labels.folds is not None and (self.select == "best" or self.stop.may_end):
+            key = "select: best" if self.select == "best" else "stop"
+            raise ValueError(f"{key}: would choose by the fold that it scores; drop it, or labels.folds")
         if self.stop.metric != ScoredStop().metric and self.select == "last" and not self.stop.may_end:
             raise ValueError("stop.metric: nothing goes by it; give stop.target, stop.patience or select=best")
         if not weighty({SEGMENT: self.segment, **self.tasks}):
@@ -248,7 +260,7 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         check_palettes({part: given[part] for part in LABELLED})
         say_other_ranges(given, start.exported_range, quiet=quiet)
         if config.data.val is None:
-            say(f"no data.val: validated on {len(val)} of the {len(config.data.labelled)} labelled images", quiet)
+            say(of_held_out(config, val), quiet)
         of_classes = of_untrained_classes(labelled, val) if recorded is None else []
         for line in [*of_small_images(config, labelled), *of_classes]:
             say(line, quiet)
@@ -264,8 +276,12 @@ def finetune(config: FinetuneConfig, options: Options) -> Finetuned:
         if not config.leaks.check:  # else the guard has read them
             scoring.read_once(scored.values(), config.train.reading, processes)
         learner, sources = assemble(config, start, processes, run, labelled, quiet)
-        held_out = {"val": names_of(val)} if config.data.val is None else {}
-        split = {"labels": config.labels.dump(), "labelled": names_of(labelled), **held_out}
+        split: dict[str, Any] = {"labels": config.labels.dump(), "labelled": names_of(labelled)}
+        split |= {"val": names_of(val)} if config.data.val is None else {}
+        if config.labels.folds is not None:
+            cut = config.labels.cut(config.data.labelled) if recorded is None else ()
+            named = [names_of(Subset(config.data.labelled, own)) for own in cut]
+            split["folds"] = named if recorded is None else recorded.get("folds", [])
         split["sha256_of_labelled"] = sample_digest(labelled)
         processes.check_same({"split": split}, SAME_FILES)
         run.write_json("split.json", split)
@@ -434,7 +450,7 @@ def candidates(config: FinetuneConfig) -> tuple[Examples, Examples]:
     """The images whose masks may be used, and those on which the run is validated."""
     if config.data.val is not None:
         return config.data.labelled, config.data.val
-    return hold_out(config.data.labelled)
+    return config.labels.divide(config.data.labelled)
 
 
 def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = None) -> tuple[Subset, Examples]:
@@ -462,6 +478,14 @@ def choose_images(config: FinetuneConfig, recorded: Mapping[str, Any] | None = N
     if config.data.val is None and "val" in recorded:
         return labelled, subset_of(config.data.labelled, recorded["val"])
     return labelled, candidates(config)[1]
+
+
+def of_held_out(config: FinetuneConfig, val: Examples) -> str:
+    """On which images a run without data.val is validated."""
+    images = f"{len(val)} of the {len(config.data.labelled)} labelled images"
+    if config.labels.folds is None:
+        return f"no data.val: validated on {images}"
+    return f"labels.folds: fold {config.labels.fold} of {config.labels.folds} is held out, {images}"
 
 
 def of_recalibration(layers: int, count: int) -> str:

@@ -16,6 +16,7 @@ from ssl_seg.data.loading import CenterCrops, Whole, loader, pack
 from ssl_seg.data.splits import Examples, evenly, hold_out, subset_of
 from ssl_seg.datasets import Dataset
 from ssl_seg.evidence.passport import looks_of, passport_of
+from ssl_seg.evidence.results import FOLDS
 from ssl_seg.figures import panels
 from ssl_seg.images import Size
 from ssl_seg.leaks.record import Place
@@ -76,7 +77,7 @@ def write_images(
     parts: Mapping[str, tuple[Examples, ImageConfusions]],
     resize: Size | None = None,
 ) -> None:
-    """Write what is kept of single images: every confusion matrix, and pictures of the worst and best predictions.
+    """Write pictures of the worst and best predictions.
 
     `parts` holds examples and what was found in them, by the part's name: val, test. Former files of
     these names are replaced. `extremes.json` lists a part's pictures: worst first, then from the best on.
@@ -86,7 +87,6 @@ def write_images(
         for kind in EXTREMES:
             for former in (folder / "pictures").glob(f"[!0-9]*_{kind}_*.png"):  # a number leads those of training
                 former.unlink()
-    files.write_atomic(folder / IMAGES_FILE, image_confusion_bytes({part: found for part, (_, found) in parts.items()}))
     extremes: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     for part, (examples, found) in parts.items():
         miou = found.per_image_miou()
@@ -109,25 +109,38 @@ def write_scores(
     averages: Sequence[Average] = (),
     temperature: float | None = None,
 ) -> None:
-    """Write what is known of a scored model: `write_images`, what was counted, and result.json with a passport a part.
+    """Write what is known of a scored model: `write_images`, and `write_counted` of what was counted."""
+    parts = {part: (examples, own.confusions) for part, (examples, own) in found.items()}
+    write_images(place.folder, looks.of(model), parts, resize)
+    write_counted(place, {part: own for part, (_, own) in found.items()}, resize, about, looks, averages, temperature)
 
-    `about` is what else the result says, beside figures and `averages` of them; `looks` how `model` was asked, and
+
+def write_counted(
+    place: Place,
+    found: Mapping[str, Measured],
+    resize: Size | None = None,
+    about: Mapping[str, Any] | None = None,
+    looks: Looks = PLAINLY,
+    averages: Sequence[Average] = (),
+    temperature: float | None = None,
+) -> None:
+    """Write every confusion matrix, what else was counted, and result.json with a passport of each part.
+
+    `about` is what else the result says, beside figures and `averages` of them; `looks` how the model was asked, and
     `temperature` that of the tempered figures. result.json comes last: a folder that has one has all of it.
     """
-    confusions = {part: own.confusions for part, (_, own) in found.items()}
-    write_images(
-        place.folder, looks.of(model), {part: (found[part][0], own) for part, own in confusions.items()}, resize
-    )
+    confusions = {part: own.confusions for part, own in found.items()}
+    files.write_atomic(place.folder / IMAGES_FILE, image_confusion_bytes(confusions))
     matrices = {part: own.total().tolist() for part, own in confusions.items()}
     class_names = next(iter(confusions.values())).class_names
     place.write_json("confusion.json", {"classes": class_names, **matrices})
-    place.write_json(calibration.FILE, _calibrations({part: own for part, (_, own) in found.items()}, temperature))
-    outlines = {part: own.contours for part, (_, own) in found.items() if own.contours is not None}
+    place.write_json(calibration.FILE, _calibrations(found, temperature))
+    outlines = {part: own.contours for part, own in found.items() if own.contours is not None}
     with files.naming(place.folder):
         (place.folder / contours.FILE).unlink(missing_ok=True)  # of a former end of the run
     if outlines:
         files.write_atomic(place.folder / contours.FILE, contours.table_bytes(outlines))
-    named = {part: own.named(averages) for part, (_, own) in found.items()}
+    named = {part: own.named(averages) for part, own in found.items()}
     how = looks.dump()
     passports = {part: passport_of(own, resize, **how).dump() for part, own in confusions.items()}
     place.write_json("result.json", {**(about or {}), **named, "passport": passports})
@@ -162,13 +175,17 @@ def changed_pictures(
     gone = [name for name in names if name not in index_of]
     if gone:
         raise UserError(f"{other.folder}: its data.{part} has no image {gone[0]} any more; put the images back")
-    models = [_scored_model(run) for run in (baseline, other)]
     place = choose_device(device)
-    for model, _ in models:
-        model.to(place)
+    models: dict[Path, tuple[nn.Module, Size | None]] = {}
     for name in names:
         index = index_of[name]
-        (before, truth), (after, _) = (_predicted(model, examples, index, resize) for model, resize in models)
+        scorers = [_scorer_of(run, name) for run in (baseline, other)]
+        for run in scorers:
+            if run.folder not in models:
+                model, resize = _scored_model(run)
+                models[run.folder] = model.to(place), resize
+        asked = [models[run.folder] for run in scorers]
+        (before, truth), (after, _) = (_predicted(model, examples, index, resize) for model, resize in asked)
         photograph = examples.image(index).image
         yield panels.change_row(photograph, truth, before, after, examples.class_names)
 
@@ -192,6 +209,13 @@ def _predicted(model: nn.Module, examples: Examples, index: int, resize: Size | 
     with evaluating(model):
         ids = predict_ids(model, packed.to(device_of(model)).image, truth.shape)
     return ids[0].byte().cpu().numpy(), truth.numpy()
+
+
+def _scorer_of(run: RunFolder, name: str) -> RunFolder:
+    """The run whose model was scored on an image: of several that were pooled the one that held it out, else itself."""
+    folds = run.folder.parent.parent / FOLDS
+    pooled = [RunFolder.open(folds / own["run"]) for own in run.record.get("pooled", ())]
+    return next((own for own in pooled if name in (own.read("split.json") or {}).get("val", ())), run)
 
 
 def _scored_model(run: RunFolder) -> tuple[nn.Module, Size | None]:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ssl_seg import files, images, rng
 from ssl_seg.config import Config, PathTexts, UserError, load, user_path
 from ssl_seg.data.loading import Whole, loader
-from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels, hold_out, names_of
+from ssl_seg.data.splits import IGNORE, Examples, Labels, Subset, has_labelled_pixels, names_of
 from ssl_seg.data.workers import ALONE, TIMEOUT, Workers
 from ssl_seg.datasets import Dataset, Example
 from ssl_seg.evidence.statistics import image_blocks
@@ -203,7 +203,9 @@ def choose_labelled(dataset: Dataset, labels: Labels, holds_out: bool, key: str)
     """
     if len(dataset.class_names) < 2:
         raise UserError(f"{key}: the probe tells classes apart; give it masks and two class names or more")
-    labelled = labels.choose(hold_out(dataset)[0] if holds_out else dataset)
+    if labels.folds is not None and not holds_out:
+        raise UserError(f"{key}: nothing of it is held out, so it has no folds; drop labels.folds")
+    labelled = labels.choose(labels.divide(dataset)[0] if holds_out else dataset)
     if len(labelled) < 2:
         raise UserError(f"{key}: one image is left out in turn, so two or more are needed; give labels.count=2 or more")
     if not has_labelled_pixels(labelled):

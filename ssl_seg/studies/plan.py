@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -25,7 +25,7 @@ from ssl_seg.config import (
     unflatten,
     user_path,
 )
-from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED
+from ssl_seg.evidence.results import CELLS, FOLDS, PRETRAINED, SEARCHED
 from ssl_seg.runs.folder import WATCHING, WHOLE
 from ssl_seg.stages.finetune import SEGMENT, FinetuneConfig, check_data
 from ssl_seg.stages.pretrain import PretrainConfig
@@ -53,13 +53,19 @@ class Cell(Generic[Stage]):
     """One run of a study: a fine-tuning, or a pretraining that some of them start from."""
 
     stage: Literal["pretrain", "finetune"]
-    place: str  # CELLS, PRETRAINED or SEARCHED: the folder in the study's that its own lies in
+    place: str  # CELLS, FOLDS, PRETRAINED or SEARCHED: the folder in the study's that its own lies in
     id: str  # its folder's name
     config: Stage
     arm: str  # of a pretraining its name
     condition: Mapping[str, Any]
     seed: int
     start: str | None = None  # the id of the study's pretraining that it starts from
+    folds: tuple[Cell[FinetuneConfig], ...] = ()  # the runs whose scores it pools; of a cell that is a run itself none
+
+    @property
+    def runs(self) -> tuple[Cell[Any], ...]:
+        """What is executed for it."""
+        return self.folds or (self,)
 
     @property
     def from_scratch(self) -> bool:
@@ -92,6 +98,11 @@ class Plan:
     trials: tuple[Trial, ...]  # none without a search
     cells: tuple[Cell[FinetuneConfig], ...]
 
+    @property
+    def folds(self) -> tuple[Cell[FinetuneConfig], ...]:
+        """The runs of folds; none where cells are runs themselves."""
+        return tuple(fold for cell in self.cells for fold in cell.folds)
+
     def from_scratch(self, arm: str) -> bool:
         return next(cell for cell in self.cells if cell.arm == arm).from_scratch
 
@@ -115,6 +126,7 @@ def make_plan(config: StudyConfig, out: Path, scores: Mapping[str, float] | None
         cells.append(maker.cell(arm, condition, seed, {**condition, **found}))
     _refuse_equal_arms(cells)
     _refuse_unknown_contrasts(config, arms)
+    _refuse_what_folds_leave_out(cells, trials)
     if trials and any(cell.config.data.val is None and cell.config.data.test is None for cell in cells):
         raise UserError("search: would choose on the images that score; give finetune.data.val or finetune.data.test")
     return Plan(arms, _baseline_of(config, cells), axes, tuple(maker.pretrainings.values()), trials, tuple(cells))
@@ -139,6 +151,22 @@ def _refuse_equal_arms(cells: Sequence[Cell]) -> None:
             raise UserError(f"arms: {former} and {cell.arm} are one and the same run; drop one, or let them differ")
 
 
+def _refuse_what_folds_leave_out(cells: Sequence[Cell[FinetuneConfig]], trials: Sequence[Trial]) -> None:
+    """A single fold, which would be no score of all images, and images that would be scored beside the folds."""
+    for cell in cells:
+        if cell.config.labels.fold is not None:
+            raise UserError("labels.fold: a study makes every fold, and pools them into one score; drop the key")
+        if cell.folds and cell.config.data.test is not None:
+            raise UserError(
+                "labels.folds: the labelled images are what such a study scores; drop finetune.data.test, and give it "
+                "to ssl-seg evaluate, or drop labels.folds"
+            )
+    if trials and any(cell.folds for cell in cells):
+        raise UserError(
+            "search: with labels.folds every labelled image scores, and none is left to choose on; drop one"
+        )
+
+
 def _refuse_unknown_contrasts(config: StudyConfig, arms: Sequence[PlannedArm]) -> None:
     names = [arm.name for arm in arms]
     for pair in config.primary.contrasts.items() if config.primary else ():
@@ -155,8 +183,9 @@ def check_images_of(plan: Plan) -> None:
         _check_images_of_start(cell)
     different: dict[str, Cell[FinetuneConfig]] = {}
     for cell in (*plan.cells, *(trial.cell for trial in plan.trials)):
-        asked = [cell.config.data.dump(), cell.config.labels.dump()]
-        different.setdefault(json.dumps(asked, sort_keys=True), cell)
+        run = cell.runs[0]  # the number of groups is that of every cut
+        labels = {key: value for key, value in run.config.labels.dump().items() if not cell.folds or key != "seed"}
+        different.setdefault(json.dumps([run.config.data.dump(), labels], sort_keys=True), run)
     for cell in different.values():
         try:
             check_data(cell.config)
@@ -275,7 +304,9 @@ class _Maker:
         words = [files.slug(arm.name), *(f"{_short(key)}{files.slug(str(value))}" for key, value in keys.items())]
         name = "-".join([*words, f"seed{seed}", digest])
         folder = SEARCHED if searching else CELLS
-        return Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
+        made = Cell("finetune", folder, name, whole, arm.name, condition, seed, start.id if start else None)
+        count = 0 if whole.labels.fold is not None else whole.labels.folds or 0
+        return replace(made, folds=tuple(_fold_of(made, number) for number in range(count)))
 
     def _start(self, arm: PlannedArm, seed: int) -> Start | None:
         if arm.pretraining is None:
@@ -300,6 +331,13 @@ class _Maker:
         for condition, arm, found, number in product(held, arms, tries, range(search.seeds)):
             cell = self.cell(arm, condition, first + number, {**condition, **found}, searching=True)
             yield Trial(choice_key(self.config, arm.name, condition), found, cell)
+
+
+def _fold_of(cell: Cell[FinetuneConfig], number: int) -> Cell[FinetuneConfig]:
+    """The run of a cell that holds one fold out."""
+    labels = cell.config.labels.model_copy(update={"fold": number})
+    config = cell.config.model_copy(update={"labels": labels})
+    return replace(cell, place=FOLDS, id=f"{cell.id}-fold{number}", config=config)
 
 
 def _place_of_start(name: str, seed: int, digest: str) -> str:

@@ -1,10 +1,11 @@
 """`ssl-seg study`: does pretraining help, with which tasks, by how much, and how sure is that?
 
-`plan` says which runs there are, `executor` executes them, `evidence.results` reads what came out. This file ties them:
-it keeps the order of the runs, and study.json, which is true at every instant. So a study can be killed and taken up.
+`plan` says which runs there are, `executor` executes them, `folds` pools the runs of a cell that is cross-validated,
+`evidence.results` reads what came out. This file ties them: it keeps the order of the runs, and study.json, which is
+true at every instant. So a study can be killed and taken up.
 
     runs/<study>/ study.json  cells.csv  gains.csv  labels.csv  ledger.csv  report.html
-                  pretrained/<id>/  searched/<id>/  cells/<id>/
+                  pretrained/<id>/  searched/<id>/  cells/<id>/  folds/<id>/
                   each run with its <id>.yaml (config) and <id>.log beside its folder
 """
 
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from ssl_seg import files
 from ssl_seg.config import Interrupted, UserError, user_path
 from ssl_seg.datasets import Dataset
 from ssl_seg.evidence import results
-from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE, Study
+from ssl_seg.evidence.results import CELLS, FOLDS, PRETRAINED, SEARCHED, STUDY_FILE, Study
 from ssl_seg.leaks import guard
 from ssl_seg.reports import study as study_page
 from ssl_seg.reports.changed import draw_changed_of_study
@@ -37,14 +38,16 @@ from ssl_seg.runs.lock import LOCK, hold, holder_of, is_held
 from ssl_seg.runs.writer import provenance, timestamp
 from ssl_seg.stages.finetune import FinetuneConfig, candidates
 from ssl_seg.stages.pretrain import PretrainConfig
+from ssl_seg.studies import folds
 from ssl_seg.studies.config import StudyConfig
 from ssl_seg.studies.executor import Call, Cluster, End, Executor, Forked, Here, Limits, Watch, execute
 from ssl_seg.studies.plan import Cell, Plan, Start, check_images_of, choose, make_plan
 from ssl_seg.terminal import clock, say, watch_signals
+from ssl_seg.tracking import Mirror
 
 MIOU = "miou"
 DAMAGED = f"{STUDY_FILE}.damaged"  # what was in its place when it had to be made anew
-SEED_IN_ID = re.compile(r"-seed(-?\d+)-[0-9a-f]+$")  # as `plan` names a run
+SEED_IN_ID = re.compile(r"-seed(-?\d+)-[0-9a-f]+(-fold\d+)?$")  # as `plan` names a run
 DOUBLE = ("state", "encoder", "decoders")  # of a finished cell: what to resume from, and its model/ in parts
 LOOK = 2.0  # seconds between two looks at a run that another process makes
 
@@ -78,7 +81,7 @@ def study(config: StudyConfig, options: StudyOptions) -> Study:
             progress.make("pretrainings", plan.pretrainings)
             progress.make("runs of the search", [trial.cell for trial in plan.trials])
             progress.choose()
-            progress.make("cells", progress.plan.cells)
+            progress.make_cells()
         except Interrupted:
             progress.write("killed")
             raise
@@ -95,9 +98,10 @@ def outline(config: StudyConfig, out: Path) -> list[str]:
     lines = [f"baseline: {plan.baseline}", f"arms: {', '.join(arm.name for arm in plan.arms)}"]
     lines += [f"{key}: {', '.join(map(str, values))}" for key, values in plan.axes.items()]
     lines += [f"seeds: {', '.join(map(str, config.seeds))}"]
-    for words, cells in (*runs.items(), ("cells", plan.cells)):
+    for words, cells in (*runs.items(), ("runs of folds", plan.folds), ("cells", plan.cells)):
         done = sum(_is_finished(_folder(out, cell)) for cell in cells)
-        lines += [f"{len(cells)} {words}, {done} of them finished"] if cells else []
+        pooled = ", each pooled of its folds" if words == "cells" and plan.folds else ""
+        lines += [f"{len(cells)} {words}, {done} of them finished{pooled}"] if cells else []
     return [*lines, "leaks are looked for at the start, which reads every image"]
 
 
@@ -139,7 +143,7 @@ def _is_study(out: Path) -> bool:
 
 def _holds_runs(out: Path) -> bool:
     """Whether there are runs where a study keeps its own: its file may have been lost."""
-    return any(next((out / place).glob("*/run.json"), None) for place in (PRETRAINED, SEARCHED, CELLS))
+    return any(next((out / place).glob("*/run.json"), None) for place in (PRETRAINED, SEARCHED, FOLDS, CELLS))
 
 
 def _executor(config: StudyConfig, options: StudyOptions, out: Path) -> Executor:
@@ -161,6 +165,8 @@ class _Progress:
         self.executor = executor
         self.states: dict[str, dict[str, Any]] = {}  # by id: what is known beside the plan
         self.search: dict[str, Any] = {}
+        self.cell_of: dict[str, Cell[FinetuneConfig]] = {}  # by the id of a run of a fold
+        self.digests: dict[str, Mapping[str, str]] = {}  # of labelled images, by the words of their data set
         self.about = {**provenance(), "resumed": []}
         self.records = Records(out)
         if (out / STUDY_FILE).exists() or _holds_runs(out):
@@ -183,17 +189,17 @@ class _Progress:
     def _rebuild(self) -> None:
         """The state of every run that has finished, and which seeds there were: each run has left its config."""
         trials = [trial.cell for trial in self.plan.trials]
-        for cell in (*self.plan.pretrainings, *trials, *self.plan.cells):
+        for cell in (*self.plan.pretrainings, *trials, *self.plan.folds, *self.plan.cells):
             folder = _folder(self.out, cell)
             if _is_finished(folder):
                 self.note(cell, "finished", seconds=cost_of(RunFolder(folder)).seconds)
-        ids = [SEED_IN_ID.search(path.stem) for path in (self.out / CELLS).glob("*.yaml")]
+        ids = [SEED_IN_ID.search(path.stem) for path in self.out.glob("*/*.yaml") if path.parent.name in (CELLS, FOLDS)]
         seeds = sorted({int(found[1]) for found in ids if found})
         self.about["resumed"] = [{**provenance(), "seeds": seeds or None}]
 
     def _take_up(self, former: Mapping[str, Any]) -> None:
         """What runs of an earlier start have said; the plan may be another one since."""
-        kept = [own for key in ("pretrained", "cells") for own in former.get(key, [])]
+        kept = [own for key in ("pretrained", "folds", "cells") for own in former.get(key, [])]
         kept += former.get("search", {}).get("trials", [])
         self.states = {own["id"]: own for own in kept if "id" in own}
         if self.plan.trials:
@@ -245,6 +251,64 @@ class _Progress:
         elsewhere = [cell for cell in left if is_held(_folder(self.out, cell))]
         self._execute([cell for cell in left if cell not in elsewhere])
         self._await(elsewhere)
+
+    def make_cells(self) -> None:
+        """The cells; of those with folds the runs of these, and then what they have come to together."""
+        pooled = {cell.id for cell in self.plan.cells if cell.folds and self._is_pooled(cell)}
+        for cell in self.plan.cells:
+            for fold in cell.folds:
+                self.cell_of[fold.id] = cell
+                if cell.id in pooled and not _is_finished(_folder(self.out, fold)):
+                    self.note(fold, "finished", "its folder is gone, and its score is in that of its cell")
+            if cell.folds:
+                self.note(cell, "finished" if cell.id in pooled else "waiting")
+        left = [run for cell in self.plan.cells for run in cell.runs if not self._is_gone(run, pooled)]
+        self.make("runs of folds" if self.plan.folds else "cells", left)
+        for cell in self.plan.cells:
+            self._pool(cell)
+        self.write("running")
+
+    def _is_gone(self, run: Cell, pooled: Collection[str]) -> bool:
+        """Whether it is the run of a fold that is not there any more, and is not needed."""
+        cell = self.cell_of.get(run.id)
+        return cell is not None and cell.id in pooled and not _is_finished(_folder(self.out, run))
+
+    def _is_pooled(self, cell: Cell) -> bool:
+        return folds.is_pooled(_folder(self.out, cell), [_folder(self.out, fold) for fold in cell.folds])
+
+    def _pool(self, cell: Cell[FinetuneConfig]) -> None:
+        """What the folds of a cell have come to, once all of them have finished; before that what keeps it waiting."""
+        states = [self.states[fold.id] for fold in cell.folds if fold.id in self.states]
+        missing = [own for own in states if own["status"] != "finished"]
+        known = [own["seconds"] for own in states]
+        seconds = None if None in known else sum(known)
+        if missing:
+            first = missing[0]
+            told = f"{first['id']}: {first['message']}" if first["message"] else f"{first['id']} has not finished"
+            self.note(cell, first["status"], told)
+        elif cell.folds and self._is_pooled(cell):
+            self.note(cell, "finished", seconds=seconds)
+        elif cell.folds:
+            runs = [_folder(self.out, fold) for fold in cell.folds]
+            try:
+                unscored = folds.pool(_folder(self.out, cell), runs, cell.config, self._digests(cell.config))
+            except UserError as error:
+                self.note(cell, "failed", str(error), seconds)
+                return
+            self.note(cell, "finished", seconds=seconds)
+            Mirror(cell.config.tracking, _folder(self.out, cell), quiet=self.options.quiet).leave_alone()
+            score = _score(self.out, cell)
+            reached = "" if score is None else f": mIoU {100 * score:.1f}"
+            self._say(f"{cell.id}: its {len(runs)} folds are pooled{reached}")
+            if unscored:
+                self._say(f"{cell.id}: {len(unscored)} images have no pixel that counts, first {unscored[0]}")
+
+    def _digests(self, config: FinetuneConfig) -> Mapping[str, str]:
+        """Of the labelled images, read once for all cells that share them."""
+        words = json.dumps(config.data.labelled.dump(), sort_keys=True)
+        if words not in self.digests:
+            self.digests[words] = folds.digests_in(config.data.labelled)
+        return self.digests[words]
 
     def _execute(self, cells: Sequence[Cell]) -> None:
         by_name = {cell.id: cell for cell in cells}
@@ -311,6 +375,8 @@ class _Progress:
         else:
             said = _why(end, self.config)
             self.note(cell, "failed" if end.how == "finished" else end.how, said, seconds)
+        if cell.id in self.cell_of:
+            self._pool(self.cell_of[cell.id])
         self.write("running")
         return said
 
@@ -379,6 +445,7 @@ class _Progress:
             "level": self.config.level,
             "pretrained": [self.states[cell.id] for cell in plan.pretrainings if cell.id in self.states],
             "search": self.search,
+            "folds": [self.states[cell.id] for cell in plan.folds if cell.id in self.states],
             "cells": [self.states[cell.id] for cell in plan.cells if cell.id in self.states],
         }
         self.records.write_json(STUDY_FILE, record)
@@ -417,15 +484,33 @@ def leak_question(plan: Plan) -> guard.Question | None:
     own_cuts: set[tuple[str, str]] = set()
     for cell in plan.pretrainings:
         trained |= {f"{cell.arm}.{part}": own for part, own in learnt_by(cell).items()}
+    folds_of: dict[tuple[str, str], list[Mapping[str, int]]] = {}
     for number, cell in enumerate(_of_different_data(plan.cells), start=1):
         suffix = "" if number == 1 else f"#{number}"
-        available, val = candidates(cell.config)
+        if cell.folds:
+            available = val = cell.config.data.labelled
+            folds_of[f"labelled{suffix}", f"val{suffix}"] = _cuts(plan, cell)
+        else:
+            available, val = candidates(cell.config)
         trained |= {f"labelled{suffix}": available, f"pool{suffix}": cell.config.data.pool}
         scored |= {f"val{suffix}": val, f"test{suffix}": cell.config.data.test}
         own_cuts |= {(f"labelled{suffix}", f"val{suffix}")} if cell.config.data.val is None else set()
     paths = dict.fromkeys(cell.config.init for cell in plan.cells if cell.config.init and cell.start is None)
     inits = {f"init.{number}" if len(paths) > 1 else "init": path for number, path in enumerate(paths, start=1)}
-    return guard.Question(trained, scored, settings, inits, frozenset(own_cuts)) if settings.check else None
+    return guard.Question(trained, scored, settings, inits, frozenset(own_cuts), folds_of) if settings.check else None
+
+
+def _cuts(plan: Plan, cell: Cell[FinetuneConfig]) -> list[Mapping[str, int]]:
+    """The fold of each labelled image by its name, for each different cut of the cells that share a cell's data."""
+    found: dict[str, Mapping[str, int]] = {}
+    labelled = cell.config.data.labelled
+    for other in plan.cells:
+        labels = other.config.labels
+        asked = json.dumps([labels.folds, labels.seed, labels.blind])
+        if _words_of_data(other) == _words_of_data(cell) and asked not in found:
+            cut = labels.cut(labelled)
+            found[asked] = {labelled.name(index): fold for fold, own in enumerate(cut) for index in own}
+    return list(found.values())
 
 
 def learnt_by(start: Start) -> dict[str, Dataset | None]:
@@ -443,7 +528,12 @@ def learnt_by(start: Start) -> dict[str, Dataset | None]:
 
 def _of_different_data(cells: Iterable[Cell[FinetuneConfig]]) -> list[Cell[FinetuneConfig]]:
     """A cell for each choice of data sets: nearly always one for all."""
-    return list({json.dumps(cell.config.data.dump(), sort_keys=True): cell for cell in cells}.values())
+    return list({_words_of_data(cell): cell for cell in cells}.values())
+
+
+def _words_of_data(cell: Cell[FinetuneConfig]) -> str:
+    """What tells its data sets from others, and images that are cut into folds from those that are not."""
+    return json.dumps([cell.config.data.dump(), bool(cell.folds)], sort_keys=True)
 
 
 def _folder(out: Path, cell: Cell) -> Path:

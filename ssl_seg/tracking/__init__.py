@@ -5,8 +5,8 @@ not send, and cannot say that it was killed. Beside it, the folder stays the tru
 the server has not got, and what it has is asked of the server, so nothing arrives twice.
 
 This file is what a run needs: the config and the start of the mirror. `record` is what the folder knows of MLflow,
-`mirror` is that process, `server` what it says to MLflow, `client` how, `load` what it measures; these are imported by
-it alone, since mlflow takes its time.
+`mirror` is that process, `server` what it says to MLflow, `client` how, `model` a network among it, `load` what it
+measures; these are imported by it alone, since mlflow takes its time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from ssl_seg import files
-from ssl_seg.config import Config, UserError
+from ssl_seg.config import Config, UserError, known_to_0_1
 from ssl_seg.terminal import say
 from ssl_seg.tracking.record import FOLDER, RECORD, read_record
 
@@ -69,7 +76,14 @@ class Tracking(Config):
     tags: Annotated[dict[str, str], AfterValidator(_check_tags)] = Field(default={})  # further tags of the run
     system_metrics: bool = True  # load and memory of the machine and its GPUs (those want nvidia-ml-py)
     weights: bool = False  # send the exported weights too; they are in the run's folder anyway
+    # Log a fine-tuned model as one of MLflow's own, with a signature: `mlflow.pytorch.load_model` gives it back. Off,
+    # since it is tens of megabytes a run, and a study has a hundred; `ssl-seg track RUN --model` logs that of one.
+    model: bool = False
     every: PositiveFloat = 5.0  # seconds between two messages
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return known_to_0_1(self, dump(self), since=("model",))
 
 
 def _word_is_type(value: Any) -> Any:
@@ -106,6 +120,12 @@ class Mirror:
             self._start()
         except (OSError, UserError) as error:  # no run fails for what only shows it
             say(f"MLflow: no mirror ({error}); {self.replay} sends the run later", self.quiet)
+
+    def leave_alone(self) -> None:
+        """Start it for a folder that is finished, and wait for nothing."""
+        self.start()
+        if self.process is not None:
+            _left_behind.append(self.process)
 
     def _start(self) -> None:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]

@@ -33,7 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ssl_seg import files
 from ssl_seg.config import UserError, first_line
-from ssl_seg.evidence.results import CELLS, PRETRAINED, SEARCHED, STUDY_FILE
+from ssl_seg.evidence.results import CELLS, FOLDS, PRETRAINED, SEARCHED, STUDY_FILE
 from ssl_seg.terminal import say
 
 SECONDS_OF_A_STEP = 2.0  # a step of making MLflow's tables takes a fiftieth of one; this is a slow disk's
@@ -59,7 +59,7 @@ def resolved(uri: str | None, folder: Path) -> str:
 def _runs_folder(folder: Path) -> Path:
     """The nearest folder called `runs` that a run or its study lies in, else the one that it lies in directly."""
     parents = folder.resolve().parents
-    of_study = parents[0].name in (CELLS, PRETRAINED, SEARCHED) and (parents[1] / STUDY_FILE).exists()
+    of_study = parents[0].name in (CELLS, FOLDS, PRETRAINED, SEARCHED) and (parents[1] / STUDY_FILE).exists()
     return next((parent for parent in parents if parent.name == "runs"), parents[2 if of_study else 0])
 
 

@@ -42,14 +42,18 @@ class Tracked:
     pictures: int
 
 
-def track(folder: str | Path, uri: str | None = None, experiment: str | None = None) -> Tracked:
+def track(
+    folder: str | Path, uri: str | None = None, experiment: str | None = None, model: bool | None = None
+) -> Tracked:
     """Send what MLflow has not got of a run, whichever way that ended; a second call sends nothing.
+
+    With `model` its fine-tuned model too, as `tracking.model` says.
 
     Raises UserError where the server does not take it, for a run that is being mirrored this moment, and for one of
     which only its own files name the server: whoever made them would get what is sent. Give that one as `uri`.
     """
     RunFolder.open(folder)  # before a folder is made in it
-    given = {"uri": uri, "experiment": experiment}
+    given = {"uri": uri, "experiment": experiment, "model": model}
     prepare()
     with alone(Path(folder), LAST_TRY):
         run = RunFolder.open(folder)  # as it is now: a mirror that was waited for may have seen its end

@@ -19,7 +19,7 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 
-from ssl_seg.config import UserError
+from ssl_seg.config import UserError, user_path
 from ssl_seg.evidence.passport import passports_in
 from ssl_seg.figures import charts, svg
 from ssl_seg.files import lies_in, open_regular
@@ -33,6 +33,7 @@ from ssl_seg.runs.folder import (
     epoch_ms,
     labelled_digest,
     leak_word,
+    manifest_of,
     scores_of,
 )
 from ssl_seg.terminal import say
@@ -94,6 +95,8 @@ CHANGED = "changed."  # before the name of a parameter: a tag with what it is no
 HOST, LABELLED, LEAKS = "host", "labelled", "leaks"
 ABSENT = "null"  # the text of a parameter that a config has no more
 TAG = "passport."  # before a part, in MLflow
+# What a data set was used for, by the part of `data`: MLflow's words.
+CONTEXTS = {"pool": "training", "labelled": "training", "beside": "training", "val": "validation", "test": "test"}
 
 
 class MirroredRun:
@@ -181,6 +184,11 @@ class MirroredRun:
         parent = client.get_run(self.run_id).data.tags.get(PARENT)
         if parent:
             client.set_terminated(parent, "FINISHED")
+        # Last: it takes the longest, and is the one thing that may fail by itself.
+        if self.tracking.model and run.is_done and run.stage == "finetune" and run.files_in("model"):
+            from ssl_seg.tracking.model import log_model  # torch, which all else can do without
+
+            log_model(client, self.run_id, run.folder)
 
     def _last_sign(self) -> int:
         """When a run that could not say its end wrote last, in milliseconds."""
@@ -286,23 +294,33 @@ class MirroredRun:
         return {mlflow_name(key): text for key, text in tags.items() if text is not None}
 
     def _describe_data(self, client: MlflowClient) -> None:
-        """Each part's data set with a digest: of its images' names, as the run has recorded them."""
+        """Each part's data set with a digest of its images' names, as the run has recorded them.
+
+        Also the labelled images that a run without data.val has held out.
+        """
         with _reading(self.run.folder / "data.json"):
-            inputs = [self._data_input(part, known) for part, known in (self.run.read("data.json") or {}).items()]
+            data = self.run.config.get("data", {})
+            parts = self.run.read("data.json") or {}
+            inputs = [self._data_input(part, data[part], known) for part, known in parts.items()]
+            held_out = (self.run.read("split.json") or {}).get("val")
+            if held_out is not None:
+                inputs.append(self._data_input("val", data["labelled"], manifest_of(held_out)))
         if inputs:
             client.log_inputs(self.run_id, inputs)
 
-    def _data_input(self, part: str, known: Mapping[str, Any]) -> DatasetInput:
-        source = self.run.config["data"][part]
+    def _data_input(self, part: str, source: Mapping[str, Any], known: Mapping[str, Any]) -> DatasetInput:
         place = source.get("root") or source.get("images")
+        where = {} if place is None else {"uri": str(user_path(place).resolve())}  # what mlflow.data.get_source reads
         dataset = Dataset(
             name=source["type"] if place is None else Path(place).name,
             digest=known["sha256_of_names"][:32],  # it has room for 36 characters
             source_type="local",
-            source=json.dumps(source),
+            source=json.dumps({**source, **where}),
             profile=json.dumps({"images": known["images"]}),
         )
-        return DatasetInput(dataset, [InputTag("mlflow.data.context", part)])
+        return DatasetInput(
+            dataset, [InputTag("mlflow.data.context", CONTEXTS.get(part, part)), InputTag("part", part)]
+        )
 
     # ---- what is there ----
 

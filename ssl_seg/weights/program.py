@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,7 @@ NOTES = "ssl_seg.json"  # the file in the archive that says what the model is
 
 
 @dataclass(frozen=True)
-class _Freedom:
+class Freedom:
     """What of a batch of images may vary."""
 
     number: bool
@@ -53,6 +54,28 @@ class _Freedom:
         for batch, height, width in COMPARED:
             found.append((batch if self.number else 1, *(self.size or (height, width))))
         return list(dict.fromkeys(found))
+
+    def example(self, channels: int = 3) -> tuple[int, int, int, int]:
+        """The shape of the images that a trace is made with."""
+        batch, height, width = TRACED
+        return (batch if self.number else 1, channels, *(self.size or (height, width)))
+
+
+def freedoms(resize: Size | None) -> list[Freedom]:
+    """From the most on, for torch cannot trace every network so; the last where a run's images were resized."""
+    ways = [Freedom(number=True, size=None), Freedom(number=False, size=None)]
+    return ways + ([Freedom(number=True, size=resize)] if resize is not None else [])
+
+
+@contextmanager
+def tracing_any_size() -> Iterator[None]:
+    """In it a trace takes no size of its example for granted.
+
+    Else it does, and the program checks, that no side was 1 on the way and that the image's own size is no multiple of
+    the stride: it then refuses every image of 256 x 256.
+    """
+    with cast("Any", tracing).patch(backed_size_oblivious=True):
+        yield
 
 
 def export_program(model: str | Path, out: str | Path) -> Exported:
@@ -90,12 +113,10 @@ def export_program(model: str | Path, out: str | Path) -> Exported:
 
 def _first_that_runs(
     network: nn.Module, resize: Size | None, notes: Mapping[str, str]
-) -> tuple[bytes, _Freedom, dict[str, float]]:
+) -> tuple[bytes, Freedom, dict[str, float]]:
     """A program that is as free as torch can make it; its own differences from the network, by the shape."""
-    ways = [_Freedom(number=True, size=None), _Freedom(number=False, size=None)]
-    ways += [_Freedom(number=True, size=resize)] if resize is not None else []
     refusal: Exception | None = None
-    for freedom in ways:
+    for freedom in freedoms(resize):
         try:
             payload = _traced(network, freedom, notes)
             answer = runner(payload)
@@ -117,13 +138,9 @@ def runner(payload: bytes) -> Callable[[Tensor], Tensor]:
     return torch.export.load(io.BytesIO(payload)).module()
 
 
-def _traced(network: nn.Module, freedom: _Freedom, notes: Mapping[str, str]) -> bytes:
-    batch, height, width = TRACED
-    channels = image_channels_of(network)
-    image = torch.rand(batch if freedom.number else 1, channels, *(freedom.size or (height, width)))
-    # Without this a trace takes for granted, and the program checks, that no side was 1 on the way and that the image's
-    # own size is no multiple of the stride: it then refuses every image of 256 x 256.
-    with cast("Any", tracing).patch(backed_size_oblivious=True):
+def _traced(network: nn.Module, freedom: Freedom, notes: Mapping[str, str]) -> bytes:
+    image = torch.rand(freedom.example(image_channels_of(network)))
+    with tracing_any_size():
         program = torch.export.export(network, (image,), dynamic_shapes=(freedom.dimensions(),))
     payload = io.BytesIO()
     torch.export.save(program, payload, extra_files=dict(notes))

@@ -23,16 +23,18 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
 from PIL import Image
 
-from ssl_seg import images, tracking
+from ssl_seg import images, load_model, tracking
 from ssl_seg.config import Config, Interrupted, UserError, load
 from ssl_seg.evidence import compare
 from ssl_seg.evidence.cautions import notes
@@ -44,6 +46,7 @@ from ssl_seg.stages.pretrain import PretrainConfig, pretrain
 from ssl_seg.stages.setup import Options
 from ssl_seg.tracking import Mirror, Tracking, TrackingField, client, experiments, mirror
 from ssl_seg.tracking.record import read_record
+from ssl_seg.weights.forms import noise
 from tests import ROOT
 from tests.cli.test_commands import SMALL, as_words
 from tests.faults import message_of
@@ -326,12 +329,67 @@ def test_leaks_that_were_not_looked_for_are_a_tag(tmp_path: Path) -> None:
 
 def test_data_sets_are_inputs_with_digests(tracked: Path) -> None:
     _, runs = runs_of(tracked)
-    inputs = {one.tags[0].value: one.dataset for one in runs["fine_0"].inputs.dataset_inputs}
-    assert set(inputs) == {"labelled", "val", "test"}
+    listed = [({tag.key: tag.value for tag in one.tags}, one.dataset) for one in runs["fine_0"].inputs.dataset_inputs]
+    inputs = {tags["part"]: dataset for tags, dataset in listed}
+    contexts = {tags["part"]: tags["mlflow.data.context"] for tags, _ in listed}
+    assert contexts == {"labelled": "training", "val": "validation", "test": "test"}
     recorded = json.loads((tracked / "fine_0" / "data.json").read_text())
     assert inputs["val"].digest == recorded["val"]["sha256_of_names"][:32]
     assert json.loads(inputs["val"].profile) == {"images": 3}
     assert inputs["val"].digest != inputs["test"].digest
+
+
+def test_held_out_images_are_an_input_too(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["data"] = {"labelled": {"type": "folder", "images": str(tmp_path / "photos")}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "data.json").write_text(json.dumps({"labelled": {"images": 3, "sha256_of_names": "ab" * 32}}))
+    (folder / "split.json").write_text(json.dumps({"labelled": ["a", "b"], "val": ["c"]}))
+    mirror.track(folder)
+    _, runs = runs_of(tmp_path / "runs")
+    listed = [({tag.key: tag.value for tag in one.tags}, one.dataset) for one in runs["a"].inputs.dataset_inputs]
+    inputs = {tags["part"]: (tags["mlflow.data.context"], dataset) for tags, dataset in listed}
+    assert {part: context for part, (context, _) in inputs.items()} == {"labelled": "training", "val": "validation"}
+    held_out = inputs["val"][1]
+    assert json.loads(held_out.profile) == {"images": 1}
+    assert held_out.digest != inputs["labelled"][1].digest
+    source = mlflow.data.get_source(held_out)
+    assert source.load() == str(tmp_path / "photos") or source.uri == str(tmp_path / "photos")
+
+
+def test_a_fine_tuned_model_is_loaded_by_mlflow_and_answers_as_ours(tracked: Path) -> None:
+    """The model of a real run, logged afterwards, loaded by its id and through its run: shares to 1e-6, at any size."""
+    folder = tracked / "fine_0"
+    sent = mirror.track(folder, model=True)
+    api = MlflowClient(sent.uri)
+    experiment = api.get_run(sent.run_id).info.experiment_id
+    (logged,) = api.search_logged_models([experiment], f"source_run_id = '{sent.run_id}'")
+    assert logged.status == "READY"
+    assert [own.model_id for own in api.get_run(sent.run_id).outputs.model_outputs] == [logged.model_id]
+    mlflow.set_tracking_uri(sent.uri)
+    try:
+        loaded = mlflow.pytorch.load_model(f"models:/{logged.model_id}")
+        by_run = mlflow.pytorch.load_model(f"runs:/{sent.run_id}/model")
+        served = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+    finally:
+        mlflow.set_tracking_uri(None)
+    ours = load_model(folder)
+    for shape in ((1, 64, 64), (2, 90, 130), (3, 225, 97)):
+        image = noise(shape)
+        with torch.no_grad():
+            shares = ours(image).softmax(dim=1)
+            for own in (loaded, by_run):
+                torch.testing.assert_close(own(image), shares, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(served.predict(image.numpy()), shares.numpy(), rtol=0, atol=1e-6)
+    signature = served.metadata.signature
+    assert [spec.shape for spec in signature.inputs.inputs] == [(-1, 3, -1, -1)]
+    assert [spec.shape for spec in signature.outputs.inputs] == [(-1, 2, -1, -1)]
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        served.predict(np.zeros((1, 4, 64, 64), dtype=np.float32))
+    assert served.metadata.metadata["classes"] == ["ground", "disc"]
+    mirror.track(folder, model=True)
+    assert len(api.search_logged_models([experiment], f"source_run_id = '{sent.run_id}'")) == 1, "sent once"
 
 
 def test_results_are_those_of_the_chosen_step(tracked: Path) -> None:
