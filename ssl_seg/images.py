@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
@@ -93,7 +94,20 @@ TURNS = {  # EXIF orientation: the turn that undoes it
 T = TypeVar("T")
 Size = tuple[int, int]
 Range = tuple[float, float]
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An image that is no file of its own, as a member of an archive: what to call it, and how its bytes are got."""
+
+    shown: str
+    fetch: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+Source = Path | Packed  # where the bytes of an image come from
 
 
 def check_size(size: Size) -> Size:
@@ -113,7 +127,7 @@ SizeField = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(check_size
 RangeField = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(_check_range)]  # black and white, likewise
 
 
-def read_image(path: str | Path, value_range: Range | None = None) -> np.ndarray:
+def read_image(path: str | Source, value_range: Range | None = None) -> np.ndarray:
     """The picture as a person sees it: RGB `(H, W, 3)` uint8, upright by its EXIF orientation.
 
     Transparent pixels are laid on white, CMYK, palette and bilevel pictures are converted, of an animation the first
@@ -125,7 +139,7 @@ def read_image(path: str | Path, value_range: Range | None = None) -> np.ndarray
     values that are neither grey nor colours, or larger than MAX_PIXELS.
     """
     convert = _to_rgb if value_range is None else partial(_in_range, value_range=value_range)
-    return _decode(Path(path), convert)
+    return _decode(path, convert)
 
 
 def picture_of(given: object, value_range: Range | None = None) -> np.ndarray:
@@ -178,19 +192,19 @@ def _read_in_own_range(path: Path, value_range: Range | None) -> np.ndarray:
     return read_image(path, value_range if own is not None and own != value_range else None)
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Source) -> np.ndarray:
     """The values as they are stored, upright by the EXIF orientation: nothing is converted or interpolated.
 
     `(H, W)` uint8 for grey, palette (the indices) and bilevel masks (0 and 1), `(H, W)` uint16 for 16-bit grey,
     `(H, W, 3)` uint8 for colours; alpha is dropped. Raises UserError as `read_image` does, and for a format or pixel
     mode that does not keep ids exactly.
     """
-    return _decode(Path(path), _to_stored)
+    return _decode(path, _to_stored)
 
 
-def largest_value(path: str | Path) -> int | None:
+def largest_value(path: str | Source) -> int | None:
     """The largest stored value of a picture of 16 bits a channel, for colours up to 255 too high; None for others."""
-    return _decode(Path(path), _largest)
+    return _decode(path, _largest)
 
 
 class Examined(NamedTuple):
@@ -202,39 +216,39 @@ class Examined(NamedTuple):
     used: Range  # the smallest and the largest stored value
 
 
-def examine(path: str | Path, value_range: Range | None = None) -> Examined:
+def examine(path: str | Source, value_range: Range | None = None) -> Examined:
     """As `read_image`, with what the pixels were before they became RGB of 8 bits.
 
     Of 16-bit colours the upper byte tells what is used, so that up to 255 more may be. Raises UserError for what cannot
     be decoded.
     """
-    return _decode(Path(path), partial(_examined, value_range=value_range))
+    return _decode(path, partial(_examined, value_range=value_range))
 
 
-def default_range(path: str | Path) -> Range | None:
+def default_range(path: str | Source) -> Range | None:
     """The values that `read_image` takes for black and white where no range is given; None of 8 bits a channel.
 
     No pixel is decoded.
     """
-    return _decode(Path(path), _default_range)
+    return _decode(path, _default_range)
 
 
-def doubt(path: str | Path) -> str:
+def doubt(path: str | Source) -> str:
     """What a person should look at in a picture that can be decoded, in a few words; '' for nothing.
 
     A JPEG is decoded once more, for the warnings that Pillow swallows. Raises UserError for one that has lost pixels.
     """
-    return _decode(Path(path), _doubt)
+    return _decode(path, _doubt)
 
 
-def read_palette(path: str | Path) -> np.ndarray | None:
+def read_palette(path: str | Source) -> np.ndarray | None:
     """The colour that a viewer shows for each value that `read_mask` gives, RGB `(N, 3)` uint8.
 
     None where a mask has no palette and its greys stand for themselves, and for colours. Greys of 1, 2 and 4 bits do
     not: viewers spread them over 0 to 255. No pixel is decoded. Raises UserError for a file that is
     missing, empty or no image.
     """
-    return _decode(Path(path), _to_palette)
+    return _decode(path, _to_palette)
 
 
 class Header(NamedTuple):
@@ -244,9 +258,9 @@ class Header(NamedTuple):
     size: Size  # (H, W), of a quarter turn either way round
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Source) -> Header:
     """No pixel is decoded. Raises UserError for a file that is missing, empty or no image."""
-    return _decode(Path(path), _to_header)
+    return _decode(path, _to_header)
 
 
 def write_image(path: str | Path, array: np.ndarray, noisy: bool = False) -> None:
@@ -316,7 +330,7 @@ def resize_mask(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def show_path(path: str | Path) -> str:
+def show_path(path: str | Source) -> str:
     """A path as one printable line: file names may hold line breaks and bytes that are no text."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
@@ -325,15 +339,23 @@ def show_path(path: str | Path) -> str:
 # ---- opening ----
 
 
-def _decode(path: Path, convert: Callable[[ImageFile, Path], T]) -> T:
-    _check_file(path, show_path(path))
+def _decode(given: str | Source, convert: Callable[[ImageFile, Source], T]) -> T:
+    source = Path(given) if isinstance(given, str) else given
+    if isinstance(source, Packed):
+        payload = source.fetch()  # once, for it may come over a network
+        source = Packed(source.shown, lambda: payload)
+    _check_file(source, show_path(source))
     with warnings.catch_warnings():
         # Pillow warns of odd metadata without a file name, and of large images, which are checked here.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return _decode_quietly(path, show_path(path), convert)
+        return _decode_quietly(source, show_path(source), convert)
 
 
-def _decode_quietly(path: Path, shown: str, convert: Callable[[ImageFile, Path], T]) -> T:
+def _bytes_of(source: Source) -> bytes:
+    return source.fetch() if isinstance(source, Packed) else source.read_bytes()
+
+
+def _decode_quietly(path: Source, shown: str, convert: Callable[[ImageFile, Source], T]) -> T:
     try:
         with _Pieces(path) as file:
             _check_parts(file, shown)
@@ -359,11 +381,17 @@ def _decode_quietly(path: Path, shown: str, convert: Callable[[ImageFile, Path],
 class _Pieces(BufferedReader):
     """A file that may be read in so many pieces only: what has more is no picture, but keeps its reader busy."""
 
-    def __init__(self, path: Path) -> None:
-        raw = FileIO(path)  # a string or a path; BufferedReader closes it
-        super().__init__(raw)
-        self.shown = show_path(path)
-        self.left = MAX_PIECES + os.fstat(raw.fileno()).st_size // BYTES_A_PIECE
+    def __init__(self, source: Source) -> None:
+        if isinstance(source, Packed):
+            payload = source.fetch()
+            size = len(payload)
+            super().__init__(cast("FileIO", BytesIO(payload)))  # which has all that is asked of a file
+        else:
+            raw = FileIO(source)  # BufferedReader closes it
+            size = os.fstat(raw.fileno()).st_size
+            super().__init__(raw)
+        self.shown = show_path(source)
+        self.left = MAX_PIECES + size // BYTES_A_PIECE
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.left -= 1
@@ -372,7 +400,11 @@ class _Pieces(BufferedReader):
         return super().read(size)
 
 
-def _check_file(path: Path, shown: str) -> None:
+def _check_file(path: Source, shown: str) -> None:
+    if isinstance(path, Packed):
+        if not path.fetch():
+            raise UserError(f"{shown}: empty (0 bytes); pack it again or remove it")
+        return
     try:
         found = path.stat()
     except OSError as error:
@@ -556,7 +588,7 @@ def _not_read(tags: ImageFileDirectory_v2) -> str:
     return f"a TIFF of {contents} (photometric {meaning}), which are not read; save grey or RGB of 8 or 16 bits"
 
 
-def _unidentified(path: Path, shown: str) -> str:
+def _unidentified(path: Source, shown: str) -> str:
     """Why Pillow decodes none of it, and what to do."""
     try:
         with _Pieces(path) as file:
@@ -569,7 +601,7 @@ def _unidentified(path: Path, shown: str) -> str:
 # ---- decoding ----
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: Source) -> np.ndarray:
     shown = show_path(path)
     white = _white(image)
     upright = _upright(image)
@@ -594,7 +626,7 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     return np.array(upright.convert("RGB"))
 
 
-def _in_range(image: ImageFile, path: Path, value_range: Range) -> np.ndarray:
+def _in_range(image: ImageFile, path: Source, value_range: Range) -> np.ndarray:
     """As `_to_rgb`, of more than 8 bits, with the values that are black and white."""
     shown = show_path(path)
     is_deep = _layout(image).startswith("16")
@@ -641,9 +673,9 @@ def _stored_values(image: Image.Image, upright: Image.Image) -> np.ndarray:
     return values
 
 
-def _deep_colours(path: Path, upright: Image.Image) -> np.ndarray:
+def _deep_colours(path: Source, upright: Image.Image) -> np.ndarray:
     """Colours of 16 bits `(H, W, 3)` uint16, by OpenCV: Pillow keeps the upper byte, by which the two are compared."""
-    found = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    found = cv2.imdecode(np.frombuffer(_bytes_of(path), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if found is not None and found.dtype == np.uint16 and found.ndim == 3:
         values = np.array(found[..., 2::-1], dtype=np.uint16)  # blue, green, red, anything -> red, green, blue
         if np.array_equal(values >> 8, np.asarray(upright)):
@@ -651,14 +683,14 @@ def _deep_colours(path: Path, upright: Image.Image) -> np.ndarray:
     raise UserError(f"{show_path(path)}: 16-bit colours of this layout are not scaled by range; save it as PNG")
 
 
-def _largest(image: ImageFile, _: Path) -> int | None:
+def _largest(image: ImageFile, _: Source) -> int | None:
     is_deep = _layout(image).startswith("16")
     if _white(image) == 65535 and image.format != "PPM":
         return int(np.asarray(image).max())
     return int(np.asarray(image).max()) * 256 + 255 if is_deep and image.mode == "RGB" else None
 
 
-def _examined(image: ImageFile, path: Path, value_range: Range | None) -> Examined:
+def _examined(image: ImageFile, path: Source, value_range: Range | None) -> Examined:
     is_deep = _layout(image).startswith("16")  # loading forgets it
     bits = _bits(image.tag_v2) if isinstance(image, TiffImageFile) else 16 if is_deep or image.mode[0] == "I" else 8
     try:
@@ -675,12 +707,12 @@ def _examined(image: ImageFile, path: Path, value_range: Range | None) -> Examin
     return Examined(rgb, refusal, f"{bits} bit{'s' * (bits != 1)} {named}", (low, high))
 
 
-def _default_range(image: ImageFile, _: Path) -> Range | None:
+def _default_range(image: ImageFile, _: Source) -> Range | None:
     white = _white(image) or (65535 if _layout(image).startswith("16") else None)
     return None if white is None else (0.0, float(white))
 
 
-def _doubt(image: ImageFile, path: Path) -> str:
+def _doubt(image: ImageFile, path: Source) -> str:
     if _is_animation(image):
         return "an animation, of which the first frame is used"
     if image.format not in ("JPEG", "MPO"):
@@ -688,7 +720,7 @@ def _doubt(image: ImageFile, path: Path) -> str:
     try:
         # An eighth of the size and grey: all data are gone through, in half the time.
         colours = "CMYK" if image.mode == "CMYK" else "GRAY"
-        simplejpeg.decode_jpeg(path.read_bytes(), colours, min_height=1, min_width=1, min_factor=8)
+        simplejpeg.decode_jpeg(_bytes_of(path), colours, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
         warning = str(error)
         if any(words in warning for words in LOST):
@@ -703,7 +735,7 @@ def _is_animation(image: ImageFile) -> bool:
     return image.format in ANIMATIONS and getattr(image, "is_animated", False)
 
 
-def _to_stored(image: ImageFile, path: Path) -> np.ndarray:
+def _to_stored(image: ImageFile, path: Source) -> np.ndarray:
     shown = show_path(path)
     if image.format not in MASK_FORMATS:
         known = ", ".join(MASK_FORMATS)
@@ -735,7 +767,7 @@ def _to_stored(image: ImageFile, path: Path) -> np.ndarray:
     return array
 
 
-def _to_palette(image: ImageFile, _: Path) -> np.ndarray | None:
+def _to_palette(image: ImageFile, _: Source) -> np.ndarray | None:
     if image.mode in ("P", "PA") and image.palette is not None:
         # `image.getpalette` would decode the pixels, and formats order theirs each its way.
         probe = Image.new("P", (1, 1))
@@ -748,7 +780,7 @@ def _to_palette(image: ImageFile, _: Path) -> np.ndarray | None:
     return np.repeat(greys[:, None], 3, axis=-1)  # (N,) -> (N, 3)
 
 
-def _to_header(image: ImageFile, _: Path) -> Header:
+def _to_header(image: ImageFile, _: Source) -> Header:
     # EXIF of a PNG may follow its pixels, and Pillow would decode these to find it; those who write one put it first.
     late = image.format == "PNG" and "exif" not in image.info
     return Header(1 if late else _orientation(image), (image.height, image.width))

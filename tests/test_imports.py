@@ -25,6 +25,8 @@ HOMES = {  # the only files that may import a heavy library
     "omegaconf": {"config"},
     "PIL": {"images"},
     "tifffile": {"datasets.stack"},
+    "fsspec": {"datasets.shards"},
+    "braceexpand": {"datasets.shards"},
 }
 
 
