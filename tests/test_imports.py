@@ -31,6 +31,8 @@ HOMES = {  # the only files that may import a heavy library
     "omegaconf": {"config"},
     "PIL": {f"images.{file}" for file in ("bands", "masks", "opening", "pictures", "tiff", "writing")},
     "tifffile": {"datasets.stack", "images.pages"},
+    "fsspec": {"datasets.shards"},
+    "braceexpand": {"datasets.shards"},
 }
 
 

@@ -16,11 +16,9 @@ from ssl_seg.images import ChannelsField
 StoredId = Annotated[int, Field(ge=0, le=MAX_STORED)]
 
 
-class Labelled(Dataset):
+class Classed(Dataset):
     """Images with masks, or without; `mapping` and `ignore` turn stored values into classes as `masks` says."""
 
-    images: PathText  # a folder; of a stack also a file; of a manifest the list
-    masks: PathText | None = None  # theirs; without it the images are unlabelled
     classes: tuple[str, ...] | int | None = None  # names in the order of their ids, or their number; two at least
     ignore: tuple[StoredId, ...] = ()  # further stored ids that do not count; 255 never does
     mapping: dict[str, int | str] | None = None  # stored ids or '#rrggbb' colours to classes, or to ignore
@@ -59,10 +57,11 @@ class Labelled(Dataset):
 
     def _check_given(self) -> None:
         """Raise ValueError where what is said of masks does not fit where they are."""
+
+    def _given(self) -> list[str]:
+        """The keys about the meaning of masks that are there."""
         labelled = {"classes": self.classes, "ignore": self.ignore, "mapping": self.mapping}
-        given = [key for key, value in labelled.items() if value]
-        if self.masks is None and given:
-            raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")
+        return [key for key, value in labelled.items() if value]
 
     @property
     def num_channels(self) -> int:
@@ -85,3 +84,19 @@ class Labelled(Dataset):
     def _meaning(self) -> Meaning:
         """Raises ValueError for a value of `mapping` that is no class."""
         return Meaning.of(self.class_names, self.ignore, self.mapping or {})
+
+
+class Located(Dataset):
+    """Where images and masks lie."""
+
+    images: PathText  # a folder; of a stack also a file; of a manifest the list
+    masks: PathText | None = None  # theirs; without it the images are unlabelled
+
+
+class Labelled(Classed, Located):
+    """Images and masks that lie in folders or files of their own."""
+
+    def _check_given(self) -> None:
+        given = self._given()
+        if self.masks is None and given:
+            raise ValueError(f"{given[0]} is given without masks; add masks, the folder of the masks")

@@ -122,8 +122,8 @@ class Layout(Dataset):
         if with_labels and self.class_names:
             self._refuse_without_masks()
             lines += (f"{show_path(self.folder)}: {self._reading.note}",) if self._reading.note else ()
-            pairs = [(self._image_path(index), self._mask_path(index)) for index in range(len(self))]
-            lines += note_turned(self.folder, pairs)
+            sources = [(own.image, self.folder / own.image, self.folder / own.mask) for own in self.listed]
+            lines += note_turned(show_path(self.folder), sources)
         return lines
 
     @property
@@ -169,4 +169,4 @@ class Layout(Dataset):
                 f"{show_path(self.folder)}: no mask for {len(missing)} of the {len(names)} images "
                 f"({some_names(missing)}); unpack {self.mask_archive} there, or remove these images"
             )
-        return how_to_read(self.meaning, self.folder, names)
+        return how_to_read(self.meaning, self.folder, [self.folder / name for name in names])

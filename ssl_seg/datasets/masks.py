@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ssl_seg.config import UserError
-from ssl_seg.images import read_mask, read_palette, show_path
+from ssl_seg.images import Source, read_mask, read_palette, show_path
 
 IGNORE = 255
 MAX_CLASSES = 255  # ids 0 to 254; 255 is ignored
@@ -226,7 +226,7 @@ class Reading:
     chosen: Literal["greys", "indices"] | None = None
     mapping: str = ""
 
-    def values(self, path: Path) -> np.ndarray:
+    def values(self, path: Source) -> np.ndarray:
         """Ids `(H, W)` or colours `(H, W, 3)` of a mask. Raises UserError as `read_mask`, and for a cut palette."""
         palette = None if self.by == "value" else read_palette(path)
         if palette is None:
@@ -239,7 +239,7 @@ class Reading:
 class _Painted:
     """A mask whose values a viewer shows as something else."""
 
-    path: Path
+    path: Source
     palette: np.ndarray  # (N, 3) uint8
 
     @cached_property
@@ -262,7 +262,7 @@ class _Painted:
         return any(first_of[code] != value for value, code in self.codes.items())
 
 
-def how_to_read(meaning: Meaning, folder: Path, names: Sequence[str]) -> Reading:
+def how_to_read(meaning: Meaning, where: str | Path, masks: Sequence[Source]) -> Reading:
     """Decide from all masks; their headers alone are read, where these leave no doubt.
 
     Colours that `mapping` names are looked up. Other palettes of colours are for viewers: their indices are ids, as
@@ -272,15 +272,15 @@ def how_to_read(meaning: Meaning, folder: Path, names: Sequence[str]) -> Reading
     Raises UserError where neither can be right, where all masks hold nothing but 0 and 255, and where classes cannot be
     told apart, whatever masks hold.
     """
-    _refuse_lost_classes(meaning, folder)
-    palettes = {name: palette for name in names if (palette := read_palette(folder / name)) is not None}
-    painted = [_Painted(folder / name, palette) for name, palette in palettes.items()]
-    reading = _of_palettes(meaning, painted, len(names)) if painted else Reading()
-    _refuse_black_and_white(meaning, folder, (reading.values(folder / name) for name in names))
+    _refuse_lost_classes(meaning, where)
+    palettes = [(mask, palette) for mask in masks if (palette := read_palette(mask)) is not None]
+    painted = [_Painted(mask, palette) for mask, palette in palettes]
+    reading = _of_palettes(meaning, painted, len(masks)) if painted else Reading()
+    _refuse_black_and_white(meaning, where, map(reading.values, masks))
     return reading
 
 
-def check_ids(meaning: Meaning, where: Path, masks: Iterable[np.ndarray]) -> None:
+def check_ids(meaning: Meaning, where: str | Path, masks: Iterable[np.ndarray]) -> None:
     """The same for masks that are no files of their own, ids `(H, W)` or colours `(H, W, 3)`: raises such UserErrors.
 
     They are asked for as far as they are needed.
@@ -289,18 +289,18 @@ def check_ids(meaning: Meaning, where: Path, masks: Iterable[np.ndarray]) -> Non
     _refuse_black_and_white(meaning, where, masks)
 
 
-def _refuse_lost_classes(meaning: Meaning, folder: Path) -> None:
+def _refuse_lost_classes(meaning: Meaning, where: str | Path) -> None:
     """Of one class nothing can be learnt; and where the first is ignored, mostly all names are shifted by one."""
     names = meaning.names
     if len(names) == 1:
         raise UserError(
-            f"{show_path(folder)}: one class, {names[0]!r}, leaves nothing to tell it from; write classes: "
+            f"{show_path(where)}: one class, {names[0]!r}, leaves nothing to tell it from; write classes: "
             f"[background, {names[0]}], and mapping: {{255: 1}} where masks hold 0 and 255"
         )
     named = {class_id for _, class_id in (*meaning.ids, *meaning.colours)}
     if dict(meaning.ids).get(0) == IGNORE and 0 not in named and not named >= set(range(1, len(names))):
         raise UserError(
-            f"{show_path(folder)}: id 0 is ignored, which is class {names[0]!r}; in place of that write "
+            f"{show_path(where)}: id 0 is ignored, which is class {names[0]!r}; in place of that write "
             f"{_without_zero(names, 0)} if 1 is {names[0]!r}, or {_without_zero(names, 1)} if 1 is {names[1]!r}"
         )
 
@@ -392,7 +392,7 @@ def _refuse_other_palettes(meaning: Meaning, painted: Sequence[_Painted]) -> Non
             )
 
 
-def _refuse_black_and_white(meaning: Meaning, folder: Path, masks: Iterable[np.ndarray]) -> None:
+def _refuse_black_and_white(meaning: Meaning, where: str | Path, masks: Iterable[np.ndarray]) -> None:
     """As `Meaning` asks of each mask where there are two classes; among more, 0 and 255 may be all that one shows."""
     if meaning.names_ids([IGNORE]) or meaning.colours or len(meaning.names) == 2:
         return
@@ -405,7 +405,7 @@ def _refuse_black_and_white(meaning: Meaning, folder: Path, masks: Iterable[np.n
             return
     if found == BLACK_AND_WHITE:
         raise UserError(
-            f"{show_path(folder)}: all masks hold only 0 and 255 for {len(meaning.names)} classes; write "
+            f"{show_path(where)}: all masks hold only 0 and 255 for {len(meaning.names)} classes; write "
             f"mapping: {{255: 1}} if 255 is {meaning.names[1]!r}, or mapping: {{255: ignore}} if it is to be ignored"
         )
 
@@ -437,7 +437,7 @@ def ask_for_classes(folder: Path, names: Sequence[str]) -> str:
     return told
 
 
-def _indices(path: Path, palette: np.ndarray) -> np.ndarray:
+def _indices(path: Source, palette: np.ndarray) -> np.ndarray:
     """The values of a mask, which has this palette. Raises UserError for one that it lacks."""
     stored = read_mask(path)
     if stored.max() >= len(palette):

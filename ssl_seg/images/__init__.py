@@ -25,6 +25,7 @@ from ssl_seg.images.reading import (
     takes_range,
 )
 from ssl_seg.images.resizing import resize_image, resize_mask, with_channels
+from ssl_seg.images.sources import Packed, Source
 from ssl_seg.images.values import Pair, Range, RangeField, composite, say_range, scaled, written_range
 from ssl_seg.images.writing import write_image, write_mask
 
@@ -40,11 +41,13 @@ __all__ = [
     "ChannelsField",
     "Examined",
     "Header",
+    "Packed",
     "Pair",
     "Range",
     "RangeField",
     "Size",
     "SizeField",
+    "Source",
     "check_size",
     "composite",
     "default_range",

@@ -24,6 +24,7 @@ from ssl_seg.images.limits import MAX_CHANNELS, Size, check_file, check_pixels, 
 from ssl_seg.images.opening import ARRAY_SUFFIXES, DECODE_ERRORS, decode, is_animation, layout_of, upright_frame
 from ssl_seg.images.pages import NAMELESS, PagedTiff, opened
 from ssl_seg.images.pictures import Examined
+from ssl_seg.images.sources import Source
 from ssl_seg.images.values import Range, in_bytes, pairs_of
 
 TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
@@ -210,7 +211,7 @@ class Bands:
         check_pixels(int(np.prod(shape, dtype=np.float64) / self.channels), self.shown)
         return shape, dtype
 
-    def _of_pillow(self, image: ImageFile, _: Path) -> np.ndarray:
+    def _of_pillow(self, image: ImageFile, _: Source) -> np.ndarray:
         mode = WITH_ALPHA.get(self.channels)
         deep = layout_of(image).startswith("16")
         if image.mode != mode or deep or is_animation(image):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import stat
-from io import BufferedReader, FileIO
-from pathlib import Path
+from io import BufferedReader
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
 
 from ssl_seg.config import UserError
+from ssl_seg.images.sources import Packed, Source, raw_of
 
 # 400 MB as RGB, an aerial photograph of 11585 x 11585; Pillow by itself refuses from 179 million pixels on.
 MAX_PIXELS = 2**27
@@ -40,11 +40,13 @@ SizeField = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(check_size
 class Pieces(BufferedReader):
     """A file that may be read in so many pieces only: what has more is no picture, but keeps its reader busy."""
 
-    def __init__(self, path: Path) -> None:
-        raw = FileIO(path)  # a string or a path; BufferedReader closes it
+    def __init__(self, source: Source) -> None:
+        raw = raw_of(source)  # which BufferedReader closes
         super().__init__(raw)
-        self.shown = show_path(path)
-        self.left = MAX_PIECES + os.fstat(raw.fileno()).st_size // BYTES_A_PIECE
+        size = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        self.shown = show_path(source)
+        self.left = MAX_PIECES + size // BYTES_A_PIECE
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.left -= 1
@@ -53,8 +55,12 @@ class Pieces(BufferedReader):
         return super().read(size)
 
 
-def check_file(path: Path, shown: str) -> None:
+def check_file(path: Source, shown: str) -> None:
     """Raise UserError for what is missing, empty or no file."""
+    if isinstance(path, Packed):
+        if not path.fetch():
+            raise UserError(f"{shown}: empty (0 bytes); pack it again or remove it")
+        return
     try:
         found = path.stat()
     except OSError as error:
@@ -86,7 +92,7 @@ def _too_many_pieces(shown: str) -> str:
     return f"{shown}: in more pieces than a picture can have; save it anew or remove it"
 
 
-def show_path(path: str | Path) -> str:
+def show_path(path: str | Source) -> str:
     """A path as one printable line: file names may hold line breaks and bytes that are no text."""
     text = str(path)
     return text if text.isprintable() else ascii(text)

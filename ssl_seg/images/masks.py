@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 from PIL.ImageFile import ImageFile
@@ -12,6 +10,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from ssl_seg.config import UserError
 from ssl_seg.images.limits import show_path
 from ssl_seg.images.opening import decode, is_animation, layout_of, upright_frame
+from ssl_seg.images.sources import Source
 from ssl_seg.images.tiff import is_signed
 
 MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # those that keep ids exactly: JPEG and WebP are lossy, PPM rescales
@@ -19,27 +18,27 @@ MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif"})
 GREY_STEPS = {"2": 85, "4": 17}  # by bits a pixel: Pillow spreads 2 and 4 bit greys over 0..255
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Source) -> np.ndarray:
     """The values as they are stored, upright by the EXIF orientation: nothing is converted or interpolated.
 
     `(H, W)` uint8 for grey, palette (the indices) and bilevel masks (0 and 1), `(H, W)` uint16 for 16-bit grey,
     `(H, W, 3)` uint8 for colours; alpha is dropped. Raises UserError as `read_image` does, and for a format or pixel
     mode that does not keep ids exactly.
     """
-    return decode(Path(path), _to_stored)
+    return decode(path, _to_stored)
 
 
-def read_palette(path: str | Path) -> np.ndarray | None:
+def read_palette(path: str | Source) -> np.ndarray | None:
     """The colour that a viewer shows for each value that `read_mask` gives, RGB `(N, 3)` uint8.
 
     None where a mask has no palette and its greys stand for themselves, and for colours. Greys of 1, 2 and 4 bits do
     not: viewers spread them over 0 to 255. No pixel is decoded. Raises UserError for a file that is
     missing, empty or no image.
     """
-    return decode(Path(path), _to_palette)
+    return decode(path, _to_palette)
 
 
-def _to_stored(image: ImageFile, path: Path) -> np.ndarray:
+def _to_stored(image: ImageFile, path: Source) -> np.ndarray:
     shown = show_path(path)
     if image.format not in MASK_FORMATS:
         known = ", ".join(MASK_FORMATS)
@@ -71,7 +70,7 @@ def _to_stored(image: ImageFile, path: Path) -> np.ndarray:
     return array
 
 
-def _to_palette(image: ImageFile, _: Path) -> np.ndarray | None:
+def _to_palette(image: ImageFile, _: Source) -> np.ndarray | None:
     if image.mode in ("P", "PA") and image.palette is not None:
         # `image.getpalette` would decode the pixels, and formats order theirs each its way.
         probe = Image.new("P", (1, 1))

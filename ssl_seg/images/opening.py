@@ -9,7 +9,6 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
@@ -18,6 +17,7 @@ from PIL.TiffImagePlugin import PREFIXES as TIFF_STARTS
 
 from ssl_seg.config import UserError
 from ssl_seg.images.limits import Pieces, Size, check_file, check_pixels, show_path, too_large
+from ssl_seg.images.sources import Packed, Source, source_of
 from ssl_seg.images.tiff import check_tiff, not_read, tags_at_start
 
 # Pillow knows 40 more formats; each is one more decoder that a stranger's file can reach (EPS starts Ghostscript).
@@ -61,8 +61,11 @@ TURNS = {  # EXIF orientation: the turn that undoes it
 T = TypeVar("T")
 
 
-def decode(path: Path, convert: Callable[[ImageFile, Path], T]) -> T:
+def decode(given: str | Source, convert: Callable[[ImageFile, Source], T]) -> T:
     """What `convert` makes of the opened file, of which no pixel is decoded yet. Raises UserError with one line."""
+    path = source_of(given)
+    if isinstance(path, Packed):
+        path = path.fetched()  # once: it is looked over, decoded, and may be asked for colours once more
     check_file(path, show_path(path))
     with warnings.catch_warnings():
         # Pillow warns of odd metadata without a file name, and of large images, which are checked here.
@@ -70,7 +73,7 @@ def decode(path: Path, convert: Callable[[ImageFile, Path], T]) -> T:
         return _decode_quietly(path, show_path(path), convert)
 
 
-def _decode_quietly(path: Path, shown: str, convert: Callable[[ImageFile, Path], T]) -> T:
+def _decode_quietly(path: Source, shown: str, convert: Callable[[ImageFile, Source], T]) -> T:
     try:
         with Pieces(path) as file:
             _check_parts(file, shown)
@@ -128,7 +131,7 @@ def _check_chunks(file: Pieces, shown: str) -> None:
             raise UserError(f"{shown}: has two colour profiles; save it anew or remove it")
 
 
-def _unidentified(path: Path, shown: str) -> str:
+def _unidentified(path: Source, shown: str) -> str:
     """Why Pillow decodes none of it, and what to do."""
     try:
         with Pieces(path) as file:
@@ -148,12 +151,12 @@ class Header(NamedTuple):
     size: Size  # (H, W), of a quarter turn either way round
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Source) -> Header:
     """No pixel is decoded. Raises UserError for a file that is missing, empty or no image."""
-    return decode(Path(path), _to_header)
+    return decode(path, _to_header)
 
 
-def _to_header(image: ImageFile, _: Path) -> Header:
+def _to_header(image: ImageFile, _: Source) -> Header:
     # EXIF of a PNG may follow its pixels, and Pillow would decode these to find it; those who write one put it first.
     late = image.format == "PNG" and "exif" not in image.info
     return Header(1 if late else orientation_of(image), (image.height, image.width))

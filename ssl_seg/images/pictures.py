@@ -25,6 +25,7 @@ from ssl_seg.images.opening import (
     orientation_of,
     upright_frame,
 )
+from ssl_seg.images.sources import Source, bytes_of
 from ssl_seg.images.tiff import bits_of, is_signed, number_in
 from ssl_seg.images.values import Pair, Range, in_bytes, scaled, three_channels
 
@@ -33,10 +34,10 @@ NUMBER = r"\d+ "  # in what libjpeg says: equal faults are told together
 LOST = ("premature end of data segment", "bad Huffman code")
 
 
-def read_rgb(path: str | Path, value_range: Pair | None = None) -> np.ndarray:
+def read_rgb(path: str | Source, value_range: Pair | None = None) -> np.ndarray:
     """RGB `(H, W, 3)` uint8, as `images.read_image` says."""
     convert = _to_rgb if value_range is None else partial(_in_range, value_range=value_range)
-    return decode(Path(path), convert)
+    return decode(path, convert)
 
 
 def of_array(given: np.ndarray, value_range: Range | None = None, channels: int = 3) -> np.ndarray:
@@ -77,9 +78,9 @@ def of_pillow(given: object, value_range: Pair | None = None) -> np.ndarray:
         raise UserError(f"the picture: cannot be read ({first_line(error)}); give its path, or a whole one") from error
 
 
-def largest_of_rgb(path: str | Path) -> int | None:
+def largest_of_rgb(path: str | Source) -> int | None:
     """As `images.largest_value`."""
-    return decode(Path(path), _largest)
+    return decode(path, _largest)
 
 
 class Examined(NamedTuple):
@@ -91,25 +92,25 @@ class Examined(NamedTuple):
     used: Pair  # the smallest and the largest stored value
 
 
-def examine_rgb(path: str | Path, value_range: Pair | None = None) -> Examined:
+def examine_rgb(path: str | Source, value_range: Pair | None = None) -> Examined:
     """As `images.examine`."""
-    return decode(Path(path), partial(_examined, value_range=value_range))
+    return decode(path, partial(_examined, value_range=value_range))
 
 
-def range_of_rgb(path: str | Path) -> Pair | None:
+def range_of_rgb(path: str | Source) -> Pair | None:
     """As `images.default_range`."""
-    return decode(Path(path), _default_range)
+    return decode(path, _default_range)
 
 
-def doubt_of(path: str | Path) -> str:
+def doubt_of(path: str | Source) -> str:
     """As `images.doubt`."""
-    return decode(Path(path), _doubt)
+    return decode(path, _doubt)
 
 
 # ---- of what Pillow has opened ----
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: Source) -> np.ndarray:
     shown = show_path(path)
     white = _white(image)
     upright = upright_frame(image)
@@ -134,7 +135,7 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     return np.array(upright.convert("RGB"))
 
 
-def _in_range(image: ImageFile, path: Path, value_range: Pair) -> np.ndarray:
+def _in_range(image: ImageFile, path: Source, value_range: Pair) -> np.ndarray:
     """As `_to_rgb`, of more than 8 bits, with the values that are black and white."""
     shown = show_path(path)
     is_deep = layout_of(image).startswith("16")
@@ -176,9 +177,9 @@ def _stored_values(image: Image.Image, upright: Image.Image) -> np.ndarray:
     return values
 
 
-def _deep_colours(path: Path, upright: Image.Image) -> np.ndarray:
+def _deep_colours(path: Source, upright: Image.Image) -> np.ndarray:
     """Colours of 16 bits `(H, W, 3)` uint16, by OpenCV: Pillow keeps the upper byte, by which the two are compared."""
-    found = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    found = cv2.imdecode(np.frombuffer(bytes_of(path), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if found is not None and found.dtype == np.uint16 and found.ndim == 3:
         values = np.array(found[..., 2::-1], dtype=np.uint16)  # blue, green, red, anything -> red, green, blue
         if np.array_equal(values >> 8, np.asarray(upright)):
@@ -186,14 +187,14 @@ def _deep_colours(path: Path, upright: Image.Image) -> np.ndarray:
     raise UserError(f"{show_path(path)}: 16-bit colours of this layout are not scaled by range; save it as PNG")
 
 
-def _largest(image: ImageFile, _: Path) -> int | None:
+def _largest(image: ImageFile, _: Source) -> int | None:
     is_deep = layout_of(image).startswith("16")
     if _white(image) == 65535 and image.format != "PPM":
         return int(np.asarray(image).max())
     return int(np.asarray(image).max()) * 256 + 255 if is_deep and image.mode == "RGB" else None
 
 
-def _examined(image: ImageFile, path: Path, value_range: Pair | None) -> Examined:
+def _examined(image: ImageFile, path: Source, value_range: Pair | None) -> Examined:
     is_deep = layout_of(image).startswith("16")  # loading forgets it
     bits = bits_of(image.tag_v2) if isinstance(image, TiffImageFile) else 16 if is_deep or image.mode[0] == "I" else 8
     try:
@@ -210,12 +211,12 @@ def _examined(image: ImageFile, path: Path, value_range: Pair | None) -> Examine
     return Examined(rgb, refusal, f"{bits} bit{'s' * (bits != 1)} {named}", (low, high))
 
 
-def _default_range(image: ImageFile, _: Path) -> Pair | None:
+def _default_range(image: ImageFile, _: Source) -> Pair | None:
     white = _white(image) or (65535 if layout_of(image).startswith("16") else None)
     return None if white is None else (0.0, float(white))
 
 
-def _doubt(image: ImageFile, path: Path) -> str:
+def _doubt(image: ImageFile, path: Source) -> str:
     if is_animation(image):
         return "an animation, of which the first frame is used"
     if image.format not in ("JPEG", "MPO"):
@@ -223,7 +224,7 @@ def _doubt(image: ImageFile, path: Path) -> str:
     try:
         # An eighth of the size and grey: all data are gone through, in half the time.
         colours = "CMYK" if image.mode == "CMYK" else "GRAY"
-        simplejpeg.decode_jpeg(path.read_bytes(), colours, min_height=1, min_width=1, min_factor=8)
+        simplejpeg.decode_jpeg(bytes_of(path), colours, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
         warning = str(error)
         if any(words in warning for words in LOST):

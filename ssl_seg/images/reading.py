@@ -12,13 +12,14 @@ from ssl_seg.images import opening, pictures
 from ssl_seg.images.limits import show_path
 from ssl_seg.images.opening import ARRAY_SUFFIXES, Header
 from ssl_seg.images.pictures import Examined
+from ssl_seg.images.sources import Packed, Source
 from ssl_seg.images.values import Range, pairs_of
 
 if TYPE_CHECKING:
     from ssl_seg.images.bands import Bands
 
 
-def read_image(path: str | Path, value_range: Range | None = None, channels: int = 3) -> np.ndarray:
+def read_image(path: str | Source, value_range: Range | None = None, channels: int = 3) -> np.ndarray:
     """An image `(H, W, C)` uint8, upright by its EXIF orientation.
 
     Of three channels it is the picture as a person sees it, in RGB. Transparent pixels are laid on white, CMYK, palette
@@ -60,7 +61,7 @@ def picture_of(given: object, value_range: Range | None = None, channels: int = 
     return rgb if channels == 3 else _grey(rgb, "the picture")
 
 
-def examine(path: str | Path, value_range: Range | None = None, channels: int = 3) -> Examined:
+def examine(path: str | Source, value_range: Range | None = None, channels: int = 3) -> Examined:
     """As `read_image`, with what the pixels were before they had 8 bits.
 
     Of 16-bit colours the upper byte tells what is used, so that up to 255 more may be. Raises UserError for what cannot
@@ -78,13 +79,13 @@ def examine(path: str | Path, value_range: Range | None = None, channels: int = 
         return found._replace(image=None, refusal=str(error))
 
 
-def largest_value(path: str | Path, channels: int = 3) -> int | None:
+def largest_value(path: str | Source, channels: int = 3) -> int | None:
     """The largest stored value of an image of 16 bits a channel, for colours up to 255 too high; None for others."""
     bands = _bands(path, channels)
     return pictures.largest_of_rgb(path) if bands is None else bands.largest()
 
 
-def default_range(path: str | Path, channels: int = 3) -> Range | None:
+def default_range(path: str | Source, channels: int = 3) -> Range | None:
     """The values that `read_image` takes for black and white where no range is given; None where there are none.
 
     So of 8 bits a channel. No pixel is decoded.
@@ -93,13 +94,13 @@ def default_range(path: str | Path, channels: int = 3) -> Range | None:
     return pictures.range_of_rgb(path) if bands is None else bands.default_range()
 
 
-def takes_range(path: str | Path, channels: int = 3) -> bool:
+def takes_range(path: str | Source, channels: int = 3) -> bool:
     """Whether an image is read with a range where one is known: it has more than 8 bits a channel."""
     bands = _bands(path, channels)
     return pictures.range_of_rgb(path) is not None if bands is None else bands.takes_range()
 
 
-def doubt(path: str | Path, channels: int = 3) -> str:
+def doubt(path: str | Source, channels: int = 3) -> str:
     """What a person should look at in an image that can be decoded, in a few words; '' for nothing.
 
     A JPEG is decoded once more, for the warnings that Pillow swallows. Raises UserError for one that has lost pixels.
@@ -107,14 +108,18 @@ def doubt(path: str | Path, channels: int = 3) -> str:
     return pictures.doubt_of(path) if _bands(path, channels) is None else ""
 
 
-def read_header(path: str | Path, channels: int = 3) -> Header:
+def read_header(path: str | Source, channels: int = 3) -> Header:
     """What an image file says of itself. Of a picture no pixel is decoded; bands lie as they are stored."""
     bands = _bands(path, channels)
     return opening.read_header(path) if bands is None else Header(1, bands.size())
 
 
-def _bands(path: str | Path, channels: int) -> Bands | None:
+def _bands(path: str | Source, channels: int) -> Bands | None:
     """The file as bands; None for a picture."""
+    if isinstance(path, Packed):
+        if channels not in (1, 3):
+            raise UserError(f"{show_path(path)}: of an archive pictures alone are read, of 1 or 3 channels; unpack it")
+        return None
     if channels in (1, 3) and Path(path).suffix.lower() not in ARRAY_SUFFIXES:
         return None
     from ssl_seg.images.bands import Bands  # and with it tifffile, which few need
@@ -122,7 +127,7 @@ def _bands(path: str | Path, channels: int) -> Bands | None:
     return Bands(path, channels)
 
 
-def _one(value_range: Range | None, path: str | Path) -> tuple[float, float] | None:
+def _one(value_range: Range | None, path: str | Source) -> tuple[float, float] | None:
     """The range of a picture, which is one for all of its channels."""
     pairs = () if value_range is None else pairs_of(value_range)
     if len(pairs) > 1:

@@ -157,10 +157,12 @@ class Look:
                 assert isinstance(folder, Folder)
             self.meaning = Meaning.of(folder.class_names, folder.ignore, folder.mapping or {})
             readable = [pair[1] for pair, own in self._pairs() if own.values is not None]
-            self.reading = how_to_read(self.meaning, masks, readable)
+            self.reading = how_to_read(self.meaning, masks, [masks / name for name in readable])
             self.notes += (self.reading.note,) if self.reading.note else ()
-            good = [self.files.paths(i) for i, own in enumerate(self.seen) if own.values is not None and own.size[0]]
-            self.notes += note_turned(folder.image_folder, [(image, mask) for image, mask in good if mask])
+            good = [i for i, own in enumerate(self.seen) if own.values is not None and own.size[0]]
+            sources = [(self.files.name(i), *self.files.paths(i)) for i in good]
+            turned = [(name, image, mask) for name, image, mask in sources if mask]
+            self.notes += note_turned(show_path(folder.image_folder), turned)
         except (UserError, ValueError) as error:
             self.faults += (str(error),)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, SerializeAsAny
 
-from ssl_seg import tracking
+from ssl_seg import files, tracking
 from ssl_seg.config import NAME, Config, Interrupted, UserError, flatten, user_path
 from ssl_seg.data.augment import Augment
 from ssl_seg.data.loading import Samples, Whole, check_batch_size, loader, pack
@@ -39,6 +40,8 @@ from ssl_seg.weights.export import export_decoder
 
 SAME_FILES = "give every machine the same files"
 C = TypeVar("C", bound="HasData")
+# Seconds after which what another machine has written is not there: disks that are shared may tell of it late.
+SEEN_WITHIN = 60.0
 CLEAN_BATCH = 32  # images at most; the spread between images counts in a batch's variance by 1 - 1/32
 
 
@@ -127,6 +130,7 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
     mirror = Mirror(config.tracking, out, processes.is_main, options.quiet)
     with mirror, watch_signals() as signals, run, processes.ending_together():
         try:
+            _refuse_other_disks(run, processes)
             yield Opened(run, signals, mirror)
         except Interrupted:
             run.close("killed")
@@ -134,6 +138,29 @@ def open_run(stage: str, config: StageConfig, options: Options, processes: Proce
         except NonFiniteError as error:
             run.write_json("nonfinite.json", {"images": error.names})
             raise
+
+
+def _refuse_other_disks(run: Run, processes: Processes) -> None:
+    """Raise UserError where a process does not see the run's folder, as on a node that does not share that disk.
+
+    It could train and write nothing wrong, but neither go on from a checkpoint nor end with the best one.
+    """
+    if processes.world == 1:
+        return
+    path = run.folder / "run.json"
+    digest = processes.from_first(files.sha256(files.read_bytes(path)) if processes.is_main else "")
+
+    def look() -> None:
+        until = time.monotonic() + SEEN_WITHIN
+        while not files.is_intact(path, digest):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{path}: is not there as the first process has written it; give --out a path on a disk that all "
+                    "nodes share"
+                )
+            time.sleep(0.1)
+
+    processes.together(look)
 
 
 def start_processes(config: TrainConfig, options: Options | None = None) -> Processes:

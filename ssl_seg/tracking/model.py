@@ -10,9 +10,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-import mlflow.pytorch
 import numpy as np
-from mlflow import MlflowClient
+from mlflow import MlflowClient, pytorch
 from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -83,7 +82,7 @@ def save(folder: Path, target: Path) -> ModelSignature:
             with evaluating(shares), forms.quietly(), tempfile.TemporaryDirectory() as place:
                 written = Path(place) / NAME
                 with tracing_any_size():
-                    mlflow.pytorch.save_model(
+                    pytorch.save_model(
                         shares,
                         str(written),
                         signature=signature,
@@ -92,7 +91,7 @@ def save(folder: Path, target: Path) -> ModelSignature:
                         metadata={"classes": list(network.class_names), "resize": resize},
                         serialization_format="pt2",
                     )
-                read = mlflow.pytorch.load_model(str(written))
+                read = pytorch.load_model(str(written))
                 differences = {
                     forms.words_of(shape): forms.difference(shares, read, shape) for shape in freedom.shapes()
                 }

@@ -57,8 +57,9 @@ class Freedom:
 
     def example(self, channels: int = 3) -> tuple[int, int, int, int]:
         """The shape of the images that a trace is made with."""
-        batch, height, width = TRACED
-        return (batch if self.number else 1, channels, *(self.size or (height, width)))
+        batch, *sides = TRACED
+        height, width = self.size or sides
+        return batch if self.number else 1, channels, height, width
 
 
 def freedoms(resize: Size | None) -> list[Freedom]:
