@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from functools import lru_cache
+import math
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, FiniteFloat
+from pydantic import BeforeValidator
 
 Pair = tuple[float, float]  # black and white
 Range = Pair | tuple[Pair, ...]  # of all channels, or of each in turn
 
 
-def _each_alike(value: Any) -> Any:
-    """One pair that stands in a list of its own is that of all channels."""
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+def _as_range(value: Any) -> Range:
+    """What a config says; one pair that stands in a list of its own is that of all channels."""
+    given = value[0] if _is_list(value) and len(value) == 1 else value
+    pairs = given if _is_list(given) and all(map(_is_list, given)) else [given]
+    for pair in pairs:
+        if not _is_list(pair) or len(pair) != 2 or not all(map(_is_number, pair)):
+            raise ValueError("write [black, white], two finite numbers, or such a pair for each channel")
+        if pair[0] >= pair[1]:
+            raise ValueError(f"black ({pair[0]:g}) has to be less than white ({pair[1]:g})")
+    found = tuple((float(black), float(white)) for black, white in pairs)
+    return found[0] if len(found) == 1 else found
 
 
-def _check_range(value: Range) -> Range:
-    for black, white in pairs_of(value):
-        if black >= white:
-            raise ValueError(f"black ({black:g}) has to be less than white ({white:g})")
-    return value
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # As a key of a config: [black, white], or a list of these with one for each channel.
-RangeField = Annotated[
-    tuple[FiniteFloat, FiniteFloat] | tuple[tuple[FiniteFloat, FiniteFloat], ...],
-    BeforeValidator(_each_alike),
-    AfterValidator(_check_range),
-]
+RangeField = Annotated[Range, BeforeValidator(_as_range)]
 
 
 def pairs_of(value_range: Range) -> tuple[Pair, ...]:

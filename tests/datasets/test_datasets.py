@@ -484,7 +484,7 @@ def test_a_range_is_in_the_config_where_it_is_given_and_moves_the_digest(tmp_pat
     assert load(Dataset, ranged.dump()) == ranged
     assert sample_digest(plain) != sample_digest(ranged)
     assert "black (9) has to be less than white (9)" in config_refusal(images="i", range=[9, 9])
-    assert "range.1" in config_refusal(images="i", range=[0, float("inf")])
+    assert "range: write [black, white], two finite numbers" in config_refusal(images="i", range=[0, float("inf")])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
