@@ -55,8 +55,8 @@ class Freedom:
             found.append((batch if self.number else 1, *(self.size or (height, width))))
         return list(dict.fromkeys(found))
 
-    def example(self) -> tuple[int, int, int, int]:
-        """The shape of the images that a trace is made with."""
+    def example(self) -> tuple[int, ...]:
+        """The shape (B, 3, H, W) of the images that a trace is made with."""
         batch, height, width = TRACED
         return (batch if self.number else 1, 3, *(self.size or (height, width)))
 
