@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from mlflow import MlflowClient, pytorch
+from mlflow import MlflowClient
+from mlflow import pytorch as flavour
 from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -82,7 +83,7 @@ def save(folder: Path, target: Path) -> ModelSignature:
             with evaluating(shares), forms.quietly(), tempfile.TemporaryDirectory() as place:
                 written = Path(place) / NAME
                 with tracing_any_size():
-                    pytorch.save_model(
+                    flavour.save_model(
                         shares,
                         str(written),
                         signature=signature,
@@ -91,7 +92,7 @@ def save(folder: Path, target: Path) -> ModelSignature:
                         metadata={"classes": list(network.class_names), "resize": resize},
                         serialization_format="pt2",
                     )
-                read = pytorch.load_model(str(written))
+                read = flavour.load_model(str(written))
                 differences = {
                     forms.words_of(shape): forms.difference(shares, read, shape) for shape in freedom.shapes()
                 }
@@ -109,9 +110,9 @@ def save(folder: Path, target: Path) -> ModelSignature:
 
 
 def _signature(freedom: Freedom, channels: int, classes: int) -> ModelSignature:
-    """float32 images to float32 shares; -1 is any number."""
+    """float32 images to float32 shares; -1 is any number. Without names, or an array would be no input."""
     count = -1 if freedom.number else 1
     height, width = freedom.size or (-1, -1)
-    taken = TensorSpec(np.dtype(np.float32), (count, channels, height, width), "image")
-    given = TensorSpec(np.dtype(np.float32), (count, classes, height, width), "shares")
+    taken = TensorSpec(np.dtype(np.float32), (count, channels, height, width))
+    given = TensorSpec(np.dtype(np.float32), (count, classes, height, width))
     return ModelSignature(Schema([taken]), Schema([given]))

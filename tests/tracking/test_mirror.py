@@ -354,10 +354,10 @@ def test_held_out_images_are_an_input_too(tmp_path: Path) -> None:
     held_out = inputs["val"][1]
     assert json.loads(held_out.profile) == {"images": 1}
     assert held_out.digest != inputs["labelled"][1].digest
-    source = mlflow.data.get_source(held_out)
-    assert source.load() == str(tmp_path / "photos") or source.uri == str(tmp_path / "photos")
+    assert mlflow.data.get_source(held_out).uri == str(tmp_path / "photos")
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_is_loaded_by_mlflow_and_answers_as_ours(tracked: Path) -> None:
     """The model of a real run, logged afterwards, loaded by its id and through its run: shares to 1e-6, at any size."""
     folder = tracked / "fine_0"
