@@ -102,7 +102,11 @@ class Look:
             look.meaning = Meaning(names) if names else None
             return look
         has_masks = with_masks and dataset.masks is not None
-        matched = dataset.match() if has_masks else match(dataset.image_folder, only=dataset.only)
+        matched = (
+            dataset.match()
+            if has_masks
+            else match(dataset.image_folder, None, dataset.image_suffixes, only=dataset.only)
+        )
         pattern = likely_pattern(dataset.mask_folder, matched) if propose and has_masks else None
         suggested = {} if pattern is None else {"masks": pattern}
         if pattern is not None:
@@ -160,7 +164,8 @@ class Look:
             self.reading = how_to_read(self.meaning, masks, readable)
             self.notes += (self.reading.note,) if self.reading.note else ()
             good = [self.files.paths(i) for i, own in enumerate(self.seen) if own.values is not None and own.size[0]]
-            self.notes += note_turned(folder.image_folder, [(image, mask) for image, mask in good if mask])
+            pairs = [(image, mask) for image, mask in good if mask]
+            self.notes += note_turned(folder.image_folder, pairs, folder.channels)
         except (UserError, ValueError) as error:
             self.faults += (str(error),)
 
