@@ -134,9 +134,13 @@ class Folder(Pairs):
         """The images with their masks, whatever is missing. Raises UserError as `match`."""
         pattern = None if self.masks is None else Pattern.of(self.masks)
         masks = None if pattern is None else self.mask_folder
+        return match(self.image_folder, masks, self.image_suffixes, pattern=pattern, only=self.only)
+
+    @property
+    def image_suffixes(self) -> frozenset[str]:
+        """Of the files that are images."""
         # Beside pictures of three channels an array is something else, as it was before there were others.
-        suffixes = IMAGE_SUFFIXES if self.channels == 3 else IMAGE_SUFFIXES | ARRAY_SUFFIXES
-        return match(self.image_folder, masks, suffixes, pattern=pattern, only=self.only)
+        return IMAGE_SUFFIXES if self.channels == 3 else IMAGE_SUFFIXES | ARRAY_SUFFIXES
 
     def _scan(self) -> Matched:
         return complete(self.match(), self.image_folder, None if self.masks is None else self.mask_folder)

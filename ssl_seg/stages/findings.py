@@ -102,7 +102,11 @@ class Look:
             look.meaning = Meaning(names) if names else None
             return look
         has_masks = with_masks and dataset.masks is not None
-        matched = dataset.match() if has_masks else match(dataset.image_folder, only=dataset.only)
+        matched = (
+            dataset.match()
+            if has_masks
+            else match(dataset.image_folder, None, dataset.image_suffixes, only=dataset.only)
+        )
         pattern = likely_pattern(dataset.mask_folder, matched) if propose and has_masks else None
         suggested = {} if pattern is None else {"masks": pattern}
         if pattern is not None:
@@ -162,7 +166,7 @@ class Look:
             good = [i for i, own in enumerate(self.seen) if own.values is not None and own.size[0]]
             sources = [(self.files.name(i), *self.files.paths(i)) for i in good]
             turned = [(name, image, mask) for name, image, mask in sources if mask]
-            self.notes += note_turned(show_path(folder.image_folder), turned)
+            self.notes += note_turned(show_path(folder.image_folder), turned, folder.channels)
         except (UserError, ValueError) as error:
             self.faults += (str(error),)
 

@@ -99,7 +99,8 @@ class Files:
 def _kind(image: np.ndarray) -> str:
     """Of an image whose file is not looked into."""
     channels = image.shape[-1]
-    return "8 bits RGB" if channels == 3 else f"8 bits, {channels} channel{'s' * (channels != 1)}"
+    named = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    return f"8 bits {named}"
 
 
 def _with_mask(seen: Seen, path: Path) -> Seen:
