@@ -26,7 +26,7 @@ from ssl_seg.images.reading import (
 )
 from ssl_seg.images.resizing import resize_image, resize_mask, with_channels
 from ssl_seg.images.values import Pair, Range, RangeField, composite, say_range, scaled, written_range
-from ssl_seg.images.writing import write_image, write_mask
+from ssl_seg.images.writing import array_bytes, write_image, write_mask
 
 __all__ = [
     "ARRAY_SUFFIXES",
@@ -45,6 +45,7 @@ __all__ = [
     "RangeField",
     "Size",
     "SizeField",
+    "array_bytes",
     "check_size",
     "composite",
     "default_range",
