@@ -70,7 +70,7 @@ def select_command(
     before = f", {chosen.covered_before * 100:.0f} % before" if chosen.covered_before else ""
     cover = f"they cover {chosen.covered * 100:.0f} % of what the pool shows{before}"
     print_lines([f"{len(chosen.names)} images: {chosen.out} (look at {chosen.out / 'sheet.png'}); {cover}"])
-    where = f"{{type: folder, images: {chosen.out / 'images'}, masks: {chosen.out / 'masks'}, classes: [...]}}"
+    where = f"{{type: folder, images: {chosen.folder}, masks: {chosen.out / 'masks'}, classes: [...]}}"
     print_lines([f"next: draw masks of the same names into {chosen.out / 'masks'}; data.labelled is then {where}"])
 
 

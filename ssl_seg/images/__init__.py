@@ -27,7 +27,7 @@ from ssl_seg.images.reading import (
 from ssl_seg.images.resizing import resize_image, resize_mask, with_channels
 from ssl_seg.images.sources import Packed, Source
 from ssl_seg.images.values import Pair, Range, RangeField, composite, say_range, scaled, written_range
-from ssl_seg.images.writing import write_image, write_mask
+from ssl_seg.images.writing import array_bytes, write_image, write_mask
 
 __all__ = [
     "ARRAY_SUFFIXES",
@@ -48,6 +48,7 @@ __all__ = [
     "Size",
     "SizeField",
     "Source",
+    "array_bytes",
     "check_size",
     "composite",
     "default_range",

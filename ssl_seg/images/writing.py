@@ -47,6 +47,13 @@ def write_mask(
     _write_png(Path(path), _encoded(image, level=3))
 
 
+def array_bytes(image: np.ndarray) -> bytes:
+    """An image of any number of channels as a .npy file holds it."""
+    stream = BytesIO()
+    np.save(stream, image, allow_pickle=False)
+    return stream.getvalue()
+
+
 def _encoded(image: Image.Image, level: int = 6) -> bytes:
     """As PNG; `level` is zlib's, whose own choice is 6."""
     stream = BytesIO()

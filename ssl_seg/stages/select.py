@@ -22,7 +22,7 @@ from ssl_seg.datasets import Dataset
 from ssl_seg.figures import charts, panels, svg
 from ssl_seg.leaks import guard
 from ssl_seg.leaks.guard import Leaks
-from ssl_seg.models import ModelConfig
+from ssl_seg.models import RGB, ModelConfig
 from ssl_seg.stages.features import Described, describe, model_of, open_encoder
 from ssl_seg.stages.predict import mask_names
 from ssl_seg.stages.setup import ReadingConfig, check_images, read_as, say_other_ranges, tell_notes
@@ -32,6 +32,7 @@ from ssl_seg.training.processes import DeviceName, choose_device
 from ssl_seg.weights.export import holds_model, range_of, read_encoder_info
 
 OTHERS_SHOWN = 5  # beside each chosen image on the sheet: from the most alike to the least of those it stands for
+BANDS = "bands"  # the folder of images of which a PNG shows a part alone
 ROWS_SHOWN = 40
 PANEL = 160  # pixels of a picture's longer side there
 SAME = 1e-6  # squared distance of features, of the mean one, from which two images are one
@@ -80,13 +81,20 @@ class Selected:
     uncertain: tuple[float, ...] = ()  # in [0, 1], how unsure a fine-tuned run is of each; () without one
     unlabelled: tuple[str, ...] = ()  # classes that no labelled mask shows
 
+    @property
+    def folder(self) -> Path:
+        """Of the images as a network is to read them."""
+        bands = self.out / BANDS
+        return bands if bands.is_dir() else self.out / "images"
+
 
 def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Selected:
     """Choose `count` images of the pool and write them into the new folder `out`.
 
     There are `images/` (as PNG, turned upright, so that masks drawn on them fit), `selected.json`, `labels.yaml` for a
-    data set whose masks are all there, `sheet.png` and `map.png`. Raises UserError for a folder that exists, an image
-    that cannot be read, and a pool without images that are left to label.
+    data set whose masks are all there, `sheet.png` and `map.png`. Of bands the PNG is what a person draws on, and
+    `bands/` holds them all, for the network. Raises UserError for a folder that exists, an image that cannot be read,
+    and a pool without images that are left to label.
     """
     out = user_path(out)
     if out.exists():
@@ -172,6 +180,11 @@ def _write(
         entries.append({**entry, "gain": gain, **_foreseen_of(index, foreseen)})
         picture = pool.image(index).image
         images.write_image(out / "images" / names[index], images.composite(picture))
+        if picture.shape[-1] not in (1, RGB):
+            whole = (out / BANDS / names[index]).with_suffix(".npy")
+            with files.naming(whole):
+                whole.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(whole, images.array_bytes(picture))
         if place < ROWS_SHOWN:
             shown = [picture, *(pool.image(own).image for own in _others(seen.images, index, alike))]
             sheet += _strip(entries[-1], shown)
