@@ -13,6 +13,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ from tests.processes import in_pair, start_pair
 from tests.small import pretraining, words
 from tests.two_processes import without_dropout
 
-STEPS = 40  # so many that a signal arrives amid them
+STEPS = 24  # so many that a signal arrives amid them
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -39,7 +40,7 @@ def figures(folder: Path) -> list[dict[str, float]]:
 
 
 def config_words(folder: Path) -> list[str]:
-    values = pretraining(steps=STEPS, save_every=20, lr=1e-4)
+    values = pretraining(steps=STEPS, save_every=8, lr=1e-4)
     values["model"] = without_dropout(values["model"])
     return words(values, folder)
 
@@ -63,7 +64,7 @@ def start_nodes(*given: object, folders: tuple[Path, Path]) -> list[subprocess.P
 def ended(nodes: list[subprocess.Popen[str]]) -> list[str]:
     """What they have said, once both have ended."""
     try:
-        return [node.communicate(timeout=200)[1] for node in nodes]
+        return [node.communicate(timeout=400)[1] for node in nodes]
     finally:
         for node in nodes:
             with suppress(ProcessLookupError):
@@ -71,7 +72,7 @@ def ended(nodes: list[subprocess.Popen[str]]) -> list[str]:
 
 
 def wait_for(step: int, folder: Path, nodes: list[subprocess.Popen[str]]) -> None:
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < step:
         assert all(node.poll() is None for node in nodes), ended(nodes)
         assert time.monotonic() < until
@@ -79,6 +80,7 @@ def wait_for(step: int, folder: Path, nodes: list[subprocess.Popen[str]]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # seven starts of Python, on a machine that may be busy
 def test_two_nodes_make_one_run_and_one_of_them_may_be_told_to_leave(tmp_path: Path) -> None:
     """To the bit what two processes of one machine make, and in figures what one process makes."""
     given = config_words(tmp_path)
@@ -105,7 +107,7 @@ def test_two_nodes_make_one_run_and_one_of_them_may_be_told_to_leave(tmp_path: P
     assert figures(out) == figures(whole)
     torch.testing.assert_close(load_state(out).tensors, load_state(whole).tensors, rtol=0, atol=0)
 
-    values = pretraining(steps=STEPS, save_every=20, lr=1e-4)
+    values = pretraining(steps=STEPS, save_every=8, lr=1e-4)
     values["model"] = without_dropout(values["model"])
     pretrain(load(PretrainConfig, values), Options(alone, quiet=True))
     for one, both in zip(figures(alone), figures(out), strict=True):
@@ -134,6 +136,7 @@ def test_a_node_that_does_not_see_the_folder_is_named_before_the_first_step(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # seven starts of Python, on a machine that may be busy
 def test_a_job_of_submitit_that_is_preempted_is_queued_again_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,12 +154,14 @@ def test_a_job_of_submitit_that_is_preempted_is_queued_again_and_goes_on(
     import submit
 
     job = submit.submit(["pretrain", *given, "--out", str(out)], cluster="local", timeout_min=60)
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not (out / "metrics.jsonl").exists() or len(read_metrics(out)) < 3:
         assert not job.done(), job.exception()
         assert time.monotonic() < until
         time.sleep(0.05)
-    job._interrupt()
+    # As Slurm tells each task of a job, by the signal that submitit has asked it for.
+    (task,) = psutil.Process(int(job.job_id)).children()
+    task.send_signal(signal.SIGUSR2)
     while read_json(out / "run.json")["status"] != "killed":
         assert time.monotonic() < until
         time.sleep(0.05)
