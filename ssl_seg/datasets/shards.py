@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import tarfile
 import time
 import zlib
@@ -483,6 +484,8 @@ def _about(url: str) -> dict[str, Any]:
             raise UserError(f"{show_path(path)}: no such shard; check the path and the numbers in braces") from error
         except OSError as error:
             raise UserError(f"{show_path(path)}: cannot be read ({error.strerror}); check the path") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{show_path(path)}: not a file; give the path of a shard")
         size, stamps = found.st_size, {"mtime": str(found.st_mtime_ns)}
     if size is None:
         raise UserError(f"{show_path(url)}: its server does not say how large it is; copy the shards to a disk")

@@ -107,7 +107,9 @@ class Bands:
     def _dtype(self) -> np.dtype[Any]:
         if self._tiff is not None:
             return self._tiff.dtype
-        return self._array(header_alone=True).dtype if self.suffix in ARRAY_SUFFIXES else np.dtype(np.uint8)
+        if self.suffix not in ARRAY_SUFFIXES:
+            return np.dtype(np.uint8)
+        return self._array(header_alone=True).dtype.newbyteorder("=")  # whatever machine has written it
 
     def _range_for(self, dtype: np.dtype[Any], value_range: Range | None) -> Range:
         """What is black and white. Raises UserError where nobody knows, and for another number than there are."""

@@ -213,7 +213,7 @@ class Here(Executor):
 
     def start(self, call: Call, slot: int) -> Handle:
         call.log.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(files.open_regular(call.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
+        with os.fdopen(_new_log(call), "wb") as log:
             process = subprocess.Popen(
                 _command(call),
                 stdin=subprocess.DEVNULL,
@@ -247,6 +247,7 @@ class Forked(Here):
         if self._forks is None:
             self._forks = Forks(env)  # which reads the number of threads once for all, as the jobs have the same
         call.log.parent.mkdir(parents=True, exist_ok=True)
+        os.close(_new_log(call))  # here, where somebody hears of one that cannot be written
         try:
             return _Fork(self._forks, self._forks.start(call.words, call.log, env))
         except NoForks:
@@ -273,6 +274,10 @@ class _Fork(Handle):
         while self.forks.code(self.fork) is None and time.monotonic() < until:
             time.sleep(POLL)
         _signal_group(self.fork, signal.SIGKILL)
+
+
+def _new_log(call: Call) -> int:
+    return files.open_regular(call.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
 
 def _cores() -> int:

@@ -25,7 +25,8 @@ from ssl_seg.stages.panels import EXTREMES, NUM_EXTREMES, write_counted
 from ssl_seg.stages.scoring import Measured
 
 PART = "val"  # of a run, the fold that it holds out
-SAME = ("stage", "command", "git_commit", "versions", "environment", "device", "seed", "origin")
+MADE_BY = ("versions", "environment", "device", "precision")  # of each run
+SAME = ("stage", "command", "git_commit", *MADE_BY, "seed", "origin")
 
 
 def digests_in(examples: Examples) -> dict[str, str]:
@@ -102,7 +103,7 @@ def _record(runs: Sequence[RunFolder]) -> dict[str, Any]:
     sums = {name: [getattr(cost, name) for cost in costs] for name in ("seconds", "images", "peak_memory_mib")}
     known = {name: own for name, own in sums.items() if None not in own}
     cost = {name: max(own) if name == "peak_memory_mib" else sum(own) for name, own in known.items()}
-    again = [{key: other[key] for key in ("versions", "environment", "device") if key in other} for other in others]
+    again = [{key: other[key] for key in MADE_BY if key in other} for other in others]
     labels = {key: value for key, value in first["config"]["labels"].items() if key != "fold"}
     pooled = [
         {"run": run.name, "images": len((run.read("split.json") or {}).get(PART, ())), "sha256": _digest(run.folder)}

@@ -28,6 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
+
 from ssl_seg import files
 
 # What a training imports, by the modules that do so.
@@ -61,6 +63,8 @@ class Forks:
 
         Raises NoForks, with nothing begun.
         """
+        if self.process.poll() is not None:
+            raise NoForks
         order = {"words": list(words), "log": str(log), "env": dict(env)}
         assert self.process.stdin is not None
         try:
@@ -70,8 +74,9 @@ class Forks:
             raise NoForks from error
         answer = self._next("begun", PATIENCE)
         if answer is None:
-            _end(self.process)  # late, it would begin what is begun elsewhere by then
+            _kill(self.process)  # late, it would begin what is begun elsewhere by then
             raise NoForks
+        self.codes.pop(answer["begun"], None)  # of another that had the same number
         return answer["begun"]
 
     def code(self, fork: int) -> int | None:
@@ -102,18 +107,22 @@ class Forks:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    _kill(process)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):
                 pipe.close()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()  # its forks are their own
     process.wait()
 
 
 def _is_there(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
+    """Whether it has not ended: in a container there may be nobody who takes its code."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 

@@ -38,6 +38,7 @@ FORMS: dict[str, tuple[str, Writer]] = {  # how programs store bands, by tifffil
     "OME": (".ome.tif", lambda path, a: write(path, first(a), metadata={"axes": "CYX"})),
     "RGB and more": (".tif", lambda path, a: write(path, a, photometric="rgb")),
     "npy": (".npy", np.save),
+    "npy, of another machine": (".npy", lambda path, a: np.save(path, a.astype(a.dtype.newbyteorder(">")))),
     "npy, channels first": (".npy", lambda path, a: np.save(path, first(a))),
     "npz": (".npz", lambda path, a: np.savez_compressed(path, a)),
 }

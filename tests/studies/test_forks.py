@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,32 @@ def test_without_one_nothing_is_begun(tmp_path: Path) -> None:
     with pytest.raises(NoForks):
         forks.start(("--version",), tmp_path / "log", os.environ)
     assert not (tmp_path / "log").exists()
+
+
+def test_one_that_does_not_answer_in_time_is_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_seg.studies.forks.PATIENCE", 0.0)
+    forks = Forks(dict(os.environ))
+    for _ in range(2):
+        with pytest.raises(NoForks):
+            forks.start(("--version",), tmp_path / "log", os.environ)
+    assert forks.code(os.getpid()) is None, "what it has begun may still run"
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert forks.code(ended.pid) == 1, "ended, and nobody has taken its code"
+
+
+def test_a_number_that_is_used_again_is_of_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Forks, "_next", lambda self, *_: {"begun": 777})
+    forks = Forks(dict(os.environ))
+    forks.codes[777] = 0
+    assert forks.start(("--version",), tmp_path / "log", os.environ) == 777
+    assert forks.code(777) is None
+
+
+def test_a_log_that_cannot_be_written_is_told_before_anything_begins(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(OSError, match="No such device"):
+        next(execute([Call("one", ("--version",), tmp_path / "log", tmp_path / "one")], Forked(1), 1))
 
 
 def test_it_ends_with_whoever_asks_it() -> None:
