@@ -16,7 +16,7 @@ from ssl_seg.data.splits import names_of
 from ssl_seg.evidence.compare import compare
 from ssl_seg.evidence.passport import verify
 from ssl_seg.leaks import guard
-from ssl_seg.runs.folder import Records, RunFolder
+from ssl_seg.runs.folder import Records, RunFolder, software_of
 from ssl_seg.runs.writer import provenance
 from ssl_seg.scores import COLUMNS, read_image_confusion
 from ssl_seg.stages.finetune import FinetuneConfig
@@ -215,6 +215,19 @@ def test_pooled_folds_are_one_evaluation_of_all_images(
     assert all((cell / entry["picture"]).is_file() for entry in extremes)
     assert names_of(examples_of(run, "val")) == names_of(config.data.labelled)
     assert [arm.label for arm in compare([cell]).arms] == ["scratch"]
+
+
+def test_a_pooled_cell_says_what_each_of_its_runs_was_made_with(
+    folded: tuple[FinetuneConfig, list[Path]], tmp_path: Path
+) -> None:
+    """Folds that were made on several machines, which settled `precision: auto` each in its way."""
+    config, runs = folded
+    for run, precision in zip(runs, ("bf16", "fp32", "fp32"), strict=True):
+        path = run / "run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "precision": precision}))
+    cell = tmp_path / "cells" / "cell"
+    pool(cell, runs, config, digests_in(config.data.labelled))
+    assert set(software_of(RunFolder.open(cell).record)["precision"].split(", ")) == {"bf16", "fp32"}
 
 
 def test_a_pooled_cell_is_that_of_its_very_runs(folded: tuple[FinetuneConfig, list[Path]], tmp_path: Path) -> None:
