@@ -99,6 +99,7 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
     out = user_path(out)
     if out.exists():
         raise UserError(f"--out {out}: exists already; name a new folder")
+    models = _models(config)
     config = read_as(config, model_of(config.init[0] if config.init else None, config.model).channels)
     pool = config.data.pool
     for part, dataset in config.data:
@@ -106,7 +107,6 @@ def select(config: SelectConfig, out: str | Path, quiet: bool = False) -> Select
             check_images(f"data.{part}", dataset)
     tell_notes(dict(config.data), quiet=quiet)
     names = mask_names(pool)
-    models = _models(config)
     trained = range_of(read_encoder_info(config.init[0])) if config.init else None
     say_other_ranges(dict(config.data), trained, quiet=quiet)
     if models and config.data.labelled is None:

@@ -21,7 +21,7 @@ from ssl_seg import files
 from ssl_seg.calibration import Temperature
 from ssl_seg.config import UserError, load, user_path
 from ssl_seg.images import Range, Size, check_size
-from ssl_seg.models import EncoderNet, ModelConfig, SegmentationModel
+from ssl_seg.models import RGB, EncoderNet, ModelConfig, SegmentationModel
 from ssl_seg.norm.convert import switch_layers
 from ssl_seg.runs.schema import Shape, check_shape
 from ssl_seg.tensor_files import is_torch_file, read_tensors
@@ -177,8 +177,8 @@ def range_of(info: Mapping[str, Any]) -> Range | None:
 
 
 def channels_of(path: str | Path, info: Mapping[str, Any]) -> int:
-    """Of the images that an exported network takes, by the JSON of an export."""
-    return exported_config(path, info).channels
+    """Of the images that an exported network takes, by the JSON of an export; RGB where that says nothing of it."""
+    return exported_config(path, info).channels if "config" in info else RGB
 
 
 def temperature_of(info: Mapping[str, Any]) -> Temperature | None:

@@ -606,7 +606,7 @@ def test_options_change_no_random_number(monkeypatch):
     for _ in range(2):
         torch.manual_seed(0)
         states.append((Timm(options={"drop_rate": 0.5}).build().state_dict(), torch.get_rng_state()))
-        monkeypatch.setattr("ssl_seg.models.timm._train_once", lambda network, sight: None)
+        monkeypatch.setattr("ssl_seg.models.timm._train_once", lambda *_: None)
     torch.testing.assert_close(*(state for state, _ in states), rtol=0, atol=0)
     assert torch.equal(*(numbers for _, numbers in states))
 

@@ -171,6 +171,7 @@ class Bright(nn.Module):
     """Class 1 where it is bright, class 2 where it is grey."""
 
     class_names = ("dark", "bright", "grey")
+    image_channels = 3
 
     def __init__(self) -> None:
         super().__init__()
