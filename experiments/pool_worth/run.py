@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of
 from ssl_seg import FinetuneConfig, GapConfig, Options, finetune, gap, load, merge
@@ -61,9 +61,9 @@ def main() -> None:
         for target, arm in arms(options.sets, pool):
             if table.has(target, arm, seed):
                 continue
-            start = (
-                {} if pool == NONE else {"init": str(network(options.data, options.out, pool, seed)), **start_of(arm)}
-            )
+            start = {}
+            if pool != NONE:
+                start = {"init": str(network(options.data, options.out, pool, seed)), "transfer": transfer_of(arm)}
             config = merge(merge(merge(BASE, target_of(options.data, target)), start), seeds(seed, STEPS))
             if arm == f"{pool}, kept":
                 config["data"]["beside"] = pools(options.data)[pool]
@@ -104,9 +104,9 @@ def network(data: Path, out: Path, pool: str, seed: int) -> Path:
     return folder
 
 
-def start_of(arm: str) -> dict[str, Any]:
-    # Classes of a pool are others than the target's, so the last layer begins anew; where pools are kept they are the same.
-    return {"transfer": "model" if arm.endswith(", kept") else "encoder+segment"}
+def transfer_of(arm: str) -> str:
+    """The classes of a pool are others than the target's, so the last layer begins anew; not where it is kept."""
+    return "model" if arm.endswith(", kept") else "encoder+segment"
 
 
 def seeds(seed: int, steps: int) -> dict[str, Any]:
@@ -165,9 +165,14 @@ def lines(
                 yield f"  {far:.2f} {arm}: {mean(gains):+.1f}{spread}, n = {len(gains)}"
         ranked = [pool for pool in arms if pool in gaps[target]]
         pairs.append(([-gaps[target][pool] for pool in ranked], [mean(gain_of(arms, pool)) for pool in ranked]))
-        yield f"  rank correlation of nearness and gain: {spearmanr(*pairs[-1]).statistic:+.2f}, {len(ranked)} pools"
+        yield f"  rank correlation of nearness and gain: {in_order(*pairs[-1]):+.2f}, {len(ranked)} pools"
     found, chance = correlation(pairs)
     yield f"mean of {len(pairs)} targets: {found:+.2f}; by chance as high in {chance:.3f} of shuffles"
+
+
+def in_order(near: Sequence[float], gain: Sequence[float]) -> float:
+    """Spearman's rank correlation."""
+    return float(np.corrcoef(rankdata(near), rankdata(gain))[0, 1])
 
 
 def correlation(pairs: list[tuple[list[float], list[float]]]) -> tuple[float, float]:
@@ -176,7 +181,7 @@ def correlation(pairs: list[tuple[list[float], list[float]]]) -> tuple[float, fl
 
     def mean_of(shuffles: bool) -> float:
         each = [(near, generator.sample(gain, len(gain)) if shuffles else gain) for near, gain in pairs]
-        return float(np.mean([spearmanr(near, gain).statistic for near, gain in each]))
+        return float(np.mean([in_order(near, gain) for near, gain in each]))
 
     found = mean_of(shuffles=False)
     reached = sum(mean_of(shuffles=True) >= found for _ in range(SHUFFLES))
