@@ -41,7 +41,7 @@ BASE: dict[str, Any] = {
     "model": {"encoder": IMAGENET, "decoder": {"type": "unet", "channels": [128, 64, 48, 32, 24]}},
     "segment": {"dice": 1.0},
     "augment": {"crop": [96, 96], "zoom": [0.5, 2.0], "pad": True},
-    "train": {"batch_size": 8, "precision": "bf16", "channels_last": True, "workers": 0},
+    "train": {"batch_size": 8, "channels_last": True, "workers": 0},
     "select": "last",
     "leaks": {"check": False},  # no pool or candidate shows what is scored: `five_sets` left such images out
     "tracking": "none",
