@@ -296,31 +296,22 @@ class MirroredRun:
     def _describe_data(self, client: MlflowClient) -> None:
         """Each part's data set with a digest of its images' names, as the run has recorded them.
 
-        Also the labelled images that a run without data.val has held out.
+        Also the labelled images that a run without data.val has held out. MLflow takes one of a name and digest once,
+        so what is several parts, as where folds hold out every image in turn, is one input with all its uses.
         """
         with _reading(self.run.folder / "data.json"):
             data = self.run.config.get("data", {})
-            parts = self.run.read("data.json") or {}
-            inputs = [self._data_input(part, data[part], known) for part, known in parts.items()]
+            known = dict(self.run.read("data.json") or {})
             held_out = (self.run.read("split.json") or {}).get("val")
+            sources = {part: data[part] for part in known}
             if held_out is not None:
-                inputs.append(self._data_input("val", data["labelled"], manifest_of(held_out)))
-        if inputs:
-            client.log_inputs(self.run_id, inputs)
-
-    def _data_input(self, part: str, source: Mapping[str, Any], known: Mapping[str, Any]) -> DatasetInput:
-        place = source.get("root") or source.get("images")
-        where = {} if place is None else {"uri": str(user_path(place).resolve())}  # what mlflow.data.get_source reads
-        dataset = Dataset(
-            name=source["type"] if place is None else Path(place).name,
-            digest=known["sha256_of_names"][:32],  # it has room for 36 characters
-            source_type="local",
-            source=json.dumps({**source, **where}),
-            profile=json.dumps({"images": known["images"]}),
-        )
-        return DatasetInput(
-            dataset, [InputTag("mlflow.data.context", CONTEXTS.get(part, part)), InputTag("part", part)]
-        )
+                known["val"], sources["val"] = manifest_of(held_out), data["labelled"]
+            parts: dict[tuple[str, str], tuple[Dataset, list[str]]] = {}
+            for part, source in sources.items():
+                dataset = _dataset(source, known[part])
+                parts.setdefault((dataset.name, dataset.digest), (dataset, []))[1].append(part)
+        if parts:
+            client.log_inputs(self.run_id, [_used_as(*own) for own in parts.values()])
 
     # ---- what is there ----
 
@@ -415,6 +406,25 @@ class MirroredRun:
     def _weights(self) -> list[Path]:
         parts = WEIGHTS if self.tracking.weights else ()
         return [path for part in parts for path in self.run.files_in(part)]
+
+
+def _dataset(source: Mapping[str, Any], known: Mapping[str, Any]) -> Dataset:
+    """A data set of a config with what data.json knows of it."""
+    place = source.get("root") or source.get("images")
+    where = {} if place is None else {"uri": str(user_path(place).resolve())}  # what mlflow.data.get_source reads
+    return Dataset(
+        name=source["type"] if place is None else Path(place).name,
+        digest=known["sha256_of_names"][:32],  # it has room for 36 characters
+        source_type="local",
+        source=json.dumps({**source, **where}),
+        profile=json.dumps({"images": known["images"]}),
+    )
+
+
+def _used_as(dataset: Dataset, parts: Sequence[str]) -> DatasetInput:
+    contexts = dict.fromkeys(CONTEXTS.get(part, part) for part in parts)
+    tags = {"mlflow.data.context": ", ".join(contexts), "part": ", ".join(parts)}
+    return DatasetInput(dataset, [InputTag(key, text) for key, text in tags.items()])
 
 
 class _Tail:

@@ -38,7 +38,7 @@ from ssl_seg import images, load_model, tracking
 from ssl_seg.config import Config, Interrupted, UserError, load
 from ssl_seg.evidence import compare
 from ssl_seg.evidence.cautions import notes
-from ssl_seg.runs.folder import TIME, RunFolder, described, leak_word, read_metrics
+from ssl_seg.runs.folder import TIME, RunFolder, described, leak_word, manifest_of, read_metrics
 from ssl_seg.runs.lock import hold
 from ssl_seg.runs.writer import Run
 from ssl_seg.stages.finetune import FinetuneConfig, finetune
@@ -355,6 +355,20 @@ def test_held_out_images_are_an_input_too(tmp_path: Path) -> None:
     assert json.loads(held_out.profile) == {"images": 1}
     assert held_out.digest != inputs["labelled"][1].digest
     assert mlflow.data.get_source(held_out).uri == str(tmp_path / "photos")
+
+
+def test_images_that_are_learnt_from_and_held_out_are_one_input_with_both_uses(tmp_path: Path) -> None:
+    folder = written(tmp_path / "runs" / "a")
+    record = json.loads((folder / "run.json").read_text())
+    record["config"]["data"] = {"labelled": {"type": "folder", "images": "photos"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "data.json").write_text(json.dumps({"labelled": manifest_of(["a", "b"])}))
+    (folder / "split.json").write_text(json.dumps({"labelled": ["a", "b"], "val": ["a", "b"]}))
+    mirror.track(folder)
+    _, runs = runs_of(tmp_path / "runs")
+    (only,) = runs["a"].inputs.dataset_inputs
+    tags = {tag.key: tag.value for tag in only.tags}
+    assert tags == {"mlflow.data.context": "training, validation", "part": "labelled, val"}
 
 
 @pytest.mark.slow
