@@ -65,6 +65,20 @@ class Features:
         height, width = self.maps[-1].shape[-2:]
         return height * self.strides[-1], width * self.strides[-1]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Maps and extras."""
+        return [*self.maps, *self.extras.values()]
+
+    def cut_off(self) -> Features:
+        """The same values, at which the way back to the encoder ends: gradients are kept there."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        extras = {name: cut(extra) for name, extra in self.extras.items()}
+        return Features([cut(level) for level in self.maps], self.strides, extras)
+
     def split(self, counts: Sequence[int]) -> list[Features]:
         """Those of the first `counts[0]` images, of the next `counts[1]` and so on; the counts add up to the batch."""
         maps = zip(*(level.split(counts) for level in self.maps), strict=True)

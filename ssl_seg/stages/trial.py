@@ -207,7 +207,11 @@ class Counted:
 
         def learn(views: Mapping[str, View]) -> None:
             with learner.processes.autocast():
-                _ = module(views)
+                if learner.uses_ddp:
+                    _ = module(views)
+                    return
+                for name, features in module.encoded(views):
+                    _ = module.losses(name, features, views[name])  # freed before the next head, as in a step
 
         with _rehearsing(learner):
             views = passes_of(learner, _grey(learner, few, size), learner.encodes_together)

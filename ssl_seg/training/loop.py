@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssl_seg import rng
 from ssl_seg.config import UserError
 from ssl_seg.data.loading import Packed
+from ssl_seg.models import Features
 from ssl_seg.tasks import Batch, Stream, View
 from ssl_seg.training.config import frozen_at, lr_at, measures_affinity
 from ssl_seg.training.learner import Learner
@@ -130,18 +131,54 @@ def backward(
 
     The tasks weigh what they do in the update that makes `step` (counted from 0); None: what they do after their ramps.
     """
-    config, accelerator = learner.config, learner.accelerator
+    config = learner.config
     waits = learner.uses_ddp and not last  # DDP averages at the last micro-batch only
     means: dict[str, Tensor] = {}
-    for chosen in passes_of(learner, packed, learner.encodes_together):
-        with accelerator.no_sync(learner.wrapped) if waits else nullcontext():
-            with learner.processes.autocast():
-                sample_losses = learner.wrapped(chosen)
-            total = weighted_total(learner.module.tasks, sample_losses, learner.balancer.factors, step)
-            with learner.balancer.keeping(list(chosen)):
-                accelerator.backward(total / config.micro_batches)
+
+    def add(sample_losses: Mapping[str, Tensor]) -> None:
+        total = weighted_total(learner.module.tasks, sample_losses, learner.balancer.factors, step)
+        learner.accelerator.backward(total / config.micro_batches)
         means.update({name: values.detach().mean() for name, values in sample_losses.items()})
+
+    for chosen in passes_of(learner, packed, learner.encodes_together):
+        with learner.balancer.keeping(list(chosen)):
+            if learner.uses_ddp:  # which asks for one call and one backward pass
+                with learner.accelerator.no_sync(learner.wrapped) if waits else nullcontext():
+                    with learner.processes.autocast():
+                        sample_losses = learner.wrapped(chosen)
+                    add(sample_losses)
+            else:
+                head_by_head(learner, chosen, add)
     return means
+
+
+def head_by_head(learner: Learner, views: Mapping[str, View], add: Callable[[Mapping[str, Tensor]], None]) -> None:
+    """Give each task's losses to `add`, which goes back through its head alone; then go back through the encoder.
+
+    To the bit the gradients of one backward pass over all. But the activations of one head are kept at a time: it takes
+    less memory, and less time since they stay near the processor.
+    """
+
+    def back_to(features: Features, name: str) -> list[tuple[Tensor, Tensor]]:
+        """What the encoder gave, and the gradients that have come back to it."""
+        own = features.cut_off()
+        with learner.processes.autocast():
+            sample_losses = learner.module.losses(name, own, views[name])
+        add({name: sample_losses})
+        pairs = zip(features.tensors, own.tensors, strict=True)
+        return [(given, cut.grad) for given, cut in pairs if cut.grad is not None]
+
+    passes = learner.module.passes(views)
+    while True:
+        with learner.processes.autocast():
+            answers = next(passes, None)
+        if answers is None:
+            return
+        reached = [pair for name, features in answers.items() for pair in back_to(features, name)]
+        del answers
+        if reached:  # not by a frozen encoder
+            torch.autograd.backward(*zip(*reached, strict=True))
+        del reached  # the next pass is to find this one's maps gone
 
 
 def gram_of(learner: Learner, packed: Mapping[Stream, Packed]) -> np.ndarray:

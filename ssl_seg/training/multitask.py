@@ -6,7 +6,7 @@ tasks there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Self
@@ -71,23 +71,20 @@ class MultiTask(nn.Module):
 
     def forward(self, views: Mapping[str, View]) -> dict[str, Tensor]:
         """Per task its losses, `(B,)` float32."""
-        predictions = self.predict(views)
-        by_task: dict[str, Tensor] = {}
-        for name, view in views.items():
-            prediction = predictions[name].float()
-            by_task[name] = self.tasks[name].loss(prediction, view)
-            told = self.tasks[name].watch(prediction.detach(), view)
-            self.watched |= {f"{name}/{figure}": values.mean() for figure, values in told.items()}
-        for name, values in by_task.items():
-            count = len(views[name].target)
-            if values.shape != (count,):
-                raise ValueError(
-                    f"task {name}: its loss has the shape {tuple(values.shape)}, not one number a sample, ({count},)"
-                )
-        return by_task
+        by_task = {name: self.losses(name, own, views[name]) for name, own in self.encoded(views)}
+        return {name: by_task[name] for name in views}
 
     def predict(self, views: Mapping[str, View]) -> dict[str, Tensor]:
-        """Per task its head's output. Views of the pool and of one size share an encoder pass.
+        """Per task its head's output."""
+        return {name: self._predicted(name, own, views[name]) for name, own in self.encoded(views)}
+
+    def encoded(self, views: Mapping[str, View]) -> Iterator[tuple[str, Features]]:
+        """Each task's name and the encoder's answer to its view, pass by pass: see `passes`."""
+        for given in self.passes(views):
+            yield from given.items()
+
+    def passes(self, views: Mapping[str, View]) -> Iterator[dict[str, Features]]:
+        """By task what the encoder answers, for each pass of it. Views of the pool and of one size share a pass.
 
         Each task that reads labelled images is encoded apart: the supervised one then gives the same bits with and
         without others beside it. One that is shown another's input shares that one's pass.
@@ -97,21 +94,36 @@ class MultiTask(nn.Module):
             task = self.tasks[name]
             apart = (task.borrowed_input or name) if "labelled" in task.streams else ""
             groups.setdefault((apart, *view.input.shape[-2:]), []).append(name)
-        predictions: dict[str, Tensor] = {}
-        for (apart, height, width), names in groups.items():
+        for (apart, *_), names in groups.items():
             shown = names[:1] if apart else names  # apart stands one input, of one task or of two
-            with telling_small_maps((height, width)):
-                features = self._encode([views[name].input for name in shown])
-                for name, own in zip(names, features * (len(names) // len(shown)), strict=True):
-                    given = self.tasks[name].perturb(own, views[name])
-                    predictions[name] = self.heads[head_of(self.tasks, name)](given, (height, width))
-        return predictions
+            # Not by a name of this function's, which would hold one pass's maps while the next is made.
+            yield self._answers(names, [views[name].input for name in shown])
 
-    def _encode(self, inputs: list[Tensor]) -> list[Features]:
-        """The features of several inputs of one size, by one pass over all of them."""
-        if len(inputs) == 1:
-            return [self.encoder(inputs[0])]
-        return self.encoder(torch.cat(inputs)).split([len(image) for image in inputs])
+    def losses(self, name: str, features: Features, view: View) -> Tensor:
+        """A task's losses, `(B,)` float32, for what the encoder answers to its view."""
+        prediction = self._predicted(name, features, view).float()
+        values = self.tasks[name].loss(prediction, view)
+        count = len(view.target)
+        if values.shape != (count,):
+            raise ValueError(
+                f"task {name}: its loss has the shape {tuple(values.shape)}, not one number a sample, ({count},)"
+            )
+        told = self.tasks[name].watch(prediction.detach(), view)
+        self.watched |= {f"{name}/{figure}": of_samples.mean() for figure, of_samples in told.items()}
+        return values
+
+    def _predicted(self, name: str, features: Features, view: View) -> Tensor:
+        size = view.input.shape[-2:]
+        with telling_small_maps(size):
+            return self.heads[head_of(self.tasks, name)](self.tasks[name].perturb(features, view), size)
+
+    def _answers(self, names: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, Features]:
+        """The encoder's answers to inputs of one size, by one pass over all; to a single one the same for all names."""
+        with telling_small_maps(inputs[0].shape[-2:]):
+            if len(inputs) == 1:
+                return dict.fromkeys(names, self.encoder(inputs[0]))
+            features = self.encoder(torch.cat(list(inputs)))
+            return dict(zip(names, features.split([len(image) for image in inputs]), strict=True))
 
 
 def head_of(tasks: Mapping[str, Task], name: str) -> str:

@@ -25,10 +25,21 @@ from ssl_seg.stages.start import build_module, find_start
 from ssl_seg.tasks import View
 from ssl_seg.training.config import TrainConfig, due, lr_at
 from ssl_seg.training.learner import Learner, build_optimizer, layers_above, not_decayed, uses_every_weight
-from ssl_seg.training.loop import PATIENCE_FOR_NAN, NonFiniteError, Step, backward, finish_gradients, train
+from ssl_seg.training.loop import (
+    PATIENCE_FOR_NAN,
+    NonFiniteError,
+    Step,
+    backward,
+    finish_gradients,
+    passes_of,
+    seed_torch,
+    train,
+)
+from ssl_seg.training.memory import bytes_of
+from ssl_seg.training.multitask import weighted_total
 from ssl_seg.training.processes import Processes, computes_in_bf16, keep_freed_memory, launched_for
 from tests.processes import Child
-from tests.small import POOL, finetuning, pretraining
+from tests.small import MODEL, POOL, finetuning, pretraining
 
 ROUNDING = 1e-4  # of a tensor's largest gradient; the stem's sums over few large maps round to 2e-5 in float32
 
@@ -249,6 +260,30 @@ def test_in_turn_gives_the_gradients_of_together(views: str) -> None:
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max().item()
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=ROUNDING * scale, msg=name)
+
+
+def test_head_by_head_gives_the_bits_of_one_backward_pass_and_holds_less() -> None:
+    wide = {
+        "model": {**MODEL, "decoder": {"type": "unet", "channels": [64] * 5}},
+        "tasks": {"denoise": {}, "inpaint": {}},
+    }
+    config = load(PretrainConfig, {**pretraining(), **wide})
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    sources = {"pool": Samples(config.data.pool, config.augment, 0)}
+    packed = {"pool": next(open_streams(sources, config.train, learner.processes, learner.module.tasks, 0)["pool"])}
+
+    def by_one_pass() -> None:
+        (views,) = passes_of(learner, packed, together=True)
+        weighted_total(learner.module.tasks, learner.module(views)).backward()
+
+    gradients, held = [], []
+    for way in (by_one_pass, lambda: backward(learner, packed, last=True)):
+        learner.forget_gradients()
+        seed_torch(torch.tensor(0))
+        held.append(bytes_of(way))
+        gradients.append([weight.grad for weight in learner.module.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert held[1] < 0.9 * held[0]
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch() -> None:
