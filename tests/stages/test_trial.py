@@ -189,14 +189,14 @@ def test_what_may_be_too_much_is_told(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_a_huge_crop_is_counted_on_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing of its size is computed before: in pretraining that took minutes."""
     largest = 0
-    real = pretrain.MultiTask.forward
+    real = pretrain.MultiTask.passes
 
-    def forward(module: Any, views: Any) -> Any:
+    def passes(module: Any, views: Any) -> Any:
         nonlocal largest
         largest = max(largest, *(max(view.input.shape) for view in views.values()))
         return real(module, views)
 
-    monkeypatch.setattr(pretrain.MultiTask, "forward", forward)
+    monkeypatch.setattr(pretrain.MultiTask, "passes", passes)
     values = pretraining()
     values["augment"]["crop"] = [10_000, 6_400]
     values["data"]["pool"] = {"type": "textured", "count": 2}
