@@ -137,7 +137,8 @@ def backward(
 
     def add(sample_losses: Mapping[str, Tensor]) -> None:
         total = weighted_total(learner.module.tasks, sample_losses, learner.balancer.factors, step)
-        learner.accelerator.backward(total / config.micro_batches)
+        if total.requires_grad:  # not of a head without weights, while the encoder is frozen
+            learner.accelerator.backward(total / config.micro_batches)
         means.update({name: values.detach().mean() for name, values in sample_losses.items()})
 
     for chosen in passes_of(learner, packed, learner.encodes_together):

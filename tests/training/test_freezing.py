@@ -155,3 +155,20 @@ def test_a_frozen_switch_norm_mixes_what_it_mixes_in_evaluation() -> None:
     torch.testing.assert_close(layer(image), alone)
     assert isinstance(layer.mean_logits, nn.Parameter)
     assert not layer.mean_logits.requires_grad
+
+
+def test_a_head_without_weights_has_nothing_to_learn_while_the_encoder_is_frozen() -> None:
+    """The encoder draws the picture, and the other task has a head of its own."""
+    values = pretraining(freeze_encoder=1, steps=2)
+    encoder = {"type": "stacked", "growth_rate": 16, "blocks": [1, 1, 1, 1], "width": 16, "halves": 2}
+    encoder["decoder"] = {"type": "stacked", "widths": [16] * 7}
+    values["model"] = {"encoder": encoder, "decoder": {"type": "stacked", "widths": [16] * 7}}
+    values["tasks"] = {"denoise": {"decoder": "reconstruction"}, "rotate": {}}
+    config = load(PretrainConfig, values)
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    before = weights(learner)
+    steps = run(learner, {"pool": Samples(config.data.pool, config.augment, 0)})
+    assert next(steps).metrics["train/denoise/loss"] > 0
+    torch.testing.assert_close(of("encoder", weights(learner)), of("encoder", before), rtol=0, atol=0)
+    next(steps)
+    assert any(not torch.equal(value, before[name]) for name, value in of("encoder", weights(learner)).items())
