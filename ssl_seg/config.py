@@ -129,7 +129,7 @@ class Config(BaseModel):
         if isinstance(value, Mapping):
             for key in value:
                 if key not in cls.model_fields:
-                    text = _unknown("key", key, cls.model_fields, _one_below(cls, key))
+                    text = unknown("key", key, cls.model_fields, _one_below(cls, key))
                     raise PydanticCustomError("unknown_key", "{text}", {"text": text})
         return value
 
@@ -245,7 +245,7 @@ class Plugin(Config, ABC):
             for found in _plugins_in(module, cls):
                 if _snake(found.__name__) == name:
                     return found
-        raise ValueError(_unknown("type", name, cls.names()))
+        raise ValueError(unknown("type", name, cls.names()))
 
     @model_validator(mode="wrap")
     @classmethod
@@ -500,7 +500,8 @@ def _one_below(cls: type[Config], key: Any) -> list[str]:
     return [f"{name}.{key}" for name, own in inner if key in own.model_fields]
 
 
-def _unknown(what: str, name: Any, known: Iterable[str], meant: Sequence[str] = ()) -> str:
+def unknown(what: str, name: Any, known: Iterable[str], meant: Sequence[str] = ()) -> str:
+    """What is said of a word that is none of those known, with the nearest, or those that are surely `meant`."""
     close = meant or get_close_matches(str(name), list(known), n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known) or 'none'}"
     return f"unknown {what} '{name}'; {hint}"

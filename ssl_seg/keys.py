@@ -101,6 +101,15 @@ def _walk(config: type[Config], written: str, place: str, wanted: Sequence[str],
                 yield from _walk(below, through, f"{inner}.", wanted, own if isinstance(own, below) else None)
 
 
+def places_of(config: type[Config], written: str = "") -> Iterator[str]:
+    """The dotted keys that stand where only a mapping's own can: `train.lr`, and not what is a plug-in's to say."""
+    for name, field in config.model_fields.items():
+        yield f"{written}{name}"
+        inner = field.annotation
+        if inspect.isclass(inner) and issubclass(inner, Config) and not (issubclass(inner, Plugin) or _choices(inner)):
+            yield from places_of(inner, f"{written}{name}.")
+
+
 def meaning_of(config: type[Config], name: str) -> str:
     """The comment of a field, in the class that declares it last with one; '' where there is none."""
     for cls in config.__mro__:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from ssl_seg.cli import meant
+from ssl_seg.cli import known, meant
 from ssl_seg.config import (
     UserError,
     find_recipe,
@@ -77,6 +77,7 @@ def read(
         use_plugin(plugin)
     values = read_words(given)
     meant.check_keys(stage, values)
+    known.check_keys(stage, values)
     typed = [word.partition("=")[0] for word in given if not names_file(word)]
     for option in options:
         values = _laid(values, option, typed)
@@ -138,12 +139,12 @@ def _check_file(stage: str, word: str) -> None:
 def _laid(values: Mapping[str, Any], option: Option, typed: Sequence[str]) -> dict[str, Any]:
     """The values with those of an option laid on them. Raises UserError where a word that was typed says otherwise."""
     said = flatten({option.key: option.value})
-    known = flatten(values)
+    given = flatten(values)
     for key, value in said.items():
         speaks = any(key == word or key.startswith(f"{word}.") for word in typed)
-        if speaks and key in known and _plain(known[key]) != _plain(value):
+        if speaks and key in given and _plain(given[key]) != _plain(value):
             raise UserError(
-                f"{option.flag} {_shown(value)} and {key}={_shown(known[key])} say different things; keep one of them"
+                f"{option.flag} {_shown(value)} and {key}={_shown(given[key])} say different things; keep one of them"
             )
     if isinstance(option.value, Mapping):
         values = _with_folder(values, option)
