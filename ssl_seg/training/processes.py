@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ssl_seg import files
-from ssl_seg.config import UserError, diff
+from ssl_seg.config import UserError, diff, first_line
 from ssl_seg.training.config import Precision, Settled, TrainConfig
 from ssl_seg.training.depthwise import DepthwiseGradients
 
@@ -67,6 +67,16 @@ def computes_in_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in BF16_OF_CPUS)
 
 
+def refusal_of_bf16() -> str:
+    """What torch says on a CPU that cannot go back through a convolution in bf16, as some with AVX2 cannot; else ''."""
+    image, weight = (torch.ones(1, 1, 4, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    try:
+        torch.nn.functional.conv2d(image, weight).sum().backward()
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
+
+
 def choose_device(name: DeviceName) -> torch.device:
     """`auto` is the GPU where there is one."""
     if name == "cpu" or not torch.cuda.is_available():
@@ -91,6 +101,9 @@ class Processes:
         is_open = config.precision == "auto"
         self.precision: Settled = settled if is_open and settled else settle_precision(config.precision, device)
         self.emulates = self.precision == "bf16" and cpu and not computes_in_bf16(device)
+        refusal = refusal_of_bf16() if self.emulates else ""
+        if refusal:
+            raise UserError(f"train.precision: bf16: this CPU cannot train in it ({refusal}); give auto or fp32")
         # Else a second run in one process keeps the first one's precision and device.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         # Buffers are averaged by the loop in both ways of encoding; DDP's own broadcast would only see one of them.

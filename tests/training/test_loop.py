@@ -38,6 +38,7 @@ from ssl_seg.training.loop import (
 from ssl_seg.training.memory import bytes_of
 from ssl_seg.training.multitask import weighted_total
 from ssl_seg.training.processes import Processes, computes_in_bf16, keep_freed_memory, launched_for
+from tests.faults import message_of
 from tests.processes import Child
 from tests.small import MODEL, POOL, finetuning, pretraining
 
@@ -529,6 +530,29 @@ def test_the_device_decides_what_auto_is(
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux")
+def test_bf16_on_a_cpu_that_cannot_train_in_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As oneDNN answers on Lunar Lake, whose AVX2 has bf16 forwards alone (pytorch issue 148861)."""
+
+    class Forwards(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, image: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return image[..., :1, :1] * weight[..., :1, :1]
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            raise RuntimeError("DNNL does not support bf16/f16 backward on the platform with avx2_vnni_2\nmore")
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert Processes(TrainConfig(precision="bf16", device="cpu")).emulates
+    monkeypatch.setattr(torch.nn.functional, "conv2d", Forwards.apply)
+    said = message_of(lambda: Processes(TrainConfig(precision="bf16", device="cpu")))
+    assert said == (
+        "train.precision: bf16: this CPU cannot train in it (DNNL does not support bf16/f16 backward on the platform "
+        "with avx2_vnni_2); give auto or fp32"
+    )
+    assert Processes(TrainConfig(precision="auto", device="cpu")).precision == "fp32"
+
+
 def test_bf16_is_where_the_kernel_sees_instructions_for_it() -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
