@@ -291,21 +291,21 @@ def _painted(grey: Tensor, ab: Tensor) -> Tensor:
 def _linear(srgb: Tensor) -> Tensor:
     # A curve with a straight foot is the power from the foot on plus the foot's part below: `torch.where` would be
     # many times slower on a CPU than two clamps.
-    power = _power((srgb.clamp(min=SRGB_FOOT) + 0.055) / 1.055, 2.4)
-    return power + (srgb.clamp(max=SRGB_FOOT) - SRGB_FOOT) / SRGB_SLOPE
+    power = _power(srgb.clamp(min=SRGB_FOOT).add_(0.055).div_(1.055), 2.4)
+    return power.add_(srgb.clamp(max=SRGB_FOOT).sub_(SRGB_FOOT).div_(SRGB_SLOPE))
 
 
 def _lab_curve(relative: Tensor) -> Tensor:
     power = _power(relative.clamp(min=XYZ_FOOT), 1 / 3)
-    return power + (relative.clamp(max=XYZ_FOOT) - XYZ_FOOT) * LAB_SLOPE
+    return power.add_(relative.clamp(max=XYZ_FOOT).sub_(XYZ_FOOT).mul_(LAB_SLOPE))
 
 
 def _power(values: Tensor, exponent: float) -> Tensor:
     """Of positive values; four times as fast as `torch.pow` on a CPU, and right to some 1e-6 in float32."""
-    return torch.exp2(exponent * torch.log2(values))
+    return torch.log2(values).mul_(exponent).exp2_()
 
 
 def _mixed(matrix: list[list[float]], channels: Tensor) -> list[Tensor]:
     """Rows of a 3 x 3 matrix times `(B, 3, H, W)`: a `(B, H, W)` each. No matmul: a GPU may do those in TF32."""
     first, second, third = channels.unbind(1)
-    return [row[0] * first + row[1] * second + row[2] * third for row in matrix]
+    return [(row[0] * first).add_(row[1] * second).add_(row[2] * third) for row in matrix]

@@ -62,8 +62,8 @@ def bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def uniform(key: Tensor, shape: tuple[int, ...] = (), low: float = 0.0, high: float = 1.0) -> Tensor:
     """float32 in [low, high), `(B, *shape)`, in steps of 2^-24 of the range."""
-    unit = _shift(bits(key, shape), 40).to(torch.float32) * UNIT
-    return unit * (high - low) + low
+    unit = _shift(bits(key, shape), 40).to(torch.float32)
+    return unit.mul_(UNIT).mul_(high - low).add_(low)
 
 
 def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -71,12 +71,10 @@ def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     count = math.prod(shape)
     pairs = (count + 1) // 2
     word = bits(key, (pairs,))
-    radius_bits = _shift(word, 40).to(torch.float32)
-    angle_bits = (_shift(word, 16) & 0xFFFFFF).to(torch.float32)
     # 1 is added so that log never sees 0: the radius stops at sqrt(48 ln 2) = 5.8 standard deviations.
-    radius = torch.sqrt(-2.0 * torch.log((radius_bits + 1.0) * UNIT))
-    angle = angle_bits * (2.0 * math.pi * UNIT)
-    both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    radius = _shift(word, 40).to(torch.float32).add_(1.0).mul_(UNIT).log_().mul_(-2.0).sqrt_()
+    angle = (word >> 16).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0 * math.pi * UNIT)
+    both = torch.cat([torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)], dim=-1)
     return both[..., :count].reshape(*key.shape, *shape)
 
 
@@ -104,15 +102,18 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 def _mix(word: Tensor) -> Tensor:
     """SplitMix64's finaliser: every input bit changes every output bit with probability one half."""
-    word = word + GOLDEN
-    word = (word ^ _shift(word, 30)) * MIX_1
-    word = (word ^ _shift(word, 27)) * MIX_2
-    return word ^ _shift(word, 31)
+    word = word + GOLDEN  # a new tensor, which is changed in place: on a CPU new ones take most of the time
+    word ^= _shift(word, 30)
+    word *= MIX_1
+    word ^= _shift(word, 27)
+    word *= MIX_2
+    word ^= _shift(word, 31)
+    return word
 
 
 def _shift(word: Tensor, count: int) -> Tensor:
     """Logical right shift: torch's `>>` on int64 copies the sign bit, so the copies are masked away."""
-    return (word >> count) & ((1 << (64 - count)) - 1)
+    return (word >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 @contextmanager
