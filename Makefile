@@ -36,7 +36,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)
-	$(BIN)/python -m pytest tests/benchmarks -s -m slow
+	$(BIN)/python -m pytest tests/benchmarks -m slow
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssl_seg needs Python 3.11 or newer; run make PYTHON=python3.12")'
