@@ -178,7 +178,9 @@ def head_by_head(learner: Learner, views: Mapping[str, View], add: Callable[[Map
         reached = [pair for name, features in answers.items() for pair in back_to(features, name)]
         del answers
         if reached:  # not by a frozen encoder
-            torch.autograd.backward(*zip(*reached, strict=True))
+            given, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(given, gradients)
+            del given, gradients
         del reached  # the next pass is to find this one's maps gone
 
 

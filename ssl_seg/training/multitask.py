@@ -121,7 +121,8 @@ class MultiTask(nn.Module):
         """The encoder's answers to inputs of one size, by one pass over all; to a single one the same for all names."""
         with telling_small_maps(inputs[0].shape[-2:]):
             if len(inputs) == 1:
-                return dict.fromkeys(names, self.encoder(inputs[0]))
+                answer: Features = self.encoder(inputs[0])
+                return dict.fromkeys(names, answer)
             features = self.encoder(torch.cat(list(inputs)))
             return dict(zip(names, features.split([len(image) for image in inputs]), strict=True))
 
