@@ -11,7 +11,7 @@ Ours is the choice. k-means by scikit-learn finds the appearances.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.cluster import MiniBatchKMeans
@@ -19,9 +19,6 @@ from sklearn.cluster import MiniBatchKMeans
 # Typical appearances at most; of fewer images each is one.
 OF_IMAGES, OF_REGIONS = 1000, 200
 NEIGHBOURS = 5  # of an appearance, whose distance says what "alike" means among regions
-# How much regions count beside whole images. If as much, the first images are crowded ones, each of which shows many
-# rare regions: five aerial photographs then taught a linear classifier less than any of 200 draws of five did.
-SHARE_OF_REGIONS = 0.5
 SEED = 0  # of k-means alone
 
 
@@ -31,7 +28,6 @@ class Coverage:
 
     likeness: np.ndarray  # (N, K) float32 in [0, 1]; of an image with several regions that of the best
     weight: np.ndarray  # (K,) float64, the sum is 1
-    share: float = 1.0  # how much it counts beside others
 
 
 @dataclass(frozen=True)
@@ -62,31 +58,29 @@ def of_regions(features: np.ndarray) -> Coverage:
     """
     centres, counts = _appearances(features.reshape(-1, features.shape[-1]), OF_REGIONS)
     near = np.sort(_squared_distances(centres, centres), axis=1)[:, 1 : NEIGHBOURS + 1]
-    scale = 2 * float(np.median(near)) if near.size else 1.0
-    return replace(_coverage(features, centres, np.sqrt(counts), scale), share=SHARE_OF_REGIONS)
+    return _coverage(features, centres, np.sqrt(counts), 2 * float(np.median(near)) if near.size else 1.0)
 
 
 def choose(parts: Sequence[Coverage], count: int, labelled: Collection[int], left_out: Collection[int]) -> Choice:
-    """The next `count` images, or all that are left; each part counts by its share.
+    """The next `count` images, or all that are left; each part counts alike.
 
     `labelled` are there already. `left_out` are covered by nothing and chosen never.
     """
     covered = [np.max(part.likeness[list(labelled)], axis=0, initial=0.0) for part in parts]
-    shares = [part.share for part in parts]
-    each = [float(part.weight @ best) for part, best in zip(parts, covered, strict=True)]
+    before = sum(float(part.weight @ best) for part, best in zip(parts, covered, strict=True)) / len(parts)
     closed = {*labelled, *left_out}
     chosen: list[int] = []
     gains: list[float] = []
     for _ in range(min(count, len(parts[0].likeness) - len(closed))):
         added = [np.maximum(part.likeness - best, 0) @ part.weight for part, best in zip(parts, covered, strict=True)]
-        gain = np.average(added, axis=0, weights=shares)  # (N,)
+        gain = np.mean(added, axis=0)  # (N,)
         gain[[*closed]] = -1.0
         best_image = int(gain.argmax())
         closed.add(best_image)
         chosen.append(best_image)
         gains.append(float(gain[best_image]))
         covered = [np.maximum(part.likeness[best_image], best) for part, best in zip(parts, covered, strict=True)]
-    return Choice(tuple(chosen), tuple(gains), float(np.average(each, weights=shares)))
+    return Choice(tuple(chosen), tuple(gains), before)
 
 
 def nearest(features: np.ndarray, others: np.ndarray) -> np.ndarray:
