@@ -75,7 +75,7 @@ def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     radius = _shift(word, 40).to(torch.float32).add_(1.0).mul_(UNIT).log_().mul_(-2.0).sqrt_()
     angle = (word >> 16).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0 * math.pi * UNIT)
     both = torch.cat([torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)], dim=-1)
-    return both[..., :count].reshape(*key.shape, *shape)
+    return both[..., :count].reshape((*key.shape, *shape))
 
 
 def randint(key: Tensor, shape: tuple[int, ...], low: int | Tensor, high: int | Tensor) -> Tensor:

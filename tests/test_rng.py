@@ -75,6 +75,12 @@ def test_normals_are_normal():
     assert stats.kurtosis(values) == pytest.approx(0.0, abs=4 * np.sqrt(24 / len(values)))
 
 
+def test_a_single_normal_is_the_first_of_its_key():
+    assert rng.normal(KEYS[0]).shape == ()
+    assert rng.normal(KEYS[0]) == rng.normal(KEYS[:1], (2,))[0, 0]
+    assert rng.normal(KEYS).shape == KEYS.shape
+
+
 def test_normals_of_one_key_are_not_correlated():
     # Both normals of a Box-Muller pair come from one word: they have to be independent all the same.
     values = rng.normal(KEYS, (2000,)).double()
