@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 
 from ssl_seg import SelectConfig, images, load, select
@@ -63,6 +64,19 @@ def parser_of(doc: str | None, sets: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=[*sets], choices=MASKS)
     return parser
+
+
+def shared(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser whose script may run several times side by side, each with its `share` of the runs."""
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="1 3: the second of three side by side")
+    return parser
+
+
+def table_of(options: argparse.Namespace, words: int, file: str = "scores.csv") -> Table:
+    """The table that a script adds to, in the folder it was told; from here on it computes in one thread."""
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return Table(options.out / file, words)
 
 
 class Table:

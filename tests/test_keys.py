@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import reduce
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import yaml
 from pydantic import Field
 
 from ssl_seg import FinetuneConfig, PretrainConfig, load
-from ssl_seg.cli.looking import CONFIGS
+from ssl_seg.cli.looking import CONFIGS, config_of
 from ssl_seg.config import Config, Plugin, UserError
 from ssl_seg.datasets import Dataset
 from ssl_seg.keys import BELOW, REQUIRED, Key, keys_of
@@ -39,11 +38,6 @@ class Outer(Config):
     inner: Inner = Inner(side=3)
 
 
-def of_stage(stage: str) -> type[Config]:
-    file, _, name = CONFIGS[stage].partition(":")
-    return getattr(import_module(f"ssl_seg.{'studies' if stage == 'study' else 'stages'}.{file}"), name)
-
-
 def test_a_key_has_its_comment_its_type_and_the_default_that_stands_there() -> None:
     group = "Above it, in two lines."
     assert keys_of(Outer) == [
@@ -57,7 +51,7 @@ def test_a_key_has_its_comment_its_type_and_the_default_that_stands_there() -> N
 
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_every_key_of_a_stage_has_a_meaning(stage: str) -> None:
-    assert [key.name for key in keys_of(of_stage(stage)) if not key.meaning] == []
+    assert [key.name for key in keys_of(config_of(stage)) if not key.meaning] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)

@@ -17,10 +17,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import rankdata
 
-from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of
+from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of, shared, table_of
 from ssl_seg import FinetuneConfig, GapConfig, Options, finetune, gap, load, merge
 
 TARGETS = ("nuclei", "roads", "camvid")
@@ -49,12 +48,8 @@ BASE: dict[str, Any] = {
 
 
 def main() -> None:
-    parser = parser_of(__doc__, TARGETS)
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="1 3: the second of three side by side")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(options.out / "scores.csv", words=3)
+    options = shared(parser_of(__doc__, TARGETS)).parse_args()
+    table = table_of(options, words=3)
     own, processes = options.share
     units = [(seed, pool) for seed in range(SEEDS) for pool in (NONE, *pools(options.data))]
     for seed, pool in units[own::processes]:

@@ -16,10 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from scipy.stats import spearmanr
 
-from experiments.five_sets import IMAGENET, Table, parser_of, part_of
+from experiments.five_sets import IMAGENET, Table, parser_of, part_of, shared, table_of
 from experiments.recipes.run import BASE, LABELS
 from ssl_seg import FinetuneConfig, Options, PretrainConfig, ProbeConfig, finetune, load, merge, pretrain, probe
 
@@ -44,13 +43,10 @@ STARTS: dict[str, dict[str, Any]] = {"scratch": {"name": NAME}, "imagenet": IMAG
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ["nuclei", "wounds", "camvid"])
+    parser = shared(parser_of(__doc__, ["nuclei", "wounds", "camvid"]))
     parser.add_argument("--kinds", nargs="+", default=[*STARTS, *PRETRAININGS], choices=[*STARTS, *PRETRAININGS])
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="1 3: the second of three side by side")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(options.out / "scores.csv", words=4)
+    table = table_of(options, words=4)
     own, processes = options.share
     for kind, name in [*product(options.kinds, options.sets)][own::processes]:
         if kind in STARTS:

@@ -15,9 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
-from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of
+from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of, shared, table_of
 from ssl_seg import FinetuneConfig, Options, finetune, load, merge, unflatten
 
 LABELS = {"camvid": 30}  # of the other sets 10
@@ -66,14 +64,11 @@ LEVERS: dict[str, Mapping[str, Any]] = {
 
 
 def main() -> None:
-    parser = parser_of(__doc__, [*MASKS])
+    parser = shared(parser_of(__doc__, [*MASKS]))
     parser.add_argument("--levers", nargs="+", default=[*LEVERS], choices=LEVERS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help="1 3: the second of three side by side")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(options.out / "scores.csv", words=3)
+    table = table_of(options, words=3)
     own, processes = options.share
     run = options.out / f"run_{own}"
     sets: list[str] = options.sets

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of
+from experiments.five_sets import IMAGENET, MASKS, parser_of, part_of, table_of
 from experiments.selection.run import COUNTS, choose
 from ssl_seg import Dataset, Example, ModelConfig, load
 
@@ -86,9 +86,7 @@ def _cells(encoder: torch.nn.Module, examples: Sequence[Example], classes: int) 
 
 def main() -> None:
     options = parser_of(__doc__, [*MASKS]).parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(options.out / "draws.csv", words=2)
+    table = table_of(options, words=2, file="draws.csv")
     for name in options.sets:
         drawn_from, chosen = choose(options.data, name, IMAGENET, options.out / f"chosen_{name}")
         counts = [count for count in COUNTS if count <= len(drawn_from) / 2 and not table.has(name, count)]

@@ -16,10 +16,9 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import ttest_ind
 
-from experiments.five_sets import Table, part_of
+from experiments.five_sets import Table, part_of, table_of
 from ssl_seg import FinetuneConfig, Options, SelectConfig, finetune, load, select
 
 SETS = ("nuclei", "wounds", "roads", "camvid")
@@ -35,9 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(options.out / "scores.csv", words=4)
+    table = table_of(options, words=4)
     encoder = {"name": "tf_efficientnet_lite0", "pretrained": str(options.weights)}
     for name in options.sets:
         drawn_from, chosen = choose(options.data, name, encoder, options.out / f"chosen_{name}")

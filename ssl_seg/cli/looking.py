@@ -14,7 +14,7 @@ import typer
 
 from ssl_seg.cli.shell import command
 from ssl_seg.cli.words import Classes, Images, Masks, Out, Plugins, Quiet, Words, both_in, names_of, needed, read
-from ssl_seg.config import UserError, load, merge, use_plugin, user_path
+from ssl_seg.config import Config, UserError, load, merge, use_plugin, user_path
 from ssl_seg.reports.console import check_lines, gap_lines, probe_lines
 from ssl_seg.terminal import print_lines
 
@@ -31,6 +31,13 @@ CONFIGS = {  # of the stages whose keys are listed: where the class is
     "study": "config:StudyConfig",
 }
 WIDTH = 100  # of the lines of a meaning
+
+
+def config_of(stage: str) -> type[Config]:
+    """The config class of a stage whose keys are listed."""
+    file, _, name = CONFIGS[stage].partition(":")
+    package = "studies" if stage == "study" else "stages"
+    return getattr(import_module(f"ssl_seg.{package}.{file}"), name)
 
 
 @command(
@@ -211,9 +218,7 @@ def keys_command(
         use_plugin(module)
     from ssl_seg.keys import BELOW, REQUIRED, keys_of
 
-    file, _, name = CONFIGS[stage].partition(":")
-    package = "studies" if stage == "study" else "stages"
-    for key in keys_of(getattr(import_module(f"ssl_seg.{package}.{file}"), name), pattern):
+    for key in keys_of(config_of(stage), pattern):
         given = "" if key.default == BELOW else f", {REQUIRED}" if key.default == REQUIRED else f" = {key.default}"
         print_lines([f"{key.name} ({key.type}){given}"])
         print_lines(textwrap.wrap(key.meaning, WIDTH, initial_indent="    ", subsequent_indent="    "))

@@ -81,10 +81,17 @@ def ratios_by_turns(ways: Mapping[str, Callable[[], object]], to: str, times: in
     return {name: median(own) for name, own in ratios.items()}
 
 
+def begun(values: Mapping[str, object]) -> tuple[Learner, dict]:
+    """A pretraining before its first step, and its batches."""
+    config = load(PretrainConfig, values)
+    learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    samples = {"pool": Samples(config.data.pool, config.augment, 0, config.data.resize)}
+    return learner, open_streams(samples, config.train, learner.processes, learner.module.tasks, 0)
+
+
 def test_a_step_against_a_bare_loop() -> None:
     """The same network on ready-made tensors, by ten lines of plain PyTorch: what data, keys and checks cost on top."""
-    config = load(PretrainConfig, VALUES)
-    learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
+    learner, streams = begun(VALUES)
     image = torch.rand(8, 3, 128, 128)
     optimizer = torch.optim.AdamW(learner.module.parameters())
 
@@ -98,8 +105,6 @@ def test_a_step_against_a_bare_loop() -> None:
         torch.nn.utils.clip_grad_norm_(learner.module.parameters(), 1.0)
         optimizer.step()
 
-    samples = {"pool": Samples(config.data.pool, config.augment, 0, config.data.resize)}
-    streams = open_streams(samples, config.train, learner.processes, learner.module.tasks, 0)
     steps = train(learner, streams, 0, seed=0)
     ours = seconds(lambda: next(steps), STEPS - 2)
     plain = seconds(bare, STEPS - 2)
@@ -122,10 +127,8 @@ def test_a_step_of_four_tasks_against_a_naive_loop() -> None:
     for name, changed in ours.items():
         light = {"colorize": {"decoder": "light"}} if name.endswith("light") else {}
         values = {**VALUES, "tasks": {**tasks, **light}, "train": {**VALUES["train"], **changed}}
-        config = load(PretrainConfig, values)
-        learner = Learner(build_module(config.model, config.tasks, 0), config.train, Processes(config.train))
-        samples = {"pool": Samples(config.data.pool, config.augment, 0, config.data.resize)}
-        packed = {"pool": next(open_streams(samples, config.train, learner.processes, learner.module.tasks, 0)["pool"])}
+        learner, streams = begun(values)
+        packed = {"pool": next(streams["pool"])}
 
         def step(learner: Learner = learner, packed: dict = packed) -> None:
             learner.forget_gradients()

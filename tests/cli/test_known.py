@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ssl_seg.cli import known
-from ssl_seg.cli.looking import CONFIGS
-from ssl_seg.config import Config, UserError, load, unflatten
+from ssl_seg.cli.looking import CONFIGS, config_of
+from ssl_seg.config import UserError, load, unflatten
 from ssl_seg.keys import places_of
 from tests.faults import message_of
 
 FILE = Path(known.__file__).with_name(known.FILE)
 
 
-def of_stage(stage: str) -> type[Config]:
-    file, _, name = CONFIGS[stage].partition(":")
-    return getattr(import_module(f"ssl_seg.{'studies' if stage == 'study' else 'stages'}.{file}"), name)
-
-
 def places() -> dict[str, list[str]]:
-    return {stage: list(places_of(of_stage(stage))) for stage in CONFIGS}
+    return {stage: list(places_of(config_of(stage))) for stage in CONFIGS}
 
 
 def test_the_list_is_that_of_the_classes() -> None:
@@ -53,7 +47,7 @@ def test_every_key_is_known_wherever_it_stands(stage: str) -> None:
     ],
 )
 def test_it_says_what_the_classes_say(stage: str, values: dict[str, Any]) -> None:
-    assert message_of(lambda: known.check_keys(stage, values)) == message_of(lambda: load(of_stage(stage), values))
+    assert message_of(lambda: known.check_keys(stage, values)) == message_of(lambda: load(config_of(stage), values))
 
 
 def test_what_a_plugin_may_say_is_left_to_it() -> None:
