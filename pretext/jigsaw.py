@@ -161,15 +161,16 @@ class Jigsaw(PretextTask):
             rng.fold_in(key, "displace"), (2, image.shape[1], self.num_tiles), 0, 2 * self.displace + 1
         )
         cell = (place // self.grid, place % self.grid)
-        pixels = []
+        firsts = []
         for axis, name in enumerate(("down", "right")):
             moved = rng.randint(rng.fold_in(key, name), (self.num_tiles,), 0, layout.jitter[axis] + 1)
             first = layout.border[axis] + cell[axis] * layout.cell[axis] + layout.gap[axis] // 2 + moved  # (B, N)
-            first = first.unsqueeze(1) + displaced[:, axis]  # (B, 3, N)
-            inside = torch.arange(layout.tile[axis], device=image.device)
-            pixels.append(first.unsqueeze(-1) + inside)  # (B, 3, N, h), then (B, 3, N, w)
-        index = pixels[0].unsqueeze(-1) * image.shape[-1] + pixels[1].unsqueeze(-2)  # (B, 3, N, h, w)
-        return image.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+            firsts.append(first.unsqueeze(1) + displaced[:, axis])  # (B, 3, N)
+        rows, columns = layout.tile
+        windows = image.unfold(2, rows, 1).unfold(3, columns, 1)  # a view of all that could be cut
+        numbers = (torch.arange(count, device=image.device) for count in image.shape[:2])
+        of_image, of_channel = torch.meshgrid(*numbers, indexing="ij")
+        return windows[of_image.unsqueeze(2), of_channel.unsqueeze(2), firsts[0], firsts[1]]
 
 
 @dataclass(frozen=True)
@@ -198,18 +199,20 @@ class Layout:
     def lay(self, tiles: Tensor) -> Tensor:
         """The puzzle `(B, 3, H, W)` from tiles `(B, 3, N, h, w)`, one a cell, row by row."""
         mean = tiles.mean(dim=(3, 4)).mean(dim=2)[..., None, None]  # (B, 3, 1, 1)
-        cells = mean.unsqueeze(2).repeat(1, 1, tiles.shape[2], *self.cell)  # (B, 3, N, ch, cw)
+        puzzle = mean.repeat(1, 1, *self.size)
         (top, left), (rows, columns) = self.margin, self.tile
-        cells[..., top : top + rows, left : left + columns] = tiles
-        return self._with_cells(mean.repeat(1, 1, *self.size), cells)
+        cells = self._cells(puzzle)
+        cells[..., top : top + rows, left : left + columns] = tiles.unflatten(2, (self.grid, self.grid))
+        return puzzle
 
     def put_together(self, image: Tensor, place: Tensor) -> Tensor:
         """The image with its i-th cell moved to cell `place[:, i]`; `place` `(B, N)` is a permutation."""
         order = place.argsort(dim=1)  # (B, N): the cell that comes to each place
-        inner = image[self._inside]
-        split = inner.unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))  # (B, 3, g, ch, g, cw)
-        cells = split.transpose(3, 4).flatten(2, 3)  # (B, 3, N, ch, cw)
-        return self._with_cells(image.clone(), cells.gather(2, order[:, None, :, None, None].expand_as(cells)))
+        cells = self._cells(image).flatten(2, 3)  # (B, 3, N, ch, cw)
+        moved = cells.gather(2, order[:, None, :, None, None].expand_as(cells))
+        whole = image.clone()
+        self._cells(whole).copy_(moved.unflatten(2, (self.grid, self.grid)))
+        return whole
 
     def pool(self, level: Tensor, stride: int) -> Tensor:
         """`(B, N, C)`: the mean of a map `(B, C, h, w)` over the area of each tile, border features by their share."""
@@ -218,18 +221,13 @@ class Layout:
         pooled = rows @ level @ columns.transpose(0, 1)  # (B, C, g, g)
         return pooled.flatten(2).transpose(1, 2)
 
-    @property
-    def _inside(self) -> tuple:
-        """All cells of an image: the slices of `(B, C, H, W)`."""
+    def _cells(self, image: Tensor) -> Tensor:
+        """All cells of an image, `(B, C, g, g, ch, cw)`, row by row: a view, into which may be written."""
         rows, columns = (
             slice(border, border + self.grid * cell) for border, cell in zip(self.border, self.cell, strict=True)
         )
-        return ..., rows, columns
-
-    def _with_cells(self, image: Tensor, cells: Tensor) -> Tensor:
-        split = cells.unflatten(2, (self.grid, self.grid))  # (B, 3, g, g, ch, cw)
-        image[self._inside] = split.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-        return image
+        split = image[..., rows, columns].unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))
+        return split.transpose(3, 4)
 
     def _shares(self, axis: int, count: int, stride: int, like: Tensor) -> Tensor:
         """`(g, count)`: how much of each tile's length lies over each of a map's features; rows add up to 1."""
@@ -313,7 +311,7 @@ def recolour(tiles: Tensor, strength: float, key: Tensor) -> Tensor:
     gain = rng.uniform(rng.fold_in(key, "gain"), (tiles.shape[1], count, 1, 1), low, high)
     mean = tiles.mean(dim=(1, 3, 4), keepdim=True)  # (B, 1, N, 1, 1)
     # The tile times its contrast about a mean times its brightness; so written, a strength of 0 changes no bit.
-    return ((tiles * contrast + mean * (brightness - contrast)) * gain).clamp(0.0, 1.0)
+    return (tiles * contrast).add_(mean * (brightness - contrast)).mul_(gain).clamp_(0.0, 1.0)
 
 
 def assign(logits: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import fsspec.config
 import fsspec.core
 import numpy as np
 from braceexpand import braceexpand
-from pydantic import field_validator
+from pydantic import TypeAdapter, field_validator
 
 from ssl_seg import files
 from ssl_seg.config import PathTexts, UserError, first_line, user_path
@@ -434,6 +434,9 @@ class Shard(NamedTuple):
     links: int  # and members that are stored with holes, which are no bytes in a row
 
 
+INDEX = TypeAdapter(Shard)
+
+
 def _shards(urls: Sequence[str]) -> Iterator[Shard]:
     """What is in each, several behind URLs at a time."""
     with ThreadPoolExecutor(AT_A_TIME) as pool:
@@ -458,7 +461,7 @@ def _shard(url: str) -> Shard:
         with suppress(OSError, ValueError, TypeError, KeyError):  # no index, or a damaged one
             found = json.loads(files.read_bytes(kept))
             if {key: found[key] for key in about} == about:
-                shard = Shard([Member(*own) for own in found["members"]], found["links"])
+                shard = INDEX.validate_python((found["members"], found["links"]))
         if url.startswith(f"{CACHE}::"):
             _get_whole(url, anew=shard is None)
         if shard is not None:

@@ -22,6 +22,7 @@ import tifffile
 from ssl_seg.config import UserError
 from ssl_seg.images.limits import Size, check_size, show_path
 from ssl_seg.images.opening import DECODE_ERRORS
+from ssl_seg.images.tiff import NO_DATA
 
 COLOURS = "CS"  # axes: channels in pages of their own, or within a page
 SIDES = "YX"
@@ -52,11 +53,12 @@ class PagedTiff:
         self.path = path
         self.shown = show_path(path)
         with naming_tiff(self.shown), tifffile.TiffFile(path) as self.tiff:
-            series = self._one_kind(self.tiff.series)
-            self.parts = [[page for page in own if page is not None] for own in self.tiff.series]
+            pictures = [own for own in self.tiff.series if not own.keyframe.subfiletype & NO_DATA]
+            series = self._one_kind(pictures)
+            self.parts = [[page for page in own if page is not None] for own in pictures]
             self.keyframe = series.keyframe
             is_plain = self.keyframe.bitspersample == 8 * series.dtype.itemsize
-            self.starts = [own.dataoffset if is_plain else None for own in self.tiff.series]
+            self.starts = [own.dataoffset if is_plain else None for own in pictures]
             self.palette = self.keyframe.colormap
             self.dtype = np.dtype(series.dtype).newbyteorder("=")
             self.declared_bits, self.seen_bits = self._bits()
@@ -181,7 +183,7 @@ class PagedTiff:
     def _one_kind(self, found: Sequence[tifffile.TiffPageSeries]) -> tifffile.TiffPageSeries:
         """The first of the series in a file, which all have to be like it."""
         if not found:
-            self._refuse("holds no page; copy it again or remove it")
+            self._refuse("holds no page that is a picture; copy it again or remove it")
         first = found[0]
         spoken = [kind for kind in SPEAKING if getattr(self.tiff, f"is_{kind}")]
         if spoken and first.kind not in spoken:

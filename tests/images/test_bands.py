@@ -37,6 +37,7 @@ FORMS: dict[str, tuple[str, Writer]] = {  # how programs store bands, by tifffil
     "ImageJ": (".tif", lambda path, a: write(path, first(a), imagej=True, metadata={"axes": "CYX"})),
     "OME": (".ome.tif", lambda path, a: write(path, first(a), metadata={"axes": "CYX"})),
     "RGB and more": (".tif", lambda path, a: write(path, a, photometric="rgb")),
+    "with overviews and masks, as GDAL": (".tif", lambda path, a: write_as_gdal(path, a)),
     "npy": (".npy", np.save),
     "npy, of another machine": (".npy", lambda path, a: np.save(path, a.astype(a.dtype.newbyteorder(">")))),
     "npy, channels first": (".npy", lambda path, a: np.save(path, first(a))),
@@ -46,6 +47,17 @@ FORMS: dict[str, tuple[str, Writer]] = {  # how programs store bands, by tifffil
 
 def write(path: Path, values: np.ndarray, **how: Any) -> None:
     tifffile.imwrite(path, values, **how)
+
+
+def write_as_gdal(path: Path, values: np.ndarray) -> None:
+    """Cloud-optimized: the picture, its mask of transparency, and both again at half the size."""
+    how = {"planarconfig": "contig", "compression": "zlib", "tile": (16, 16), "metadata": None}
+    mask = np.ones(values.shape[:2], dtype=bool)
+    with tifffile.TiffWriter(path) as file:
+        file.write(values, **how, **GREY)
+        file.write(mask, subfiletype=4, photometric="mask", metadata=None)
+        file.write(values[::2, ::2].copy(), subfiletype=1, **how, **GREY)
+        file.write(mask[::2, ::2].copy(), subfiletype=5, photometric="mask", metadata=None)
 
 
 def first(values: np.ndarray) -> np.ndarray:
