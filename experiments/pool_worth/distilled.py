@@ -33,7 +33,7 @@ IMAGES = 200  # of each pool; the smallest has 228
 POOL_STEPS = 400
 SIDE = 160  # pixels, the shorter one of a photograph
 NETWORK: dict[str, Any] = {
-    "model": {**BASE["model"], "encoder": {"name": "resnet18"}},
+    "model": {**BASE["model"], "encoder": {"name": "resnet18", "pretrained": False}},
     "train": {**BASE["train"], "precision": "bf16"},
 }
 TASK: dict[str, Any] = {
