@@ -62,7 +62,7 @@ def main() -> None:
             table.add(target, pool, seed, scores.miou, *scores.iou)
     named = {name: {"type": "folder", "images": str(folder)} for name, folder in pools.items()}
     gaps = gaps_of(options.data, options.out, options.sets, lambda _: named)
-    print("\n".join(lines(scores_of(table), gaps)))
+    print("\n".join(lines(scores_of(table), gaps, start="random weights")))
 
 
 def pools_of(data: Path, photographs: Path) -> dict[str, Path]:

@@ -152,13 +152,15 @@ def gain_of(arms: Mapping[str, Mapping[int, float]], arm: str) -> list[float]:
 
 
 def lines(
-    scores: Mapping[str, Mapping[str, Mapping[int, float]]], gaps: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, Mapping[str, Mapping[int, float]]],
+    gaps: Mapping[str, Mapping[str, float]],
+    start: str = "ImageNet weights",
 ) -> Iterator[str]:
     """By target its pools, the nearest first, with their gain; then how well the order of gaps is that of the gains."""
     pairs = []
     for target, arms in scores.items():
         alone = arms.get(NONE, {})
-        yield f"{target}: {mean(alone.values()):.1f} by ImageNet weights alone, n = {len(alone)}"
+        yield f"{target}: {mean(alone.values()):.1f} by {start} alone, n = {len(alone)}"
         for arm in sorted(arms, key=lambda arm: gaps[target].get(arm.removesuffix(", kept"), -1.0)):
             if gains := gain_of(arms, arm) * (arm != NONE):
                 spread = f" ({stdev(gains):.1f})" if len(gains) > 1 else ""
