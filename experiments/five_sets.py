@@ -111,11 +111,11 @@ def main() -> None:
         for part in ("pool", "labelled", "val"):
             pictures = _pictures(options.raw, name, part)
             for picture, mask in pictures:
-                _copy(picture, mask, options.out / name / part, side)
+                copy_smaller(picture, mask, options.out / name / part, side)
             print(f"{name}, {part}: {len(pictures)} images")
         for half, files in zip(("first", "second"), halves(options.out / name / "val", name), strict=True):
             for file in files:
-                _copy(file, file.parents[1] / "masks" / file.name, options.out / name / half, side)
+                copy_smaller(file, file.parents[1] / "masks" / file.name, options.out / name / half, side)
             print(f"{name}, {half}: {len(files)} images")
         shown = _leaking(options.out, name, "pool")
         for own in shown:
@@ -184,8 +184,8 @@ def _pictures(raw: Path, name: str, part: str) -> list[tuple[Path, Path | None]]
     return [(own, raw / name / part / "masks" / f"{own.stem}.png") for own in files]
 
 
-def _copy(picture: Path, mask: Path | None, out: Path, side: int) -> None:
-    """Smaller, of the same shape; one that is small stays as it is."""
+def copy_smaller(picture: Path, mask: Path | None, out: Path, side: int) -> None:
+    """Write an image, and its mask, so small that the shorter side has `side` pixels; smaller ones stay as they are."""
     array = images.read_image(picture)
     factor = min(1.0, side / min(array.shape[:2]))
     size = (round(array.shape[0] * factor), round(array.shape[1] * factor))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -64,7 +64,7 @@ def main() -> None:
                 config["data"]["beside"] = pools(options.data)[pool]
             scores = run(config, options.out / f"run_{own}")
             table.add(target, arm, seed, scores.miou, *scores.iou)
-    gaps = gaps_of(options.data, options.out, options.sets)
+    gaps = gaps_of(options.data, options.out, options.sets, lambda target: labelled_elsewhere(options.data, target))
     print("\n".join(lines(scores_of(table), gaps)))
 
 
@@ -118,14 +118,20 @@ def run(config: dict[str, Any], folder: Path) -> Any:
     return finetune(load(FinetuneConfig, config), Options(folder, quiet=True)).val
 
 
-def gaps_of(data: Path, out: Path, targets: list[str]) -> dict[str, dict[str, float]]:
-    """How far each pool lies from each target, measured once."""
+def labelled_elsewhere(data: Path, target: str) -> dict[str, dict[str, Any]]:
+    """The pools that are of another source than the target."""
+    return {name: pool for name, pool in pools(data).items() if name != f"real {target}"}
+
+
+def gaps_of(
+    data: Path, out: Path, targets: list[str], pools_of: Callable[[str], dict[str, dict[str, Any]]]
+) -> dict[str, dict[str, float]]:
+    """How far each of a target's pools lies from it, measured once."""
     file = out / "gaps.json"
     found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     for target in targets:
         if target not in found:
-            others = {name: pool for name, pool in pools(data).items() if name != f"real {target}"}
-            parts = {"target": part_of(data, target, "val"), "pools": others}
+            parts = {"target": part_of(data, target, "val"), "pools": pools_of(target)}
             config = load(GapConfig, {"data": parts, "model": {"encoder": IMAGENET}, "workers": 0})
             found[target] = {pool.name: pool.gap for pool in gap(config, quiet=True).pools}
             file.write_text(json.dumps(found, indent=1))
@@ -146,13 +152,15 @@ def gain_of(arms: Mapping[str, Mapping[int, float]], arm: str) -> list[float]:
 
 
 def lines(
-    scores: Mapping[str, Mapping[str, Mapping[int, float]]], gaps: Mapping[str, Mapping[str, float]]
+    scores: Mapping[str, Mapping[str, Mapping[int, float]]],
+    gaps: Mapping[str, Mapping[str, float]],
+    start: str = "ImageNet weights",
 ) -> Iterator[str]:
     """By target its pools, the nearest first, with their gain; then how well the order of gaps is that of the gains."""
     pairs = []
     for target, arms in scores.items():
         alone = arms.get(NONE, {})
-        yield f"{target}: {mean(alone.values()):.1f} by ImageNet weights alone, n = {len(alone)}"
+        yield f"{target}: {mean(alone.values()):.1f} by {start} alone, n = {len(alone)}"
         for arm in sorted(arms, key=lambda arm: gaps[target].get(arm.removesuffix(", kept"), -1.0)):
             if gains := gain_of(arms, arm) * (arm != NONE):
                 spread = f" ({stdev(gains):.1f})" if len(gains) > 1 else ""

@@ -88,11 +88,11 @@ def main() -> None:
     options = parser_of(__doc__, [*MASKS]).parse_args()
     table = table_of(options, words=2, file="draws.csv")
     for name in options.sets:
-        drawn_from, chosen = choose(options.data, name, IMAGENET, options.out / f"chosen_{name}")
+        drawn_from, chosen = choose(options.data, name, options.out / f"chosen_{name}")
         counts = [count for count in COUNTS if count <= len(drawn_from) / 2 and not table.has(name, count)]
         if not counts:
             continue
-        parts = [choose(options.data, name, IMAGENET, options.out / f"part_{name}", part)[1] for part in range(PARTS)]
+        parts = [choose(options.data, name, options.out / f"part_{name}", part)[1] for part in range(PARTS)]
         classifier = Classifier(options.data, name)
         place = {name: index for index, name in enumerate(classifier.names)}
         for count in counts:
