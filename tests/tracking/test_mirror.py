@@ -1325,6 +1325,7 @@ def check_first_uses_at_once(
     assert parents == {runs["study"].info.run_id}
 
 
+@pytest.mark.timeout(900)  # several servers and databases at once: 225 s on a busy machine of two cores
 def test_first_uses_at_once_do_not_break_the_database(tmp_path: Path) -> None:
     check_first_uses_at_once(tmp_path / "runs", 4, replay_all_from_one)
 
