@@ -82,6 +82,8 @@ KINDS = {
         450,
         "three times 150 gave 2.4 points more on roads",
         augment=tuple((key, value, why.format(cost=1.2)) for key, value, why in FROM_ABOVE),
+        world="aerial",
+        why_world="Of roads, drawn ones learnt first and kept gave 3.2 points at 5 and 10 labels (experiments/domains)",
     ),
 }
 

@@ -114,4 +114,5 @@ def test_drawn_images_are_named_where_they_were_worth_it_and_have_the_classes(tm
     assert (then.init, then.transfer) == ("runs/drawn", "model")
     assert first.model == then.model
     assert "synth" not in draft("microscopy", str(file), {**LABELLED, "classes": ["a", "b", "c"]})
+    assert "synth aerial" in draft("aerial", str(file), LABELLED)
     assert "synth street" in draft("streets", str(file), {**LABELLED, "classes": [f"class {n}" for n in range(11)]})
