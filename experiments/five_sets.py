@@ -19,7 +19,7 @@ import csv
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -55,6 +55,15 @@ def part_of(data: Path, name: str, part: str) -> dict[str, Any]:
     folder = data / name / part
     config = {"type": "folder", "images": str(folder / "images")}
     return config if part == "pool" else {**config, "masks": str(folder / "masks"), **MASKS[name]}
+
+
+def folder_of(files: Iterable[Path], out: Path) -> dict[str, Any]:
+    """The config of a new folder of links to some images; one that is there is made anew."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for file in files:
+        (out / file.name).symlink_to(file.resolve())
+    return {"type": "folder", "images": str(out)}
 
 
 def parser_of(doc: str | None, sets: Sequence[str]) -> argparse.ArgumentParser:

@@ -71,8 +71,7 @@ class Denoise(PictureTask):
 
     def corrupt(self, image: Tensor, key: Tensor) -> View:
         sigma = rng.uniform(rng.fold_in(key, "sigma"), (1, 1, 1), *self.sigma) * self.contrast(image)
-        first, *others = (add_noise(name, image, sigma, rng.fold_in(key, name)) for name in self.kinds)
-        noisy = first
+        noisy, *others = (add_noise(name, image, sigma, rng.fold_in(key, name)) for name in self.kinds)
         if others:
             kind = rng.randint(rng.fold_in(key, "kind"), (1, 1, 1), 0, len(self.kinds))
             for number, other in enumerate(others, start=1):

@@ -168,9 +168,8 @@ class Jigsaw(PretextTask):
             firsts.append(first.unsqueeze(1) + displaced[:, axis])  # (B, 3, N)
         rows, columns = layout.tile
         windows = image.unfold(2, rows, 1).unfold(3, columns, 1)  # a view of all that could be cut
-        numbers = (torch.arange(count, device=image.device) for count in image.shape[:2])
-        of_image, of_channel = torch.meshgrid(*numbers, indexing="ij")
-        return windows[of_image.unsqueeze(2), of_channel.unsqueeze(2), firsts[0], firsts[1]]
+        number, channel = (torch.arange(count, device=image.device) for count in image.shape[:2])
+        return windows[number.view(-1, 1, 1), channel.view(-1, 1), firsts[0], firsts[1]]
 
 
 @dataclass(frozen=True)

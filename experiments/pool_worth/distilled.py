@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from experiments.five_sets import IMAGENET, copy_smaller, parser_of, part_of, shared, table_of
+from experiments.five_sets import IMAGENET, copy_smaller, folder_of, parser_of, part_of, shared, table_of
 from experiments.pool_worth.run import (
     BASE,
     NONE,
@@ -61,7 +61,7 @@ def main() -> None:
             scores = run(config, options.out / f"run_{own}")
             table.add(target, pool, seed, scores.miou, *scores.iou)
     named = {name: {"type": "folder", "images": str(folder)} for name, folder in pools.items()}
-    gaps = gaps_of(options.data, options.out, options.sets, lambda _: named)
+    gaps = gaps_of(options.data, options.out, dict.fromkeys(options.sets, named))
     print("\n".join(lines(scores_of(table), gaps, start="random weights")))
 
 
@@ -89,13 +89,9 @@ def encoder(out: Path, pool: str, images: Path, seed: int) -> Path:
     name = f"{pool.replace(' ', '_')}_{seed}"
     folder = out / f"network_{name}"
     if not (folder / "result.json").exists():
-        own = out / f"images_{name}"
-        shutil.rmtree(own, ignore_errors=True)
-        own.mkdir()
-        for file in random.Random(name).sample(sorted(images.iterdir()), IMAGES):
-            (own / file.name).symlink_to(file.resolve())
         shutil.rmtree(folder, ignore_errors=True)
-        data = {"pool": {"type": "folder", "images": str(own)}}
+        drawn = random.Random(name).sample(sorted(images.iterdir()), IMAGES)
+        data = {"pool": folder_of(drawn, out / f"images_{name}")}
         config = merge(merge(merge({"data": data}, NETWORK), TASK), seeds(seed, POOL_STEPS))
         pretrain(load(PretrainConfig, config), Options(folder, quiet=True))
     return folder

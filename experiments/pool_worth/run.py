@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -64,7 +64,8 @@ def main() -> None:
                 config["data"]["beside"] = pools(options.data)[pool]
             scores = run(config, options.out / f"run_{own}")
             table.add(target, arm, seed, scores.miou, *scores.iou)
-    gaps = gaps_of(options.data, options.out, options.sets, lambda target: labelled_elsewhere(options.data, target))
+    others = {target: elsewhere(options.data, target) for target in options.sets}
+    gaps = gaps_of(options.data, options.out, others)
     print("\n".join(lines(scores_of(table), gaps)))
 
 
@@ -118,20 +119,18 @@ def run(config: dict[str, Any], folder: Path) -> Any:
     return finetune(load(FinetuneConfig, config), Options(folder, quiet=True)).val
 
 
-def labelled_elsewhere(data: Path, target: str) -> dict[str, dict[str, Any]]:
+def elsewhere(data: Path, target: str) -> dict[str, dict[str, Any]]:
     """The pools that are of another source than the target."""
     return {name: pool for name, pool in pools(data).items() if name != f"real {target}"}
 
 
-def gaps_of(
-    data: Path, out: Path, targets: list[str], pools_of: Callable[[str], dict[str, dict[str, Any]]]
-) -> dict[str, dict[str, float]]:
-    """How far each of a target's pools lies from it, measured once."""
+def gaps_of(data: Path, out: Path, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """By target, how far each of its pools lies from it, measured once."""
     file = out / "gaps.json"
     found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
-    for target in targets:
+    for target, own in pools.items():
         if target not in found:
-            parts = {"target": part_of(data, target, "val"), "pools": pools_of(target)}
+            parts = {"target": part_of(data, target, "val"), "pools": own}
             config = load(GapConfig, {"data": parts, "model": {"encoder": IMAGENET}, "workers": 0})
             found[target] = {pool.name: pool.gap for pool in gap(config, quiet=True).pools}
             file.write_text(json.dumps(found, indent=1))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_ind
 
-from experiments.five_sets import IMAGENET, MASKS, Table, parser_of, part_of, shared, table_of
+from experiments.five_sets import IMAGENET, MASKS, Table, folder_of, parser_of, part_of, shared, table_of
 from ssl_seg import FinetuneConfig, Options, SelectConfig, finetune, load, select
 
 STEPS = {"tiles": 400}  # in 150 steps no defect is learnt from forty drawn images
@@ -72,12 +72,8 @@ def choose(data: Path, name: str, out: Path, part: int | None = None) -> tuple[l
     parts = {"pool": part_of(data, name, "labelled"), "scored": part_of(data, name, "val")}
     shutil.rmtree(out, ignore_errors=True)
     if part is not None:
-        pool = out.with_name(f"{out.name}_images")
-        shutil.rmtree(pool, ignore_errors=True)
-        pool.mkdir()
-        for file in _of_part(sorted(Path(parts["pool"]["images"]).iterdir()), name, part):
-            (pool / file.name).symlink_to(file.resolve())
-        parts["pool"] = {"type": "folder", "images": str(pool)}
+        files = _of_part(sorted(Path(parts["pool"]["images"]).iterdir()), name, part)
+        parts["pool"] = folder_of(files, out.with_name(f"{out.name}_images"))
     config = load(SelectConfig, {"data": parts, "count": 10**6, "model": {"encoder": IMAGENET}})
     order = select(config, out, quiet=True).names
     return sorted(order), order
